@@ -1,0 +1,125 @@
+"""Settings of a run that belong to no single part: where, what data, how long."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import gin
+
+from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.errors import UserError
+
+# Every binary starts from these; gin files and flags set the macros (T5X's names).
+BASE_BINDINGS = """
+MODEL_DIR = None
+MIXTURE_OR_TASK_NAME = None
+TASK_MODULES = ('tasks.skills_gym', 'tasks.crossfit')
+TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 64}
+CACHE_DIR = 'cache'
+TRAIN_STEPS = None
+BATCH_SIZE = 32
+EVAL_PERIOD = 1000
+CHECKPOINT_PERIOD = 1000
+INITIAL_CHECKPOINT_PATH = None
+ROUTER_CHECKPOINT_PATH = None
+SEED = 0
+
+DataConfig.mixture_or_task_name = %MIXTURE_OR_TASK_NAME
+DataConfig.task_modules = %TASK_MODULES
+DataConfig.lengths = %TASK_FEATURE_LENGTHS
+DataConfig.cache_dir = %CACHE_DIR
+DataConfig.batch_size = %BATCH_SIZE
+RunConfig.model_dir = %MODEL_DIR
+RunConfig.train_steps = %TRAIN_STEPS
+RunConfig.eval_period = %EVAL_PERIOD
+RunConfig.checkpoint_period = %CHECKPOINT_PERIOD
+RunConfig.initial_checkpoint_path = %INITIAL_CHECKPOINT_PATH
+RunConfig.router_checkpoint_path = %ROUTER_CHECKPOINT_PATH
+RunConfig.seed = %SEED
+"""
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which examples, tokenised how, in batches of which shape.
+
+    A batch has `batch_size` rows in groups of `rows_per_group` rows of one task. With `pack`, a
+    row holds as many examples as fit into `lengths`; without, one.
+
+    `mixing` draws tasks in proportion to their `examples` (at most `cap` each), all `equal`ly,
+    by `temperature` (rate ** (1 / mixing_temperature)), or by the rates of the SeqIO mixture.
+
+    `environment` holds variables that the task modules read (see `tasks/crossfit_data.py`).
+    """
+
+    mixture_or_task_name: str | None = None
+    task_modules: Sequence[str] = ()
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    cache_dir: str = "cache"
+    vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    batch_size: int = 32
+    rows_per_group: int = 4
+    pack: bool = True
+    mixing: Literal["examples", "equal", "temperature", "seqio"] = "examples"
+    cap: int | None = None
+    mixing_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if set(self.lengths) != {"inputs", "targets"}:
+            raise UserError(
+                "TASK_FEATURE_LENGTHS must be {'inputs': ..., 'targets': ...}, "
+                f"not {dict(self.lengths)}"
+            )
+        if self.batch_size % self.rows_per_group:
+            raise UserError(
+                f"BATCH_SIZE {self.batch_size} is no multiple of "
+                f"DataConfig.rows_per_group {self.rows_per_group}"
+            )
+
+    @property
+    def groups(self) -> int:
+        """G, groups per batch over all processes."""
+        return self.batch_size // self.rows_per_group
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, how long it takes, what it starts from.
+
+    Attributes:
+        model_dir: the run's directory.
+        train_steps: optimizer steps in all.
+        eval_period: steps between evaluations on the dev split; 0 for none.
+        checkpoint_period: steps between checkpoints; the last step is always saved.
+        log_period: steps between lines of metrics.jsonl.
+        initial_checkpoint_path: model directory (or checkpoint) whose backbone this one starts
+            from; a dense one fills every expert, plus `ModelConfig.expert_noise`.
+        router_checkpoint_path: likewise for router and task representations, by task name.
+        eval_split: the split evaluated while training.
+        eval_examples: examples per task then; evenly spaced.
+        keep_checkpoints: latest checkpoints kept, besides the best by mean dev score.
+        seed: of initialisation, dropout, routes and data order.
+    """
+
+    model_dir: str | None = None
+    train_steps: int | None = None
+    eval_period: int = 1000
+    checkpoint_period: int = 1000
+    log_period: int = 10
+    initial_checkpoint_path: str | None = None
+    router_checkpoint_path: str | None = None
+    eval_split: str = "validation"
+    eval_examples: int | None = 32
+    eval_batch_rows: int = 32
+    keep_checkpoints: int = 1
+    seed: int = 0
+
+    def require(self, *names: str) -> None:
+        """Raises a UserError for the first of these settings that is missing."""
+        for name in names:
+            if getattr(self, name) is None:
+                macro = {"model_dir": "MODEL_DIR", "train_steps": "TRAIN_STEPS"}[name]
+                raise UserError(f"{macro} is not set: give --gin.{macro}=...")

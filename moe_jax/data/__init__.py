@@ -1,0 +1,1 @@
+"""The data path: SeqIO registry, cache, packing, Grain pipeline."""

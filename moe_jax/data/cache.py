@@ -1,0 +1,367 @@
+"""The prepared cache: what `prepare` wrote, read without TensorFlow or SeqIO.
+
+    CACHE/vocabularies/<id>/vocabulary.json, sentencepiece.model
+    CACHE/tasks/<task>/<id>/spec.json, <split>-00000-of-0000N.array_record, <split>.lengths.npy
+    CACHE/mixtures/<mixture>-<key>.json
+
+A mixture's file lists its tasks' directories and the source files that they came from, so that a
+process without TensorFlow can see that it is stale. Nothing is ever changed in place.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import msgpack
+import numpy as np
+
+from moe_jax import files
+from moe_jax.data.modules import resolve
+from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
+from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
+from moe_jax.errors import UserError, nearest
+
+FORMAT = 1  # of every file of the cache; a change makes all caches stale
+SPEC = "spec.json"
+
+
+def digest(value: Any) -> str:
+    """Short hash of a JSON value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """Short hash of a file's bytes, or of the names in a directory."""
+    if os.path.isdir(path):
+        return digest(sorted(os.listdir(path)))
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be prepared, as a key: everything that a user chooses.
+
+    Attributes:
+        names: mixtures or tasks.
+        task_modules: dotted names or .py files that register them.
+        vocabulary: how they are tokenised.
+        splits: only these; None for all that a task has.
+        environment: variables to set before the modules are imported.
+    """
+
+    names: tuple[str, ...]
+    task_modules: tuple[str, ...]
+    vocabulary: VocabularyConfig
+    splits: tuple[str, ...] | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls,
+        names: str | Sequence[str],
+        task_modules: str | Sequence[str],
+        vocabulary: VocabularyConfig,
+        splits: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> "Request":
+        """Normalises: paths absolute, and the mixture that trains the vocabulary written out."""
+        names = (names,) if isinstance(names, str) else tuple(names)
+        modules = (task_modules,) if isinstance(task_modules, str) else task_modules
+        if vocabulary.path:
+            vocabulary = dataclasses.replace(vocabulary, path=os.path.abspath(vocabulary.path))
+        elif vocabulary.kind == "sentencepiece" and not vocabulary.trained_on:
+            vocabulary = dataclasses.replace(vocabulary, trained_on=names[0])
+        return cls(
+            names,
+            tuple(os.path.abspath(m) if m.endswith(".py") else m for m in modules),
+            vocabulary,
+            None if splits is None else tuple(splits),
+            dict(environment or {}),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Request":
+        return cls.make(**{**value, "vocabulary": VocabularyConfig(**value["vocabulary"])})
+
+    def path(self, cache_dir: str | os.PathLike, name: str) -> Path:
+        """File of the prepared mixture `name`, one of `names`."""
+        key = digest({**self.to_json(), "names": name, "format": FORMAT})
+        return Path(cache_dir) / "mixtures" / f"{name}-{key}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example as prepared, whatever lengths are used later.
+
+    Attributes:
+        inputs: int32 [n] token ids, EOS last where the task adds one.
+        targets: int32 [m] token ids, EOS last.
+        inputs_text: text of the inputs.
+        references: the post-processed target, that is what the task's metrics take as target:
+            usually the list of valid outputs.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    inputs_text: str
+    references: Any
+
+    def to_bytes(self) -> bytes:
+        record = {
+            "inputs": self.inputs.astype("<i4").tobytes(),
+            "targets": self.targets.astype("<i4").tobytes(),
+            "inputs_text": self.inputs_text,
+            "references": self.references,
+        }
+        return msgpack.packb(record)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Example":
+        record = msgpack.unpackb(data, strict_map_key=False)
+        tokens = {k: np.frombuffer(record.pop(k), "<i4") for k in ("inputs", "targets")}
+        return cls(**tokens, **record)
+
+
+class Records(Sequence[Example]):
+    """A split's examples, random access. Reading a damaged shard raises UserError naming it."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = [str(path) for path in paths]
+        with self._named_errors():
+            self._source = grain.sources.ArrayRecordDataSource(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        """Examples at `indices`."""
+        with self._named_errors():
+            # One by one: the source's own `__getitems__` starts threads, at ten times the cost.
+            return [Example.from_bytes(self._source[int(i)]) for i in indices]
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # ArrayRecord, msgpack and absl raise many kinds
+            names = ", ".join(self._paths)
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise UserError(
+                f"missing or damaged shard in {names} ({reason}); delete its directory to have it"
+                " prepared again"
+            ) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split: number of examples, hash of the records, (file name, bytes) of each shard."""
+
+    examples: int
+    fingerprint: str
+    shards: tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedTask:
+    """One task of a mixture.
+
+    Attributes:
+        name: as registered with SeqIO.
+        category, subcategory: from the task module's ONTOLOGY; '' without one.
+        directory: of its shards.
+        rate: SeqIO's mixing rate, resolved to a number.
+        splits: by name.
+        metrics: 'module:function' of each metric function.
+        postprocess: 'module:function' or None.
+    """
+
+    name: str
+    category: str
+    subcategory: str
+    directory: Path
+    rate: float
+    splits: dict[str, Split]
+    metrics: tuple[str, ...]
+    postprocess: str | None
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise UserError(
+                f"task {self.name!r} has no split {name!r}; it has {', '.join(self.splits)}"
+            )
+        return self.splits[name]
+
+    def examples(self, split: str) -> int:
+        """Number of examples."""
+        return self.split(split).examples
+
+    def lengths(self, split: str) -> np.ndarray:
+        """int32 [n, 2]: tokens of inputs and targets with EOS, before any truncation."""
+        path = self.directory / f"{split}.lengths.npy"
+        try:
+            lengths_Nx2 = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"missing or damaged {path} ({e})") from e
+        if lengths_Nx2.shape != (self.examples(split), 2):
+            raise UserError(f"{path} holds {len(lengths_Nx2)} lengths, not {self.examples(split)}")
+        return lengths_Nx2
+
+    def records(self, split: str) -> Records:
+        """The examples, in the order of the source.
+
+        Raises:
+            UserError: no such split, or a shard is missing or damaged; the message names it.
+        """
+        for name, size in self.split(split).shards:
+            path = self.directory / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes, not {size}"
+                raise UserError(
+                    f"shard {path} {state}; delete {self.directory} to have it prepared again"
+                )
+        return Records([self.directory / name for name, _ in self.split(split).shards])
+
+    def metric_fns(self) -> dict[str, Callable[[list, list], Mapping[str, float]]]:
+        """Metric functions `(targets, predictions) -> {name: value}` by function name."""
+        return {ref.rpartition(":")[2]: resolve(ref) for ref in self.metrics}
+
+    def postprocess_fn(self) -> Callable[..., Any] | None:
+        """The function that turns a decoded prediction into what the metrics take."""
+        return resolve(self.postprocess) if self.postprocess else None
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedMixture:
+    """A mixture (or a single task as one) in the cache.
+
+    Attributes:
+        name: as registered.
+        tasks: sorted by name; this order is the default task table.
+        ontology: {category: {subcategory: [task names]}} of these tasks, in the module's order.
+        vocabulary_dir: directory of the vocabulary that all its tasks share.
+        fingerprint: hash of the content: records of all splits, rates, vocabulary.
+    """
+
+    name: str
+    tasks: tuple[PreparedTask, ...]
+    ontology: dict[str, dict[str, list[str]]]
+    vocabulary_dir: Path
+    fingerprint: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        return load_vocabulary(self.vocabulary_dir)
+
+    def task(self, name: str) -> PreparedTask:
+        """The task called `name`.
+
+        Raises:
+            UserError: it is not in the mixture; the message gives the nearest names.
+        """
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise UserError(f"mixture {self.name!r} has no task {name!r}{nearest(name, self.names)}")
+
+
+def read_mixture(cache_dir: str | os.PathLike, path: Path) -> PreparedMixture:
+    """Reads a prepared mixture's file and the spec of each of its tasks."""
+    cache_dir = Path(cache_dir)
+    stored = files.read_json(path)
+    vocabulary_dir = cache_dir / "vocabularies" / stored["vocabulary"]
+    tasks = tuple(_read_task(cache_dir / entry["dir"], entry) for entry in stored["tasks"])
+    content = [
+        files.read_json(vocabulary_dir / VOCABULARY_FILE)["fingerprint"],
+        [(t.name, t.rate, {s: split.fingerprint for s, split in t.splits.items()}) for t in tasks],
+    ]
+    return PreparedMixture(
+        stored["name"], tasks, stored["ontology"], vocabulary_dir, digest(content)
+    )
+
+
+def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
+    spec = files.read_json(directory / SPEC)
+    return PreparedTask(
+        name=entry["name"],
+        category=spec["category"],
+        subcategory=spec["subcategory"],
+        directory=directory,
+        rate=entry["rate"],
+        splits={
+            name: Split(s["examples"], s["fingerprint"], tuple(map(tuple, s["shards"])))
+            for name, s in spec["splits"].items()
+        },
+        metrics=tuple(spec["metrics"]),
+        postprocess=spec["postprocess"],
+    )
+
+
+def find(cache_dir: str | os.PathLike, request: Request, name: str) -> PreparedMixture | None:
+    """The prepared mixture `name` of `request`, or None where it is missing or stale."""
+    path = request.path(cache_dir, name)
+    if not path.is_file():
+        return None
+    stored = files.read_json(path)
+    directories = [f"vocabularies/{stored['vocabulary']}"] + [t["dir"] for t in stored["tasks"]]
+    if not all((Path(cache_dir) / directory).is_dir() for directory in directories):
+        return None
+    environment = {**os.environ, **request.environment}
+    if any(environment.get(k) != v for k, v in stored["environment"].items()):
+        return None
+    if any(_changed(source, *state) for source, state in stored["inputs"].items()):
+        return None
+    return read_mixture(cache_dir, path)
+
+
+def state(path: str) -> tuple[int, int, str]:
+    """Size, modification time in ns and digest of a source file or directory."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, file_digest(path)
+
+
+def _changed(path: str, size: int, mtime_ns: int, content: str) -> bool:
+    """Whether a source differs. One that is gone does not: a cache may travel without sources."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    if (status.st_size, status.st_mtime_ns) == (size, mtime_ns):
+        return False
+    return file_digest(path) != content
+
+
+@contextlib.contextmanager
+def lock(cache_dir: str | os.PathLike) -> Iterator[None]:
+    """Lets one process at a time prepare in `cache_dir`; the others wait."""
+    path = Path(cache_dir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (closed below)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

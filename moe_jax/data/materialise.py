@@ -1,0 +1,382 @@
+"""Writes the cache: SeqIO tasks to ArrayRecord shards. Imports TensorFlow.
+
+    python -m moe_jax.data.materialise JOB.json       what `moe_jax.prepare.ensure_prepared` starts
+
+Everything is written under a temporary name and renamed, a task at a time, so that a killed run
+leaves whole tasks or nothing, and the next goes on from there.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from moe_jax import files
+from moe_jax.data import cache, registry, vocabulary
+from moe_jax.data.cache import Example, Request
+from moe_jax.data.modules import source_files
+from moe_jax.data.registry import seqio  # through it, so that importing TensorFlow is quiet
+from moe_jax.errors import UserError
+
+SHARD_BYTES = 1 << 27
+_NEW = ".new-"  # prefix of directories that are being written
+
+
+def materialise(cache_dir: Path, request: Request) -> None:
+    """Brings `cache_dir`, whose lock the caller holds, up to `request`.
+
+    Raises:
+        UserError: see `moe_jax.prepare.prepare`.
+    """
+    start = time.perf_counter()
+    os.environ.update(request.environment)
+    for leftover in [*cache_dir.glob(f"tasks/*/{_NEW}*"), *cache_dir.glob(f"vocabularies/{_NEW}*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    sources = _Sources(registry.load_task_modules(request.task_modules))
+    mixtures = {name: registry.find_tasks(name, sources.modules) for name in request.names}
+    tasks = {task.name: task for found in mixtures.values() for task in found}
+    vocabulary_id, tokeniser = _prepare_vocabulary(cache_dir, request, sources, tasks)
+
+    splits = {name: _chosen(task, request.splits) for name, task in tasks.items()}
+    directories = {
+        name: f"tasks/{name}/" + cache.digest([vocabulary_id, splits[name], sources.digest(task)])
+        for name, task in tasks.items()
+    }
+    waiting = [name for name in tasks if not (cache_dir / directories[name]).is_dir()]
+    examples = 0
+    with tqdm(total=sum(len(splits[n]) for n in waiting), unit=" splits", disable=None) as bar:
+        for name in waiting:
+            bar.set_description(f"prepare {name}")
+            task = tasks[name]
+            if tokeniser is not None:
+                task = registry.with_vocabulary(task, tokeniser)
+            with _new_directory(cache_dir / directories[name]) as directory:
+                spec = _write_task(directory, task, splits[name], bar)
+                spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
+                spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
+                files.write_json(directory / cache.SPEC, spec)
+            examples += sum(split["examples"] for split in spec["splits"].values())
+    for name, found in mixtures.items():
+        used = {task.name: directories[task.name] for task in found}
+        mixture = _mixture(cache_dir, name, used, sources)
+        inputs = sources.files([*found, *_trained_on(request, sources)])
+        if request.vocabulary.path:
+            inputs.append(request.vocabulary.path)
+        mixture["inputs"] = {path: cache.state(path) for path in inputs}
+        mixture |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
+        files.write_json(request.path(cache_dir, name), mixture)
+    if waiting:
+        seconds = time.perf_counter() - start
+        print(f"prepared {len(waiting)} tasks, {examples:,} examples, in {seconds:.1f} s in"
+              f" {cache_dir}", file=sys.stderr)  # fmt: skip
+
+
+def _chosen(task: seqio.Task, wanted: Sequence[str] | None) -> list[str]:
+    splits = [split for split in task.splits if wanted is None or split in wanted]
+    if not splits:
+        raise UserError(
+            f"task {task.name!r} has none of the splits {', '.join(wanted or ())}"
+            f"; it has {', '.join(task.splits) or 'none'}"
+        )
+    return splits
+
+
+class _Sources:
+    """What the tasks come from: modules, files, environment."""
+
+    def __init__(self, modules: Sequence[ModuleType]):
+        self.modules = modules
+        self._code = {module.__name__: source_files(module) for module in modules}
+        self._file_digest = functools.cache(cache.file_digest)
+        self.ontology = {}
+        self.categories = {}
+        for module in modules:
+            for category, groups in getattr(module, "ONTOLOGY", {}).items():
+                for subcategory, names in groups.items():
+                    self.ontology.setdefault(category, {}).setdefault(subcategory, []).extend(names)
+                    self.categories |= dict.fromkeys(names, (category, subcategory))
+        variables = {name for m in modules for name in getattr(m, "ENVIRONMENT", ())}
+        self.environment = {name: os.environ.get(name) for name in sorted(variables)}
+
+    def files(self, tasks: Sequence[seqio.Task]) -> list[str]:
+        """Every file or directory that decides what `tasks` are and hold, sorted."""
+        found = {path for paths in self._code.values() for path in paths}
+        found.update(os.path.abspath(v) for v in self.environment.values() if v)
+        for task in tasks:
+            found.update(registry.data_files(task, self.modules))
+        return sorted(path for path in found if os.path.exists(path))
+
+    def digest(self, task: seqio.Task) -> str:
+        """Hash of the code and data behind one task; other tasks' modules do not count."""
+        paths = registry.data_files(task, self.modules)
+        for module in registry.owners(task, self.modules):
+            paths += self._code[module.__name__]
+        contents = [(os.path.basename(p), self._file_digest(p)) for p in sorted(set(paths))]
+        return cache.digest([cache.FORMAT, self.environment, contents])
+
+
+# ---- tasks ----
+
+
+def _write_task(
+    directory: Path, task: seqio.Task, splits: Sequence[str], bar: tqdm
+) -> dict[str, Any]:
+    """Writes the shards of all splits; returns the spec."""
+    eos = registry.own_vocabulary(task).eos_id
+    spec = {
+        "task": task.name,
+        "metrics": registry.metric_references(task),
+        "postprocess": task.postprocessor
+        and registry.reference(task.postprocessor, task, "the postprocess_fn"),
+    }
+    writers: dict[str, _SplitWriter] = {}
+    for split, rows in registry.read(task, splits):
+        if split not in writers:
+            writers[split] = _SplitWriter(directory, split)
+            bar.update(len(writers) > 1)
+        writer = writers[split]
+        for row in rows:
+            example = _example(task, row)
+            where = f"task {task.name!r}, split {split!r}, example {len(writer.lengths)}"
+            if not len(example.inputs) or not len(example.targets):
+                raise UserError(f"{where}: inputs or targets have no tokens")
+            if eos is not None and example.targets[-1] != eos:
+                raise UserError(
+                    f"{where}: targets do not end in EOS; add seqio.preprocessors.append_eos"
+                )
+            writer.write(example)
+        done = sum(len(w.lengths) for w in writers.values())
+        bar.set_postfix_str(f"{done:,} examples", refresh=False)
+    bar.update(1)
+    for split in splits:
+        if split not in writers:
+            raise UserError(f"task {task.name!r}: split {split!r} is empty")
+    return spec | {"splits": {split: writers[split].close() for split in splits}}
+
+
+def _example(task: seqio.Task, row: registry.Row) -> Example:
+    features = task.output_features
+    target = registry.text(row, "targets", features["targets"].vocabulary)
+    return Example(
+        row["inputs"],
+        row["targets"],
+        registry.text(row, "inputs", features["inputs"].vocabulary),
+        registry.to_json(task.postprocess_fn(target, example=row, is_target=True)),
+    )
+
+
+class _SplitWriter:
+    """Writes one split's shards and lengths, a new shard every SHARD_BYTES."""
+
+    def __init__(self, directory: Path, split: str):
+        self.directory = directory
+        self.split = split
+        self.lengths: list[tuple[int, int]] = []
+        self._hash = hashlib.sha256()
+        self._shards: list[Path] = []
+        self._writer = None
+        self._room = 0
+
+    def write(self, example: Example) -> None:
+        record = example.to_bytes()
+        if self._room <= 0:
+            self._next_shard()
+        self._writer.write(record)
+        self._room -= len(record)
+        self._hash.update(len(record).to_bytes(8, "little") + record)
+        self.lengths.append((len(example.inputs), len(example.targets)))
+
+    def _next_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._shards.append(self.directory / f"{self.split}-{len(self._shards):05d}")
+        # One record per chunk: reads are random, and text this short hardly compresses alone.
+        self._writer = ArrayRecordWriter(str(self._shards[-1]), "group_size:1,uncompressed")
+        self._room = SHARD_BYTES
+
+    def close(self) -> dict[str, Any]:
+        """Gives the shards their final names; returns the split's part of the spec."""
+        self._writer.close()
+        shards = []
+        for path in self._shards:
+            path = path.rename(f"{path}-of-{len(self._shards):05d}.array_record")
+            shards.append((path.name, path.stat().st_size))
+        lengths_Nx2 = np.array(self.lengths, np.int32)
+        np.save(self.directory / f"{self.split}.lengths.npy", lengths_Nx2, allow_pickle=False)
+        return {
+            "examples": len(self.lengths),
+            "fingerprint": self._hash.hexdigest()[:16],
+            "shards": shards,
+        }
+
+
+# ---- mixtures ----
+
+
+def _mixture(
+    cache_dir: Path, name: str, directories: Mapping[str, str], sources: _Sources
+) -> dict[str, Any]:
+    """The mixture's file, but for what it depends on."""
+    counts = {}
+    for task, directory in directories.items():
+        splits = files.read_json(cache_dir / directory / cache.SPEC)["splits"]
+        counts[task] = {split: facts["examples"] for split, facts in splits.items()}
+    rates = registry.rates(name, counts)
+    ontology: dict[str, dict[str, list[str]]] = {}
+    for category, groups in sources.ontology.items():
+        for subcategory, names in groups.items():
+            if kept := [n for n in names if n in directories]:
+                ontology.setdefault(category, {})[subcategory] = kept
+    return {
+        "name": name,
+        "tasks": [{"name": n, "rate": rates[n], "dir": d} for n, d in directories.items()],
+        "ontology": ontology,
+        "environment": sources.environment,
+    }
+
+
+# ---- vocabulary ----
+
+
+def _prepare_vocabulary(
+    cache_dir: Path, request: Request, sources: _Sources, tasks: Mapping[str, seqio.Task]
+) -> tuple[str, seqio.Vocabulary | None]:
+    """Returns the id of the vocabulary's directory, and the vocabulary; None keeps the tasks'."""
+    config = request.vocabulary
+    parent = cache_dir / "vocabularies"
+    if config.kind == "sentencepiece" and not config.path:
+        trainers = _trained_on(request, sources)
+        digests = [sources.digest(task) for task in trainers]
+        name = cache.digest([config.size, config.extra_ids, config.trained_on, digests])
+        if not (parent / name).is_dir():
+            print(f"training a vocabulary on {config.trained_on!r}", file=sys.stderr)
+            model = vocabulary.train_sentencepiece(_texts(trainers), config.size)
+            _save_vocabulary(parent / name, _sentencepiece(model, config.extra_ids))
+        return name, seqio.SentencePieceVocabulary(str(parent / name / vocabulary.MODEL))
+    settings = {}
+    match config.kind:
+        case "bytes":
+            found = seqio.ByteVocabulary(config.extra_ids)
+        case "sentencepiece":
+            vocabulary.read_sentencepiece(config.path)  # one clear error for a bad model
+            found = seqio.SentencePieceVocabulary(config.path, config.extra_ids)
+        case "seqio":
+            settings = {"factory": config.factory}
+            found = registry.load_vocabulary(settings)
+        case "task":
+            first = next(iter(tasks.values()))
+            settings = {"task": first.name, "task_modules": request.task_modules}
+            found = registry.own_vocabulary(first)
+            for task in tasks.values():
+                if registry.own_vocabulary(task) != found:
+                    raise UserError(
+                        f"tasks {first.name!r} and {task.name!r} bring different vocabularies; use"
+                        " another VocabularyConfig.kind than 'task'"
+                    )
+    with tempfile.TemporaryDirectory() as directory:
+        _save_vocabulary(Path(directory) / "new", found, settings)
+        name = files.read_json(Path(directory) / "new" / vocabulary.FILE)["fingerprint"]
+    if not (parent / name).is_dir():
+        _save_vocabulary(parent / name, found, settings)
+    return name, None if config.kind == "task" else found
+
+
+def _trained_on(request: Request, sources: _Sources) -> list[seqio.Task]:
+    """Tasks whose text trains the vocabulary; none where a vocabulary is given."""
+    name = request.vocabulary.trained_on
+    return registry.find_tasks(name, sources.modules) if name else []
+
+
+def _texts(tasks: Sequence[seqio.Task]) -> list[str]:
+    """Inputs and targets of the train splits, in order."""
+    texts = []
+    placeholder = seqio.ByteVocabulary()
+    for task in tqdm(tasks, "read text", unit=" tasks", disable=None):
+        if "train" not in task.splits:
+            raise UserError(f"task {task.name!r} has no 'train' split to train a vocabulary on")
+        for _, rows in registry.read(registry.with_vocabulary(task, placeholder), ["train"]):
+            texts += [registry.text(row, f, placeholder) for row in rows for f in registry.FEATURES]
+    return texts
+
+
+def _sentencepiece(model: bytes, extra_ids: int) -> seqio.SentencePieceVocabulary:
+    """`model` as a SeqIO vocabulary, read before the temporary file goes."""
+    with tempfile.NamedTemporaryFile(suffix=".model") as file:
+        file.write(model)
+        file.flush()
+        found = seqio.SentencePieceVocabulary(file.name, extra_ids)
+        found.load_model()
+    return found
+
+
+def _save_vocabulary(
+    path: Path, found: seqio.Vocabulary, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a vocabulary's directory.
+
+    Bytes and SentencePiece are stored as such, whoever made them, so that no reader needs
+    TensorFlow; sentinels become part of the model. For the rest `settings` say how to get them.
+    """
+    model = b""
+    if type(found) is seqio.ByteVocabulary:
+        settings = {"kind": "bytes", "extra_ids": found.extra_ids}
+    elif type(found) is seqio.SentencePieceVocabulary:
+        settings = {"kind": "sentencepiece"}
+        model = found.sp_model
+    else:
+        settings = {"kind": "seqio", **settings}
+    content = json.dumps(settings, sort_keys=True).encode() + model
+    settings["fingerprint"] = hashlib.sha256(content).hexdigest()[:16]
+    with _new_directory(path) as directory:
+        if model:
+            files.write_bytes(directory / vocabulary.MODEL, model)
+        files.write_json(directory / vocabulary.FILE, settings)
+
+
+class _new_directory:  # noqa: N801 (used as a function)
+    """Context: a directory that takes its name `path` when the block ends without an error."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __enter__(self) -> Path:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._new = Path(tempfile.mkdtemp(prefix=_NEW, dir=self._path.parent))
+        except OSError as e:
+            raise UserError(f"cannot write {self._path}: {e.strerror or e}") from e
+        return self._new
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None:
+            os.chmod(self._new, 0o755)
+            os.rename(self._new, self._path)
+        else:
+            shutil.rmtree(self._new, ignore_errors=True)
+
+
+def _child(job_file: str) -> int:
+    """Runs a job; a UserError goes to the file that the parent reads, which reports it once."""
+    job = files.read_json(job_file)
+    try:
+        materialise(Path(job["cache_dir"]), Request.from_json(job["request"]))
+    except UserError as e:
+        files.write_text(job["error"], str(e))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1]))

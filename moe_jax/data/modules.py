@@ -1,0 +1,123 @@
+"""User modules: imported by dotted name or by file, objects found by name, source files."""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import moe_jax
+from moe_jax.errors import UserError
+
+
+def load_module(name: str) -> ModuleType:
+    """Imports 'package.module', or the file at 'path/to/file.py'. The working directory counts.
+
+    Raises:
+        UserError: there is no such module, or importing it fails.
+    """
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if not name.endswith(".py"):
+        try:
+            return importlib.import_module(name)
+        except ImportError as e:
+            raise UserError(f"cannot import module {name!r}: {e}") from e
+    path = os.path.abspath(name)
+    # Not the file's own name, which may be another module's.
+    alias = "_file_" + hashlib.sha256(path.encode()).hexdigest()[:16]
+    if alias not in sys.modules:
+        if not os.path.isfile(path):
+            raise UserError(f"no such module file: {name}")
+        spec = importlib.util.spec_from_file_location(alias, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[alias] = module
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as e:
+            del sys.modules[alias]
+            raise UserError(f"cannot import {name}: {e}") from e
+        except BaseException:
+            del sys.modules[alias]
+            raise
+    return sys.modules[alias]
+
+
+def resolve(reference: str) -> Any:
+    """Finds the object named 'package.module:qualified.name' or 'file.py:qualified.name'.
+
+    Raises:
+        UserError: the module cannot be imported or lacks the name.
+    """
+    module, _, name = reference.rpartition(":")
+    try:
+        return functools.reduce(getattr, name.split("."), load_module(module))
+    except AttributeError as e:
+        raise UserError(f"{module} has no {name!r}") from e
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what C++ libraries write to standard error, and shows it only after an error."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            log.seek(0)
+            os.write(saved, log.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def source_files(module: ModuleType) -> list[str]:
+    """Files of `module` and of the user's own modules that it imports, directly or not, sorted.
+
+    Installed packages and moe_jax itself are left out. Imports are read from the source, so that
+    the answer does not depend on what else the process has imported.
+    """
+    found: dict[str, None] = {}
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        path = getattr(module, "__file__", None)
+        if path is None or path in found or not _is_users(path):
+            continue
+        found[path] = None
+        waiting += (sys.modules[name] for name in _imports(module) if name in sys.modules)
+    return sorted(map(os.path.abspath, found))
+
+
+def _is_users(path: str) -> bool:
+    directories = [sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")]
+    directories.append(os.path.dirname(moe_jax.__file__))
+    path = os.path.abspath(path)
+    return path.endswith(".py") and not any(Path(path).is_relative_to(d) for d in directories)
+
+
+def _imports(module: ModuleType) -> Iterator[str]:
+    """Names that may be modules among what `module`'s source imports."""
+    for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.__package__ or ""
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

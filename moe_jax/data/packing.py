@@ -1,0 +1,218 @@
+"""Packing examples of one task into rows, and rows into arrays. NumPy only.
+
+A row holds several examples of one task, inputs in an L_in row and targets in the L_out row beside
+it; a segment number (1, 2, ...; 0 is padding) says which token is whose, and positions restart.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moe_jax.data.cache import Example
+from moe_jax.data.vocabulary import Vocabulary
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which examples share a row, for one pass over a task.
+
+    Attributes:
+        examples: int64 [N] every example once, in the order of the rows.
+        offsets: int64 [rows + 1] row r holds examples[offsets[r]:offsets[r + 1]].
+        classes: int64 [N] by example: those of one class may change places.
+    """
+
+    examples: np.ndarray
+    offsets: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """int64 [n] the examples of a row."""
+        return self.examples[self.offsets[row] : self.offsets[row + 1]]
+
+    def shuffled(self, rng: np.random.Generator) -> tuple["Plan", np.ndarray]:
+        """The plan with examples of equal lengths dealt anew, and a random order of its rows.
+
+        The number of rows stays the same, so that the n-th row of a task in any epoch is found
+        without planning the epochs before.
+        """
+        before = np.argsort(self.classes, kind="stable")
+        after = np.lexsort((rng.random(len(before)), self.classes))
+        replacement = np.empty_like(before)
+        replacement[before] = after
+        plan = dataclasses.replace(self, examples=replacement[self.examples])
+        return plan, rng.permutation(self.rows)
+
+
+def one_per_row(examples: int) -> Plan:
+    """The plan without packing: row r holds example r."""
+    return Plan(np.arange(examples), np.arange(examples + 1), np.zeros(examples, np.int64))
+
+
+def pack(lengths_Nx2: np.ndarray, limits: tuple[int, int], window: int = 8192) -> Plan:
+    """Puts every example into exactly one row, inputs and targets packed together.
+
+    Best-fit decreasing on the sum of both sizes as shares of a row, each weighted by how much of it
+    the task needs in all: what runs out first counts most. About 10 us an example.
+
+    Args:
+        lengths_Nx2: integers [N, 2], tokens of inputs and targets; longer ones count as truncated.
+        limits: (L_in, L_out), the row's lengths.
+        window: at most this many examples are packed together, for speed; each window is an even
+            sample of all lengths.
+    """
+    lengths_Nx2 = np.minimum(lengths_Nx2, limits).astype(np.int64)
+    shares_Nx2 = lengths_Nx2 / np.array(limits)
+    weights_2 = shares_Nx2.sum(0) / shares_Nx2.sum()
+    order = np.lexsort((-lengths_Nx2[:, 1], -lengths_Nx2[:, 0], -(shares_Nx2 @ weights_2)))
+    windows = max(1, -(-len(order) // window))
+    rows = []
+    for start in range(windows):
+        part = order[start::windows]
+        for row in _best_fit(lengths_Nx2[part], limits, weights_2 / limits):
+            rows.append(part[row])
+    _, classes = np.unique(lengths_Nx2, axis=0, return_inverse=True)
+    offsets = np.cumsum([0, *map(len, rows)])
+    return Plan(np.concatenate(rows), offsets, classes.reshape(-1))
+
+
+def _best_fit(
+    lengths_Nx2: np.ndarray, limits: tuple[int, int], weights_2: np.ndarray
+) -> list[list[int]]:
+    """Each example, in order, into the open row that it leaves least weighted room in."""
+    # Room of the open rows, and the largest-remaining test that closes them: a row that the
+    # smallest example still to come does not fit into is dropped from the search.
+    free_2xM = np.empty((2, len(lengths_Nx2)), np.int64)
+    room_M = np.empty(len(lengths_Nx2))
+    ids_M = np.empty(len(lengths_Nx2), np.int64)
+    least_Nx2 = np.minimum.accumulate(lengths_Nx2[::-1])[::-1]
+    rows: list[list[int]] = []
+    count = 0
+    for example, (inputs, targets) in enumerate(lengths_Nx2.tolist()):
+        if example % 256 == 0:
+            least = least_Nx2[example]
+            kept = np.flatnonzero((free_2xM[:, :count] >= least[:, None]).all(0))
+            count = len(kept)
+            for array in (free_2xM, room_M, ids_M):
+                array[..., :count] = array[..., kept]
+        fits = (free_2xM[0, :count] >= inputs) & (free_2xM[1, :count] >= targets)
+        room = np.where(fits, room_M[:count], np.inf)
+        best = int(room.argmin()) if count else 0
+        if not count or room[best] == np.inf:
+            best = count
+            free_2xM[:, best] = limits
+            ids_M[best] = len(rows)
+            rows.append([])
+            count += 1
+        free_2xM[0, best] -= inputs
+        free_2xM[1, best] -= targets
+        room_M[best] = free_2xM[:, best] @ weights_2
+        rows[ids_M[best]].append(example)
+    return rows
+
+
+def truncate(ids: np.ndarray, length: int, eos_id: int) -> np.ndarray:
+    """The first `length` ids; an EOS at the end stays there."""
+    if len(ids) <= length:
+        return ids
+    cut = ids[:length].copy()
+    if ids[-1] == eos_id:
+        cut[-1] = eos_id
+    return cut
+
+
+def build(
+    rows: Sequence[Sequence[Example]], lengths: Mapping[str, int], vocabulary: Vocabulary
+) -> Batch:
+    """Lays examples out as arrays.
+
+    Args:
+        rows: R lists of examples; an empty list is a row of padding.
+        lengths: {"inputs": L_in, "targets": L_out}; longer examples are truncated, EOS kept.
+        vocabulary: gives the special ids.
+
+    Returns:
+        int32 arrays: inputs, input_segments, input_positions [R, L_in]; decoder_inputs, targets,
+        target_segments, target_positions [R, L_out]. decoder_inputs are the targets of each
+        segment moved right by one, `decoder_start_id` first.
+
+    Raises:
+        ValueError: a row's examples do not fit.
+    """
+    limits = (lengths["inputs"], lengths["targets"])
+    pad, eos = vocabulary.pad_id, vocabulary.eos_id
+    inputs = [[truncate(e.inputs, limits[0], eos) for e in row] for row in rows]
+    targets = [[truncate(e.targets, limits[1], eos) for e in row] for row in rows]
+    inputs_RxL, input_segments_RxL, input_positions_RxL = _lay_out(inputs, limits[0], pad)
+    targets_RxL, target_segments_RxL, target_positions_RxL = _lay_out(targets, limits[1], pad)
+    decoder_inputs_RxL = np.roll(targets_RxL, 1, axis=1)
+    decoder_inputs_RxL[target_positions_RxL == 0] = vocabulary.decoder_start_id
+    decoder_inputs_RxL[target_segments_RxL == 0] = pad
+    return {
+        "inputs": inputs_RxL,
+        "input_segments": input_segments_RxL,
+        "input_positions": input_positions_RxL,
+        "decoder_inputs": decoder_inputs_RxL,
+        "targets": targets_RxL,
+        "target_segments": target_segments_RxL,
+        "target_positions": target_positions_RxL,
+    }
+
+
+def _lay_out(
+    rows: Sequence[Sequence[np.ndarray]], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, segments and positions, int32 [R, length]."""
+    ids_RxL = np.full((len(rows), length), pad_id, np.int32)
+    segments_RxL = np.zeros_like(ids_RxL)
+    positions_RxL = np.zeros_like(ids_RxL)
+    for r, row in enumerate(rows):
+        if (tokens := sum(map(len, row))) > length:
+            raise ValueError(f"{tokens} tokens in a row of {length}")
+        start = 0
+        for segment, ids in enumerate(row, 1):
+            here = np.s_[r, start : start + len(ids)]
+            ids_RxL[here] = ids
+            segments_RxL[here] = segment
+            positions_RxL[here] = np.arange(len(ids))
+            start += len(ids)
+    return ids_RxL, segments_RxL, positions_RxL
+
+
+def encode_inputs(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> Batch:
+    """Texts without targets as `inputs`, `input_segments`, `input_positions` int32 [1, n, length].
+
+    One text a row, truncated with EOS kept, as the task's inputs are at training.
+    """
+    rows = [[np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)] for text in texts]
+    rows = [[truncate(row[0], length, vocabulary.eos_id)] for row in rows]
+    arrays = _lay_out(rows, length, vocabulary.pad_id)
+    names = ("inputs", "input_segments", "input_positions")
+    return {name: array[None] for name, array in zip(names, arrays, strict=True)}
+
+
+def padding_share(batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Share of a batch's tokens that is padding, 0..1.
+
+    Returns:
+        `inputs`, `targets`, `all` (both together), and `unpacked`: what `all` would be with one
+        example to a row.
+    """
+    inputs, targets = batch["input_segments"], batch["target_segments"]
+    real = np.array([np.count_nonzero(inputs), np.count_nonzero(targets)])
+    sizes = np.array([inputs.size, targets.size])
+    examples = int(targets.max(-1, initial=0).sum())
+    unpacked = examples * (inputs.shape[-1] + targets.shape[-1])
+    return {
+        "inputs": float(1 - real[0] / sizes[0]),
+        "targets": float(1 - real[1] / sizes[1]),
+        "all": float(1 - real.sum() / sizes.sum()),
+        "unpacked": float(1 - real.sum() / max(1, unpacked)),
+    }

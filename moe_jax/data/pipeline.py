@@ -1,0 +1,311 @@
+"""Batches from the prepared cache, through Grain.
+
+Training batch b is a pure function of the arguments and b: a schedule says which task each group
+is of and the how-many-th of that task it is; the task's epoch plans say which examples its rows
+hold. So any batch can be read at once, the state to save is an index, resuming is exact, and the
+batches of P processes put together are those of one process.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import grain
+import numpy as np
+
+from moe_jax.data import packing
+from moe_jax.data.cache import Example, PreparedMixture, PreparedTask, Records
+from moe_jax.data.packing import Batch, Plan
+from moe_jax.data.vocabulary import Vocabulary
+from moe_jax.errors import UserError, nearest
+
+MIXING = ("examples", "equal", "temperature", "seqio")
+_PERIOD = 1024  # groups that are scheduled together
+T = TypeVar("T")
+
+
+class _Recent(Generic[T]):
+    """The last two values of a function of an integer. Threads may compute one twice."""
+
+    def __init__(self, function: Callable[[int], T]):
+        self._function = function
+        self._values: dict[int, T] = {}
+
+    def __call__(self, key: int) -> T:
+        values = self._values
+        if key not in values:
+            # A new dictionary, so that no other thread's look-up is disturbed.
+            values = dict([*list(values.items())[-1:], (key, self._function(key))])
+            self._values = values
+        return values[key]
+
+
+class TaskRows:
+    """The endless stream of a task's rows: epoch after epoch, each packed and shuffled anew."""
+
+    def __init__(
+        self,
+        task: PreparedTask,
+        split: str,
+        *,
+        lengths: Mapping[str, int],
+        vocabulary: Vocabulary,
+        pack: bool,
+        seed: int,
+    ):
+        sizes_Nx2 = task.lengths(split)
+        limits = (lengths["inputs"], lengths["targets"])
+        self.plan = packing.pack(sizes_Nx2, limits) if pack else packing.one_per_row(len(sizes_Nx2))
+        self._records: Records = task.records(split)
+        self._lengths = lengths
+        self._vocabulary = vocabulary
+        self._seed = (seed, _number(f"{task.name}/{split}"))
+        self._epoch = _Recent(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> tuple[Plan, np.ndarray]:
+        return self.plan.shuffled(np.random.default_rng([*self._seed, epoch]))
+
+    def examples(self, row: int) -> np.ndarray:
+        """int64 [n] indices of the examples in the row-th row since the start of training."""
+        epoch, row = divmod(row, self.plan.rows)
+        plan, order = self._epoch(epoch)
+        return plan[order[row]]
+
+    def group(self, number: int, rows: int) -> Batch:
+        """Arrays [rows, L] of the number-th group. It may reach into the next epoch."""
+        found = [self.examples(row) for row in range(number * rows, (number + 1) * rows)]
+        examples = iter(self._records.__getitems__(np.concatenate(found)))
+        grouped = [[next(examples) for _ in row] for row in found]
+        return packing.build(grouped, self._lengths, self._vocabulary)
+
+
+class Schedule:
+    """Which task the j-th group is of, for shares that hold exactly in the long run.
+
+    The n-th group of a task with share p falls near (n + phase) / p, at random within half of the
+    space between its groups: every stretch has close to its share, groups of one batch are of
+    different tasks while 2 G p < 1, and the order never repeats.
+    """
+
+    def __init__(self, shares: Sequence[float], seed: int):
+        self._shares_T = np.asarray(shares, np.float64) / np.sum(shares)
+        self._seed = (seed, _number("schedule"))
+        self._phases_T = np.random.default_rng(self._seed).random(len(self._shares_T))
+        self._period = _Recent(self._arranged)
+
+    def _counts(self, period: int) -> np.ndarray:
+        """int64 [T] groups of each task before a period."""
+        ideal_T = period * _PERIOD * self._shares_T + self._phases_T
+        return np.floor(ideal_T).astype(np.int64)
+
+    def _arranged(self, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tasks and their running numbers, both int64, in the order of a period's groups."""
+        first_T = self._counts(period)
+        counts_T = self._counts(period + 1) - first_T
+        tasks = np.repeat(np.arange(len(counts_T)), counts_T)
+        starts_T = np.cumsum(counts_T) - counts_T
+        numbers = np.arange(len(tasks)) - starts_T[tasks] + first_T[tasks]
+        jitter = np.random.default_rng([*self._seed, period]).random(len(tasks)) / 2
+        times = (numbers + 1 - self._phases_T[tasks] + jitter) / self._shares_T[tasks]
+        order = np.argsort(times, kind="stable")
+        return tasks[order], numbers[order]
+
+    def __call__(self, group: int) -> tuple[int, int]:
+        """(task, running number of that task's groups) of the group-th group of the run."""
+        # A period holds _PERIOD groups but for rounding, so the guess is off by one at most
+        # unless tasks are many.
+        period = group // _PERIOD
+        while self._counts(period).sum() > group:
+            period -= 1
+        while self._counts(period + 1).sum() <= group:
+            period += 1
+        tasks, numbers = self._period(period)
+        place = group - int(self._counts(period).sum())
+        return int(tasks[place]), int(numbers[place])
+
+
+class TrainBatches:
+    """Random access to the training batches of one process; see `train_batches`."""
+
+    def __init__(
+        self,
+        streams: Sequence[TaskRows],
+        task_ids: Sequence[int],
+        schedule: Schedule,
+        *,
+        groups: int,
+        rows: int,
+        process_index: int,
+        process_count: int,
+    ):
+        self._streams = streams
+        self._task_ids = task_ids
+        self._schedule = schedule
+        self._groups = groups
+        self._rows = rows
+        mine = groups // process_count
+        self._mine = range(process_index * mine, (process_index + 1) * mine)
+
+    def __len__(self) -> int:
+        return 1 << 62  # endless
+
+    def __getitem__(self, index: int) -> Batch:
+        index = int(index)
+        found = [self._schedule(index * self._groups + g) for g in self._mine]
+        groups = [self._streams[task].group(number, self._rows) for task, number in found]
+        batch = {name: np.stack([group[name] for group in groups]) for name in groups[0]}
+        batch["task_id"] = np.array([self._task_ids[task] for task, _ in found], np.int32)
+        return batch
+
+
+def train_batches(
+    mixture: PreparedMixture,
+    *,
+    lengths: Mapping[str, int],
+    groups: int,
+    rows: int,
+    pack: bool = True,
+    seed: int = 0,
+    mixing: str = "examples",
+    cap: float | None = None,
+    temperature: float = 1.0,
+    split: str = "train",
+    process_index: int = 0,
+    process_count: int = 1,
+    task_ids: Mapping[str, int] | None = None,
+    tasks: Sequence[str] | None = None,
+    threads: int = 2,
+    prefetch: int = 4,
+    workers: int = 0,
+) -> grain.IterDataset:
+    """Endless training batches of single-task groups.
+
+    Args:
+        mixture: the prepared tasks.
+        lengths: {"inputs": L_in, "targets": L_out}.
+        groups: G, groups in the batch of all processes together.
+        rows: R, rows in a group.
+        pack: several examples to a row; one otherwise.
+        seed: of the order of everything.
+        mixing: how often each task is drawn, counted in examples: `examples` as many as it has, at
+            most `cap`; `equal`; `temperature`: `examples` to the power 1 / temperature (T5, arXiv
+            1910.10683); `seqio` the mixture's own rates. A group of a task whose rows hold more
+            examples is drawn correspondingly less often.
+        split: of every task.
+        process_index, process_count: this process's G / process_count groups of each batch.
+        task_ids: name -> id; None for the place in `mixture.names`.
+        tasks: only these of the mixture.
+        threads, prefetch: threads that make batches, and how many wait ready; 0 threads for none.
+        workers: processes in place of threads.
+
+    Returns:
+        A Grain data set of dictionaries of int32 arrays: those of `packing.build` as [G, R, L], and
+        task_id [G], with G this process's. Its iterator's state is small and JSON, and holds for
+        any number of processes.
+
+    Raises:
+        UserError: an argument out of range, a task without the split or without an id, a damaged
+            cache.
+    """
+    names = mixture.names if tasks is None else tuple(tasks)
+    found = [mixture.task(name) for name in names]
+    if task_ids is None:
+        task_ids = {name: number for number, name in enumerate(mixture.names)}
+    for name in names:
+        if name not in task_ids:
+            raise UserError(f"task {name!r} is not in the task table{nearest(name, task_ids)}")
+    if min(groups, rows, *lengths.values()) < 1:
+        raise UserError(f"groups={groups}, rows={rows} and lengths={lengths} must be at least 1")
+    if groups % process_count:
+        raise UserError(f"{groups} groups cannot be shared equally by {process_count} processes")
+    rates = [_rate(task, split, mixing, cap, temperature) for task in found]
+    if not all(rate >= 0 for rate in rates) or not any(rates):
+        raise UserError(f"mixing rates must not be negative, nor all 0: {rates}")
+    found, rates = zip(*((t, r) for t, r in zip(found, rates, strict=True) if r > 0), strict=True)
+    streams = [
+        TaskRows(task, split, lengths=lengths, vocabulary=mixture.vocabulary, pack=pack, seed=seed)
+        for task in found
+    ]
+    # Rates count examples; what is drawn are groups.
+    rows_per_example = [s.plan.rows / len(s.plan.examples) for s in streams]
+    source = TrainBatches(
+        streams,
+        [task_ids[task.name] for task in found],
+        Schedule(np.multiply(rates, rows_per_example), seed),
+        groups=groups,
+        rows=rows,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    options = grain.ReadOptions(
+        num_threads=0 if workers else threads, prefetch_buffer_size=max(prefetch, threads)
+    )
+    data = grain.MapDataset.source(source).to_iter_dataset(options)
+    if workers:
+        data = data.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        )
+    return data
+
+
+def _rate(
+    task: PreparedTask, split: str, mixing: str, cap: float | None, temperature: float
+) -> float:
+    if mixing not in MIXING:
+        raise UserError(f"mixing={mixing!r} is not one of {MIXING}{nearest(mixing, MIXING)}")
+    if temperature <= 0:
+        raise UserError(f"mixing temperature={temperature} must be above 0")
+    examples = task.examples(split)  # checks the split, whatever the mixing
+    if mixing == "equal":
+        return 1.0
+    if mixing == "seqio":
+        return task.rate
+    capped = examples if cap is None else min(examples, cap)
+    return capped ** (1 / temperature) if mixing == "temperature" else capped
+
+
+def eval_batches(
+    mixture: PreparedMixture,
+    task: str,
+    split: str,
+    *,
+    lengths: Mapping[str, int],
+    rows: int,
+    limit: int | None = None,
+    task_id: int = 0,
+) -> Iterator[tuple[Batch, list[tuple[int, Example]]]]:
+    """One pass over a split in order, one example to a row.
+
+    Args:
+        mixture, task, split: what to read.
+        lengths: {"inputs": L_in, "targets": L_out}.
+        rows: R; the last batch is filled up with empty rows (all segments 0).
+        limit: at most this many examples, evenly spaced over the split.
+        task_id: written into the batch.
+
+    Yields:
+        (batch, examples): int32 arrays [1, R, L] and task_id [1] as in `train_batches`; and for
+        each row that is not empty its index in the split and the example, untruncated.
+
+    Raises:
+        UserError: unknown task or split, a damaged cache, rows or limit below 1.
+    """
+    if rows < 1 or (limit is not None and limit < 1):
+        raise UserError(f"rows={rows} and limit={limit} must be at least 1")
+    prepared = mixture.task(task)
+    records = prepared.records(split)
+    count = len(records) if limit is None else min(limit, len(records))
+    indices = (np.arange(count) * len(records) // count).tolist()
+    for start in range(0, count, rows):
+        chosen = indices[start : start + rows]
+        examples = records.__getitems__(chosen)
+        padded = [[example] for example in examples] + [[]] * (rows - len(examples))
+        arrays: dict[str, Any] = packing.build(padded, lengths, mixture.vocabulary)
+        batch = {name: array[None] for name, array in arrays.items()}
+        batch["task_id"] = np.array([task_id], np.int32)
+        yield batch, list(zip(chosen, examples, strict=True))
+
+
+def _number(text: str) -> int:
+    """A number for seeding, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,0 +1,306 @@
+"""The SeqIO side: task modules, tasks, mixtures and their examples as NumPy.
+
+The only module that imports SeqIO and TensorFlow (5 s and 1 GB): `prepare` and `tasks` use it, a
+training process does not. A task module registers tasks when imported, and may define
+
+    ONTOLOGY = {category: {subcategory: [task names]}}
+    ENVIRONMENT = ("VARIABLE", ...)           variables it reads
+    data_files(task_name) -> [paths]          local files or directories that a task reads
+    missing_hint(name) -> str | None          why a name is not registered
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from moe_jax.data.modules import load_module, quiet, resolve
+from moe_jax.errors import UserError, nearest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with quiet():  # a dozen lines on CUDA and oneDNN
+    import seqio
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # the GPU is the training process's
+# SeqIO warns of uncached and unshuffled sources; being read once, in order, is what we want.
+logging.set_verbosity(logging.ERROR)
+
+FEATURES = ("inputs", "targets")
+Row = dict[str, Any]
+_BATCH = 256  # examples per call into TensorFlow
+_owners: dict[str, ModuleType] = {}  # task -> the module that registered it
+_traces: dict[Any, tuple[seqio.Task, Any]] = {}
+
+
+def load_task_modules(names: Sequence[str]) -> list[ModuleType]:
+    """Imports modules that register tasks: dotted names or paths of .py files.
+
+    Raises:
+        UserError: a module cannot be imported, or registers a name that is taken.
+    """
+    modules = []
+    for name in names:
+        before = set(seqio.TaskRegistry.names())
+        try:
+            modules.append(load_module(name))
+        except ValueError as e:
+            if "duplicate" in str(e):  # SeqIO's words
+                raise UserError(f"{name}: {e}") from e
+            raise
+        _owners.update(dict.fromkeys(set(seqio.TaskRegistry.names()) - before, modules[-1]))
+    return modules
+
+
+def find_tasks(name: str, modules: Sequence[ModuleType]) -> list[seqio.Task]:
+    """Tasks of the mixture `name`, or the task itself, sorted by name.
+
+    Raises:
+        UserError: nothing is registered under the name; says why, or gives the nearest ones.
+    """
+    if name in seqio.TaskRegistry.names():
+        return [seqio.TaskRegistry.get(name)]
+    if name in seqio.MixtureRegistry.names():
+        return seqio.MixtureRegistry.get(name).tasks
+    hints = (m.missing_hint(name) for m in modules if hasattr(m, "missing_hint"))
+    if hint := next(filter(None, hints), None):
+        raise UserError(hint)
+    known = [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
+    raise UserError(
+        f"no task or mixture {name!r} is registered by"
+        f" {', '.join(m.__file__ or m.__name__ for m in modules) or 'any module'}"
+        f"{nearest(name, known)}"
+    )
+
+
+def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """Mixing rate of each task of `name`; `examples` are counts by task and split.
+
+    Rates that are functions of the task, such as `seqio.mixing_rate_num_examples`, see these
+    counts. A single task has rate 1.
+    """
+    if name not in seqio.MixtureRegistry.names():
+        return {name: 1.0}
+    mixture = seqio.MixtureRegistry.get(name)
+    for task in mixture.tasks:  # shadows the method until the rates are known
+        task.num_input_examples = examples[task.name].get
+    try:
+        return {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
+    except TypeError as e:  # a rate computed with None, the count of an absent split
+        raise UserError(f"mixture {name!r}: a rate cannot be computed ({e})") from e
+    finally:
+        for task in mixture.tasks:
+            del task.num_input_examples
+
+
+def owners(task: seqio.Task, modules: Sequence[ModuleType]) -> list[ModuleType]:
+    """The module that registered `task`; all of `modules` where that is not known."""
+    return [_owners[task.name]] if task.name in _owners else list(modules)
+
+
+def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
+    """Local files and directories that `task` reads, sorted, as far as can be told."""
+    found = {
+        str(path)
+        for module in owners(task, modules)
+        if hasattr(module, "data_files")
+        for path in module.data_files(task.name)
+    }
+    source = task.source
+    if isinstance(source, seqio.FileDataSource):
+        found.update(file for split in source.splits for file in source.list_shards(split))
+    elif isinstance(source, seqio.TfdsDataSource):
+        found.add(os.path.join(source.tfds_dataset.builder.data_dir, "dataset_info.json"))
+    elif isinstance(source, seqio.FunctionDataSource):
+        partial = source._dataset_fn
+        while isinstance(partial, functools.partial):
+            values = [*partial.args, *partial.keywords.values()]
+            found.update(str(v) for v in values if isinstance(v, str | Path) and os.path.exists(v))
+            partial = partial.func
+    return sorted(os.path.abspath(path) for path in found if os.path.exists(path))
+
+
+def reference(function: Any, task: seqio.Task, role: str) -> str:
+    """'module:name' (or 'file.py:name') under which another process finds `function`.
+
+    Raises:
+        UserError: it has no such name, for example a lambda, closure or `functools.partial`.
+    """
+    name = getattr(function, "__qualname__", "")
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    if name and "<" not in name and module is not None:
+        named = module.__name__
+        if named.startswith("_file_"):
+            named = os.path.abspath(module.__file__)
+        found = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
+        if callable(found):
+            return f"{named}:{name}"
+    raise UserError(
+        f"task {task.name!r}: {role} {function!r} cannot be found by name in another process;"
+        " give a function defined at the top of a module"
+    )
+
+
+def metric_references(task: seqio.Task) -> list[str]:
+    """'module:name' of each metric function.
+
+    Raises:
+        UserError: a metric that is not a module-level function of (targets, predictions).
+    """
+    if task._metric_objs_constructor_args or len(task.metric_fns) != len(task.predict_metric_fns):
+        raise UserError(
+            f"task {task.name!r}: only metric_fns of (targets, predictions) are supported, not"
+            " metric_objs or metrics of scores"
+        )
+    return [reference(function, task, "the metric") for function in task.predict_metric_fns]
+
+
+def with_vocabulary(task: seqio.Task, vocabulary: seqio.Vocabulary) -> seqio.Task:
+    """`task` with its inputs and targets tokenised by `vocabulary`."""
+    check_features(task)
+    features = {
+        name: dataclasses.replace(feature, vocabulary=vocabulary) if name in FEATURES else feature
+        for name, feature in task.output_features.items()
+    }
+    return task.replace(output_features=features)
+
+
+def own_vocabulary(task: seqio.Task) -> seqio.Vocabulary:
+    """The vocabulary that `task` was registered with.
+
+    Raises:
+        UserError: its inputs and targets have different ones.
+    """
+    check_features(task)
+    inputs, targets = (task.output_features[name].vocabulary for name in FEATURES)
+    if inputs != targets:
+        raise UserError(f"task {task.name!r}: inputs and targets have different vocabularies")
+    return inputs
+
+
+def check_features(task: seqio.Task) -> None:
+    """Raises UserError where `task` is not text-to-text."""
+    missing = [name for name in FEATURES if name not in task.output_features]
+    if missing:
+        raise UserError(f"task {task.name!r} has no output feature {' nor '.join(missing)}")
+
+
+def load_vocabulary(settings: Mapping[str, Any]) -> seqio.Vocabulary:
+    """The vocabulary that a prepared one's settings name: a factory's, or a task's own."""
+    if "factory" in settings:
+        vocabulary = resolve(settings["factory"])()
+        if not isinstance(vocabulary, seqio.Vocabulary):
+            raise UserError(f"{settings['factory']} returns no seqio.Vocabulary: {vocabulary!r}")
+        return vocabulary
+    modules = load_task_modules(settings["task_modules"])
+    return own_vocabulary(find_tasks(settings["task"], modules)[0])
+
+
+def read(task: seqio.Task, splits: Sequence[str]) -> Iterator[tuple[str, list[Row]]]:
+    """Yields (split, up to 256 examples as NumPy values), in order, without shuffling.
+
+    Equals `task.get_dataset(split=..., sequence_length=None, shuffle=False)` per split, but the
+    preprocessing is traced once for all tasks that share it, and the splits are read as one data
+    set: many small splits would otherwise spend their time in TensorFlow's graph building.
+
+    Raises:
+        UserError: no such split, or reading fails (the UserError that the source raised, or one
+            with the first line of the failure).
+    """
+    unknown = [split for split in splits if split not in task.splits]
+    if unknown:
+        raise UserError(
+            f"task {task.name!r} has no split {unknown[0]!r}; it has {', '.join(task.splits)}"
+        )
+    done = ""
+    try:
+        for number, batch in _joined(task, splits).as_numpy_iterator():
+            done = splits[number]
+            columns = batch.items()
+            size = len(next(iter(batch.values())))
+            yield done, [{key: column[i] for key, column in columns} for i in range(size)]
+    except (tf.errors.OpError, OSError) as e:
+        raise _user_error(e, f"task {task.name!r}, after split {done!r}") from e
+
+
+def _joined(task: seqio.Task, splits: Sequence[str]) -> tf.data.Dataset:
+    """All splits as one data set of (index of the split, ragged batch)."""
+    preprocess = _trace(task)
+    joined = None
+    for number, split in enumerate(splits):
+        try:
+            raw = task.source.get_dataset(split=split, shuffle=False)
+        except (tf.errors.OpError, OSError, ValueError) as e:
+            raise _user_error(e, f"task {task.name!r}, split {split!r}") from e
+        number = tf.constant(number, tf.int32)
+        try:
+            data = preprocess(raw, number)
+        except UserError:
+            raise
+        except Exception:  # a preprocessor that must run eagerly
+            data = _preprocess(task, raw, number)
+        joined = data if joined is None else joined.concatenate(data)
+    options = tf.data.Options()
+    # Tuning and rewriting cost more than they save on data that is read once.
+    options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
+    options.threading.private_threadpool_size = os.cpu_count() or 1
+    return joined.with_options(options)
+
+
+def _trace(task: seqio.Task) -> Any:
+    """The task's preprocessing as a graph, shared by tasks with the same preprocessors."""
+    features = [
+        (name, id(getattr(feature, "vocabulary", None)), getattr(feature, "add_eos", None))
+        for name, feature in task.output_features.items()
+    ]
+    key = (tuple(map(id, task.preprocessors)), tuple(features))
+    if key not in _traces:
+        # `do_not_convert` is for this function; the preprocessors' own still are converted.
+        inner = tf.autograph.experimental.do_not_convert(functools.partial(_preprocess, task))
+        _traces[key] = task, tf.function(inner, autograph=False)  # the task keeps the ids alive
+    return _traces[key][1]
+
+
+def _preprocess(task: seqio.Task, raw: tf.data.Dataset, number: tf.Tensor) -> tf.data.Dataset:
+    data = task.preprocess_precache(raw, seed=0)
+    data = task.preprocess_postcache(data, sequence_length=None, seed=0)
+    data = task._validate_preprocessing(data)
+    return data.ragged_batch(_BATCH).map(lambda batch: (number, batch))
+
+
+def _user_error(error: Exception, where: str) -> UserError:
+    """One line; where TensorFlow wrapped a UserError that the source raised, that one."""
+    wrapped = re.search(r"UserError: (.+)", str(error))
+    if wrapped:
+        return UserError(wrapped[1].strip())
+    return UserError(f"{where}: {str(error).strip().splitlines()[0]}")
+
+
+def text(row: Row, feature: str, vocabulary: seqio.Vocabulary) -> str:
+    """The text of a feature: as it was before tokenisation where the task keeps that."""
+    value = row.get(f"{feature}_pretokenized")
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return vocabulary.decode([int(i) for i in row[feature]])
+
+
+def to_json(value: Any) -> Any:
+    """A JSON value from what a postprocess function returned."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, np.generic | np.ndarray):
+        return to_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,238 @@
+"""Vocabularies without TensorFlow: text to token ids and back.
+
+A prepared vocabulary is a directory with `vocabulary.json` (and, for SentencePiece, the model);
+`load_vocabulary` dispatches on its `kind`. Ids follow T5: pad 0, EOS 1, unknown 2, and decoding
+starts with pad. Tokens of `sentencepiece` and `bytes` are those of `seqio.SentencePieceVocabulary`
+and `seqio.ByteVocabulary` on the same model.
+"""
+
+import dataclasses
+import io
+import itertools
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import sentencepiece
+
+from moe_jax import files
+from moe_jax.errors import UserError, nearest
+
+FILE = "vocabulary.json"
+MODEL = "sentencepiece.model"
+KINDS = ("sentencepiece", "bytes", "seqio", "task")
+# Training text is capped so that `prepare` stays quick; BPE takes about 0.4 s per megabyte.
+MAX_TEXTS = 200_000
+MAX_CHARACTERS = 8_000_000
+# The one change made to text. (A rule is needed anyway: with none, TensorFlow's tokenizer writes
+# a line to standard error for every data set it reads.)
+NORMALISATION = "D A\tA\n"
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class VocabularyConfig:
+    """Which vocabulary tokenises a run's tasks.
+
+    Attributes:
+        kind: `sentencepiece` (trained by `prepare`, or the model at `path`), `bytes`, `seqio` (what
+            `factory` returns), or `task` (the one the tasks were registered with).
+        size: number of tokens to train; fewer where the text has fewer.
+        trained_on: mixture or task whose training texts train the model; '' is the first name that
+            is prepared.
+        path: an existing SentencePiece model in place of training.
+        factory: 'package.module:function' or 'file.py:function' returning a `seqio.Vocabulary`.
+        extra_ids: sentinel tokens at the end of the vocabulary, counted in `Vocabulary.size`.
+    """
+
+    kind: str = "sentencepiece"
+    size: int = 4096
+    trained_on: str = ""
+    path: str = ""
+    factory: str = ""
+    extra_ids: int = 0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            hint = nearest(self.kind, KINDS)
+            raise UserError(f"VocabularyConfig.kind is {self.kind!r}, not one of {KINDS}{hint}")
+        if (self.kind == "seqio") != bool(self.factory):
+            raise UserError("VocabularyConfig.factory goes with kind='seqio', and only with it")
+        if self.path and not Path(self.path).is_file():
+            raise UserError(f"VocabularyConfig.path: no SentencePiece model at {self.path}")
+
+
+class Vocabulary:
+    """What all kinds share. Subclasses give `encode` and `_text`.
+
+    Attributes:
+        size: number of ids, sentinels included: the height of the embedding table.
+        pad_id, eos_id, unk_id, decoder_start_id: special ids.
+        bos_id: None where the vocabulary has none.
+    """
+
+    size: int
+    pad_id: int = 0
+    eos_id: int = 1
+    unk_id: int = 2
+    bos_id: int | None = None
+
+    @property
+    def decoder_start_id(self) -> int:
+        return self.pad_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without EOS."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text up to the first EOS; padding is dropped."""
+        kept = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
+        return self._text([i for i in kept if i != self.pad_id])
+
+    def _text(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+
+class ByteVocabulary(Vocabulary):
+    """UTF-8 bytes, shifted by the three special ids, as in ByT5 (arXiv 2105.13626)."""
+
+    def __init__(self, extra_ids: int = 0):
+        self.size = 3 + 256 + extra_ids
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 3 for byte in text.encode()]
+
+    def _text(self, ids: list[int]) -> str:
+        return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="ignore")
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """A SentencePiece model, given as bytes."""
+
+    def __init__(self, model: bytes):
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.size = self._processor.get_piece_size()
+        self.pad_id = self._processor.pad_id()
+        self.eos_id = self._processor.eos_id()
+        self.unk_id = self._processor.unk_id()
+        bos = self._processor.bos_id()
+        self.bos_id = bos if bos >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._processor.decode([i if 0 <= i < self.size else self.unk_id for i in ids])
+
+
+class SeqioVocabulary(Vocabulary):
+    """Any other SeqIO vocabulary; using one imports SeqIO and TensorFlow."""
+
+    def __init__(self, vocabulary: Any):
+        self._vocabulary = vocabulary
+        self.size = vocabulary.vocab_size
+        self.pad_id = vocabulary.pad_id
+        self.eos_id = vocabulary.eos_id
+        self.unk_id = vocabulary.unk_id if vocabulary.unk_id is not None else self.pad_id
+        try:
+            self.bos_id = vocabulary.bos_id
+        except NotImplementedError:
+            self.bos_id = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._vocabulary.encode(text))
+
+    def _text(self, ids: list[int]) -> str:
+        return self._vocabulary.decode(ids)
+
+
+def load_vocabulary(directory: str | Path) -> Vocabulary:
+    """Reads a prepared vocabulary.
+
+    Raises:
+        UserError: `vocabulary.json` or the model is missing, or of an unknown kind.
+    """
+    directory = Path(directory)
+    settings = files.read_json(directory / FILE)
+    match settings.get("kind"):
+        case "bytes":
+            return ByteVocabulary(settings["extra_ids"])
+        case "sentencepiece":
+            return read_sentencepiece(directory / MODEL)
+        case "seqio":
+            from moe_jax.data import registry  # TensorFlow, which no other kind needs
+
+            return SeqioVocabulary(registry.load_vocabulary(settings))
+        case kind:
+            raise UserError(f"{directory / FILE}: unknown kind of vocabulary {kind!r}")
+
+
+def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:
+    """Loads a `.model` file.
+
+    Raises:
+        UserError: it is missing, is no SentencePiece model, or has no pad or EOS token.
+    """
+    try:
+        vocabulary = SentencePieceVocabulary(Path(path).read_bytes())
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except RuntimeError as e:
+        raise UserError(f"{path} is not a SentencePiece model") from e
+    if vocabulary.pad_id != 0 or vocabulary.eos_id < 0:
+        raise UserError(f"{path}: the SentencePiece model needs pad_id=0 and an eos_id")
+    return vocabulary
+
+
+def train_sentencepiece(texts: Sequence[str], size: int) -> bytes:
+    """Trains a byte-pair model that gives every text back, newlines and repeated spaces too.
+
+    What it lacks is spelt in bytes. Exceptions: '\\r\\n' becomes '\\n', and '▁' (U+2581) a space.
+    The result depends on `texts` and `size` alone. Of long collections an even sample is used.
+
+    Raises:
+        UserError: `size` is below what bytes and characters alone need, or there is no text.
+    """
+    from sentencepiece import sentencepiece_model_pb2  # protobuf, which readers do without
+
+    texts = list(_sample([text for text in texts if text]))
+    if not texts:
+        raise UserError("there is no text to train a vocabulary on")
+    model = io.BytesIO()
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        rules.write(NORMALISATION)
+        rules.flush()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=size,
+                hard_vocab_limit=False,
+                byte_fallback=True,
+                normalization_rule_tsv=rules.name,
+                remove_extra_whitespaces=False,
+                max_sentence_length=max(len(text.encode()) for text in texts) + 1,
+                pad_id=0,
+                eos_id=1,
+                unk_id=2,
+                bos_id=-1,
+                num_threads=4,
+                minloglevel=2,
+            )
+        except RuntimeError as e:
+            reason = str(e).split("] ", 1)[-1]
+            raise UserError(f"cannot train a vocabulary of size {size}: {reason}") from e
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto.normalizer_spec.ClearField("normalization_rule_tsv")  # the name of a temporary file
+    return proto.SerializeToString(deterministic=True)
+
+
+def _sample(texts: Sequence[str]) -> Iterable[str]:
+    """Every k-th text, so that neither cap is passed (but for one last text)."""
+    characters = sum(map(len, texts))
+    step = max(-(-len(texts) // MAX_TEXTS), -(-characters // MAX_CHARACTERS))
+    return itertools.islice(texts, 0, None, max(1, step))

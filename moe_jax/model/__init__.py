@@ -1,0 +1,1 @@
+"""Backbone, experts, router, decoding: pure functions under thin Flax modules."""

@@ -1,0 +1,89 @@
+"""Attention, masks and relative positions as pure functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def segment_mask(query_segments_RxLq: jax.Array, key_segments_RxLk: jax.Array) -> jax.Array:
+    """Which keys each query may see: those of its own example. Padding (0) sees only padding.
+
+    Returns:
+        bool [R, 1, L_q, L_k].
+    """
+    return query_segments_RxLq[:, None, :, None] == key_segments_RxLk[:, None, None, :]
+
+
+def causal_mask(length: int) -> jax.Array:
+    """bool [1, 1, L, L], True where the key is not after the query."""
+    return jnp.tril(jnp.ones((1, 1, length, length), bool))
+
+
+def attend(
+    q_RxLqxHxD: jax.Array,
+    k_RxLkxHxD: jax.Array,
+    v_RxLkxHxD: jax.Array,
+    mask: jax.Array | None,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Multi-head attention; softmax in float32.
+
+    Args:
+        mask: bool, broadcastable to [R, H, L_q, L_k]; True is seen.
+        bias: added to the scores, broadcastable likewise.
+        scale: of the scores; D ** -0.5 when None.
+        dropout_rate: of the attention weights; with 0 the fused implementations can be used.
+
+    Returns:
+        [R, L_q, H, D] in the dtype of `q`.
+    """
+    if dropout_rate == 0.0:
+        return jax.nn.dot_product_attention(
+            q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, bias=bias, mask=mask, scale=scale
+        )
+    scale = q_RxLqxHxD.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("rqhd,rkhd->rhqk", q_RxLqxHxD, k_RxLkxHxD).astype(jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores).astype(q_RxLqxHxD.dtype)
+    keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, probabilities.shape)
+    probabilities = jnp.where(keep, probabilities / (1.0 - dropout_rate), 0.0)
+    return jnp.einsum("rhqk,rkhd->rqhd", probabilities.astype(v_RxLkxHxD.dtype), v_RxLkxHxD)
+
+
+def relative_buckets(
+    query_positions_Lq: jax.Array,
+    key_positions_Lk: jax.Array,
+    *,
+    bidirectional: bool,
+    buckets: int,
+    max_distance: int,
+) -> jax.Array:
+    """T5's relative position buckets (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets count exact distances, the rest grow logarithmically up to
+    `max_distance`; a bidirectional table spends half of all buckets on each direction.
+
+    Returns:
+        int32 [L_q, L_k] in [0, buckets).
+    """
+    distance = query_positions_Lq[:, None] - key_positions_Lk[None, :]
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance < 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(distance, 0)
+    exact = buckets // 2
+    ratio = jnp.maximum(distance, 1).astype(jnp.float32) / exact
+    logarithmic = exact + (
+        jnp.log(ratio) / np.log(max_distance / exact) * (buckets - exact)
+    ).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(logarithmic, buckets - 1))

@@ -1,0 +1,291 @@
+"""The encoder-decoder, with any number of experts in its routed layers.
+
+The same module serves as the stored model (E experts), as the sparse model of one group (the k
+experts its route chose, see `experts.gather`) and, with one expert, as the plain dense model.
+"""
+
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model.attention import causal_mask, relative_buckets, segment_mask
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.experts import init_experts, mix
+from moe_jax.model.layers import DecoderLayer, EncoderLayer, KeyValue, Norm
+
+# BART's position table starts with two unused rows.
+POSITION_OFFSET = 2
+
+
+class Stack(nn.Module):
+    """Embedding of positions, layers with their experts, and the norm of one side."""
+
+    config: ModelConfig
+    side: str  # "encoder" or "decoder"
+    experts: int
+
+    def setup(self) -> None:
+        c = self.config
+        decoder = self.side == "decoder"
+        self.depth = c.decoder_layers if decoder else c.encoder_layers
+        self.vanilla = c.decoder_vanilla_layers if decoder else c.encoder_vanilla_layers
+        # Not a submodule: its parameters are a plain tree that experts can be taken from.
+        self.layer = (DecoderLayer if decoder else EncoderLayer)(c, parent=None)
+        normal = nn.initializers.normal(c.init_std)
+        if c.architecture == "bart":
+            init = nn.with_logical_partitioning(normal, ("position", "embed"))
+            shape = (c.max_positions + POSITION_OFFSET, c.d_model)
+            self.position = self.param("position", init, shape)
+        else:
+            init = nn.with_logical_partitioning(normal, ("relative", "heads"))
+            self.relative = self.param("relative", init, (c.relative_buckets, c.heads))
+        # `param` would trace the initialisation of all layers again at every call.
+        self.layers = (
+            self.param("layers", self._init_layers)
+            if self.is_initializing()
+            else self.get_variable("params", "layers")
+        )
+        self.norm = Norm(c)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def _init_layers(self, key: jax.Array) -> dict[str, Any]:
+        x = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)
+        args = (x, x, None, None, None) if self.side == "decoder" else (x, None, None)
+        counts = {
+            "routed": (self.depth - len(self.vanilla), self.experts),
+            "vanilla": (len(self.vanilla), 1),
+        }
+        return {
+            kind: init_experts(
+                lambda k: self.layer.init(k, *args)["params"],
+                jax.random.fold_in(key, i),
+                layers,
+                experts,
+                self.config.expert_noise,
+            )
+            for i, (kind, (layers, experts)) in enumerate(counts.items())
+            if layers
+        }
+
+    def runs(self) -> list[tuple[str, slice]]:
+        """Runs of neighbouring layers of one kind, in order: (kind, place in its stack)."""
+        result, done = [], {"routed": 0, "vanilla": 0}
+        kinds = ["vanilla" if i in self.vanilla else "routed" for i in range(self.depth)]
+        for kind, run in itertools.groupby(kinds):
+            start = done[kind]
+            done[kind] += len(list(run))
+            result.append((kind, slice(start, done[kind])))
+        return result
+
+    def embed(self, x: jax.Array, positions: jax.Array, deterministic: bool) -> jax.Array:
+        """What goes into the first layer."""
+        if self.config.architecture == "bart":
+            x = self.norm(x + self.position[positions + POSITION_OFFSET].astype(x.dtype))
+        return self.dropout(x, deterministic=deterministic)
+
+    def finish(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """What comes out of the last layer."""
+        if self.config.architecture == "t5":
+            x = self.dropout(self.norm(x), deterministic=deterministic)
+        return x
+
+    def bias(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array | None:
+        """T5's relative position bias [1, H, L_q, L_k]; None for BART."""
+        if self.config.architecture == "bart":
+            return None
+        buckets = relative_buckets(
+            query_positions,
+            key_positions,
+            bidirectional=self.side == "encoder",
+            buckets=self.config.relative_buckets,
+            max_distance=self.config.relative_max_distance,
+        )
+        return self.relative[buckets].transpose(2, 0, 1)[None].astype(self.config.dtype)
+
+    def scan(self, body, carry, weights_NxK: jax.Array | None, per_layer: Any = None):
+        """Runs `body(carry, (params_K, weights_K, own))` over all layers.
+
+        Args:
+            weights_NxK: routes of this side's routed layers; `weights_K` is None where the
+                layer is vanilla or the model is dense.
+            per_layer: a tree with a leading axis of all layers; `own` is the layer's part.
+
+        Returns:
+            (carry, what the body returned besides, stacked over all layers).
+        """
+        outs, start = [], 0
+        for kind, place in self.runs():
+            whole = place == slice(0, jax.tree.leaves(self.layers[kind])[0].shape[0])
+            params = self.layers[kind]
+            if not whole:
+                params = jax.tree.map(lambda p, at=place: p[at], params)
+            weights = weights_NxK[place] if kind == "routed" and weights_NxK is not None else None
+            stop = start + place.stop - place.start
+            own = jax.tree.map(lambda a, at=slice(start, stop): a[at], per_layer)
+            carry, out = jax.lax.scan(
+                body, carry, (params, weights, own), unroll=self.config.unroll_layers
+            )
+            outs.append(out)
+            start = stop
+        return carry, jax.tree.map(lambda *a: jnp.concatenate(a) if len(a) > 1 else a[0], *outs)
+
+    def __call__(self, x, args, weights_NxK, deterministic: bool) -> jax.Array:
+        """Runs all layers; `args` follow x in the layer's call. [R, L, D] -> [R, L, D]."""
+        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), self.depth)
+
+        def run(x, layer):
+            params_K, weights_K, key = layer
+            rngs = None if key is None else {"dropout": key}
+            y = mix(
+                lambda p: self.layer.apply({"params": p}, x, *args, deterministic, rngs=rngs),
+                params_K,
+                weights_K,
+            )
+            return y, None
+
+        run = jax.checkpoint(run) if self.config.remat else run
+        return self.scan(run, x, weights_NxK, keys)[0]
+
+
+class EncoderDecoder(nn.Module):
+    """BART or T5 1.1 whose routed layers hold `experts` experts each.
+
+    Every method takes `weights_NxK`, the route of the one task that all R rows belong to: for
+    each routed layer (encoder first) the weights of its experts; None only where experts = 1.
+    """
+
+    config: ModelConfig
+    experts: int
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(1.0 if c.architecture == "t5" else c.init_std)
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(init, ("vocab", "embed")),
+            (c.vocabulary_size, c.d_model),
+        )
+        self.encoder = Stack(c, "encoder", self.experts)
+        self.decoder = Stack(c, "decoder", self.experts)
+        if not c.tie_embeddings:
+            init = nn.with_logical_partitioning(
+                nn.initializers.normal(c.d_model**-0.5), ("embed", "vocab")
+            )
+            self.head = self.param("head", init, (c.d_model, c.vocabulary_size))
+
+    def split_weights(self, weights_NxK: jax.Array | None):
+        """The route's encoder and decoder part."""
+        if weights_NxK is None:
+            return None, None
+        encoder = self.config.encoder_layers - len(self.config.encoder_vanilla_layers)
+        return weights_NxK[:encoder], weights_NxK[encoder:]
+
+    def encode(self, inputs, segments, positions, weights_NxK, deterministic=True) -> jax.Array:
+        """int [R, L_in] tokens, segments (0: padding), positions -> [R, L_in, D]."""
+        x = self.embedding[inputs].astype(self.config.dtype)
+        x = self.encoder.embed(x, positions, deterministic)
+        places = jnp.arange(inputs.shape[1])
+        args = (segment_mask(segments, segments), self.encoder.bias(places, places))
+        x = self.encoder(x, args, self.split_weights(weights_NxK)[0], deterministic)
+        return self.encoder.finish(x, deterministic)
+
+    def decode(
+        self, encoded, input_segments, decoder_inputs, segments, positions, weights_NxK,
+        deterministic=True,
+    ) -> jax.Array:  # fmt: skip
+        """Whole targets at once (teacher forcing): int [R, L_out] -> hidden [R, L_out, D]."""
+        x = self.embedding[decoder_inputs].astype(self.config.dtype)
+        x = self.decoder.embed(x, positions, deterministic)
+        places = jnp.arange(decoder_inputs.shape[1])
+        mask = segment_mask(segments, segments) & causal_mask(decoder_inputs.shape[1])
+        cross_mask = segment_mask(segments, input_segments)
+        args = (encoded, mask, cross_mask, self.decoder.bias(places, places))
+        x = self.decoder(x, args, self.split_weights(weights_NxK)[1], deterministic)
+        return self.decoder.finish(x, deterministic)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]."""
+        c = self.config
+        if c.tie_embeddings:
+            if c.scale_tied_logits:
+                hidden = hidden * c.d_model**-0.5
+            kernel = self.embedding.T.astype(c.dtype)
+        else:
+            kernel = self.head.astype(c.dtype)
+        return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def __call__(self, batch, weights_NxK, deterministic=True) -> jax.Array:
+        """Logits [R, L_out, V] of one group of a training batch (see `data.pipeline`)."""
+        encoded = self.encode(
+            batch["inputs"], batch["input_segments"], batch["input_positions"], weights_NxK,
+            deterministic,
+        )  # fmt: skip
+        hidden = self.decode(
+            encoded, batch["input_segments"], batch["decoder_inputs"], batch["target_segments"],
+            batch["target_positions"], weights_NxK, deterministic,
+        )  # fmt: skip
+        return self.logits(hidden)
+
+    # Decoding with a cache.
+
+    def start_cache(self, encoded_RxLinxD: jax.Array, length: int) -> dict[str, KeyValue]:
+        """Empty self-attention caches and the cross-attention's, each stacked over layers.
+
+        Args:
+            length: L_max, the longest target that can be decoded.
+
+        Returns:
+            {"self", "cross"}: keys and values [layers, K, R, length, H, head_dim].
+        """
+        c = self.config
+        layer = self.decoder.layer
+
+        def one_layer(_, layer_params):
+            params_K, _, _ = layer_params
+
+            def cross(p):
+                return layer.apply({"params": p}, encoded_RxLinxD, method="cross_key_value")
+
+            return None, jax.vmap(cross)(params_K)
+
+        _, cross = self.decoder.scan(one_layer, None, None)
+        layers, copies, rows = cross.key.shape[:3]
+        empty = jnp.zeros((layers, copies, rows, length, c.heads, c.head_dim), c.dtype)
+        return {"self": KeyValue(empty, empty), "cross": cross}
+
+    def decode_step(self, token_R, index, cache, input_segments, weights_NxK):
+        """One position for every row.
+
+        Args:
+            token_R: int [R], the previous token.
+            index: int scalar, its position.
+            cache: from `start_cache` or the previous step.
+
+        Returns:
+            (float32 logits [R, V], the new cache).
+        """
+        x = self.embedding[token_R[:, None]].astype(self.config.dtype)
+        x = self.decoder.embed(x, jnp.full_like(token_R[:, None], index), True)
+        places = jnp.arange(cache["self"].key.shape[3])
+        mask = (places <= index)[None, None, None]
+        cross_mask = segment_mask(jnp.ones_like(token_R[:, None]), input_segments)
+        bias = self.decoder.bias(index[None], places)
+
+        def one_layer(x, layer_params):
+            params_K, weights_K, own_K = layer_params
+
+            def step(params, own):
+                return self.decoder.layer.apply(
+                    {"params": params}, x, own["self"], index, own["cross"], mask, cross_mask,
+                    bias, method="step",
+                )  # fmt: skip
+
+            return mix(step, params_K, weights_K, own_K)
+
+        weights = self.split_weights(weights_NxK)[1]
+        x, new = self.decoder.scan(one_layer, x, weights, cache)
+        cache = {"self": new, "cross": cache["cross"]}
+        return self.logits(self.decoder.finish(x, True)[:, 0]), cache

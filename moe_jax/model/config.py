@@ -1,0 +1,174 @@
+"""Model and router configurations. Defaults live here; gin files only override them."""
+
+import dataclasses
+from typing import Literal, get_args
+
+import gin
+
+from moe_jax.errors import UserError, nearest
+
+ROUTER_HEADS = 4  # of the transformer router's attention
+# Selections that need no trained router.
+BASELINES = ("average", "random_task", "random_instance")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """An encoder-decoder transformer whose routed layers have `experts` copies.
+
+    `architecture` fixes what the two families do differently: BART is post-norm with learned
+    positions, biases and GELU; T5 1.1 is pre-norm (RMS) with relative position bias, no biases
+    and gated GELU. `vocabulary_size` 0 takes the size of the data's vocabulary.
+    """
+
+    architecture: Literal["bart", "t5"] = "bart"
+    vocabulary_size: int = 0
+    d_model: int = 768
+    d_ff: int = 3072
+    heads: int = 12
+    head_dim: int = 0  # 0: d_model / heads
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    max_positions: int = 1024  # BART only
+    relative_buckets: int = 32  # T5 only
+    relative_max_distance: int = 128  # T5 only
+    tie_embeddings: bool = True
+    scale_tied_logits: bool = False  # T5 1.0 with tied embeddings: multiply by d_model**-0.5
+    init_std: float = 0.02
+    dropout_rate: float = 0.1
+    attention_dropout_rate: float = 0.0
+    activation_dropout_rate: float = 0.0
+    # Experts (paper section 4).
+    experts: int = 1
+    encoder_vanilla_layers: tuple[int, ...] = ()
+    decoder_vanilla_layers: tuple[int, ...] = ()
+    expert_noise: float = 0.01  # standard deviation of the noise that tells experts apart
+    # Execution.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    unroll_layers: int = 1  # layers per iteration of the scan over layers
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "decoder"):
+            depth = getattr(self, f"{name}_layers")
+            vanilla = tuple(sorted(set(getattr(self, f"{name}_vanilla_layers"))))
+            object.__setattr__(self, f"{name}_vanilla_layers", vanilla)
+            if any(not 0 <= layer < depth for layer in vanilla):
+                raise UserError(
+                    f"ModelConfig.{name}_vanilla_layers is {vanilla}, "
+                    f"but the {name} has layers 0 to {depth - 1}"
+                )
+        if self.experts < 1:
+            raise UserError(f"ModelConfig.experts must be at least 1, not {self.experts}")
+        if self.head_dim == 0:
+            if self.d_model % self.heads:
+                raise UserError(
+                    f"ModelConfig.d_model {self.d_model} is no multiple of heads {self.heads}"
+                )
+            object.__setattr__(self, "head_dim", self.d_model // self.heads)
+
+    @property
+    def routed_layers(self) -> tuple[str, ...]:
+        """Names of the N routed layers, encoder first: `encoder.0` ... `decoder.5`."""
+        return tuple(
+            f"{stack}.{layer}"
+            for stack in ("encoder", "decoder")
+            for layer in range(getattr(self, f"{stack}_layers"))
+            if layer not in getattr(self, f"{stack}_vanilla_layers")
+        )
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How a task's representation becomes one distribution over experts per routed layer.
+
+    Selections: `softmax`, `gumbel_softmax`, `gumbel_softmax_st` (straight-through), `argmax`
+    (straight-through, no noise), `top_k`, and the baselines `average`, `random_task` (random
+    experts per task and layer, fixed by `seed`) and `random_instance` (drawn anew for every
+    group; use one example per group). The random ones mix max(1, `experts_per_layer`) experts.
+
+    `experts_per_layer` = k gathers only each layer's k largest experts (0: all). With a hard
+    selection and k < experts, the router's gradient comes from the selected experts only.
+
+    The temperature starts at `temperature` and falls to `temperature_floor` at
+    `temperature_rate`: see `selection.temperature_at`. In training, `exploration_epsilon` is the
+    probability that a task's route in a layer is replaced by one of the kind `exploration_route`.
+    """
+
+    kind: Literal[
+        "linear",
+        "rnn",
+        "lstm",
+        "gru",
+        "transformer",
+        "linear_layer_specific",
+        "rnn_layer_specific",
+        "lstm_layer_specific",
+        "gru_layer_specific",
+        "transformer_layer_specific",
+    ] = "linear"
+    hidden_dim: int = 128
+    representation_dim: int = 128
+    selection: Literal[
+        "softmax",
+        "gumbel_softmax",
+        "gumbel_softmax_st",
+        "argmax",
+        "top_k",
+        "average",
+        "random_task",
+        "random_instance",
+    ] = "softmax"
+    experts_per_layer: int = 0
+    temperature: float = 1.0
+    temperature_schedule: Literal["exponential", "linear", "constant"] = "exponential"
+    temperature_rate: float = 0.0
+    temperature_floor: float = 0.1
+    exploration_epsilon: float = 0.0
+    exploration_route: Literal["one_hot", "uniform"] = "one_hot"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices, value = get_args(field.type), getattr(self, field.name)
+            if choices and value not in choices:
+                raise UserError(
+                    f"RouterConfig.{field.name} is {value!r}; it is one of "
+                    f"{', '.join(choices)}{nearest(str(value), choices)}"
+                )
+        uses_all = self.selection in ("softmax", "gumbel_softmax", "average")
+        if uses_all and self.experts_per_layer:
+            raise UserError(
+                f"RouterConfig.selection '{self.selection}' uses every expert; experts_per_layer "
+                f"{self.experts_per_layer} needs 'top_k', 'argmax' or 'gumbel_softmax_st'"
+            )
+        if self.selection == "top_k" and not self.experts_per_layer:
+            raise UserError("RouterConfig.selection 'top_k' needs experts_per_layer")
+        if not 0.0 <= self.exploration_epsilon <= 1.0:
+            raise UserError(
+                f"RouterConfig.exploration_epsilon is {self.exploration_epsilon}; "
+                "it is a probability"
+            )
+        if self.exploration_epsilon and self.selection in BASELINES:
+            raise UserError(
+                f"RouterConfig.exploration_epsilon {self.exploration_epsilon} is for routes that "
+                f"the router chooses, not for selection '{self.selection}'"
+            )
+        if (
+            self.exploration_epsilon
+            and self.exploration_route == "uniform"
+            and self.experts_per_layer
+        ):
+            raise UserError(
+                "RouterConfig.exploration_route 'uniform' uses every expert, but "
+                f"experts_per_layer is {self.experts_per_layer}; take 'one_hot'"
+            )
+        specific = self.kind.endswith("_layer_specific")
+        name = "hidden_dim" if specific else "representation_dim"
+        if self.kind.startswith("transformer") and getattr(self, name) % ROUTER_HEADS:
+            raise UserError(
+                f"RouterConfig.{name} {getattr(self, name)} is no multiple of the "
+                f"{ROUTER_HEADS} heads of kind '{self.kind}'"
+            )

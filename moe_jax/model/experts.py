@@ -1,0 +1,133 @@
+"""Experts: whole layers stacked on leading axes [layer, expert]. Initialise, gather and mix."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+Params = Any
+
+
+def init_experts(
+    init: Callable[[jax.Array], Params], key: jax.Array, layers: int, count: int, noise: float
+) -> Params:
+    """Fresh layers, each with `count` copies told apart by Gaussian noise.
+
+    Args:
+        init: key -> parameters of one layer.
+        noise: standard deviation; a single expert gets none, so that E=1 is the dense model.
+
+    Returns:
+        The parameters of a layer with leading axes [layer, expert].
+    """
+    key, noise_key = jax.random.split(key)
+    params_LxP = jax.vmap(init)(jax.random.split(key, layers))
+    params_LxExP = jax.tree.map(lambda p: jnp.repeat(p[:, None], count, axis=1), params_LxP)
+    if count > 1 and noise:
+        params_LxExP = add_noise(params_LxExP, noise_key, noise)
+    for axis in ("expert", "layer"):
+        params_LxExP = nn.meta.add_axis(params_LxExP, 0, {nn.PARTITION_NAME: axis})
+    return params_LxExP
+
+
+def add_noise(params: Params, key: jax.Array, scale: float) -> Params:
+    """Adds independent Gaussian noise of standard deviation `scale` to every parameter."""
+    flat, unravel = ravel_pytree(params)  # one draw for all: it compiles faster than many
+    return unravel(flat + scale * jax.random.normal(key, flat.shape, flat.dtype))
+
+
+def gather(backbone: Params, index_NxK: jax.Array) -> Params:
+    """The backbone with only K experts per routed layer: the weights are routed, not the tokens.
+
+    With K = 1 this is a plain dense model (the mixture *squeezed* for one task).
+
+    Args:
+        backbone: parameters of `EncoderDecoder` with E experts.
+        index_NxK: int, which experts to take in each of the N routed layers, encoder first.
+    """
+    result = backbone
+    for side, stack, index in _routed(backbone, index_NxK):
+
+        def take(at, stack=stack):
+            return jax.tree.map(lambda p: p[at[0], at[1]], stack)
+
+        # A loop of slices: XLA's gather is slower on CPU.
+        taken_P = jax.lax.map(take, _places(index))
+        taken = jax.tree.map(lambda p, i=index: p.reshape(*i.shape, *p.shape[1:]), taken_P)
+        result = _replace(result, side, taken)
+    return result
+
+
+def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array) -> Params:
+    """Adds gradients of a gathered backbone to those of the whole one; transpose of `gather`."""
+    rest = [total, gathered]
+    sums = {}
+    for side, stack, index in _routed(total, index_NxK):
+
+        def add_one(stack, at_and_addend):
+            at, addend = at_and_addend
+            return jax.tree.map(lambda t, g: t.at[at[0], at[1]].add(g), stack, addend), None
+
+        addends = gathered[side]["layers"]["routed"]
+        addends_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), addends)
+        sums[side], _ = jax.lax.scan(add_one, stack, (_places(index), addends_P))
+        rest = [_replace(tree, side, ()) for tree in rest]
+    result = jax.tree.map(jnp.add, *rest)
+    for side, stack in sums.items():
+        result = _replace(result, side, stack)
+    return result
+
+
+def _places(index_LxK: jax.Array) -> jax.Array:
+    """(layer, expert) of every gathered expert: int [L * K, 2]."""
+    layers = jnp.broadcast_to(jnp.arange(index_LxK.shape[0])[:, None], index_LxK.shape)
+    return jnp.stack([layers.ravel(), index_LxK.ravel().astype(layers.dtype)], axis=1)
+
+
+def _routed(backbone: Params, index_NxK: jax.Array) -> list[tuple[str, Params, jax.Array]]:
+    """For each side that has them: its routed layers and their part of the index."""
+    result, start = [], 0
+    for side in ("encoder", "decoder"):
+        if "routed" in backbone[side]["layers"]:
+            stack = backbone[side]["layers"]["routed"]
+            stop = start + jax.tree.leaves(stack)[0].shape[0]
+            result.append((side, stack, index_NxK[start:stop]))
+            start = stop
+    return result
+
+
+def _replace(backbone: Params, side: str, routed: Params) -> Params:
+    """`backbone` with other routed layers on one side."""
+    layers = {**backbone[side]["layers"], "routed": routed}
+    return {**backbone, side: {**backbone[side], "layers": layers}}
+
+
+def mix(
+    apply: Callable[..., Any], params_K: Params, weights_K: jax.Array | None, *per_expert: Any
+) -> Any:
+    """Sum over experts of weight times output (paper section 4, equation 1).
+
+    Args:
+        apply: (parameters of one layer, *its own values) -> output, or (output, other results).
+        params_K: parameters stacked on a leading axis of K experts.
+        weights_K: the route; None where there is one expert and nothing to route.
+        per_expert: further trees with a leading axis of K experts.
+
+    Returns:
+        The mixed output; with other results, (mixed output, results stacked over K).
+    """
+    if jax.tree.leaves(params_K)[0].shape[0] == 1:
+        # Not vmapped: a plain layer gets plain matrix products.
+        result = apply(*(jax.tree.map(lambda a: a[0], a) for a in (params_K, *per_expert)))
+        if not isinstance(result, tuple):
+            return result if weights_K is None else result * weights_K[0].astype(result.dtype)
+        y, other = result
+        y = y if weights_K is None else y * weights_K[0].astype(y.dtype)
+        return y, jax.tree.map(lambda a: a[None], other)
+    result = jax.vmap(apply)(params_K, *per_expert)
+    y_Kx, *other = result if isinstance(result, tuple) else (result,)
+    y = jnp.tensordot(weights_K.astype(y_Kx.dtype), y_Kx, axes=1)
+    return (y, *other) if other else y

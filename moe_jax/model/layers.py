@@ -1,0 +1,212 @@
+"""One encoder layer and one decoder layer: what an expert is. BART and T5 1.1 share the code."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model.attention import attend
+from moe_jax.model.config import ModelConfig
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one attention, each [R, L, H, D]."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def _weights(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std):
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return module.param(name, init, shape).astype(module.config.dtype)
+
+
+def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
+    """A bias, or 0 where the architecture has none."""
+    if module.config.architecture == "t5":
+        return jnp.zeros((), module.config.dtype)
+    init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    return module.param(name, init, shape).astype(module.config.dtype)
+
+
+class Norm(nn.Module):
+    """LayerNorm (BART) or RMS norm without mean and bias (T5); computed in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dim = x.shape[-1]
+        axes = ("norm",)
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, axes), (dim,)
+        )
+        x32 = x.astype(jnp.float32)
+        if self.config.architecture == "t5":
+            inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + 1e-6)
+            return (x32 * inverse * scale).astype(x.dtype)
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), (dim,))
+        centred = x32 - jnp.mean(x32, -1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-5)
+        return (centred * inverse * scale + bias).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections around `attend`. Self-attention projects q, k, v with one matrix product."""
+
+    config: ModelConfig
+    cross: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        D, H, K = c.d_model, c.heads, c.head_dim
+        # T5 does not scale its scores: the scale is in the initialisation of the query.
+        self.scale = 1.0 if c.architecture == "t5" else K**-0.5
+        axes = ("embed", "qkv", "heads", "head_dim")
+        if self.cross:
+            self.q_kernel = _weights(self, "q_kernel", (D, 1, H, K), axes, c.init_std)
+            self.q_bias = _bias(self, "q_bias", (1, H, K), axes[1:])
+            self.kv_kernel = _weights(self, "kv_kernel", (D, 2, H, K), axes, c.init_std)
+            self.kv_bias = _bias(self, "kv_bias", (2, H, K), axes[1:])
+        else:
+            self.qkv_kernel = _weights(self, "qkv_kernel", (D, 3, H, K), axes, c.init_std)
+            self.qkv_bias = _bias(self, "qkv_bias", (3, H, K), axes[1:])
+        out_axes = ("heads", "head_dim", "embed")
+        self.out_kernel = _weights(self, "out_kernel", (H, K, D), out_axes, c.init_std)
+        self.out_bias = _bias(self, "out_bias", (D,), ("norm",))
+
+    def project(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Query, and key with value, of self-attention."""
+        y = jnp.einsum("rld,dchk->rlchk", x_RxLxD, self.qkv_kernel) + self.qkv_bias
+        return y[:, :, 0], KeyValue(y[:, :, 1], y[:, :, 2])
+
+    def project_query(self, x_RxLxD: jax.Array) -> jax.Array:
+        """Query of cross-attention."""
+        return (jnp.einsum("rld,dchk->rlchk", x_RxLxD, self.q_kernel) + self.q_bias)[:, :, 0]
+
+    def project_key_value(self, encoded_RxLxD: jax.Array) -> KeyValue:
+        """Key and value of cross-attention."""
+        y = jnp.einsum("rld,dchk->rlchk", encoded_RxLxD, self.kv_kernel) + self.kv_bias
+        return KeyValue(y[:, :, 0], y[:, :, 1])
+
+    def mix(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
+        """Attends and projects back to [R, L_q, D]."""
+        rate = 0.0 if deterministic else self.config.attention_dropout_rate
+        key = self.make_rng("dropout") if rate else None
+        y = attend(
+            q, kv.key, kv.value, mask, bias=bias, scale=self.scale, dropout_rate=rate,
+            dropout_key=key,
+        )  # fmt: skip
+        return jnp.einsum("rlhk,hkd->rld", y, self.out_kernel) + self.out_bias
+
+
+class FeedForward(nn.Module):
+    """GELU (BART) or gated GELU (T5 1.1) with one hidden layer."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_RxLxD: jax.Array, deterministic: bool) -> jax.Array:
+        c = self.config
+        gates = 2 if c.architecture == "t5" else 1
+        kernel = _weights(
+            self, "in_kernel", (c.d_model, gates, c.d_ff), ("embed", "gate", "mlp"), c.init_std
+        )
+        bias = _bias(self, "in_bias", (gates, c.d_ff), ("gate", "mlp"))
+        h = jnp.einsum("rld,dgf->rlgf", x_RxLxD, kernel) + bias
+        if c.architecture == "t5":
+            h = nn.gelu(h[:, :, 0], approximate=True) * h[:, :, 1]
+        else:
+            h = nn.gelu(h[:, :, 0], approximate=False)
+        h = nn.Dropout(c.activation_dropout_rate)(h, deterministic=deterministic)
+        kernel = _weights(self, "out_kernel", (c.d_ff, c.d_model), ("mlp", "embed"), c.init_std)
+        return h @ kernel + _bias(self, "out_bias", (c.d_model,), ("norm",))
+
+
+class _Layer(nn.Module):
+    """Residual blocks: norm after the sum (BART) or before the block (T5)."""
+
+    config: ModelConfig
+
+    def before(self, norm: nn.Module, x: jax.Array) -> jax.Array:
+        return norm(x) if self.config.architecture == "t5" else x
+
+    def after(self, norm: nn.Module, x: jax.Array, y: jax.Array, deterministic: bool) -> jax.Array:
+        y = x + self.dropout(y, deterministic=deterministic)
+        return y if self.config.architecture == "t5" else norm(y)
+
+
+class EncoderLayer(_Layer):
+    """Self-attention and feed-forward."""
+
+    def setup(self) -> None:
+        self.self_attention = Attention(self.config)
+        self.self_attention_norm = Norm(self.config)
+        self.feed_forward = FeedForward(self.config)
+        self.feed_forward_norm = Norm(self.config)
+        self.dropout = nn.Dropout(self.config.dropout_rate)
+
+    def __call__(self, x_RxLxD, mask, bias, deterministic: bool = True) -> jax.Array:
+        """[R, L, D] -> [R, L, D]; `mask` and `bias` as in `attend`."""
+        q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
+        y = self.self_attention.mix(q, kv, mask, bias, deterministic)
+        x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
+        y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
+        return self.after(self.feed_forward_norm, x, y, deterministic)
+
+
+class DecoderLayer(_Layer):
+    """Causal self-attention, cross-attention and feed-forward."""
+
+    def setup(self) -> None:
+        self.self_attention = Attention(self.config)
+        self.self_attention_norm = Norm(self.config)
+        self.cross_attention = Attention(self.config, cross=True)
+        self.cross_attention_norm = Norm(self.config)
+        self.feed_forward = FeedForward(self.config)
+        self.feed_forward_norm = Norm(self.config)
+        self.dropout = nn.Dropout(self.config.dropout_rate)
+
+    def __call__(
+        self, x_RxLxD, encoded_RxLinxD, mask, cross_mask, bias, deterministic: bool = True
+    ) -> jax.Array:
+        """A whole target at once: [R, L, D] -> [R, L, D]."""
+        q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
+        cross = self.cross_attention.project_key_value(encoded_RxLinxD)
+        return self._rest(x_RxLxD, q, kv, cross, mask, cross_mask, bias, deterministic)
+
+    def cross_key_value(self, encoded_RxLinxD: jax.Array) -> KeyValue:
+        """Computed once per input, read at every step."""
+        return self.cross_attention.project_key_value(encoded_RxLinxD)
+
+    def step(
+        self, x_Rx1xD, cache: KeyValue, index, cross: KeyValue, mask, cross_mask, bias
+    ) -> tuple[jax.Array, KeyValue]:
+        """One target position: writes its key and value at `index` of the cache and reads it.
+
+        Args:
+            cache: each [R, L_max, H, K].
+            index: int scalar, the position.
+            mask: bool [1, 1, 1, L_max], True up to `index`.
+
+        Returns:
+            ([R, 1, D], the new cache).
+        """
+        q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_Rx1xD))
+        cache = KeyValue(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+                for old, new in zip(cache, kv, strict=True)
+            )
+        )
+        return self._rest(x_Rx1xD, q, cache, cross, mask, cross_mask, bias, True), cache
+
+    def _rest(self, x, q, kv, cross, mask, cross_mask, bias, deterministic):
+        y = self.self_attention.mix(q, kv, mask, bias, deterministic)
+        x = self.after(self.self_attention_norm, x, y, deterministic)
+        q = self.cross_attention.project_query(self.before(self.cross_attention_norm, x))
+        y = self.cross_attention.mix(q, cross, cross_mask, None, deterministic)
+        x = self.after(self.cross_attention_norm, x, y, deterministic)
+        y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
+        return self.after(self.feed_forward_norm, x, y, deterministic)

@@ -1,0 +1,153 @@
+"""Routers: task representation -> one distribution over experts per routed layer.
+
+Ten kinds, as published (paper section 4.2): `linear`, `rnn`, `lstm`, `gru` and `transformer`,
+each in a shared form and a `_layer_specific` form. Gates follow PyTorch's formulas, so that
+published weights map one to one. No dropout.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model.attention import attend
+from moe_jax.model.config import ROUTER_HEADS, RouterConfig
+
+ROUTER_MLP = 64  # hidden size of the transformer router's feed-forward block
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+
+
+class Router(nn.Module):
+    """Route logits from task representations.
+
+    Shared form: `linear` is a two-layer perceptron with one output for all layers; the others
+    read the representation plus an embedding of the layer's position, as a sequence over layers.
+    Layer-specific form: every routed layer has a projection (`linear`: a perceptron) of its own.
+    """
+
+    config: RouterConfig
+    layers: int
+    experts: int
+
+    @nn.compact
+    def __call__(self, representation_TxK: jax.Array) -> jax.Array:
+        """float32 [T, K] -> route logits [T, N, E]."""
+        c, N, E = self.config, self.layers, self.experts
+        T, K = representation_TxK.shape
+        family = c.kind.removesuffix("_layer_specific")
+        own = c.kind != family  # each layer has weights of its own
+        units = (N,) if own else ()
+        x = representation_TxK
+        if own:
+            x = jnp.broadcast_to(x[:, None], (T, N, K))
+        if family == "linear":
+            x = nn.gelu(Affine(c.hidden_dim, units, name="hidden")(x), approximate=False)
+            return Affine(E if own else N * E, units, name="output")(x).reshape(T, N, E)
+        if own:
+            x_TxNxI = Affine(c.hidden_dim, units, name="hidden")(x)
+        else:
+            # The scale of the task table, so that layers differ from the start.
+            init = nn.initializers.normal(1.0)
+            x_TxNxI = x[:, None] + _param(self, "position", init, (N, K), ("unit", "router_in"))
+        if family == "transformer":
+            y_TxNxI = Transformer(name="transformer")(x_TxNxI)
+        else:
+            y_TxNxI = Bidirectional(family, c.hidden_dim, name="recurrent")(x_TxNxI)
+        return Affine(E, name="output")(y_TxNxI)
+
+
+class Affine(nn.Module):
+    """[T, ..., I] -> [T, ..., O]; with `units` (U,), x is [T, U, I] and every unit has its own."""
+
+    features: int
+    units: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes = ("unit",)[: len(self.units)]
+        init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(self.units))))
+        shape = (*self.units, x.shape[-1], self.features)
+        kernel = _param(self, "kernel", init, shape, (*axes, "router_in", "router_out"))
+        shape = (*self.units, self.features)
+        bias = _param(self, "bias", nn.initializers.zeros, shape, (*axes, "router_out"))
+        return jnp.einsum("t...i,...io->t...o", x, kernel) + bias
+
+
+class Bidirectional(nn.Module):
+    """A recurrent network over layer positions, forwards and backwards side by side."""
+
+    family: str  # "rnn", "gru" or "lstm"
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, x_TxNxI: jax.Array) -> jax.Array:
+        """[T, N, I] -> [T, N, 2 H], the forward state first."""
+        T, _, I = x_TxNxI.shape  # noqa: E741
+        H, Q = self.hidden_dim, GATES[self.family]
+        # Both directions (C) of a kernel are one array; PyTorch keeps both biases, so do we.
+        axes = ("direction", "router_in", "router_gate", "router_out")
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", 1, (2, 3), 0)
+        input_kernel = _param(self, "input_kernel", uniform, (2, I, Q, H), axes)
+        hidden_kernel = _param(self, "hidden_kernel", uniform, (2, H, Q, H), axes)
+        zeros, axes = nn.initializers.zeros, ("direction", "router_gate", "router_out")
+        input_bias = _param(self, "input_bias", zeros, (2, Q, H), axes)[:, None, None]
+        hidden_bias = _param(self, "hidden_bias", zeros, (2, Q, H), axes)[:, None]
+
+        x_CxTxNxI = jnp.stack([x_TxNxI, x_TxNxI[:, ::-1]])
+        gates = jnp.einsum("ctni,ciqh->ctnqh", x_CxTxNxI, input_kernel) + input_bias
+        gates_NxCxTxQxH = jnp.moveaxis(gates, 2, 0)
+
+        def step(state, gates_CxTxQxH):
+            recurrent = jnp.einsum("cti,ciqh->ctqh", state[0], hidden_kernel) + hidden_bias
+            state = _cell(self.family, gates_CxTxQxH, recurrent, state)
+            return state, state[0]
+
+        zero = jnp.zeros((2, T, H), x_TxNxI.dtype)
+        _, h_NxCxTxH = jax.lax.scan(step, (zero, zero), gates_NxCxTxQxH)
+        forward, backward = h_NxCxTxH[:, 0], h_NxCxTxH[::-1, 1]
+        return jnp.concatenate([forward, backward], axis=-1).swapaxes(0, 1)
+
+
+def _cell(family: str, x: jax.Array, r: jax.Array, state: tuple) -> tuple[jax.Array, jax.Array]:
+    """(hidden, cell) after one step; `x` and `r` [..., gates, H] come from input and state.
+
+    Gate order as in PyTorch: GRU reset, update, new; LSTM input, forget, cell, output.
+    """
+    h, c = state
+    if family == "rnn":
+        return jnp.tanh(x + r)[..., 0, :], c
+    if family == "gru":
+        reset, update = (jax.nn.sigmoid(x[..., i, :] + r[..., i, :]) for i in (0, 1))
+        new = jnp.tanh(x[..., 2, :] + reset * r[..., 2, :])
+        return (1.0 - update) * new + update * h, c
+    gates = x + r
+    into, forget, out = (jax.nn.sigmoid(gates[..., i, :]) for i in (0, 1, 3))
+    c = forget * c + into * jnp.tanh(gates[..., 2, :])
+    return out * jnp.tanh(c), c
+
+
+class Transformer(nn.Module):
+    """One post-norm transformer layer over layer positions: [T, N, D] -> [T, N, D]."""
+
+    @nn.compact
+    def __call__(self, x_TxNxD: jax.Array) -> jax.Array:
+        T, N, D = x_TxNxD.shape
+        qkv = Affine(3 * D, name="qkv")(x_TxNxD).reshape(T, N, 3, ROUTER_HEADS, D // ROUTER_HEADS)
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=None).reshape(T, N, D)
+        x = _norm("attention_norm")(x_TxNxD + Affine(D, name="out")(y))
+        y = nn.relu(Affine(ROUTER_MLP, name="mlp_in")(x))
+        return _norm("mlp_norm")(x + Affine(D, name="mlp_out")(y))
+
+
+def _norm(name: str) -> nn.LayerNorm:
+    """LayerNorm with PyTorch's formula."""
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        name=name,
+    )
+
+
+def _param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]):
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape)

@@ -1,0 +1,52 @@
+"""`python -m moe_jax.report --run NAME=DIR [--run NAME=DIR ...] --output DIR`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from moe_jax.errors import UserError
+from moe_jax.report import build
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Builds the report, prints what it found; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_jax.report",
+        description="Writes one self-contained HTML page on what runs scored and routed.",
+    )
+    parser.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a run directory and the name to show it by; repeat; others compare with the first",
+    )
+    parser.add_argument("--finetune", metavar="DIR", help="directory of few-shot adaptation")
+    parser.add_argument("--routes", metavar="NAME", help="the run whose routes to analyse")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where to write the report")
+    parser.add_argument(
+        "--permutations", type=int, default=1000, help="shuffled controls (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        runs = {}
+        for text in args.run:
+            name, equals, path = text.partition("=")
+            if not (name and equals and path):
+                raise UserError(f"--run {text!r}: expected NAME=DIR")
+            if name in runs:
+                raise UserError(f"--run {text!r}: the name {name!r} is taken")
+            runs[name] = path
+        if args.permutations < 1:
+            raise UserError(f"--permutations is {args.permutations}, expected 1 or more")
+        made = build.report(args.output, runs, args.finetune, args.routes, args.permutations)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print("\n".join(made.findings))
+    print(f"report: {made.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What a model directory says about its run: its configuration and its task table."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_jax import files
+from moe_jax.config import BASE_BINDINGS
+from moe_jax.errors import UserError
+
+CONFIG = "config.gin"
+TASK_TABLE = "task_table.json"
+
+# What may differ when a run goes on: it changes neither the model nor its training.
+_FREE = re.compile(
+    r"RunConfig\.(model_dir|eval_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
+    r"|DataConfig\.cache_dir|MeshConfig\.\w+"
+)
+_MACROS = dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", BASE_BINDINGS, re.M))
+
+
+def config_lines(configs: Sequence[Any]) -> dict[str, str]:
+    """Every setting of a run, defaults included: `ModelConfig.d_model` -> `64`."""
+    lines = {}
+    for config in configs:
+        name = type(config).__name__
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                lines |= config_lines([value])
+                value = f"@{type(value).__name__}()"
+            else:
+                value = repr(dict(value) if hasattr(value, "items") else value)
+            lines[f"{name}.{field.name}"] = value
+    return lines
+
+
+def write_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
+    """Writes config.gin, which says the whole configuration and can be given as --gin_file."""
+    macros, bindings = [], []
+    for binding, value in config_lines(configs).items():
+        if binding in _MACROS:
+            macros.append(f"{_MACROS[binding]} = {value}\n")
+        else:
+            bindings.append(f"{binding} = {value}\n")
+    files.write_text(Path(model_dir) / CONFIG, "".join([*macros, "\n", *bindings]))
+
+
+def check_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
+    """Refuses to go on in a directory that holds another configuration's run.
+
+    Raises:
+        UserError: naming the first setting that differs.
+    """
+    path = Path(model_dir) / CONFIG
+    if not path.exists():
+        return
+    names = {macro: binding for binding, macro in _MACROS.items()}
+    old = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, equals, value = line.partition(" = ")
+        if equals:
+            old[names.get(name, name)] = value
+    new = config_lines(configs)
+    for name in new:
+        if not _FREE.fullmatch(name) and old.get(name) != new[name]:
+            raise UserError(
+                f"{model_dir} holds another run: there {_MACROS.get(name, name)} is "
+                f"{old.get(name, 'unset')}, here {new[name]}; give another MODEL_DIR"
+            )
+
+
+def write_task_table(model_dir: str | Path, tasks: Sequence[str]) -> None:
+    """Writes the ordered task names; the index is the `task_id`."""
+    files.write_json(Path(model_dir) / TASK_TABLE, {"tasks": list(tasks)})
+
+
+def read_task_table(model_dir: str | Path) -> list[str]:
+    """The ordered task names of a run."""
+    return files.read_json(Path(model_dir) / TASK_TABLE)["tasks"]

@@ -1,0 +1,333 @@
+"""The registered tasks: `python -m moe_jax.tasks list | show NAME | check NAME`.
+
+    list   every task by category, with splits and metrics, and every mixture
+    show   the first examples of a task, as text and as tokens
+    check  whether a task (or every task of a mixture) is usable: splits, features, metrics, lengths
+
+Exit status 1 means that the command line is wrong or, for `check`, that a task is not usable.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from moe_jax import metrics
+from moe_jax.errors import UserError
+
+# `moe_jax.data.registry` imports TensorFlow (5 s): only inside functions, not for --help.
+
+DEFAULT_MODULES = ("tasks.skills_gym", "tasks.crossfit")
+Row = dict[str, Any]  # one example of a SeqIO task, as NumPy
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    try:
+        args.command(args, _load_modules(args.task_modules))
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--task_modules",
+        metavar="MODULE,...",
+        help="modules that register tasks: dotted names or .py files "
+        f"(default: {','.join(DEFAULT_MODULES)})",
+    )
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument("name", metavar="NAME", help="a task or a mixture")
+    one.add_argument(
+        "--vocabulary",
+        metavar="MODEL",
+        help="a SentencePiece .model file (default: the task's own, mostly bytes)",
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_jax.tasks",
+        description=__doc__.partition("\n")[0],
+        epilog="See examples/README.md for a task of your own.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sub = commands.add_parser("list", parents=[shared], help="tasks by category, and mixtures")
+    sub.add_argument("--category", help="only the tasks of this category")
+    sub.set_defaults(command=_list)
+    sub = commands.add_parser("show", parents=[one, shared], help="first examples, text and tokens")
+    sub.add_argument("--split", help="default: train, or else the first there is")
+    sub.add_argument("--examples", type=int, default=3, help="how many (default: 3)")
+    sub.set_defaults(command=_show)
+    sub = commands.add_parser("check", parents=[one, shared], help="is the task usable?")
+    sub.add_argument("--inputs_length", type=int, default=512, help="default: 512 tokens")
+    sub.add_argument("--targets_length", type=int, default=64, help="default: 64 tokens")
+    sub.add_argument(
+        "--examples", type=int, default=1000, help="at most this many per split (default: 1000)"
+    )
+    sub.set_defaults(command=_check)
+    return parser
+
+
+def _load_modules(names: str | None) -> list[ModuleType]:
+    """Imports the task modules; without `names` those of the default ones that are installed."""
+    from moe_jax.data import registry
+
+    if names is None:
+        chosen = [n for n in DEFAULT_MODULES if importlib.util.find_spec(n) is not None]
+    else:
+        chosen = [name for name in names.split(",") if name]
+    return registry.load_task_modules(chosen)
+
+
+# ---- list ----
+
+
+def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
+    from moe_jax.data.registry import seqio
+
+    groups: dict[tuple[str, str], list[str]] = {}
+    categories = _categories(modules)
+    for name in sorted(seqio.TaskRegistry.names()):
+        groups.setdefault(categories.get(name, ("no category", "")), []).append(name)
+    if args.category is not None:
+        known = {category for category, _ in groups}
+        if args.category not in known:
+            raise UserError(f"no category {args.category!r}; there are: {', '.join(sorted(known))}")
+        groups = {key: names for key, names in groups.items() if key[0] == args.category}
+    for (category, subcategory), names in sorted(groups.items()):
+        print(f"{category} / {subcategory}" if subcategory else category)
+        for name in names:
+            task = seqio.TaskRegistry.get(name)
+            scores = ", ".join(f.__name__ for f in task.metric_fns) or "no metric"
+            print(f"  {name:<44} {scores:<18} {_short(task.splits)}")
+    if args.category is None:
+        listed = {name: n for m in modules for name, n in getattr(m, "LISTED", {}).items()}
+        print("mixtures")
+        for name in sorted(seqio.MixtureRegistry.names()):
+            of = f" of {listed[name]}" if name in listed else ""
+            print(f"  {name:<70} {len(seqio.MixtureRegistry.get(name).tasks)}{of} tasks")
+    print(f"{sum(map(len, groups.values()))} tasks")
+
+
+def _categories(modules: Sequence[ModuleType]) -> dict[str, tuple[str, str]]:
+    """Task -> (category, subcategory), from the modules' ONTOLOGY."""
+    return {
+        name: (category, subcategory)
+        for module in modules
+        for category, groups in getattr(module, "ONTOLOGY", {}).items()
+        for subcategory, names in groups.items()
+        for name in names
+    }
+
+
+def _short(splits: Sequence[str]) -> str:
+    """`train validation test`, with the few-shot splits of all seeds as one word."""
+    plain = [split for split in splits if not split.startswith("fewshot_")]
+    seeds = {split.split("_")[1] for split in splits if split.startswith("fewshot_")}
+    return " ".join(plain) + (f" few-shot({len(seeds)} seeds)" if seeds else "")
+
+
+# ---- show ----
+
+
+def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
+    from moe_jax.data import registry
+
+    tasks = _find_tasks(args, modules)
+    task = tasks[0]
+    if task.name != args.name:
+        print(f"{args.name}: a mixture of {len(tasks)} tasks, of which the first is shown below")
+        print("".join(f"  {task.name}\n" for task in tasks))
+    category = _categories(modules).get(task.name, ("none",))
+    print(f"{task.name}\n  category: {' / '.join(filter(None, category))}")
+    print(f"  splits:   {', '.join(task.splits)}")
+    print(f"  metrics:  {', '.join(registry.metric_references(task)) or 'none'}")
+    split = args.split or ("train" if "train" in task.splits else next(iter(task.splits), ""))
+    for number, row in enumerate(_rows(task, split, args.examples), 1):
+        print(f"example {number} of {split}")
+        for feature in registry.FEATURES:
+            vocabulary = task.output_features[feature].vocabulary
+            ids = row[feature].tolist()
+            tokens = [f"{i}:{vocabulary.decode([i])!r}" for i in ids[:40]]
+            print(f"  {feature}: {registry.text(row, feature, vocabulary)}")
+            print(f"    {len(ids)} tokens: {' '.join(tokens)}{' ...' * (len(ids) > 40)}")
+        print(f"  references: {_postprocess(task, [row], is_target=True)[0]!r}")
+
+
+# ---- check ----
+
+
+def _check(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
+    if min(args.examples, args.inputs_length, args.targets_length) < 1:
+        raise UserError("--examples, --inputs_length and --targets_length must be at least 1")
+    limits = {"inputs": args.inputs_length, "targets": args.targets_length}
+    failed = []
+    for task in _find_tasks(args, modules):
+        print(task.name)
+        problems = list(_problems(task, limits, args.examples))
+        for problem in problems:
+            print(f"  problem: {problem}")
+        print(f"  {'NOT USABLE' if problems else 'ok'}", flush=True)
+        if problems:
+            failed.append(f"{task.name}: {problems[0]}")
+    if failed:
+        more = f" (and {len(failed) - 1} more tasks)" if len(failed) > 1 else ""
+        raise UserError(f"not usable: {failed[0]}{more}")
+
+
+def _problems(task: Any, limits: dict[str, int], count: int) -> Iterator[str]:
+    """Prints what the task's splits hold; yields what makes it unusable, in one line each."""
+    if not task.splits:
+        yield "no splits"
+    for split in ("train", "validation", "test"):
+        if split not in task.splits:
+            print(f"  note: no {split} split")
+    scored = None
+    for split in task.splits:
+        try:
+            rows = _rows(task, split, count)
+        except UserError as e:
+            yield str(e)
+            continue
+        if not rows:
+            yield f"{split}: the split is empty"
+            continue
+        yield from (f"{split}: {problem}" for problem in _row_problems(task, rows))
+        at_least = "at least " if len(rows) == count else ""
+        print(f"  {split}: {at_least}{len(rows)} examples")
+        if split.startswith("fewshot_"):
+            continue  # samples of the others
+        for feature, limit in limits.items():
+            print(f"    {feature:<8} {length_summary([len(r[feature]) for r in rows], limit)}")
+        if scored is None or split in ("validation", "test"):
+            scored = split, rows
+    if scored is not None:
+        yield from _metric_problems(task, *scored)
+
+
+def _row_problems(task: Any, rows: Sequence[Row]) -> Iterator[str]:
+    for feature in ("inputs", "targets"):
+        spec = task.output_features[feature]
+        size = spec.vocabulary.vocab_size
+        for index, row in enumerate(rows):
+            ids = row[feature]
+            if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+                yield f"{feature} must be 1-D integers, example {index} is {ids.dtype}{ids.shape}"
+            elif not len(ids) or (spec.add_eos and len(ids) == 1):
+                yield f"{feature} of example {index} is empty"
+            elif spec.add_eos and ids[-1] != spec.vocabulary.eos_id:
+                yield f"{feature} of example {index} has no EOS: add append_eos to preprocessors"
+            elif ids.min() < 0 or ids.max() >= size:
+                yield f"{feature} of example {index} has ids outside 0..{size - 1}"
+            else:
+                continue
+            break  # one example is enough
+
+
+def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Runs the metrics on targets as predictions, as evaluation will."""
+    from moe_jax.data import registry
+
+    if not task.metric_fns:
+        yield "no metric_fns"
+        return
+    try:
+        registry.metric_references(task)
+        targets, predictions = (_postprocess(task, rows, is_target=t) for t in (True, False))
+    except UserError as e:
+        yield str(e)
+        return
+    for metric in task.metric_fns:
+        try:
+            scores = {key: float(value) for key, value in metric(targets, predictions).items()}
+        except Exception as e:
+            yield f"metric {metric.__name__}: {_one_line(e)}"
+            continue
+        if not scores or not all(map(math.isfinite, scores.values())):
+            yield f"metric {metric.__name__} must return finite numbers by name, returned {scores}"
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
+        print(f"  targets of {split} as predictions: {shown}")
+        if metric in metrics.METRICS.values() and max(scores.values()) < 0.999:
+            print("  note: a perfect model scores less than 1 (constant or unmatchable targets)")
+
+
+def length_summary(lengths: Sequence[int], limit: int) -> str:
+    """Percentiles of token counts and the share of examples over `limit`, as one line."""
+    p50, p90, p99 = np.percentile(lengths, [50, 90, 99])
+    share = np.mean(np.asarray(lengths) > limit)
+    return (
+        f"tokens: median {p50:.0f}, 90% {p90:.0f}, 99% {p99:.0f}, longest {max(lengths)}; "
+        f"{share:.1%} truncated at {limit}"
+    )
+
+
+# ---- shared ----
+
+
+def _find_tasks(args: argparse.Namespace, modules: Sequence[ModuleType]) -> list[Any]:
+    """The tasks of the task or mixture `args.name`, with the vocabulary chosen."""
+    from moe_jax.data import registry
+
+    tasks = registry.find_tasks(args.name, modules)
+    if args.vocabulary is None:
+        for task in tasks:
+            registry.check_features(task)
+        return tasks
+    if not os.path.isfile(args.vocabulary):
+        raise UserError(f"--vocabulary {args.vocabulary}: no such file")
+    vocabulary = registry.seqio.SentencePieceVocabulary(args.vocabulary)
+    try:
+        _ = vocabulary.vocab_size  # the file is read here
+    except Exception as e:
+        raise UserError(f"--vocabulary {args.vocabulary} is no SentencePiece model") from e
+    return [registry.with_vocabulary(task, vocabulary) for task in tasks]
+
+
+def _rows(task: Any, split: str, count: int) -> list[Row]:
+    """First examples of a split in the source's order, preprocessed and not truncated.
+
+    Raises:
+        UserError: no such split, or whatever the task's own code raised, as one line.
+    """
+    from moe_jax.data import registry
+
+    rows: list[Row] = []
+    try:
+        for _, batch in registry.read(task, [split]):
+            rows += batch
+            if len(rows) >= count:
+                break
+    except Exception as e:
+        raise UserError(_one_line(e)) from e
+    return rows[:count]
+
+
+def _postprocess(task: Any, rows: Sequence[Row], is_target: bool) -> list[Any]:
+    """What the metrics compare: of the targets, or of the targets taken as predictions."""
+    from moe_jax.data import registry
+
+    vocabulary = task.output_features["targets"].vocabulary
+    texts = [registry.text(row, "targets", vocabulary) for row in rows]
+    try:
+        return [
+            task.postprocess_fn(text, example=row, is_target=is_target)
+            for text, row in zip(texts, rows, strict=True)
+        ]
+    except Exception as e:
+        raise UserError(f"postprocess_fn: {_one_line(e)}") from e
+
+
+def _one_line(error: Exception) -> str:
+    text = next(iter(str(error).strip().splitlines()), "")
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Checkpoints of a run: parameters, optimizer, data position and what they belong to (Orbax)."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from moe_jax.errors import UserError
+from moe_jax.model.experts import Params, add_noise
+from moe_jax.training.step import TrainState
+
+DIRECTORY = "checkpoints"
+SCORE = "mean_score"
+
+
+def _quiet() -> None:
+    logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class Checkpoints:
+    """The checkpoints of one model directory: the latest ones and the best by dev score.
+
+    A checkpoint is whole or absent: Orbax writes to a temporary directory and renames it.
+    """
+
+    def __init__(self, model_dir: str | Path, keep: int = 1):
+        _quiet()
+        self.directory = Path(model_dir).absolute() / DIRECTORY
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[SCORE],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+            item_names=("params", "optimizer", "meta"),
+        )
+
+    def latest(self) -> int | None:
+        """Step of the latest checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
+        """Starts saving; the arrays may be donated as soon as this returns.
+
+        Args:
+            meta: JSON; the data iterator's state and what the parameters belong to.
+            score: mean dev score, if it was measured at this step.
+        """
+        step = int(state.step)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(state.opt_state),
+                    meta=ocp.args.JsonSave({**meta, "step": step, "shapes": shapes(state.params)}),
+                ),
+                metrics=None if score is None else {SCORE: score},
+            )
+        except OSError as e:
+            raise UserError(f"cannot save to {self.directory}: {e.strerror or e}") from e
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as e:
+            raise UserError(f"cannot save to {self.directory}: {e.strerror or e}") from e
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restores a state of the shapes and shardings of `like`, and its meta data.
+
+        Raises:
+            UserError: a parameter has another shape; the first one is named.
+        """
+        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        check_shapes(meta["shapes"], shapes(like.params), self.directory)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = self._restore(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(abstract.opt_state),
+        )
+        state = TrainState(like.step + step, items["params"], items["optimizer"])
+        return state, meta
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError) as e:
+            reason = str(e).strip().splitlines()[0]
+            raise UserError(f"cannot restore {self.directory}/{step}: {reason}") from e
+
+
+def shapes(params: Params) -> dict[str, list[int]]:
+    """`backbone/encoder/norm/scale` -> shape."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(p.key for p in path): list(leaf.shape) for path, leaf in leaves}
+
+
+def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], source: Any) -> None:
+    """Raises a UserError naming the first parameter that differs."""
+    for name in sorted(wanted | found):
+        if found.get(name) != wanted.get(name):
+            has = f"has shape {found[name]}" if name in found else "is absent"
+            needs = f"needs shape {wanted[name]}" if name in wanted else "has no such parameter"
+            raise UserError(f"{source}: {name} {has}, the model {needs}")
+
+
+def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict[str, Any]]:
+    """Parameters (NumPy) and meta data of a model directory or one of its checkpoints.
+
+    Args:
+        path: MODEL_DIR, MODEL_DIR/checkpoints or MODEL_DIR/checkpoints/STEP.
+        step: which checkpoint; the latest when None and `path` names none.
+
+    Raises:
+        UserError: there is no checkpoint, or it cannot be read.
+    """
+    _quiet()
+    path = Path(path).absolute()
+    if path.name.isdigit() and (path / "params").is_dir():
+        step, directory = int(path.name), path.parent
+    else:
+        directory = path if path.name == DIRECTORY else path / DIRECTORY
+        found = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+        if not found:
+            raise UserError(f"no checkpoint in {path}")
+        step = max(found) if step is None else step
+    try:
+        meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory / str(step) / "meta")
+        checkpointer = ocp.PyTreeCheckpointer()
+        place = directory / str(step) / "params"
+        tree = checkpointer.metadata(place).item_metadata.tree
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(place, restore_args=args), meta
+    except (OSError, ValueError, KeyError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"cannot restore {directory}/{step}: {reason}") from e
+
+
+def fit_backbone(
+    backbone: Params, like: Params, noise: float, key: jax.Array, source: Any
+) -> Params:
+    """A loaded backbone in the shape of `like`: one expert fills all of a layer's, plus noise.
+
+    Raises:
+        UserError: it has another architecture, or neither one nor E experts.
+    """
+    filled = False
+
+    def fill(path, leaf, wanted):
+        nonlocal filled
+        # [layer, expert, ...]: only the number of experts may differ.
+        routed = "routed" in (p.key for p in path)
+        if routed and leaf.shape[1] == 1 < wanted.shape[1]:
+            filled = True
+            return np.broadcast_to(leaf, (leaf.shape[0], wanted.shape[1], *leaf.shape[2:]))
+        return leaf
+
+    if jax.tree.structure(backbone) == jax.tree.structure(like):
+        backbone = jax.tree_util.tree_map_with_path(fill, backbone, like)
+    check_shapes(shapes(backbone), shapes(like), source)
+    if filled and noise:
+        for side in ("encoder", "decoder"):
+            key = jax.random.fold_in(key, 0)
+            layers = backbone[side]["layers"]
+            if "routed" in layers:
+                layers["routed"] = add_noise(
+                    jax.tree.map(jax.numpy.asarray, layers["routed"]), key, noise
+                )
+    return backbone
+
+
+def fit_table(params: Params, like: Params, found: list[str], tasks: list[str], source: Any):
+    """Router and representations of another run, rows matched by task name.
+
+    Raises:
+        UserError: the router has another shape, or a task has no row.
+    """
+    missing = [task for task in tasks if task not in found]
+    if missing:
+        raise UserError(f"{source}: its task table has no {missing[0]!r}")
+    rows = np.array([found.index(task) for task in tasks])
+    result = {
+        "router": params["router"],
+        "representations": np.asarray(params["representations"])[rows],
+    }
+    check_shapes(shapes(result), shapes({k: like[k] for k in result}), source)
+    return result

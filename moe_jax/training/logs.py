@@ -1,0 +1,105 @@
+"""Metrics of a run: a JSON-lines file that survives interruptions, and TensorBoard events."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from moe_jax import files
+from moe_jax.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events of a model directory.
+
+    Args:
+        step: the step the run starts at; lines after it, left by an interrupted run, are dropped.
+        enabled: only one process of a run writes.
+    """
+
+    def __init__(self, model_dir: str | Path, step: int, enabled: bool = True):
+        self._enabled = enabled
+        if not enabled:
+            return
+        path = Path(model_dir) / METRICS
+        files.write_jsonl(path, _kept(path, step) if path.exists() else [])
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(model_dir), purge_step=step + 1, flush_secs=30)
+
+    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """Appends one line and the same scalars as events under `kind/`."""
+        if not self._enabled:
+            return
+        try:
+            self._file.write(files.json_line({"step": step, "kind": kind, **values}))
+            self._file.flush()
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        except (OSError, ValueError) as e:
+            raise UserError(f"step {step}: cannot log {kind} metrics: {e}") from e
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._enabled:
+            self._file.close()
+            self._board.close()
+
+
+def _kept(path: Path, step: int) -> list[Any]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the write that a kill cut short
+            continue
+        if row["step"] <= step:
+            kept.append(row)
+    return kept
+
+
+class Window:
+    """Means over the steps since the last line, read from the device one step late."""
+
+    def __init__(self):
+        self._waiting: list[dict[str, jax.Array]] = []
+        self._rows: list[dict[str, float]] = []
+        self._padding: list[dict[str, float]] = []
+        self._start = time.perf_counter()
+        self.last: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, jax.Array], padding: dict[str, float]) -> None:
+        """Takes a step's metrics without waiting for them."""
+        self._waiting.append(metrics)
+        self._padding.append(padding)
+        if len(self._waiting) > 1:
+            self._read()
+
+    def _read(self) -> None:
+        self.last = {k: float(v) for k, v in jax.device_get(self._waiting.pop(0)).items()}
+        self._rows.append(self.last)
+
+    def close(self) -> dict[str, float]:
+        """The line for the steps since the last call.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        while self._waiting:
+            self._read()
+        seconds = time.perf_counter() - self._start
+        line = {k: float(np.mean([row[k] for row in self._rows])) for k in self._rows[0]}
+        if not np.isfinite(line["loss"]) or not np.isfinite(line["gradient_norm"]):
+            raise UserError("the loss or its gradient is no longer finite; lower the learning rate")
+        for name in ("all", "unpacked"):  # what it is, and with one example per row
+            line[f"padding/{name}"] = float(np.mean([share[name] for share in self._padding]))
+        tokens = sum(row["target_tokens"] for row in self._rows)
+        line["time/step_s"] = seconds / len(self._rows)
+        line["time/target_tokens_per_s"] = tokens / seconds
+        self.__init__()
+        return line

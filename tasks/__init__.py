@@ -1,0 +1,1 @@
+"""Task modules: each registers SeqIO tasks and mixtures when imported."""

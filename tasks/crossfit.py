@@ -1,0 +1,146 @@
+"""CrossFit's NLP Few-shot Gym as SeqIO tasks and mixtures, over the files of `crossfit_data`.
+
+Set CROSSFIT_DIR (few-shot files) and CROSSFIT_FULL_DIR (full-size files), or gin's
+`crossfit.data_dir`, `crossfit.full_dir`; CROSSFIT_PARTITION or `crossfit.partition` may add a
+partition's JSON file. Registered are, for what is present there:
+
+    crossfit_<task>, crossfit_full_<task>                      '-' in the task's name becomes '_'
+    crossfit_{train,dev,test}, crossfit_full_{...}             the partition "random" (120/20/20)
+    crossfit_<partition>_{train,dev,test}, crossfit_full_<partition>_{...}    the others
+
+Inputs are `[<published task name>] <input>`. Importing this module lists directories and reads no
+data; a bad line is reported when its split is read.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import seqio
+import tensorflow as tf
+
+from moe_jax.metrics import METRICS, answers_or_target
+from tasks import crossfit_data as data
+
+# Environment variables that decide what is registered.
+ENVIRONMENT = (data.DATA_DIR, data.FULL_DIR, data.PARTITION)
+# {category: {subcategory: [registered task names]}}
+ONTOLOGY: dict[str, dict[str, list[str]]] = {}
+# Mixture -> how many tasks its partition lists, of which the mixture has those present.
+LISTED: dict[str, int] = {}
+
+
+class _Kind(NamedTuple):
+    """Few-shot or full-size: where its files are and how they are read."""
+
+    prefix: str
+    variable: str
+    setting: str
+    splits: Callable[[Path, str], dict[str, list[Path]]]
+    read: Callable[[data.Splits, str], list[data.Example]]
+
+    def name(self, task: str) -> str:
+        """SeqIO name of a published task name, for example `glue-mnli` -> `crossfit_glue_mnli`."""
+        return self.prefix + task.replace("-", "_")
+
+
+# The longer prefix first: a name belongs to the first kind whose prefix it has.
+_KINDS = (
+    _Kind("crossfit_full_", data.FULL_DIR, "full_dir", data.full_splits, data.read_full),
+    _Kind("crossfit_", data.DATA_DIR, "data_dir", data.few_shot_splits, data.read_few_shot),
+)
+_files: dict[str, dict[str, list[Path]]] = {}  # registered task -> split -> files
+
+
+def data_files(name: str) -> list[str]:
+    """Every file that the registered task `name` is read from, sorted."""
+    return sorted({str(file) for files in _files[name].values() for file in files})
+
+
+def missing_hint(name: str) -> str | None:
+    """Why the CrossFit task or mixture `name` is not registered; None where it is no such name."""
+    kind = _kind_of(name)
+    if kind is None:
+        return None
+    path = data.directory(kind.variable)
+    if path is None:
+        return f"{name!r} needs {kind.variable} (in gin: crossfit.{kind.setting}), which is not set"
+    if name in LISTED:
+        return f"none of the {LISTED[name]} tasks that {name!r} lists is present in {path}"
+    if name in map(kind.name, data.TASKS):
+        return f"the CrossFit task {name!r} is not present in {path}"
+    return None
+
+
+def _kind_of(name: str) -> _Kind | None:
+    return next((kind for kind in _KINDS if name.startswith(kind.prefix)), None)
+
+
+def _dataset(
+    split: str, shuffle_files: bool, seed: int | None = None, *, task: str, name: str
+) -> tf.data.Dataset:
+    """The examples of a split. Files are read here, not in TensorFlow, for one clear error."""
+    del shuffle_files, seed  # the order is the files'; shuffling is the input pipeline's
+    examples = _kind_of(name).read(_files[name], split)
+    answers = tf.RaggedTensor.from_row_lengths(
+        [answer for _, *outputs in examples for answer in outputs],
+        [len(example) - 1 for example in examples],
+    )
+    return tf.data.Dataset.from_tensor_slices(
+        {
+            "inputs": [f"[{task}] {example[0]}" for example in examples],
+            "targets": [example[1] for example in examples],
+            "answers": answers,
+        }
+    )
+
+
+def _add_task(kind: _Kind, path: Path, task: str) -> str | None:
+    name = kind.name(task)
+    splits = kind.splits(path, task)
+    if not splits:
+        return None
+    _files[name] = splits
+    facts = data.TASKS[task]
+    feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(
+            functools.partial(_dataset, task=task, name=name), splits=tuple(splits)
+        ),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        postprocess_fn=answers_or_target,
+        metric_fns=[METRICS[facts["metric"]]],
+        output_features={"inputs": feature, "targets": feature},
+    )
+    ONTOLOGY.setdefault(facts["category"], {}).setdefault(facts["subcategory"], []).append(name)
+    return name
+
+
+def _add_kind(kind: _Kind) -> None:
+    path = data.directory(kind.variable)
+    if path is None:
+        return
+    added = {task: _add_task(kind, path, task) for task in data.present(path)}  # None: no files
+    for partition, lists in data.partitions().items():
+        counts = []
+        for part, tasks in lists.items():
+            infix = "" if partition == "random" else f"{partition}_"
+            mixture = f"{kind.prefix}{infix}{part}"
+            names = [added[task] for task in tasks if added.get(task)]
+            LISTED[mixture] = len(tasks)
+            if names:
+                seqio.MixtureRegistry.add(mixture, names, default_rate=1.0)
+            counts.append(f"{len(names)} of {len(tasks)} {part}")
+        if partition == "random" or partition not in data.PUBLISHED:  # the rest: `tasks list`
+            print(
+                f"{kind.prefix}*: {', '.join(counts)} tasks of partition {partition!r}"
+                f" present in {path}",
+                file=sys.stderr,
+            )
+
+
+for _kind in _KINDS:
+    _add_kind(_kind)

@@ -1,0 +1,140 @@
+"""What every task of the skills gym shares: its table entry, its splits, its random numbers.
+
+A task is one small function decorated with `skill`. It draws a single example from a NumPy
+generator; everything else (splits, balance of labels, uniqueness) happens in `examples`. No
+TensorFlow here: `tasks.skills_gym` is the only module of the gym that knows SeqIO.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+SEED = 7
+SIZES = {"train": 192, "validation": 32, "test": 64}
+FEWSHOT_SEEDS = (13, 21, 42)
+FEWSHOT = 16  # examples in a few-shot split; of each label, where a task has labels
+
+T = TypeVar("T")
+
+
+class Example(NamedTuple):
+    """One example: the input with its `[task]` prefix, and the valid outputs, best first."""
+
+    inputs: str
+    answers: tuple[str, ...]
+
+
+class Skill(NamedTuple):
+    """A task of the gym.
+
+    Attributes:
+        name: registered task name.
+        category, subcategory: the skill that was planted.
+        metric: name of the metric function in `moe_jax.metrics`.
+        labels: the outputs of a classification task; empty for any other task.
+        unseen: kept out of the training mixture, and given few-shot splits.
+        draw: `draw(rng) -> (text, answer)`, where an answer is a string or a tuple of valid
+            strings; of a classification task `draw(rng, label) -> text`.
+    """
+
+    name: str
+    category: str
+    subcategory: str
+    metric: str
+    labels: tuple[str, ...]
+    unseen: bool
+    draw: Callable[..., Any]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples of each split."""
+        if not self.unseen:
+            return dict(SIZES)
+        shots = FEWSHOT * max(1, len(self.labels))
+        return SIZES | {
+            f"fewshot_{seed}_{split}": shots
+            for seed in FEWSHOT_SEEDS
+            for split in ("train", "validation")
+        }
+
+
+SKILLS: dict[str, Skill] = {}
+
+
+def skill(
+    category: str,
+    subcategory: str,
+    *,
+    metric: str = "exact_match",
+    labels: Sequence[str] = (),
+    unseen: bool = False,
+) -> Callable[[Callable], Callable]:
+    """Enters the decorated `draw` function (see `Skill`) in the table, under its own name."""
+
+    def enter(draw: Callable) -> Callable:
+        name = f"skills_{draw.__name__}"
+        if name in SKILLS:
+            raise ValueError(f"two tasks are called {name}")
+        SKILLS[name] = Skill(name, category, subcategory, metric, tuple(labels), unseen, draw)
+        return draw
+
+    return enter
+
+
+def examples(task: Skill, split: str) -> list[Example]:
+    """Draws a split: always the same examples, each input once, labels in equal numbers.
+
+    Splits share no input, because the hash of an input's text says which split it belongs to.
+    Few-shot splits are drawn from the same share as `train` and `validation`.
+
+    Raises:
+        ValueError: the task has no such split, or not enough different inputs to fill it.
+    """
+    size = task.sizes.get(split)
+    if size is None:
+        raise ValueError(f"{task.name} has no split {split!r}, only {', '.join(task.sizes)}")
+    rng = np.random.default_rng(_digest(f"{SEED}/{task.name}/{split}"))
+    share = split.rsplit("_", 1)[-1]
+    drawn: dict[str, tuple[str, ...]] = {}
+    for _ in range(100 * size):
+        if len(drawn) == size:
+            break
+        if task.labels:
+            answer = task.labels[len(drawn) % len(task.labels)]
+            text = task.draw(rng, answer)
+        else:
+            text, answer = task.draw(rng)
+        if text not in drawn and _share(text) == share:
+            drawn[text] = (answer,) if isinstance(answer, str) else tuple(answer)
+    else:
+        raise ValueError(f"{task.name} has fewer than {size} inputs for its split {split!r}")
+    rows = [Example(f"[{task.name}] {text}", answers) for text, answers in drawn.items()]
+    return [rows[i] for i in rng.permutation(size)]
+
+
+def _share(text: str) -> str:
+    """The split that an input belongs to: a tenth validation, a fifth test, the rest train."""
+    slot = _digest(text) % 10
+    return "validation" if slot == 0 else "test" if slot <= 2 else "train"
+
+
+def _digest(text: str) -> int:
+    """A 128-bit number that is the same in every process, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+
+
+def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+    """Draws one of `choices` (`rng.choice` would make NumPy scalars of them)."""
+    return choices[int(rng.integers(len(choices)))]
+
+
+def pick_several(rng: np.random.Generator, choices: Sequence[T], count: int) -> list[T]:
+    """Draws `count` different ones of `choices`, in random order."""
+    return [choices[i] for i in rng.permutation(len(choices))[:count]]
+
+
+def maybe(rng: np.random.Generator, probability: float = 0.5) -> bool:
+    """Draws True with the given probability."""
+    return bool(rng.random() < probability)

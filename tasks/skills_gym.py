@@ -1,0 +1,59 @@
+"""The skills gym: text-to-text tasks generated from a seed, built from planted skills.
+
+The embedded default data. Training tasks (mixture `skills_gym_train`) teach four categories of
+skill: extractive, classification, world knowledge and generation. Unseen tasks (mixture
+`skills_gym_unseen`) are new tasks of these skills, and combinations of two; they also have
+few-shot splits `fewshot_<seed>_train` and `fewshot_<seed>_validation`. `ONTOLOGY` says which
+skill was planted where, so that it can be compared with what the routes learn.
+
+Registering is cheap: examples are drawn when a split is read.
+"""
+
+from functools import partial
+
+import seqio
+import tensorflow as tf
+
+from moe_jax import metrics
+from tasks.skills_table import ONTOLOGY, SKILLS, TRAIN, UNSEEN, examples
+
+__all__ = ["ONTOLOGY"]
+
+
+def _dataset(
+    name: str, split: str, shuffle_files: bool = False, seed: int | None = None
+) -> tf.data.Dataset:
+    """A split as strings: `inputs`, `targets` and, where some example has several, `answers`.
+
+    `shuffle_files` and `seed` are SeqIO's; the order is fixed, and the pipeline shuffles.
+    """
+    del shuffle_files, seed
+    rows = examples(SKILLS[name], split)
+    columns = {
+        "inputs": tf.constant([row.inputs for row in rows]),
+        "targets": tf.constant([row.answers[0] for row in rows]),
+    }
+    if any(len(row.answers) > 1 for row in rows):
+        columns["answers"] = tf.ragged.constant([row.answers for row in rows])
+    return tf.data.Dataset.from_tensor_slices(columns)
+
+
+for _task in SKILLS.values():
+    seqio.TaskRegistry.add(
+        _task.name,
+        source=seqio.FunctionDataSource(
+            partial(_dataset, _task.name),
+            splits=list(_task.sizes),
+            num_input_examples=_task.sizes,
+        ),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        postprocess_fn=metrics.answers_or_target,
+        metric_fns=[getattr(metrics, _task.metric)],
+        output_features={
+            "inputs": seqio.Feature(seqio.ByteVocabulary(), add_eos=True),
+            "targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=True),
+        },
+    )
+
+seqio.MixtureRegistry.add("skills_gym_train", [(name, 1.0) for name in TRAIN])
+seqio.MixtureRegistry.add("skills_gym_unseen", [(name, 1.0) for name in UNSEEN])

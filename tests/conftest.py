@@ -1,0 +1,37 @@
+"""Eight virtual CPU devices and strict dtype promotion for every test."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _shared(variable: str, name: str) -> Path:
+    path = Path(os.environ.get(variable, ROOT.parent / "shared" / name))
+    if not path.is_dir():
+        pytest.skip(f"{variable} names no directory and {path} is absent")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gym() -> Path:
+    """Directory of real tasks in CrossFit's layout (`crossfit/`, `full/`, `partitions/`)."""
+    return _shared("MOE_JAX_GYM", "gym")
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Directory of numbers produced by the published PyTorch code."""
+    return _shared("MOE_JAX_FIXTURES", "fixtures")

@@ -1,0 +1,184 @@
+"""Reading the prepared cache, and saying what is wrong with it."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import NAMES, TASKS, VOCABULARY, toy_cache, toy_mixtures
+
+from moe_jax.data import cache
+from moe_jax.data.cache import Example, Request
+from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.errors import UserError
+
+
+@pytest.fixture
+def copied(tmp_path) -> cache.PreparedMixture:
+    """`toy_train` in a cache that a test may damage."""
+    shutil.copytree(toy_cache(), tmp_path / "cache")
+    request = Request.make(NAMES, TASKS, VOCABULARY)
+    return cache.find(tmp_path / "cache", request, "toy_train")
+
+
+def test_what_was_prepared_can_be_read():
+    train, unseen = toy_mixtures()
+    assert train.names == ("toy_copy", "toy_sum") and unseen.names == ("toy_reverse",)
+    assert train.ontology == {
+        "extractive": {"copy": ["toy_copy"]},
+        "arithmetic": {"sum": ["toy_sum"]},
+    }
+    task = train.task("toy_sum")
+    assert (task.category, task.subcategory, task.rate) == ("arithmetic", "sum", 2.0)
+    assert {s: task.examples(s) for s in task.splits} == {"train": 60, "validation": 12, "test": 20}
+    assert set(unseen.task("toy_reverse").splits) > {"fewshot_13_train", "fewshot_21_validation"}
+
+
+def test_records_are_text_tokens_and_all_valid_outputs():
+    train, _ = toy_mixtures()
+    vocabulary = train.vocabulary
+    for task in train.tasks:
+        for split in task.splits:
+            records = task.records(split)
+            lengths = task.lengths(split)
+            assert len(records) == task.examples(split) == len(lengths)
+            for example, (inputs, targets) in zip(records, lengths, strict=True):
+                assert example.inputs.dtype == example.targets.dtype == np.int32
+                assert (len(example.inputs), len(example.targets)) == (inputs, targets)
+                assert example.inputs.tolist() == [*vocabulary.encode(example.inputs_text), 1]
+                first = example.references[0]
+                assert example.targets.tolist() == [*vocabulary.encode(first), 1]
+    a, b = (int(n) for n in train.task("toy_sum").records("test")[3].inputs_text.split()[1::2])
+    assert train.task("toy_sum").records("test")[3].references == [f"{a + b}", f"{a + b}.0"]
+
+
+def test_metrics_and_postprocessing_are_found_by_name():
+    task = toy_mixtures()[0].task("toy_sum")
+    postprocess = task.postprocess_fn()
+    prediction = postprocess(" 7.0 ", example=None, is_target=False)
+    (metric,) = task.metric_fns().values()
+    assert list(metric([["7", "7.0"], ["8"]], [prediction, "7"]).values()) == [0.5]
+
+
+def test_unknown_names_give_the_nearest():
+    train, _ = toy_mixtures()
+    with pytest.raises(UserError, match=r"no task 'toy_copi'; did you mean 'toy_copy'"):
+        train.task("toy_copi")
+    with pytest.raises(UserError, match=r"'toy_copy' has no split 'dev'; it has train, valid"):
+        train.task("toy_copy").records("dev")
+
+
+def test_records_cross_processes_and_refuse_indices_beyond_the_end():
+    records = toy_mixtures()[0].task("toy_copy").records("train")
+    again = pickle.loads(pickle.dumps(records))
+    assert again[7].inputs_text == records[7].inputs_text
+    with pytest.raises(IndexError):
+        records[60]
+
+
+def test_example_survives_bytes():
+    references = {"answer": ["ja", "ó"], "score": 0.5, "none": None}
+    example = Example(np.array([5, 1], np.int32), np.array([1], np.int32), "naïve", references)
+    again = Example.from_bytes(example.to_bytes())
+    assert again.inputs.tolist() == [5, 1] and again.targets.tolist() == [1]
+    assert (again.inputs_text, again.references) == ("naïve", references)
+
+
+def test_damaged_files_are_named(copied):
+    task = copied.task("toy_copy")
+    shard = task.directory / task.splits["train"].shards[0][0]
+    content = shard.read_bytes()
+
+    flipped = bytearray(content)
+    for i in range(len(content) // 2 - 2000, len(content) // 2 + 2000):
+        flipped[i] ^= 0xFF
+    first = content.find(b"copy: ")
+    flipped[first - 40 : first + 40] = bytes(80)
+    shard.write_bytes(flipped)
+    with pytest.raises(UserError, match=shard.name):
+        list(task.records("train"))
+
+    shard.write_bytes(content[:1000])
+    with pytest.raises(UserError, match=rf"{shard.name} has 1000 bytes, not {len(content)}"):
+        task.records("train")
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard.name} is missing"):
+        task.records("train")
+
+    lengths = task.directory / "train.lengths.npy"
+    lengths.write_bytes(b"")
+    with pytest.raises(UserError, match=r"train\.lengths\.npy"):
+        task.lengths("train")
+    np.save(lengths, np.zeros((3, 2), np.int32))
+    with pytest.raises(UserError, match="holds 3 lengths, not 60"):
+        task.lengths("train")
+
+
+def test_a_deleted_task_is_not_found(copied, tmp_path):
+    shutil.rmtree(copied.task("toy_copy").directory)
+    request = Request.make(NAMES, TASKS, VOCABULARY)
+    assert cache.find(tmp_path / "cache", request, "toy_train") is None
+    assert cache.find(tmp_path / "cache", request, "toy_unseen") is not None
+
+
+def test_another_request_is_another_mixture(tmp_path):
+    base = Request.make(NAMES, TASKS, VOCABULARY)
+    others = [
+        Request.make(NAMES, TASKS, VocabularyConfig(size=401)),
+        Request.make(NAMES, TASKS, VocabularyConfig(kind="bytes")),
+        Request.make(NAMES, [TASKS, "more"], VOCABULARY),
+        Request.make(NAMES, TASKS, VOCABULARY, splits=["train"]),
+        Request.make(NAMES, TASKS, VOCABULARY, environment={"X": "1"}),
+        Request.make("toy_unseen", TASKS, VOCABULARY),  # another training text
+    ]
+    paths = {r.path(tmp_path, "toy_unseen") for r in [base, *others]}
+    assert len(paths) == 1 + len(others)
+    # The rest of a list of names does not count, nor how a path is written.
+    same = Request.make("toy_train", os.path.relpath(TASKS), VOCABULARY)
+    assert same.path(tmp_path, "toy_train") == base.path(tmp_path, "toy_train")
+    assert Request.from_json(base.to_json()) == base
+
+
+def test_fingerprint_is_of_the_content(copied):
+    train, unseen = toy_mixtures()
+    assert copied.fingerprint == train.fingerprint != unseen.fingerprint
+
+
+def test_resolve_and_load_module(tmp_path, monkeypatch):
+    from moe_jax.data.modules import load_module, resolve
+
+    (tmp_path / "own.py").write_text("class A:\n  def b():\n    return 5\n")
+    assert resolve(f"{tmp_path / 'own.py'}:A.b")() == 5
+    assert load_module(str(tmp_path / "own.py")) is load_module(str(tmp_path / "own.py"))
+    monkeypatch.chdir(tmp_path)
+    assert load_module("own.py").A is load_module(str(tmp_path / "own.py")).A
+    assert resolve("os.path:join") is os.path.join
+    with pytest.raises(UserError, match=r"has no 'A\.c'"):
+        resolve("own.py:A.c")
+    with pytest.raises(UserError, match=r"no such module file: other\.py"):
+        load_module("other.py")
+    with pytest.raises(UserError, match="cannot import module 'no_such_module'"):
+        load_module("no_such_module")
+    (tmp_path / "bad.py").write_text("import no_such_module\n")
+    with pytest.raises(UserError, match=r"cannot import bad\.py: No module named 'no_such_module'"):
+        load_module("bad.py")
+
+
+def test_source_files_are_the_users_own(tmp_path, monkeypatch):
+    from moe_jax.data.modules import load_module, source_files
+
+    package = tmp_path / "userpack"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text(
+        "import numpy, moe_jax.errors\nfrom . import b\nfrom userpack.c import f\n"
+    )
+    (package / "b.py").write_text("def late():\n  import userpack.d\n")
+    (package / "c.py").write_text("def f(): pass\n")
+    (package / "unused.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = load_module("userpack.a")
+    names = [Path(path).name for path in source_files(module)]
+    assert names == ["__init__.py", "a.py", "b.py", "c.py"]

@@ -1,0 +1,271 @@
+"""Preparing: once, whole or not at all, again when something changed, and clear about mistakes."""
+
+import functools
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import NAMES, TASKS
+
+from moe_jax import files, prepare
+from moe_jax.data import cache, vocabulary
+from moe_jax.data.cache import Request
+from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.errors import UserError
+
+BYTES = VocabularyConfig(kind="bytes")
+MODULE = """
+import functools, os, pathlib, signal
+import seqio
+import tensorflow as tf
+from moe_jax.metrics import exact_match
+
+HERE = pathlib.Path(__file__).parent
+ENVIRONMENT = ("OWN_PREFIX",)
+
+def read(split, shuffle_files, seed=None, *, path):
+    if path.name == "b.tsv" and (HERE / "kill").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    rows = [line.split("\\t") for line in path.read_text().splitlines()]
+    prefix = os.environ.get("OWN_PREFIX", "")
+    return tf.data.Dataset.from_tensor_slices(
+        {"inputs": [prefix + a for a, _ in rows], "targets": [b for _, b in rows]}
+    )
+
+feature = seqio.Feature(seqio.ByteVocabulary())
+for name in "ab":
+    seqio.TaskRegistry.add(
+        f"own_{name}",
+        source=seqio.FunctionDataSource(
+            functools.partial(read, path=HERE / f"{name}.tsv"), splits=["train"]
+        ),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        metric_fns=[exact_match],
+        output_features={"inputs": feature, "targets": feature},
+    )
+seqio.MixtureRegistry.add("own", [("own_a", 1), ("own_b", 3)])
+"""
+
+
+@pytest.fixture
+def children(monkeypatch) -> list[Request]:
+    """The requests for which a child process was started."""
+    started = []
+    run = prepare._run_child
+    monkeypatch.setattr(
+        prepare, "_run_child", lambda *args: (started.append(args[1]), run(*args))[1]
+    )
+    return started
+
+
+def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
+    monkeypatch.delenv("OWN_PREFIX", raising=False)
+    module = tmp_path / "own_tasks.py"
+    module.write_text(MODULE)
+    for name in "ab":
+        (tmp_path / f"{name}.tsv").write_text(f"1{name}\tone\n2{name}\ttwo\n")
+    cache_dir = tmp_path / "cache"
+    monkeypatch.chdir(tmp_path)
+    get = functools.partial(prepare.ensure_prepared, cache_dir, "own", "own_tasks.py", BYTES)
+
+    # Killed in the second task: the first is whole, of the second nothing can be seen.
+    (tmp_path / "kill").touch()
+    with pytest.raises(UserError, match=r"preparing own failed.*exit -9"):
+        get()
+    (first,) = cache_dir.glob("tasks/*/*/spec.json")
+    assert first.parent.parent.name == "own_a"
+    assert not list(cache_dir.glob("mixtures/*"))
+
+    # Started again, it goes on from there and leaves no rubbish.
+    (tmp_path / "kill").unlink()
+    written = first.stat().st_mtime_ns
+    mixture = get()["own"]
+    assert first.stat().st_mtime_ns == written
+    assert not list(cache_dir.glob("tasks/*/.new-*"))
+    assert [(t.name, t.rate, t.examples("train")) for t in mixture.tasks] == [
+        ("own_a", 1.0, 2),
+        ("own_b", 3.0, 2),
+    ]
+    assert mixture.task("own_b").records("train")[1].references == "two"
+    assert len(children) == 2
+
+    # Nothing changed but a time stamp: no child.
+    os.utime(tmp_path / "b.tsv", (1, 1))
+    assert get()["own"].fingerprint == mixture.fingerprint
+    assert len(children) == 2
+
+    # A data file changed: its task is made again, the other is not.
+    (tmp_path / "b.tsv").write_text("3b\tthree\n")
+    changed = get()["own"]
+    assert len(children) == 3
+    assert changed.fingerprint != mixture.fingerprint
+    assert changed.task("own_a").directory == mixture.task("own_a").directory
+    assert [e.inputs_text for e in changed.task("own_b").records("train")] == ["3b"]
+
+    # Code or a declared variable changed: stale. Sources gone: good, the cache may travel.
+    request = Request.make("own", "own_tasks.py", BYTES)
+    assert cache.find(cache_dir, request, "own") is not None
+    monkeypatch.setenv("OWN_PREFIX", "x")
+    assert cache.find(cache_dir, request, "own") is None
+    monkeypatch.delenv("OWN_PREFIX")
+    module.write_text(MODULE + "# edited\n")
+    assert cache.find(cache_dir, request, "own") is None
+    for path in (module, tmp_path / "a.tsv", tmp_path / "b.tsv"):
+        path.unlink()
+    assert cache.find(cache_dir, request, "own") is not None
+
+
+def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
+    found = []
+
+    def get():
+        found.append(prepare.ensure_prepared(tmp_path, "toy_unseen", TASKS, BYTES)["toy_unseen"])
+
+    threads = [threading.Thread(target=get) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and len(children) == 1
+
+
+def test_a_mistake_in_the_child_is_one_line_here(tmp_path, capfd):
+    with pytest.raises(UserError, match=r"'toy_trian'.*did you mean 'toy_train'"):
+        prepare.ensure_prepared(tmp_path, "toy_trian", TASKS, BYTES)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# ---- in this process, which imports SeqIO for it ----
+
+
+def test_splits_and_names(tmp_path, capsys):
+    mixtures = prepare.prepare(tmp_path, NAMES, TASKS, BYTES, splits=["train", "fewshot_13_train"])
+    assert [tuple(t.splits) for m in mixtures.values() for t in m.tasks] == [
+        ("train",),
+        ("train",),
+        ("train", "fewshot_13_train"),
+    ]
+    assert "prepared 3 tasks, 188 examples" in capsys.readouterr().err
+    prepare.prepare(tmp_path, NAMES, TASKS, BYTES, splits=["train", "fewshot_13_train"])
+    assert "prepared" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="'toy_copy' has none of the splits dev; it has train"):
+        prepare.prepare(tmp_path, NAMES, TASKS, BYTES, splits=["dev"])
+
+
+def test_main_prints_what_it_prepared(tmp_path, capsys):
+    prepare.main("toy_unseen", str(tmp_path), [TASKS], BYTES)
+    assert "toy_unseen: 1 tasks, 124 examples, 259 tokens" in capsys.readouterr().out
+
+
+def test_vocabularies(tmp_path):
+    import seqio
+
+    def prepared(**config):
+        config = VocabularyConfig(**config)
+        return prepare.prepare(tmp_path / "cache", "toy_train", TASKS, config)["toy_train"]
+
+    trained = prepared(size=300)
+    assert 259 < trained.vocabulary.size <= 300
+    model = trained.vocabulary_dir / vocabulary.MODEL
+    given = prepared(path=str(model), extra_ids=3)
+    theirs = seqio.SentencePieceVocabulary(str(model), extra_ids=3)
+    assert given.vocabulary.size == theirs.vocab_size == trained.vocabulary.size + 3
+    assert given.vocabulary.encode("red <extra_id_0>") == theirs.encode("red <extra_id_0>")
+    assert given.vocabulary.encode("red <extra_id_0>")[-1] == given.vocabulary.size - 1
+
+    # Bytes are bytes whoever brings them: the same directory, and no SeqIO needed to read it.
+    factory = tmp_path / "factory.py"
+    factory.write_text("import seqio\ndef make(): return seqio.ByteVocabulary(extra_ids=0)\n")
+    same = [
+        prepared(kind="bytes"),
+        prepared(kind="task"),
+        prepared(kind="seqio", factory=f"{factory}:make"),
+    ]
+    assert len({m.vocabulary_dir for m in same}) == 1
+    assert files.read_json(same[0].vocabulary_dir / vocabulary.FILE)["kind"] == "bytes"
+    first = same[0].task("toy_copy").records("train")[0]
+    assert bytes(first.inputs[:-1].astype(np.uint8) - 3).decode() == first.inputs_text
+
+    factory.with_name("own.py").write_text(
+        "import seqio\ndef make(): return seqio.FullCodepointVocabulary()\n"
+    )
+    other = prepared(kind="seqio", factory=f"{factory.with_name('own.py')}:make")
+    assert files.read_json(other.vocabulary_dir / vocabulary.FILE)["kind"] == "seqio"
+    example = other.task("toy_copy").records("train")[0]
+    assert other.vocabulary.decode(example.targets) == example.references[0]
+
+
+def _register(name, *, splits=("train",), texts=("a", "b"), metric=None, append_eos=True):
+    import seqio
+    import tensorflow as tf
+
+    from moe_jax.metrics import exact_match
+
+    def source(split, shuffle_files):
+        kept = [] if split == "empty" else list(texts)
+        return tf.data.Dataset.from_tensor_slices(
+            {f: tf.constant(kept, tf.string, [len(kept)]) for f in ("inputs", "targets")}
+        )
+
+    feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+    tail = [seqio.preprocessors.append_eos] if append_eos else []
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(source, splits=splits),
+        preprocessors=[seqio.preprocessors.tokenize, *tail],
+        metric_fns=[metric or exact_match],
+        output_features={"inputs": feature, "targets": feature},
+    )
+
+
+@pytest.mark.parametrize(
+    "options, config, message",
+    [
+        ({"splits": ("train", "empty")}, BYTES, "'{}': split 'empty' is empty"),
+        ({"metric": lambda targets, predictions: {}}, BYTES, "task '{}': the metric .*lambda"),
+        ({"append_eos": False}, BYTES, "'{}', split 'train', example 0: targets do not end in EOS"),
+        ({"texts": ("a", ""), "append_eos": False}, BYTES, "targets do not end|no tokens"),
+        ({"splits": ("test",)}, VocabularyConfig(), "'{}' has no 'train' split"),
+        ({}, VocabularyConfig(size=10), "cannot train a vocabulary of size 10"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_task(tmp_path, request, options, config, message):
+    name = f"bad_{request.node.callspec.id.replace('-', '_')}"[:40]
+    name = "".join(c if c.isalnum() else "_" for c in name)
+    _register(name, **options)
+    with pytest.raises(UserError, match=message.format(name)) as caught:
+        prepare.prepare(tmp_path, name, [], config)
+    assert "\n" not in str(caught.value)
+    assert not [p for p in tmp_path.glob("tasks/**/*") if p.is_file()]
+    assert not list(tmp_path.glob("mixtures/*"))
+
+
+def test_large_splits_are_several_shards(tmp_path, monkeypatch):
+    from moe_jax.data import materialise
+
+    monkeypatch.setattr(materialise, "SHARD_BYTES", 200)
+    _register("many_shards", texts=[f"text {i}" for i in range(40)])
+    task = prepare.prepare(tmp_path, "many_shards", [], BYTES)["many_shards"].tasks[0]
+    shards = task.splits["train"].shards
+    assert len(shards) > 3
+    assert shards[1][0] == f"train-00001-of-{len(shards):05d}.array_record"
+    records = task.records("train")
+    assert [e.inputs_text for e in records] == [f"text {i}" for i in range(40)]
+    (task.directory / shards[2][0]).unlink()
+    with pytest.raises(UserError, match=r"train-00002-of-.* is missing"):
+        task.records("train")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write"):
+        prepare.prepare(tmp_path / "cache", "toy_train", TASKS, BYTES)
+
+
+def test_a_file_in_place_of_the_cache_is_one_line(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        prepare.prepare(Path(tmp_path / "cache"), "toy_train", TASKS, BYTES)

@@ -1,0 +1,215 @@
+"""The SeqIO side: what is read equals SeqIO's own, and every mistake is one line."""
+
+import functools
+import os
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from moe_jax.data import registry
+from moe_jax.errors import UserError
+from moe_jax.metrics import exact_match
+
+SIZES = {"train": 300, "test": 7}
+
+
+def _source(split, shuffle_files=False, seed=None, *, size=None):
+    n = SIZES[split] if size is None else size
+    texts = [f"{split} {'word ' * (i % 5)}{i}" for i in range(n)]
+    answers = tf.ragged.constant([["x"] * (i % 3) for i in range(n)], dtype=tf.string)
+    return tf.data.Dataset.from_tensor_slices(
+        {"inputs": texts, "targets": [t[::-1] for t in texts], "answers": answers}
+    )
+
+
+@seqio.map_over_dataset
+def _branching(ex):
+    # A Python `if` on a tensor works only where autograph converts this function.
+    if tf.strings.length(ex["inputs"]) > 12:
+        ex["inputs"] = tf.strings.join(["long: ", ex["inputs"]])
+    return ex
+
+
+@seqio.map_over_dataset(num_seeds=1)
+def _random(ex, seed):
+    number = tf.random.stateless_uniform([], seed, 0, 1000, tf.int32)
+    return {**ex, "inputs": tf.strings.join([ex["inputs"], tf.strings.as_string(number)])}
+
+
+def _eager(dataset):
+    return tf.data.Dataset.from_tensor_slices(
+        {k: [row[k] for row in dataset.as_numpy_iterator()] for k in ("inputs", "targets")}
+    )
+
+
+def _long_only(dataset):
+    return dataset.filter(lambda ex: tf.strings.length(ex["inputs"]) > 15)
+
+
+FEATURE = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+TAIL = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+
+
+def _task(name="t", preprocessors=(), source=_source, **kwargs):
+    settings = {
+        "source": seqio.FunctionDataSource(source, splits=list(SIZES)),
+        "preprocessors": [*preprocessors, *TAIL],
+        "output_features": {"inputs": FEATURE, "targets": FEATURE},
+        "metric_fns": [exact_match],
+    }
+    return seqio.Task(name, **(settings | kwargs))
+
+
+def _read(task, splits):
+    rows = {split: [] for split in splits}
+    for split, part in registry.read(task, splits):
+        rows[split] += part
+    return rows
+
+
+@pytest.mark.parametrize(
+    "preprocessors", [[], [_branching], [_random], [_eager], [_long_only], [_random, _branching]]
+)
+def test_reading_equals_seqio(preprocessors):
+    task = _task(preprocessors=preprocessors)
+    got = _read(task, list(SIZES))
+    for split in SIZES:
+        dataset = task.get_dataset(split=split, sequence_length=None, shuffle=False, seed=0)
+        want = list(dataset.as_numpy_iterator())
+        assert len(got[split]) == len(want) > 0
+        for mine, theirs in zip(got[split], want, strict=True):
+            assert mine.keys() == theirs.keys()
+            for key in theirs:
+                np.testing.assert_array_equal(mine[key], theirs[key])
+
+
+def test_tasks_with_the_same_preprocessing_are_traced_once():
+    before = len(registry._traces)
+    for name in ("a", "b", "c"):
+        _read(_task(name), ["test"])
+    assert len(registry._traces) <= before + 1
+
+
+def test_text_and_vocabulary():
+    task = registry.with_vocabulary(_task(), seqio.ByteVocabulary(extra_ids=5))
+    assert registry.own_vocabulary(task).vocab_size == 264
+    row = _read(task, ["test"])["test"][3]
+    assert registry.text(row, "inputs", FEATURE.vocabulary) == "test word word word 3"
+    del row["targets_pretokenized"]
+    assert registry.text(row, "targets", FEATURE.vocabulary) == "3 drow drow drow tset"
+    other = seqio.Feature(seqio.ByteVocabulary(extra_ids=1), add_eos=True)
+    mixed = _task(output_features={"inputs": FEATURE, "targets": other})
+    with pytest.raises(UserError, match="'t': inputs and targets have different vocabularies"):
+        registry.own_vocabulary(mixed)
+    with pytest.raises(UserError, match="'t' has no output feature targets"):
+        registry.with_vocabulary(_task(output_features={"inputs": FEATURE}), FEATURE.vocabulary)
+
+
+def test_errors_of_a_source_are_one_line():
+    def raises(split, shuffle_files):
+        raise UserError("data.tsv:7: no tab")
+
+    def generates(split, shuffle_files):
+        def rows():
+            yield {"inputs": "a", "targets": "b"}
+            raise UserError("data.tsv:8: no tab")
+
+        spec = tf.TensorSpec([], tf.string)
+        return tf.data.Dataset.from_generator(
+            rows, output_signature={"inputs": spec, "targets": spec}
+        )
+
+    def missing(split, shuffle_files):
+        return tf.data.TextLineDataset("/no/such/file.txt").map(
+            lambda line: {"inputs": line, "targets": line}
+        )
+
+    for source, message in (
+        (raises, r"^data\.tsv:7: no tab$"),
+        (generates, r"^data\.tsv:8: no tab$"),
+        (missing, r"task 't'.*/no/such/file\.txt"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            _read(_task(source=source), ["train"])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="'t' has no split 'dev'; it has train, test"):
+        _read(_task(), ["dev"])
+
+
+def test_rates_flatten_mixtures_and_see_the_counts():
+    for name in ("reg_a", "reg_b", "reg_c"):
+        task = _task(name)
+        seqio.TaskRegistry.add_provider(name, task)
+    seqio.MixtureRegistry.add(
+        "reg_inner", ["reg_a", "reg_b"], default_rate=seqio.mixing_rate_num_examples
+    )
+    seqio.MixtureRegistry.add("reg_outer", [("reg_inner", 6), ("reg_c", 4), ("reg_a", 1)])
+    counts = {"reg_a": {"train": 200}, "reg_b": {"train": 100}, "reg_c": {}}
+    assert registry.rates("reg_inner", counts) == {"reg_a": 200, "reg_b": 100}
+    assert registry.rates("reg_outer", counts) == {"reg_a": 5, "reg_b": 2, "reg_c": 4}
+    assert registry.rates("reg_c", counts) == {"reg_c": 1}
+    with pytest.raises(UserError, match="'reg_inner': a rate cannot be computed"):
+        registry.rates("reg_inner", {**counts, "reg_b": {}})
+    assert [t.name for t in registry.find_tasks("reg_outer", [])] == ["reg_a", "reg_b", "reg_c"]
+    with pytest.raises(UserError, match=r"no task or mixture 'reg_oter'.*did you mean 'reg_outer'"):
+        registry.find_tasks("reg_oter", [])
+    # What was shadowed while the rates were computed is as before.
+    assert seqio.TaskRegistry.get("reg_a").num_input_examples("train") is None
+
+
+def test_functions_must_be_found_by_name(tmp_path):
+    task = _task()
+    assert registry.reference(exact_match, task, "metric") == "moe_jax.metrics:exact_match"
+    for bad in (lambda targets, predictions: {}, functools.partial(exact_match)):
+        with pytest.raises(UserError, match=r"task .t.: the metric .* cannot be found by name"):
+            registry.reference(bad, task, "the metric")
+
+    def closure(targets, predictions):
+        return {}
+
+    with pytest.raises(UserError, match="closure"):
+        registry.metric_references(_task(metric_fns=[closure]))
+
+    def scores(targets, scores):
+        return {}
+
+    with pytest.raises(UserError, match="only metric_fns of"):
+        registry.metric_references(_task(metric_fns=[scores]))
+
+
+def test_modules_own_their_tasks_and_files(tmp_path):
+    data = tmp_path / "data.tsv"
+    data.write_text("a\tb\n")
+    (tmp_path / "mine.py").write_text(f"""
+import functools, seqio
+def read(split, shuffle_files, path): raise NotImplementedError
+def metric(targets, predictions): return {{}}
+feature = seqio.Feature(seqio.ByteVocabulary())
+features = {{"inputs": feature, "targets": feature}}
+source = seqio.FunctionDataSource(functools.partial(read, path={str(data)!r}), ["train"])
+seqio.TaskRegistry.add("owned_a", source=source, output_features=features, metric_fns=[metric])
+source = seqio.TextLineDataSource({{"train": {str(tmp_path / "*.tsv")!r}}})
+seqio.TaskRegistry.add("owned_b", source=source, output_features=features)
+def missing_hint(name):
+    return "because of the moon" if name == "owned_c" else None
+""")
+    path = str(tmp_path / "mine.py")
+    modules = registry.load_task_modules([path, "moe_jax.metrics"])
+    for name in ("owned_a", "owned_b"):
+        task = seqio.TaskRegistry.get(name)
+        assert registry.owners(task, modules) == modules[:1]
+        assert registry.data_files(task, modules) == [str(data)]
+    reference = registry.metric_references(seqio.TaskRegistry.get("owned_a"))
+    assert reference == [f"{path}:metric"]
+    with pytest.raises(UserError, match="because of the moon"):
+        registry.find_tasks("owned_c", modules)
+    os.link(path, tmp_path / "again.py")
+    with pytest.raises(UserError, match=r"again\.py.*owned_a"):
+        registry.load_task_modules([str(tmp_path / "again.py")])
+
+
+def test_to_json():
+    value = {"a": (b"x", np.float32(0.5)), 3: np.array([[1, 2]]), "s": np.array([b"q"], object)}
+    assert registry.to_json(value) == {"a": ["x", 0.5], "3": [[1, 2]], "s": ["q"]}

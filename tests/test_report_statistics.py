@@ -1,0 +1,160 @@
+"""Statistics of routes against scikit-learn, hand arithmetic, and planted structure."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import adjusted_mutual_info_score
+
+from moe_jax.report import statistics
+
+
+def random_routes(tasks, layers, experts, rng):
+    return rng.dirichlet(np.ones(experts), (tasks, layers))
+
+
+def planted_routes(labels, layers, experts, noise, rng):
+    centre = {label: random_routes(1, layers, experts, rng)[0] for label in dict.fromkeys(labels)}
+    route = np.array([centre[label] for label in labels])
+    return (1 - noise) * route + noise * random_routes(len(labels), layers, experts, rng)
+
+
+def test_similarity_is_the_cosine():
+    rng = np.random.default_rng(0)
+    route = random_routes(5, 3, 4, rng)
+    found = statistics.similarity(route)
+    for i in range(5):
+        for j in range(5):
+            a, b = route[i].ravel(), route[j].ravel()
+            assert found[i, j] == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)))
+    one_hot = np.eye(3)[[0, 0, 1]][:, None]
+    np.testing.assert_allclose(statistics.similarity(one_hot), [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
+
+
+def test_planted_clusters_are_found_and_random_routes_are_not():
+    rng = np.random.default_rng(1)
+    labels = np.repeat(["a", "b", "c", "d"], 8)
+    rng.shuffle(labels)
+    planted = statistics.tree(statistics.similarity(planted_routes(labels, 6, 3, 0.2, rng)))
+    found = statistics.agreement(labels, statistics.cut(planted, 4), 200)
+    assert found.ami == pytest.approx(1)
+    assert found.p_value == pytest.approx(1 / 201)
+    assert abs(found.control_mean) < 0.05
+
+    p_values = []
+    for _ in range(40):  # by chance, p is about uniform
+        random = statistics.tree(statistics.similarity(random_routes(32, 6, 3, rng)))
+        p_values.append(statistics.agreement(labels, statistics.cut(random, 4), 100).p_value)
+    assert 0.3 < np.mean(p_values) < 0.75
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.2
+
+
+@pytest.mark.parametrize(("classes", "clusters", "tasks"), [(4, 4, 24), (22, 20, 160), (5, 1, 9)])
+def test_ami_and_its_control_are_scikit_learns(classes, clusters, tasks):
+    rng = np.random.default_rng(2)
+    labels, found = rng.integers(0, classes, tasks), rng.integers(0, clusters, tasks)
+    agreement = statistics.agreement([f"c{x}" for x in labels], found, 20, seed=3)
+    assert agreement.ami == pytest.approx(adjusted_mutual_info_score(labels, found), abs=1e-9)
+    names = np.unique([f"c{x}" for x in labels], return_inverse=True)[1]
+    shuffled = np.random.default_rng(3).permuted(np.tile(names, (20, 1)), axis=1)
+    expected = [adjusted_mutual_info_score(row, found) for row in shuffled]
+    np.testing.assert_allclose(agreement.control, expected, atol=1e-9)
+    low, high = agreement.control_range
+    assert low <= agreement.control_mean <= high
+
+
+def test_ami_of_equal_partitions_is_one_whatever_their_names():
+    labels = [1, 1, 2, 2, 3, 3]
+    assert statistics.agreement(labels, ["x", "x", "b", "b", "q", "q"], 10).ami == 1
+    singletons = statistics.agreement(range(6), range(6), 10)
+    assert singletons.p_value == 1  # every shuffle agrees as well
+
+
+def test_equal_routes_are_one_cluster():
+    rng = np.random.default_rng(4)
+    similarity = statistics.similarity(np.repeat(random_routes(1, 4, 3, rng), 10, 0))
+    assert statistics.distinct_routes(similarity) == 1
+    clusters = statistics.cut(statistics.tree(similarity), 4)
+    assert set(clusters) == {1}
+    found = statistics.agreement([0, 1] * 5, clusters, 50)
+    assert (found.ami, found.p_value) == (0, 1)
+
+
+def test_ties_are_not_cut_apart():
+    route = np.eye(3)[[0, 0, 0, 1, 1, 2]][:, None]
+    similarity = statistics.similarity(route)
+    assert statistics.distinct_routes(similarity) == 3
+    assert len(set(statistics.cut(statistics.tree(similarity), 5))) == 3
+
+
+def test_leaves_hold_every_task_once():
+    similarity = statistics.similarity(random_routes(9, 2, 3, np.random.default_rng(5)))
+    assert sorted(statistics.leaves(statistics.tree(similarity))) == list(range(9))
+
+
+def test_correlations_by_hand():
+    rng = np.random.default_rng(6)
+    labels = np.array(["a"] * 5 + ["b"] * 7)
+    route = random_routes(12, 2, 3, rng)
+    found = statistics.correlations(route, labels)
+    assert found.categories == ["a", "b"] and found.tests == 12
+    weight, inside = route[:, 1, 2], labels == "a"
+    r = (weight[inside].mean() - weight[~inside].mean()) / weight.std() * np.sqrt(5 * 7) / 12
+    assert found.r_NxExC[1, 2, 0] == pytest.approx(r)
+    t = r * np.sqrt(10 / (1 - r**2))
+    assert found.p_NxExC[1, 2, 0] == pytest.approx(2 * stats.t.sf(abs(t), 10))
+    np.testing.assert_allclose(found.r_NxExC[..., 0], -found.r_NxExC[..., 1])
+
+
+def test_correction_is_benjamini_and_hochbergs():
+    rng = np.random.default_rng(7)
+    found = statistics.correlations(random_routes(15, 3, 2, rng), ["a", "b", "c"] * 5)
+    p = found.p_NxExC.ravel()
+    order = np.argsort(p)
+    q, lowest = np.empty(len(p)), 1.0
+    for rank in range(len(p), 0, -1):
+        lowest = min(lowest, p[order[rank - 1]] * len(p) / rank)
+        q[order[rank - 1]] = lowest
+    np.testing.assert_allclose(found.q_NxExC.ravel(), q)
+
+
+def test_planted_expert_is_significant_and_chance_is_not():
+    rng = np.random.default_rng(8)
+    labels = ["a", "b", "c", "d"] * 8
+    route = random_routes(32, 4, 3, rng)
+    route[[label == "b" for label in labels], 2] = [0.02, 0.96, 0.02]
+    strongest = statistics.correlations(route, labels).significant()[0]
+    assert strongest == (2, 1, 1)
+    false = sum(
+        bool(statistics.correlations(random_routes(32, 4, 3, rng), labels).significant())
+        for _ in range(60)
+    )
+    assert false <= 9  # the share of reports with any false find is about the level, 5 %
+
+
+def test_what_cannot_be_tested_is_said():
+    rng = np.random.default_rng(9)
+    labels = ["a"] * 6 + ["b"] * 5 + ["lone"] * 2
+    found = statistics.correlations(random_routes(13, 1, 2, rng), labels)
+    assert found.categories == ["a", "b"] and found.untested == ["lone"]
+
+    constant = statistics.correlations(np.full((10, 2, 2), 0.5), ["a", "b"] * 5)
+    assert constant.tests == 0 and constant.significant() == []
+    assert np.isnan(constant.q_NxExC).all()
+
+    half = random_routes(10, 2, 2, rng)
+    half[:, 0] = 0.5
+    found = statistics.correlations(half, ["a", "b"] * 5)
+    assert found.tests == 4 and np.isnan(found.p_NxExC[0]).all()
+
+    assert statistics.correlations(random_routes(4, 1, 2, rng), ["a"] * 4).tests == 0
+    assert statistics.correlations(np.zeros((0, 2, 2)), []).tests == 0
+
+
+def test_entropy_and_task_information():
+    np.testing.assert_allclose(statistics.entropy([[1, 0, 0], [1 / 3] * 3]), [0, 1], atol=1e-12)
+    p = np.array([0.7, 0.2, 0.1])
+    assert statistics.entropy(p) == pytest.approx(-(p * np.log(p)).sum() / np.log(3))
+    assert statistics.entropy(np.ones((4, 1))).tolist() == [0, 0, 0, 0]
+    # Layer 0: each task its own expert; layer 1: the same for all; layer 2: undecided.
+    route = np.stack([np.eye(3), np.eye(3)[[1, 1, 1]], np.full((3, 3), 1 / 3)], 1)
+    np.testing.assert_allclose(statistics.task_information(route), [1, 0, 0], atol=1e-12)

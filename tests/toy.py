@@ -1,0 +1,29 @@
+"""The tasks of toy_tasks.py, prepared once for all tests of a process."""
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.prepare import ensure_prepared
+
+TASKS = str(Path(__file__).with_name("toy_tasks.py"))
+VOCABULARY = VocabularyConfig(size=400)
+NAMES = ("toy_train", "toy_unseen")
+
+
+@functools.cache
+def toy_cache() -> Path:
+    """Directory of a cache that holds both mixtures."""
+    directory = tempfile.mkdtemp(prefix="toy_cache_")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    ensure_prepared(directory, NAMES, TASKS, VOCABULARY)
+    return Path(directory)
+
+
+def toy_mixtures(cache_dir: Path | None = None) -> tuple[PreparedMixture, PreparedMixture]:
+    """`toy_train` and `toy_unseen`; from `cache_dir` where another process has prepared them."""
+    return tuple(ensure_prepared(cache_dir or toy_cache(), NAMES, TASKS, VOCABULARY).values())

@@ -5,6 +5,7 @@
 A VALUE that is no gin literal is taken as a string, so paths need no quotes.
 """
 
+import ast
 import os
 import re
 import sys
@@ -44,10 +45,14 @@ _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processe
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], from_model_dir: bool = False) -> None:
     """Parses flags and gin, calls `main`, and ends the process.
 
     A `UserError` or gin error ends in one line on standard error and exit code 1.
+
+    Args:
+        from_model_dir: starts from the config.gin of the run in MODEL_DIR, so that flags need say
+            only what differs.
     """
 
     def start(argv: Sequence[str]) -> None:
@@ -55,12 +60,14 @@ def run(main: Callable[[], None]) -> None:
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
-            parse_gin(_GIN_FILE.value, _GIN_BINDINGS.value, _GIN_SEARCH_PATHS.value)
+            parse_gin(_GIN_FILE.value, _GIN_BINDINGS.value, _GIN_SEARCH_PATHS.value, from_model_dir)
             _start_jax()
             main()
         except UserError as e:
             fail(e)
 
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
     try:
         app.run(start, argv=rewrite_gin_flags(sys.argv))
     except KeyboardInterrupt:
@@ -93,7 +100,12 @@ def _literal(value: str) -> str:
     return value
 
 
-def parse_gin(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]):
+def parse_gin(
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    search_paths: Sequence[str],
+    from_model_dir: bool = False,
+) -> None:
     """Parses base bindings, files, then bindings; later ones win.
 
     Raises:
@@ -105,6 +117,19 @@ def parse_gin(gin_files: Sequence[str], bindings: Sequence[str], search_paths: S
     texts = [(path, path.read_text()) for path in (_find(f, search_paths) for f in gin_files)]
     texts.append(("the command line", "\n".join(bindings)))
     _check_macros(texts)
+    _parse(texts)
+    if from_model_dir:
+        model_dir = gin.query_parameter("MODEL_DIR/macro.value")
+        if model_dir is None:
+            raise UserError("MODEL_DIR is not set: give --gin.MODEL_DIR=...")
+        path = Path(model_dir) / "config.gin"
+        if not path.is_file():
+            raise UserError(f"{model_dir} holds no run: it has no config.gin")
+        _parse([(path, path.read_text()), *texts])
+    gin.finalize()
+
+
+def _parse(texts: Sequence[tuple[object, str]]) -> None:
     gin.clear_config()
     gin.parse_config(BASE_BINDINGS)
     for source, text in texts:
@@ -114,7 +139,33 @@ def parse_gin(gin_files: Sequence[str], bindings: Sequence[str], search_paths: S
             line = getattr(e, "lineno", None)
             where = f"{source}:{line}" if line else str(source)
             raise UserError(f"{where}: {_explain(e)}") from e
-    gin.finalize()
+
+
+def given_bindings() -> list[tuple[str, str]]:
+    """(name, value) of the bindings on this command line, in order; strings without quotes."""
+    pairs = (binding.partition("=") for binding in _GIN_BINDINGS.value)
+    return [(name.strip(), _unquoted(value.strip())) for name, _, value in pairs]
+
+
+def _unquoted(value: str) -> str:
+    try:
+        literal = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
+    return literal if isinstance(literal, str) and _literal(literal) == value else value
+
+
+def process_flags() -> list[str]:
+    """The flags, besides gin's files and bindings, that a child process should get too."""
+    return [
+        f"--gin_search_paths={','.join(_GIN_SEARCH_PATHS.value)}",
+        f"--compilation_cache_dir={_COMPILATION_CACHE.value}",
+    ]
+
+
+def find_gin_file(name: str) -> Path:
+    """The gin file of this name in the search paths."""
+    return _find(name, _GIN_SEARCH_PATHS.value)
 
 
 def _find(name: str, search_paths: Sequence[str]) -> Path:

@@ -22,6 +22,8 @@ EVAL_PERIOD = 1000
 CHECKPOINT_PERIOD = 1000
 INITIAL_CHECKPOINT_PATH = None
 ROUTER_CHECKPOINT_PATH = None
+DENSE_DIR = None
+MOE_DIR = None
 SEED = 0
 
 DataConfig.mixture_or_task_name = %MIXTURE_OR_TASK_NAME
@@ -36,6 +38,8 @@ RunConfig.checkpoint_period = %CHECKPOINT_PERIOD
 RunConfig.initial_checkpoint_path = %INITIAL_CHECKPOINT_PATH
 RunConfig.router_checkpoint_path = %ROUTER_CHECKPOINT_PATH
 RunConfig.seed = %SEED
+FinetuneConfig.dense_dir = %DENSE_DIR
+FinetuneConfig.moe_dir = %MOE_DIR
 """
 
 
@@ -72,6 +76,12 @@ class DataConfig:
                 "TASK_FEATURE_LENGTHS must be {'inputs': ..., 'targets': ...}, "
                 f"not {dict(self.lengths)}"
             )
+        vocabulary = self.vocabulary
+        if vocabulary.kind == "sentencepiece" and not (vocabulary.path or vocabulary.trained_on):
+            # Written down, so that other mixtures are tokenised alike.
+            name = self.mixture_or_task_name or ""
+            trained = dataclasses.replace(vocabulary, trained_on=name)
+            object.__setattr__(self, "vocabulary", trained)
         if self.batch_size % self.rows_per_group:
             raise UserError(
                 f"BATCH_SIZE {self.batch_size} is no multiple of "
@@ -123,3 +133,32 @@ class RunConfig:
             if getattr(self, name) is None:
                 macro = {"model_dir": "MODEL_DIR", "train_steps": "TRAIN_STEPS"}[name]
                 raise UserError(f"{macro} is not set: give --gin.{macro}=...")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """The grid, and what to start from.
+
+    Attributes:
+        dense_dir: model directory of the dense multi-task model. The start `untrained` is that
+            model before its first step (so, its INITIAL_CHECKPOINT_PATH, if it had one).
+        moe_dir: model directory of the mixture of experts.
+        learning_rates, batch_sizes: the grid searched on dev.
+        seeds: few-shot samples; of each, the splits `fewshot_SEED_train` and `..._validation`.
+        steps: optimizer steps of every run.
+        test_examples: at most this many test examples.
+        representation: of a new task in the mixture of experts: the `mean` of the training
+            tasks', that of the `nearest` one (whose route has the lowest loss on the few
+            examples), or `random` (standard normal, as before training). It is then learned with
+            the rest.
+    """
+
+    dense_dir: str | None = None
+    moe_dir: str | None = None
+    learning_rates: Sequence[float] = (1e-5, 2e-5, 5e-5)
+    batch_sizes: Sequence[int] = (2, 4, 8)
+    seeds: Sequence[int] = (13, 21, 42, 87, 100)
+    steps: int = 1000
+    test_examples: int | None = None
+    representation: Literal["mean", "nearest", "random"] = "nearest"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_jax.config import DataConfig, RunConfig
+from moe_jax.config import DataConfig, FinetuneConfig, RunConfig
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.parallel import MeshConfig
@@ -22,4 +22,6 @@ RUN_CONFIGS = (
 )
 
 # configurable -> its parameters, for hints
-CONFIGURABLES = {c.__name__: [f.name for f in dataclasses.fields(c)] for c in RUN_CONFIGS}
+CONFIGURABLES = {
+    c.__name__: [f.name for f in dataclasses.fields(c)] for c in (*RUN_CONFIGS, FinetuneConfig)
+}

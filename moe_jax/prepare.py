@@ -1,6 +1,6 @@
 """Makes SeqIO tasks ready for training: tokenised once, read ever after without TensorFlow.
 
-    python -m moe_jax.prepare --gin_file=gin_configs/runs/quickstart.gin
+    python -m moe_jax.prepare --gin.MIXTURE_OR_TASK_NAME=skills_gym_train --gin.CACHE_DIR=cache
 
 `train`, `eval` and the others call `ensure_prepared`, which costs nothing where the cache is up to
 date and otherwise prepares in a child process, so that the caller never imports TensorFlow.
@@ -13,9 +13,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import gin
-
-from moe_jax import files
+from moe_jax import cli, files
+from moe_jax.config import DataConfig
 from moe_jax.data import cache
 from moe_jax.data.cache import PreparedMixture, Request
 from moe_jax.data.vocabulary import VocabularyConfig
@@ -110,19 +109,17 @@ def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
             raise UserError(f"preparing {names} failed: see above (exit {child.returncode})")
 
 
-@gin.configurable("prepare")
-def main(
-    mixture_or_task_name: str | Sequence[str] = gin.REQUIRED,
-    cache_dir: str = gin.REQUIRED,
-    task_modules: Sequence[str] = gin.REQUIRED,
-    vocabulary: VocabularyConfig | None = None,
-    splits: Sequence[str] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> None:
-    """Prepares mixtures and prints what they hold. Arguments: see `ensure_prepared`."""
-    vocabulary = VocabularyConfig() if vocabulary is None else vocabulary
-    mixtures = prepare(
-        cache_dir, mixture_or_task_name, task_modules, vocabulary, splits, environment
+def main() -> None:
+    """Prepares MIXTURE_OR_TASK_NAME (one or a list) and prints what it holds."""
+    data = DataConfig()
+    if not data.mixture_or_task_name:
+        raise UserError("MIXTURE_OR_TASK_NAME is not set: give --gin.MIXTURE_OR_TASK_NAME=...")
+    mixtures = ensure_prepared(
+        data.cache_dir,
+        data.mixture_or_task_name,
+        data.task_modules,
+        data.vocabulary,
+        environment=data.environment,
     )
     for name, mixture in mixtures.items():
         examples = sum(split.examples for task in mixture.tasks for split in task.splits.values())
@@ -133,6 +130,4 @@ def main(
 
 
 if __name__ == "__main__":
-    from moe_jax import cli
-
     cli.run(main)

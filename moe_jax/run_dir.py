@@ -1,5 +1,6 @@
 """What a model directory says about its run: its configuration and its task table."""
 
+import ast
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -48,21 +49,57 @@ def write_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
     files.write_text(Path(model_dir) / CONFIG, "".join([*macros, "\n", *bindings]))
 
 
+def read_config(model_dir: str | Path) -> dict[str, Any]:
+    """The configuration of a run: class name -> configuration, such as `ModelConfig`.
+
+    Raises:
+        UserError: there is no run, or its config.gin was edited beyond recognition.
+    """
+    from moe_jax.configurables import RUN_CONFIGS
+
+    lines = _read_lines(model_dir)
+    if not lines:
+        raise UserError(f"{model_dir} holds no run: it has no {CONFIG}")
+    configs: dict[str, Any] = {}
+    for cls in reversed(RUN_CONFIGS):  # nested ones come later in RUN_CONFIGS
+        values = {}
+        for field in dataclasses.fields(cls):
+            text = lines.get(f"{cls.__name__}.{field.name}")
+            if text is None:
+                continue
+            reference = re.fullmatch(r"@(\w+)\(\)", text)
+            try:
+                values[field.name] = configs[reference[1]] if reference else ast.literal_eval(text)
+            except (ValueError, SyntaxError, KeyError) as e:
+                raise UserError(
+                    f"{model_dir}/{CONFIG}: {cls.__name__}.{field.name} is no plain value: {text}"
+                ) from e
+        configs[cls.__name__] = cls(**values)
+    return configs
+
+
+def _read_lines(model_dir: str | Path) -> dict[str, str]:
+    path = Path(model_dir) / CONFIG
+    if not path.exists():
+        return {}
+    names = {macro: binding for binding, macro in _MACROS.items()}
+    lines = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, equals, value = line.partition(" = ")
+        if equals:
+            lines[names.get(name, name)] = value
+    return lines
+
+
 def check_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
     """Refuses to go on in a directory that holds another configuration's run.
 
     Raises:
         UserError: naming the first setting that differs.
     """
-    path = Path(model_dir) / CONFIG
-    if not path.exists():
+    old = _read_lines(model_dir)
+    if not old:
         return
-    names = {macro: binding for binding, macro in _MACROS.items()}
-    old = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        name, equals, value = line.partition(" = ")
-        if equals:
-            old[names.get(name, name)] = value
     new = config_lines(configs)
     for name in new:
         if not _FREE.fullmatch(name) and old.get(name) != new[name]:

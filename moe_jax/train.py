@@ -6,7 +6,6 @@
 Started again, the same command goes on from the last checkpoint, exactly.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,11 @@ from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
 from moe_jax.parallel import MeshConfig, by_group, make_mesh, shardings
 from moe_jax.prepare import ensure_prepared
+from moe_jax.runs import build_model
 from moe_jax.training.checkpoints import Checkpoints, fit_backbone, fit_table, load_params
 from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, init_state, make_train_step
-
-
-def build_model(
-    model_config: ModelConfig, router_config: RouterConfig, vocabulary_size: int, tasks: int
-) -> TaskMoE:
-    """The model for a vocabulary and a task table."""
-    if model_config.vocabulary_size == 0:
-        model_config = dataclasses.replace(model_config, vocabulary_size=vocabulary_size)
-    return TaskMoE(model_config, router_config, tasks)
 
 
 def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: Any) -> Any:

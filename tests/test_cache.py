@@ -5,6 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import gin
 import numpy as np
 import pytest
 from toy import NAMES, TASKS, VOCABULARY, toy_cache, toy_mixtures
@@ -161,6 +162,12 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
         load_module("other.py")
     with pytest.raises(UserError, match="cannot import module 'no_such_module'"):
         load_module("no_such_module")
+    (tmp_path / "late.py").write_text("import gin\n@gin.configurable\ndef late(): pass\n")
+    gin.finalize()  # as in every run
+    try:
+        assert load_module("late.py").late() is None
+    finally:
+        gin.clear_config()
     (tmp_path / "bad.py").write_text("import no_such_module\n")
     with pytest.raises(UserError, match=r"cannot import bad\.py: No module named 'no_such_module'"):
         load_module("bad.py")

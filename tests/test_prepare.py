@@ -10,6 +10,7 @@ import pytest
 from toy import NAMES, TASKS
 
 from moe_jax import files, prepare
+from moe_jax.config import DataConfig
 from moe_jax.data import cache, vocabulary
 from moe_jax.data.cache import Request
 from moe_jax.data.vocabulary import VocabularyConfig
@@ -154,8 +155,36 @@ def test_splits_and_names(tmp_path, capsys):
         prepare.prepare(tmp_path, NAMES, TASKS, BYTES, splits=["dev"])
 
 
-def test_main_prints_what_it_prepared(tmp_path, capsys):
-    prepare.main("toy_unseen", str(tmp_path), [TASKS], BYTES)
+def test_modules_of_other_tasks_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("OTHER", "1")
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import seqio\nENVIRONMENT = ('OTHER',)\n"
+        "seqio.MixtureRegistry.add('other_mix', [('toy_train', 1), ('toy_reverse', 1)])\n"
+    )
+    modules = [TASKS, str(other)]
+    prepare.prepare(tmp_path, ["toy_unseen", "other_mix"], modules, BYTES)
+    stored = {
+        name: files.read_json(path)
+        for name in ("toy_unseen", "other_mix")
+        for path in tmp_path.glob(f"mixtures/{name}-*.json")
+    }
+    assert list(stored["toy_unseen"]["inputs"]) == [TASKS]
+    assert stored["toy_unseen"]["environment"] == {}
+    assert set(stored["other_mix"]["inputs"]) == {TASKS, str(other)}
+    assert stored["other_mix"]["environment"] == {"OTHER": "1"}
+
+
+def test_main_prints_what_it_prepared(tmp_path, capsys, monkeypatch):
+    settings = {
+        "mixture_or_task_name": "toy_unseen",
+        "task_modules": [TASKS],
+        "cache_dir": str(tmp_path),
+        "vocabulary": BYTES,
+        "lengths": {"inputs": 8, "targets": 8},
+    }
+    monkeypatch.setattr(prepare, "DataConfig", functools.partial(DataConfig, **settings))
+    prepare.main()
     assert "toy_unseen: 1 tasks, 124 examples, 259 tokens" in capsys.readouterr().out
 
 

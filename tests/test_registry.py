@@ -85,6 +85,22 @@ def test_reading_equals_seqio(preprocessors):
                 np.testing.assert_array_equal(mine[key], theirs[key])
 
 
+@pytest.mark.parametrize(
+    "preprocessors, eager", [([_random, _long_only], 0), ([_eager], 2), ([_branching], 2)]
+)
+def test_only_what_must_runs_eagerly(preprocessors, eager, monkeypatch):
+    contexts = []
+    preprocess = registry._preprocess
+
+    def recorded(*args):
+        contexts.append(tf.executing_eagerly())
+        return preprocess(*args)
+
+    monkeypatch.setattr(registry, "_preprocess", recorded)
+    _read(_task(preprocessors=preprocessors), list(SIZES))
+    assert sum(contexts) == eager
+
+
 def test_tasks_with_the_same_preprocessing_are_traced_once():
     before = len(registry._traces)
     for name in ("a", "b", "c"):
@@ -199,7 +215,7 @@ def missing_hint(name):
     modules = registry.load_task_modules([path, "moe_jax.metrics"])
     for name in ("owned_a", "owned_b"):
         task = seqio.TaskRegistry.get(name)
-        assert registry.owners(task, modules) == modules[:1]
+        assert registry.owners(name, modules) == modules[:1]
         assert registry.data_files(task, modules) == [str(data)]
     reference = registry.metric_references(seqio.TaskRegistry.get("owned_a"))
     assert reference == [f"{path}:metric"]

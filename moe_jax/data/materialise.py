@@ -71,10 +71,10 @@ def materialise(cache_dir: Path, request: Request) -> None:
     for name, found in mixtures.items():
         used = {task.name: directories[task.name] for task in found}
         mixture = _mixture(cache_dir, name, used, sources)
-        inputs = sources.files([*found, *_trained_on(request, sources)])
-        if request.vocabulary.path:
-            inputs.append(request.vocabulary.path)
+        behind = [name, *filter(None, [request.vocabulary.trained_on])]
+        inputs = [*sources.files(behind), *filter(None, [request.vocabulary.path])]
         mixture["inputs"] = {path: cache.state(path) for path in inputs}
+        mixture["environment"] = sources.environment(behind)
         mixture |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
         files.write_json(request.path(cache_dir, name), mixture)
     if waiting:
@@ -107,24 +107,28 @@ class _Sources:
                 for subcategory, names in groups.items():
                     self.ontology.setdefault(category, {}).setdefault(subcategory, []).extend(names)
                     self.categories |= dict.fromkeys(names, (category, subcategory))
-        variables = {name for m in modules for name in getattr(m, "ENVIRONMENT", ())}
-        self.environment = {name: os.environ.get(name) for name in sorted(variables)}
 
-    def files(self, tasks: Sequence[seqio.Task]) -> list[str]:
-        """Every file or directory that decides what `tasks` are and hold, sorted."""
-        found = {path for paths in self._code.values() for path in paths}
-        found.update(os.path.abspath(v) for v in self.environment.values() if v)
-        for task in tasks:
-            found.update(registry.data_files(task, self.modules))
+    def environment(self, names: Sequence[str]) -> dict[str, str | None]:
+        """Variables that the modules behind `names` read, with their values."""
+        modules = [module for name in names for module in registry.owners(name, self.modules)]
+        variables = {name for m in modules for name in getattr(m, "ENVIRONMENT", ())}
+        return {name: os.environ.get(name) for name in sorted(variables)}
+
+    def files(self, names: Sequence[str]) -> list[str]:
+        """Files and directories that decide what the tasks or mixtures `names` hold, sorted."""
+        found = {os.path.abspath(v) for v in self.environment(names).values() if v}
+        for name in names:
+            for module in registry.owners(name, self.modules):
+                found.update(self._code[module.__name__])
+            for task in registry.find_tasks(name, self.modules):
+                found.update(registry.data_files(task, self.modules))
         return sorted(path for path in found if os.path.exists(path))
 
     def digest(self, task: seqio.Task) -> str:
-        """Hash of the code and data behind one task; other tasks' modules do not count."""
-        paths = registry.data_files(task, self.modules)
-        for module in registry.owners(task, self.modules):
-            paths += self._code[module.__name__]
-        contents = [(os.path.basename(p), self._file_digest(p)) for p in sorted(set(paths))]
-        return cache.digest([cache.FORMAT, self.environment, contents])
+        """Hash of the code and data behind one task."""
+        paths = self.files([task.name])
+        contents = [(os.path.basename(path), self._file_digest(path)) for path in paths]
+        return cache.digest([cache.FORMAT, self.environment([task.name]), contents])
 
 
 # ---- tasks ----
@@ -243,7 +247,6 @@ def _mixture(
         "name": name,
         "tasks": [{"name": n, "rate": rates[n], "dir": d} for n, d in directories.items()],
         "ontology": ontology,
-        "environment": sources.environment,
     }
 
 
@@ -257,7 +260,7 @@ def _prepare_vocabulary(
     config = request.vocabulary
     parent = cache_dir / "vocabularies"
     if config.kind == "sentencepiece" and not config.path:
-        trainers = _trained_on(request, sources)
+        trainers = registry.find_tasks(config.trained_on, sources.modules)
         digests = [sources.digest(task) for task in trainers]
         name = cache.digest([config.size, config.extra_ids, config.trained_on, digests])
         if not (parent / name).is_dir():
@@ -291,12 +294,6 @@ def _prepare_vocabulary(
     if not (parent / name).is_dir():
         _save_vocabulary(parent / name, found, settings)
     return name, None if config.kind == "task" else found
-
-
-def _trained_on(request: Request, sources: _Sources) -> list[seqio.Task]:
-    """Tasks whose text trains the vocabulary; none where a vocabulary is given."""
-    name = request.vocabulary.trained_on
-    return registry.find_tasks(name, sources.modules) if name else []
 
 
 def _texts(tasks: Sequence[seqio.Task]) -> list[str]:

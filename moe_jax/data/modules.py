@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gin
+
 import moe_jax
 from moe_jax.errors import UserError
 
@@ -27,11 +29,18 @@ def load_module(name: str) -> ModuleType:
     """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    if not name.endswith(".py"):
-        try:
-            return importlib.import_module(name)
-        except ImportError as e:
-            raise UserError(f"cannot import module {name!r}: {e}") from e
+    with gin.unlock_config():  # the module may define configurables, after a run's gin is parsed
+        return _load_file(name) if name.endswith(".py") else _load_package(name)
+
+
+def _load_package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"cannot import module {name!r}: {e}") from e
+
+
+def _load_file(name: str) -> ModuleType:
     path = os.path.abspath(name)
     # Not the file's own name, which may be another module's.
     alias = "_file_" + hashlib.sha256(path.encode()).hexdigest()[:16]

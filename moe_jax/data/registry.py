@@ -37,7 +37,7 @@ logging.set_verbosity(logging.ERROR)
 FEATURES = ("inputs", "targets")
 Row = dict[str, Any]
 _BATCH = 256  # examples per call into TensorFlow
-_owners: dict[str, ModuleType] = {}  # task -> the module that registered it
+_owners: dict[str, ModuleType] = {}  # task or mixture -> the module that registered it
 _traces: dict[Any, tuple[seqio.Task, Any]] = {}
 
 
@@ -49,15 +49,19 @@ def load_task_modules(names: Sequence[str]) -> list[ModuleType]:
     """
     modules = []
     for name in names:
-        before = set(seqio.TaskRegistry.names())
+        before = _registered()
         try:
             modules.append(load_module(name))
         except ValueError as e:
             if "duplicate" in str(e):  # SeqIO's words
                 raise UserError(f"{name}: {e}") from e
             raise
-        _owners.update(dict.fromkeys(set(seqio.TaskRegistry.names()) - before, modules[-1]))
+        _owners.update(dict.fromkeys(_registered() - before, modules[-1]))
     return modules
+
+
+def _registered() -> set[str]:
+    return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
 def find_tasks(name: str, modules: Sequence[ModuleType]) -> list[seqio.Task]:
@@ -101,16 +105,25 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
             del task.num_input_examples
 
 
-def owners(task: seqio.Task, modules: Sequence[ModuleType]) -> list[ModuleType]:
-    """The module that registered `task`; all of `modules` where that is not known."""
-    return [_owners[task.name]] if task.name in _owners else list(modules)
+def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:
+    """Those of `modules` that registered the task or mixture `name` or what it is made of.
+
+    Where that is not known (it was registered before they were loaded), all of them.
+    """
+    if name in seqio.MixtureRegistry.names():
+        parts = seqio.MixtureRegistry.get(name).rate_per_task_name
+    else:
+        parts = ()
+    found = [module for part in parts for module in owners(part, modules)]
+    found += [_owners[name]] if name in _owners else modules
+    return [module for module in modules if module in found]
 
 
 def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
     """Local files and directories that `task` reads, sorted, as far as can be told."""
     found = {
         str(path)
-        for module in owners(task, modules)
+        for module in owners(task.name, modules)
         if hasattr(module, "data_files")
         for path in module.data_files(task.name)
     }
@@ -245,7 +258,7 @@ def _joined(task: seqio.Task, splits: Sequence[str]) -> tf.data.Dataset:
             data = preprocess(raw, number)
         except UserError:
             raise
-        except Exception:  # a preprocessor that must run eagerly
+        except Exception:  # a preprocessor that must run eagerly, or has `if tensor:`
             data = _preprocess(task, raw, number)
         joined = data if joined is None else joined.concatenate(data)
     options = tf.data.Options()
@@ -264,9 +277,9 @@ def _trace(task: seqio.Task) -> Any:
     ]
     key = (tuple(map(id, task.preprocessors)), tuple(features))
     if key not in _traces:
-        # `do_not_convert` is for this function; the preprocessors' own still are converted.
-        inner = tf.autograph.experimental.do_not_convert(functools.partial(_preprocess, task))
-        _traces[key] = task, tf.function(inner, autograph=False)  # the task keeps the ids alive
+        # The task is kept because a key's ids are good only as long as it lives.
+        inner = functools.partial(_preprocess, task)
+        _traces[key] = task, tf.function(inner, autograph=False)
     return _traces[key][1]
 
 

@@ -87,6 +87,10 @@ class TaskMoE:
             params["router"] = self.router.init(router_key, table.value[:1])["params"]
         return params
 
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of every parameter by name, without allocating any."""
+        return parameter_shapes(nn.meta.unbox(jax.eval_shape(self.init, jax.random.key(0))))
+
     def routes(
         self, params: Params, step: jax.Array | int, key: jax.Array | None = None
     ) -> jax.Array:
@@ -134,3 +138,9 @@ class TaskMoE:
             return Assignment(None, weights_GxNxE)
         _, index_GxNxK = jax.lax.top_k(jax.lax.stop_gradient(weights_GxNxE), self.experts_per_layer)
         return Assignment(index_GxNxK, jnp.take_along_axis(weights_GxNxE, index_GxNxK, -1))
+
+
+def parameter_shapes(params: Params) -> dict[str, list[int]]:
+    """`backbone/encoder/norm/scale` -> shape."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(p.key for p in path): list(leaf.shape) for path, leaf in leaves}

@@ -28,7 +28,7 @@ class Routes:
     tasks: list[str]
     categories: list[str]
     subcategories: list[str]
-    route_TxNxE: np.ndarray  # noqa: N815
+    route_TxNxE: np.ndarray
 
     @property
     def experts(self) -> int:

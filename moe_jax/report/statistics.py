@@ -128,9 +128,9 @@ class Correlations:
 
     categories: list[str]
     untested: list[str]
-    r_NxExC: np.ndarray  # noqa: N815
-    p_NxExC: np.ndarray  # noqa: N815
-    q_NxExC: np.ndarray  # noqa: N815
+    r_NxExC: np.ndarray
+    p_NxExC: np.ndarray
+    q_NxExC: np.ndarray
 
     @property
     def tests(self) -> int:

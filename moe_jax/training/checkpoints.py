@@ -11,6 +11,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe_jax.errors import UserError
 from moe_jax.model.experts import Params, add_noise
+from moe_jax.model.moe import parameter_shapes
 from moe_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
@@ -64,7 +65,9 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(state.opt_state),
-                    meta=ocp.args.JsonSave({**meta, "step": step, "shapes": shapes(state.params)}),
+                    meta=ocp.args.JsonSave(
+                        {**meta, "step": step, "shapes": parameter_shapes(state.params)}
+                    ),
                 ),
                 metrics=None if score is None else {SCORE: score},
             )
@@ -85,7 +88,7 @@ class Checkpoints:
             UserError: a parameter has another shape; the first one is named.
         """
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-        check_shapes(meta["shapes"], shapes(like.params), self.directory)
+        check_shapes(meta["shapes"], parameter_shapes(like.params), self.directory)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = self._restore(
             step,
@@ -101,12 +104,6 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as e:
             reason = str(e).strip().splitlines()[0]
             raise UserError(f"cannot restore {self.directory}/{step}: {reason}") from e
-
-
-def shapes(params: Params) -> dict[str, list[int]]:
-    """`backbone/encoder/norm/scale` -> shape."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {"/".join(p.key for p in path): list(leaf.shape) for path, leaf in leaves}
 
 
 def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], source: Any) -> None:
@@ -171,7 +168,7 @@ def fit_backbone(
 
     if jax.tree.structure(backbone) == jax.tree.structure(like):
         backbone = jax.tree_util.tree_map_with_path(fill, backbone, like)
-    check_shapes(shapes(backbone), shapes(like), source)
+    check_shapes(parameter_shapes(backbone), parameter_shapes(like), source)
     if filled and noise:
         for side in ("encoder", "decoder"):
             key = jax.random.fold_in(key, 0)
@@ -197,5 +194,5 @@ def fit_table(params: Params, like: Params, found: list[str], tasks: list[str], 
         "router": params["router"],
         "representations": np.asarray(params["representations"])[rows],
     }
-    check_shapes(shapes(result), shapes({k: like[k] for k in result}), source)
+    check_shapes(parameter_shapes(result), parameter_shapes({k: like[k] for k in result}), source)
     return result

@@ -1,0 +1,28 @@
+# make quickstart: sets everything up and runs the whole pipeline on the embedded tasks.
+# make test:       sets everything up and passes the tests.
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: $(VENV)/.installed
+	$(RUN) -m moe_jax.experiment --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=runs/quickstart
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.installed
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs cache

@@ -1,0 +1,50 @@
+"""Scores a trained model on the tasks of a mixture.
+
+    python -m moe_jax.eval --gin.MODEL_DIR=/tmp/stage2 [--gin.MIXTURE_OR_TASK_NAME=NAME] \
+        [--gin.eval.split=test] [--gin.eval.examples=100]
+
+Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl. A task that the model was not trained
+on is scored zero-shot; in a mixture of experts it takes the mean representation.
+"""
+
+from pathlib import Path
+
+import gin
+import jax
+
+from moe_jax import cli
+from moe_jax.config import DataConfig, RunConfig
+from moe_jax.evaluation import Evaluator, mean_score, write_scores
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.parallel import MeshConfig, make_mesh
+from moe_jax.runs import load_run, with_tasks
+from moe_jax.train import prepared
+
+
+@gin.configurable("eval")
+def evaluate(split: str = "test", examples: int | None = None) -> None:
+    """Scores the run in MODEL_DIR.
+
+    Args:
+        split: of every task; tasks without it are left out.
+        examples: at most this many per task, evenly spaced.
+    """
+    run_config, data = RunConfig(), DataConfig()
+    mixture = prepared(data)
+    vocabulary = mixture.vocabulary
+    run = load_run(run_config.model_dir, ModelConfig(), RouterConfig(), vocabulary.size)
+    run = with_tasks(run, mixture.names)
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        evaluator = Evaluator(run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh)
+        scores = evaluator.tasks(run.params, run.step, mixture, run.task_ids, split, examples)
+    if jax.process_index() == 0:
+        directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
+        write_scores(directory, scores)
+        for score in scores:
+            print(f"{score.task.name:<40} {score.metric:<20} {score.score:.3f}")
+        print(f"mean over {len(scores)} tasks: {mean_score(scores):.4f}; written to {directory}")
+
+
+if __name__ == "__main__":
+    cli.run(evaluate, from_model_dir=True)

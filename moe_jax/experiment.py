@@ -1,0 +1,124 @@
+"""A whole experiment: data, dense baseline, both stages, scores, few-shot adaptation, report.
+
+    python -m moe_jax.experiment --gin_file=experiments/quickstart.gin \\
+        --gin.MODEL_DIR=runs/quickstart
+
+Every stage is one of this package's commands, printed as it is run, in a directory of its own
+under MODEL_DIR. A stage that is done is not done again; an interrupted one goes on where it
+stopped. Macros given on this command line are given to every stage.
+"""
+
+import hashlib
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+
+from moe_jax import cli, files
+from moe_jax.config import RunConfig
+from moe_jax.errors import UserError
+
+DONE = "done.json"
+
+
+@gin.configurable
+def experiment(
+    model: str = gin.REQUIRED,
+    dense: str = gin.REQUIRED,
+    stage1: str = gin.REQUIRED,
+    stage2: str = gin.REQUIRED,
+    finetune: str = gin.REQUIRED,
+    seen: str = gin.REQUIRED,
+    unseen: str = gin.REQUIRED,
+    stage2_from_dense: bool = False,
+) -> None:
+    """Runs all stages.
+
+    Args:
+        model: gin file of the model, read first by every stage.
+        dense, stage1, stage2, finetune: gin files of the stages.
+        seen, unseen: the mixtures of training tasks and of unseen tasks.
+        stage2_from_dense: stage 2 starts its experts from the dense model, not afresh.
+    """
+    run = RunConfig()
+    run.require("model_dir")
+    root = Path(run.model_dir)
+    begin = time.perf_counter()
+    at = {name: str(root / name) for name in ("dense", "stage1", "stage2", "few_shot", "report")}
+    stages = Stages(root, model)
+
+    stages.run("prepare", "prepare", dense, {"MIXTURE_OR_TASK_NAME": repr((seen, unseen))})
+    stages.run("dense", "train", dense, {"MODEL_DIR": at["dense"]})
+    stages.run("stage1", "train", stage1, {"MODEL_DIR": at["stage1"]})
+    bindings = {"MODEL_DIR": at["stage2"], "ROUTER_CHECKPOINT_PATH": at["stage1"]}
+    if stage2_from_dense:
+        bindings["INITIAL_CHECKPOINT_PATH"] = at["dense"]
+    stages.run("stage2", "train", stage2, bindings)
+    for name in ("dense", "stage1", "stage2"):
+        stages.run(f"scores of {name}", "eval", None, {"MODEL_DIR": at[name]})
+        zero_shot = {"MODEL_DIR": at[name], "MIXTURE_OR_TASK_NAME": unseen}
+        stages.run(f"zero-shot scores of {name}", "eval", None, zero_shot)
+    stages.run(
+        "few_shot",
+        "finetune",
+        finetune,
+        {"MODEL_DIR": at["few_shot"], "DENSE_DIR": at["dense"], "MOE_DIR": at["stage2"]},
+    )
+
+    from moe_jax.report.build import report  # matplotlib
+
+    names = ("dense", "stage1", "stage2")
+    result = report(at["report"], {n: at[n] for n in names}, at["few_shot"], routes="stage1")
+    print("\nWhat was found:")
+    for finding in result.findings:
+        print(f"- {finding}")
+    print(f"\n{time.perf_counter() - begin:.0f} s in all; the report is {result.page}")
+
+
+class Stages:
+    """Runs commands in order; each is done once for its command, gin files and predecessors."""
+
+    def __init__(self, root: Path, model: str):
+        self._path = root / DONE
+        self._done = files.read_json(self._path) if self._path.exists() else {}
+        self._model = model
+        self._history = hashlib.sha256()
+
+    def run(self, name: str, module: str, gin_file: str | None, bindings: dict[str, str]) -> None:
+        """Runs `python -m moe_jax.MODULE` unless it is done.
+
+        Raises:
+            UserError: it failed; what it said stands above.
+        """
+        flags = [] if gin_file is None else [f"--gin_file={self._model}", f"--gin_file={gin_file}"]
+        given = dict(cli.given_bindings())
+        given.pop("MODEL_DIR", None)
+        flags += [f"--gin.{key}={value}" for key, value in {**given, **bindings}.items()]
+        self._history.update(repr((module, flags)).encode())
+        for file in (self._model, gin_file):
+            if file is not None:
+                self._history.update(cli.find_gin_file(file).read_bytes())
+        fingerprint = self._history.hexdigest()
+        print(f"\n== {name}\n$ python -m moe_jax.{module} {shlex.join(flags)}", flush=True)
+        if self._done.get(name) == fingerprint:
+            print("done before")
+            return
+        begin = time.perf_counter()
+        self._call([sys.executable, "-m", f"moe_jax.{module}", *cli.process_flags(), *flags], name)
+        self._done[name] = fingerprint
+        files.write_json(self._path, self._done)
+        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+
+    @staticmethod
+    def _call(command: Sequence[str], name: str) -> None:
+        code = subprocess.run(command).returncode
+        if code:
+            raise UserError(f"{name} failed with exit code {code}: see above")
+
+
+if __name__ == "__main__":
+    cli.run(experiment)

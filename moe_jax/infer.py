@@ -1,0 +1,79 @@
+"""Answers inputs as one task of a trained model.
+
+    echo "question" | python -m moe_jax.infer --gin.MODEL_DIR=/tmp/stage2 \
+        --gin.infer.task=skills_capital_of [--gin.infer.input=FILE] [--gin.infer.output=FILE]
+
+Inputs are read one per line. For each, a JSON line is written: {"input", "prediction", "route"}.
+"""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+import gin
+import jax
+import numpy as np
+
+from moe_jax import cli, files
+from moe_jax.config import DataConfig, RunConfig
+from moe_jax.data.packing import encode_inputs
+from moe_jax.errors import UserError, nearest
+from moe_jax.evaluation import Evaluator, route_json
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.parallel import MeshConfig, make_mesh
+from moe_jax.runs import load_run
+from moe_jax.train import prepared
+
+
+@gin.configurable("infer")
+def infer(task: str = gin.REQUIRED, input: str = "-", output: str = "-") -> None:
+    """Decodes the lines of a file.
+
+    Args:
+        task: whose route to take; a name of the task table.
+        input: file with one input per line, or - for standard input.
+        output: file of JSON lines, or - for standard output.
+    """
+    run_config, data = RunConfig(), DataConfig()
+    vocabulary = prepared(data).vocabulary
+    run = load_run(run_config.model_dir, ModelConfig(), RouterConfig(), vocabulary.size)
+    if task not in run.task_ids:
+        raise UserError(f"the task table has no {task!r}{nearest(task, run.task_ids)}")
+    task_id = run.task_ids[task]
+    rows = run_config.eval_batch_rows
+    mesh = make_mesh(MeshConfig())
+
+    def answers() -> Iterator[dict]:
+        routes = evaluator.routes(run.params, run.step) if run.model.routed else None
+        route = None if routes is None else route_json(np.asarray(routes)[task_id])
+        lines = _lines(input)
+        while texts := list(islice(lines, rows)):
+            filled = [*texts, *[""] * (rows - len(texts))]
+            encoded = encode_inputs(vocabulary, filled, data.lengths["inputs"])
+            arrays = {name: array[0] for name, array in encoded.items()}
+            arrays["input_segments"][len(texts) :] = 0
+            predictions = evaluator.predict(run.params, routes, task_id, arrays)
+            for text, prediction in zip(texts, predictions, strict=False):
+                yield {"input": text, "prediction": prediction, "route": route}
+
+    with jax.set_mesh(mesh):
+        evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh)
+        if output == "-":
+            for answer in answers():
+                sys.stdout.write(files.json_line(answer))
+                sys.stdout.flush()
+        else:
+            files.write_jsonl(output, answers())
+
+
+def _lines(path: str) -> Iterator[str]:
+    try:
+        with sys.stdin if path == "-" else open(path, encoding="utf-8") as f:
+            for line in f:
+                yield line.rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+
+
+if __name__ == "__main__":
+    cli.run(infer, from_model_dir=True)

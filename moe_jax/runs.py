@@ -1,0 +1,86 @@
+"""A trained run, loaded: its configuration, task table, vocabulary and parameters."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import run_dir
+from moe_jax.data.cache import PreparedMixture
+from moe_jax.errors import UserError, nearest
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.experts import Params
+from moe_jax.model.moe import TaskMoE, parameter_shapes
+from moe_jax.training.checkpoints import check_shapes, load_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a checkpoint holds and what is needed to use it.
+
+    Attributes:
+        task_ids: task name -> row of the task table.
+        step: of the checkpoint; the temperature depends on it.
+    """
+
+    model: TaskMoE
+    params: Params
+    task_ids: dict[str, int]
+    step: int
+
+
+def build_model(
+    model_config: ModelConfig, router_config: RouterConfig, vocabulary_size: int, tasks: int
+) -> TaskMoE:
+    """The model for a vocabulary and a task table."""
+    if model_config.vocabulary_size == 0:
+        model_config = dataclasses.replace(model_config, vocabulary_size=vocabulary_size)
+    return TaskMoE(model_config, router_config, tasks)
+
+
+def load_run(
+    model_dir: str, model_config: ModelConfig, router_config: RouterConfig, vocabulary_size: int
+) -> Run:
+    """Loads the latest checkpoint of `model_dir` (or the one it names).
+
+    Raises:
+        UserError: there is none, or it is of another shape.
+    """
+    params, meta = load_params(model_dir)
+    tasks = meta["tasks"]
+    model = build_model(model_config, router_config, vocabulary_size, len(tasks))
+    check_shapes(parameter_shapes(params), model.shapes(), model_dir)
+    return Run(model, params, {name: i for i, name in enumerate(tasks)}, meta["step"])
+
+
+def with_tasks(run: Run, names: Sequence[str]) -> Run:
+    """A run whose table also has `names`; a task that is new gets the mean representation."""
+    new = [name for name in names if name not in run.task_ids]
+    if not new:
+        return run
+    ids = {**run.task_ids, **{name: len(run.task_ids) + i for i, name in enumerate(new)}}
+    params: dict[str, Any] = {**run.params}
+    if run.model.routed:
+        table_TxK = np.asarray(params["representations"])
+        mean_NxK = np.repeat(table_TxK.mean(0, keepdims=True), len(new), axis=0)
+        params["representations"] = jnp.asarray(np.concatenate([table_TxK, mean_NxK]))
+    return Run(dataclasses.replace(run.model, tasks=len(ids)), params, ids, run.step)
+
+
+def find_task(mixture: PreparedMixture, name: str) -> str:
+    """`name`, if the mixture has it.
+
+    Raises:
+        UserError: it has not; the nearest names are given.
+    """
+    if name not in mixture.names:
+        raise UserError(f"{mixture.name} has no task {name!r}{nearest(name, mixture.names)}")
+    return name
+
+
+def read_run(model_dir: str, vocabulary_size: int) -> Run:
+    """`load_run` with the configuration that the directory itself holds."""
+    configs = run_dir.read_config(model_dir)
+    return load_run(model_dir, configs["ModelConfig"], configs["RouterConfig"], vocabulary_size)

@@ -1,0 +1,373 @@
+"""Numeric parity with the published PyTorch code: routes, logits, loss, gradients, decoding."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published
+import pytest
+
+from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.experts import gather
+from moe_jax.model.moe import Assignment, TaskMoE
+from moe_jax.model.selection import select
+from moe_jax.parallel import MeshConfig, make_mesh
+from moe_jax.training.loss import token_losses
+from moe_jax.training.step import StepConfig, gradients
+
+FAMILIES = ("linear", "rnn", "lstm", "gru", "transformer")
+KINDS = [f"{family}{form}" for form in ("", "_layer_specific") for family in FAMILIES]
+PAD, EOS = 1, 2
+ABSOLUTE, LOSS, GRADIENT = 1e-5, 1e-6, 1e-4  # bars: absolute, relative, relative
+TAUS = (1.0, 0.1, 5.0)
+
+
+class Table:
+    """Worst difference of every quantity and router; fails at once where one misses its bar."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def check(self, quantity: str, kind: str, difference: float, bar: float) -> None:
+        self.rows.setdefault((quantity, bar), {}).setdefault(kind, 0.0)
+        row = self.rows[quantity, bar]
+        row[kind] = max(row[kind], float(difference))
+        assert difference <= bar, f"{quantity} of {kind}: {difference:.2e} > {bar:.0e}"
+
+    def absolute(self, quantity, kind, ours, theirs, where=None):
+        difference = np.abs(np.asarray(ours) - theirs)
+        self.check(
+            quantity, kind, np.max(difference if where is None else difference[where]), ABSOLUTE
+        )
+
+    def relative(self, quantity, kind, ours, theirs, bar):
+        """Largest difference over the largest entry."""
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        self.check(quantity, kind, np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)), bar)
+
+    def __str__(self):
+        lines = [f"{'parity with the published code':52} {'worst':>8} {'bar':>6}  where"]
+        for (quantity, bar), row in self.rows.items():
+            kind, worst = max(row.items(), key=lambda item: item[1])
+            lines.append(f"{quantity:52} {worst:8.1e} {bar:6.0e}  {kind} (of {len(row)})")
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def table(request):
+    table = Table()
+    yield table
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n{table}")
+
+
+class Fixture:
+    """Inputs and backbone, shared by all files, and each file's arrays."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        arrays = self.load("backbone")
+        config = json.loads(str(arrays["config"]))
+        self.published = _params(arrays)
+        self.shape = dict(
+            vocabulary_size=config["vocab_size"],
+            d_model=config["d_model"],
+            d_ff=config["encoder_ffn_dim"],
+            heads=config["encoder_attention_heads"],
+            encoder_layers=config["encoder_layers"],
+            decoder_layers=config["decoder_layers"],
+            max_positions=config["max_position_embeddings"],
+            dropout_rate=0.0,
+        )
+        self.config = ModelConfig(**self.shape, experts=config["router_block_num"])
+        self.router = dict(
+            hidden_dim=config["router_hidden_dim"], representation_dim=config["router_input_dim"]
+        )
+        self.layers = len(self.config.routed_layers)
+        self.backbone = published.backbone(self.published, self.config)
+        self.tasks = jnp.asarray(arrays["in/task_embed"])
+        labels = arrays["in/labels"].astype(np.int32)
+        inputs = arrays["in/input_ids"].astype(np.int32)
+        segments = arrays["in/attention_mask"].astype(np.int32)
+        self.real_input, self.real = segments > 0, labels != PAD
+        self.batch = {
+            "inputs": inputs,
+            "input_segments": segments,
+            "input_positions": np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape),
+            "decoder_inputs": arrays["in/decoder_input_ids"].astype(np.int32),
+            "targets": labels,
+            "target_segments": self.real.astype(np.int32),
+            "target_positions": np.broadcast_to(np.arange(labels.shape[1]), labels.shape),
+        }
+        # One task per example: groups of one row, [G, 1, L].
+        self.batch = {k: jnp.asarray(v[:, None]) for k, v in self.batch.items()}
+
+    @functools.cache  # noqa: B019
+    def load(self, name):
+        with np.load(self.directory / f"{name}.npz") as file:
+            return dict(file)
+
+    def both(self, arrays, name):
+        """Encoder and decoder part of [layers, T, E] arrays -> [T, N, E]."""
+        return np.concatenate([arrays[name.format(s)] for s in ("enc", "dec")]).swapaxes(0, 1)
+
+    @functools.cache  # noqa: B019
+    def runner(self, experts, config=None, with_gradients=False):
+        """Jitted `(backbone, weights_GxNxK, index_GxNxK, batch) -> dict` of all groups."""
+        module = EncoderDecoder(config or self.config, experts)
+
+        def one(backbone, weights_NxK, index_NxK, group):
+            if index_NxK is not None:
+                backbone = gather(backbone, index_NxK)
+            bound = module.bind({"params": backbone})
+            source, segments = group["inputs"], group["input_segments"]
+            encoded = bound.encode(source, segments, group["input_positions"], weights_NxK)
+            target = [group[k] for k in ("decoder_inputs", "target_segments", "target_positions")]
+            logits = bound.logits(bound.decode(encoded, segments, *target, weights_NxK))
+            losses = token_losses(logits, group["targets"], 0.1)
+            loss = jnp.sum(losses, where=group["target_segments"] > 0)
+            return loss, {"logits": logits[0], "encoded": encoded[0]}
+
+        def whole(backbone, weights, index, batch):
+            axes = (None, None if weights is None else 0, None if index is None else 0, 0)
+            losses, out = jax.vmap(one, axes)(backbone, weights, index, batch)
+            return jnp.sum(losses), {**out, "loss": jnp.sum(losses)}
+
+        if not with_gradients:
+            return jax.jit(lambda *args: whole(*args)[1])
+
+        def differentiate(*args):
+            grads, out = jax.grad(whole, (0, 1), has_aux=True)(*args)
+            return {**out, "backbone": grads[0], "weights": grads[1]}
+
+        return jax.jit(differentiate)
+
+
+def _params(arrays):
+    return {k[6:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("param/")}
+
+
+@pytest.fixture(scope="module")
+def fixture(fixtures):
+    return Fixture(fixtures)
+
+
+SELECTIONS = {
+    **{f"softmax {tau:g}": ("softmax", tau, {}) for tau in TAUS},
+    "gumbel_softmax": ("gumbel_softmax", None, {}),
+    "gumbel_softmax_st": ("gumbel_softmax_st", None, {}),
+    "argmax": ("argmax", 1.0, {}),
+    "top_k": ("top_k", 1.0, {"experts_per_layer": 2}),
+}
+
+
+def routes_of(fixture, kind, tau, params, tasks, gumbel):
+    """Logits and routes of every selection from published weights: {name: [T, N, E]}."""
+    model = TaskMoE(fixture.config, RouterConfig(kind=kind, **fixture.router), 4)
+    logits = model.router.apply({"params": published.router(params, kind, model.layers)}, tasks)
+    routes = {"logits": logits}
+    for name, (selection, temperature, options) in SELECTIONS.items():
+        config = RouterConfig(selection=selection, **options)
+        routes[name] = select(
+            logits,
+            config,
+            temperature=temperature or tau,
+            gumbel_TxNxE=gumbel if selection.startswith("gumbel") else None,
+        )
+    return routes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_router(kind, fixture, table):
+    arrays = fixture.load(f"router_{kind}")
+    params = _params(arrays)
+    gumbel = jnp.asarray(fixture.both(arrays, "in/gumbel_{}"))
+    function = functools.partial(routes_of, fixture, kind, float(arrays["in/gumbel_tau"]))
+    routes = jax.jit(function)(params, fixture.tasks, gumbel)
+
+    @jax.jit
+    def pull_back(cotangents):
+        return jax.vjp(lambda p, t: function(p, t, gumbel), params, fixture.tasks)[1](cotangents)
+
+    def routing_gradients(name, weight_grads):
+        """Gradients of published router weights and task vectors, given those of the routes."""
+        zeros = {k: jnp.zeros_like(v) for k, v in routes.items()}
+        return pull_back({**zeros, name: weight_grads})
+
+    # Routes.
+    theirs = fixture.both(arrays, "out/{}_route_logits")
+    table.absolute("route logits", kind, routes["logits"], theirs)
+    for tau in TAUS:
+        theirs = fixture.both(arrays, f"out/{{}}_routes_tau{tau:g}")
+        table.absolute(f"routes, temperature {tau:g}", kind, routes[f"softmax {tau:g}"], theirs)
+
+    # All experts: logits, loss and every gradient.
+    run = fixture.runner(3, with_gradients=True)
+    out = run(fixture.backbone, routes["softmax 1"], None, fixture.batch)
+    table.absolute("logits", kind, out["logits"], arrays["out/logits"], fixture.real)
+    theirs = arrays["out/encoder_last_hidden_state"]
+    table.absolute("encoder states", kind, out["encoded"], theirs, fixture.real_input)
+    table.relative("loss", kind, out["loss"], arrays["out/loss"], LOSS)
+    by_name, by_task = routing_gradients("softmax 1", out["weights"])
+    table.relative("gradient of task vectors", kind, by_task, arrays["grad/task_embed"], GRADIENT)
+    for name, grad in by_name.items():
+        # The key's bias shifts all scores of a query alike: its true gradient is zero.
+        theirs = arrays[f"grad/{name}"]
+        if name.endswith("in_proj_bias"):
+            grad, theirs = (
+                np.delete(g, np.s_[len(g) // 3 : 2 * len(g) // 3]) for g in (grad, theirs)
+            )
+        table.relative("gradient of router weights", kind, grad, theirs, GRADIENT)
+    check_norms(fixture, table, kind, arrays, out["backbone"], by_name, by_task)
+
+    # Gumbel selections with the published run's noise.
+    for name in ("gumbel_softmax", "gumbel_softmax_st"):
+        out = run(fixture.backbone, routes[name], None, fixture.batch)
+        table.relative(f"loss, {name}", kind, out["loss"], arrays[f"out/loss_{name}"], LOSS)
+        _, by_task = routing_gradients(name, out["weights"])
+        theirs = arrays[f"grad/task_embed_{name}"]
+        table.relative(f"gradient of task vectors, {name}", kind, by_task, theirs, GRADIENT)
+
+    # One expert per layer, for the route of task 0.
+    hard = jnp.repeat(jax.nn.one_hot(jnp.argmax(routes["softmax 1"][:1], -1), 3), 4, axis=0)
+    out = run(fixture.backbone, hard, None, fixture.batch)
+    theirs = arrays["out/logits_sparse"]
+    table.absolute("logits, one-hot over all experts", kind, out["logits"], theirs, fixture.real)
+    index, weights = assign(fixture, hard, 1)
+    gathered = fixture.runner(1, with_gradients=True)
+    out = gathered(fixture.backbone, weights, index, fixture.batch)
+    table.absolute("logits, one expert gathered", kind, out["logits"], theirs, fixture.real)
+
+    # Gathered against all experts, where the selection leaves experts out.
+    for name, k in (("gumbel_softmax_st", 1), ("argmax", 1), ("top_k", 2)):
+        dense = run(fixture.backbone, routes[name], None, fixture.batch)
+        index, weights = assign(fixture, routes[name], k)
+        gathered = fixture.runner(k, with_gradients=True)
+        sparse = gathered(fixture.backbone, weights, index, fixture.batch)
+        label = f"{name}, {k} gathered against all:"
+        real = fixture.real
+        table.absolute(f"{label} logits", kind, sparse["logits"], dense["logits"], real)
+        table.relative(f"{label} loss", kind, sparse["loss"], dense["loss"], LOSS)
+        chosen = jnp.take_along_axis(dense["weights"], index, -1)
+        table.relative(f"{label} route gradient", kind, sparse["weights"], chosen, GRADIENT)
+        norm = norm_of(dense["backbone"])
+        difference = jax.tree.map(jnp.subtract, sparse["backbone"], dense["backbone"])
+        table.check(f"{label} weight gradients", kind, norm_of(difference) / norm, GRADIENT)
+
+
+def norm_of(tree) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(np.asarray(a))) for a in jax.tree.leaves(tree))))
+
+
+def assign(fixture, routes, k) -> Assignment:
+    """What the training step gathers for these routes."""
+    config = RouterConfig(selection="top_k", experts_per_layer=k)
+    return TaskMoE(fixture.config, config, 4).assign(routes, jnp.arange(4))
+
+
+def check_norms(fixture, table, kind, arrays, backbone, by_name, by_task):
+    """Gradient norms of every weight, under the published names and shapes."""
+    transpose = jax.linear_transpose(
+        lambda p: published.backbone(p, fixture.config), fixture.published
+    )
+    grads = {**transpose(backbone)[0], **by_name}
+    total = float(arrays["grad_norm/total_with_task_embed"])
+    for name, theirs in zip(arrays["grad_norm/names"], arrays["grad_norm/values"], strict=True):
+        ours = norm_of(grads[str(name)])
+        if name.endswith("k_proj.bias"):  # zero but for rounding, see above
+            assert max(ours, theirs) < 1e-6 * total
+        else:
+            table.relative("gradient norms of all weights", kind, ours, theirs, GRADIENT)
+    ours = norm_of((grads, by_task))
+    table.relative("gradient norm", kind, ours, total, GRADIENT)
+
+
+def test_training_step_gradients(fixture, table):
+    """The step's own path: groups over 2 devices, scanned, mean over target tokens."""
+    arrays = fixture.load("router_linear")
+    model = TaskMoE(fixture.config, RouterConfig(kind="linear", **fixture.router), 4)
+    params = {
+        "backbone": fixture.backbone,
+        "router": published.router(_params(arrays), "linear", fixture.layers),
+        "representations": fixture.tasks,
+    }
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    step = jax.jit(functools.partial(gradients, model, config=StepConfig(), mesh=mesh))
+    batch = {**fixture.batch, "task_id": jnp.arange(4)}
+    grads, metrics = step(params, batch, step=jnp.int32(0), key=jax.random.key(0))
+    tokens = int(arrays["out/n_target_tokens"])
+    assert metrics["target_tokens"] == tokens
+    label = "training step"
+    table.relative(f"{label}: loss", "linear", tokens * metrics["loss"], arrays["out/loss"], LOSS)
+    ours, theirs = tokens * grads["representations"], arrays["grad/task_embed"]
+    table.relative(f"{label}: gradient of task vectors", "linear", ours, theirs, GRADIENT)
+    ours, theirs = tokens * norm_of(grads), arrays["grad_norm/total_with_task_embed"]
+    table.relative(f"{label}: gradient norm", "linear", ours, theirs, GRADIENT)
+
+
+def test_dense(fixture, table):
+    arrays = fixture.load("dense")
+    config = ModelConfig(**fixture.shape)
+    backbone = published.backbone(fixture.published, config)
+    out = fixture.runner(1, config)(backbone, None, None, fixture.batch)
+    table.absolute("logits, dense", "dense", out["logits"], arrays["out/logits"], fixture.real)
+    table.relative("loss, dense", "dense", out["loss"], arrays["out/loss"], LOSS)
+
+
+def test_vanilla_layers(fixture, table):
+    arrays = fixture.load("vanilla")
+    config = ModelConfig(
+        **fixture.shape, experts=3, encoder_vanilla_layers=(0,), decoder_vanilla_layers=(0,)
+    )
+    backbone = published.backbone(fixture.published, config)
+    # The published router still has outputs for layers that are not routed.
+    routes = routes_of(fixture, "linear", 1.0, _params(arrays), fixture.tasks, None)["softmax 1"]
+    run = fixture.runner(3, config)
+    out = run(backbone, routes[:, jnp.array([1, 3])], None, fixture.batch)
+    table.absolute("logits, vanilla", "vanilla", out["logits"], arrays["out/logits"], fixture.real)
+    table.relative("loss, vanilla", "vanilla", out["loss"], arrays["out/loss"], LOSS)
+
+
+@pytest.mark.parametrize("experts", [3, 1])
+def test_greedy_decoding(experts, fixture):
+    """Start token 0, 12 tokens in all with the start; the published code forces EOS at the end."""
+    length = 12
+
+    @jax.jit
+    def decode(weights, index):
+        def one(weights_NxK, index_NxK, inputs, segments, positions):
+            module = EncoderDecoder(fixture.config, experts)
+            params = fixture.backbone if index_NxK is None else gather(fixture.backbone, index_NxK)
+            bound = module.bind({"params": params})
+            encoded = bound.encode(inputs, segments, positions, weights_NxK)
+
+            def step(carry, place):
+                token, cache = carry
+                logits, cache = bound.decode_step(token, place, cache, segments, weights_NxK)
+                token = jnp.argmax(logits, -1).astype(jnp.int32)
+                return (token, cache), token
+
+            start = (jnp.zeros(1, jnp.int32), bound.start_cache(encoded, length))
+            return jax.lax.scan(step, start, jnp.arange(length - 2))[1]
+
+        args = [fixture.batch[f"input{s}"] for s in ("s", "_segments", "_positions")]
+        tokens = jax.vmap(one, (0, None if index is None else 0, 0, 0, 0))(weights, index, *args)
+        return tokens[..., 0]
+
+    for kind in ("linear", "linear_layer_specific"):
+        arrays = fixture.load(f"router_{kind}")
+        routes = jnp.asarray(fixture.both(arrays, "out/{}_routes_tau1"))
+        hard = jax.nn.one_hot(jnp.argmax(routes, -1), 3)
+        cases = {"onehot": hard, "dense": routes} if experts == 3 else {"onehot": hard}
+        for name, weights in cases.items():
+            index = None
+            if experts == 1:
+                index, weights = assign(fixture, weights, 1)
+            tokens = np.asarray(decode(weights, index))
+            tokens = np.pad(tokens, ((0, 0), (1, 0)))
+            tokens = np.pad(tokens, ((0, 0), (0, 1)), constant_values=EOS)
+            np.testing.assert_array_equal(tokens, arrays[f"out/generate_{name}_beam1"])

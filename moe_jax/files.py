@@ -1,13 +1,17 @@
 """Files that are either whole or absent: every write goes to a temporary name first."""
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import UserError
+
+NEW = ".new-"  # prefix of directories that are being written
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -85,3 +89,34 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[Any]:
                         raise UserError(f"{path}:{number}: not valid JSON: {e.msg}") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+
+
+def check_new(path: str | os.PathLike) -> None:
+    """Raises a UserError where there is already something at `path`; an empty directory may be."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists")
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Context: a directory that takes its name `path` when the block ends without an error.
+
+    Raises:
+        UserError: it cannot be made, or there is something at `path`.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=NEW, dir=path.parent))
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    try:
+        yield new
+        os.chmod(new, 0o755)
+        os.rename(new, path)
+    except BaseException as e:
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+        raise

@@ -84,8 +84,8 @@ def by_group(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(GROUP_AXES))
 
 
-def shardings(boxed_params: Any, mesh: Mesh) -> Any:
-    """NamedSharding of every parameter, from the logical axes in its box.
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedSharding of every array, from the logical axes in its box; without a box: replicated.
 
     An axis that its mesh axis does not divide is replicated.
 
@@ -96,9 +96,10 @@ def shardings(boxed_params: Any, mesh: Mesh) -> Any:
     def sharding(leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return replicated(mesh)
-        shape = leaf.value.shape
+        if not hasattr(leaf.value, "shape"):  # what optax leaves where a frozen part has no state
+            return leaf.value
         axes = []
-        for size, name in zip(shape, leaf.names, strict=True):
+        for size, name in zip(leaf.value.shape, leaf.names, strict=True):
             if name not in LOGICAL_AXES:
                 raise ValueError(f"logical axis {name!r} is missing from LOGICAL_AXES")
             axis = LOGICAL_AXES[name]
@@ -106,5 +107,5 @@ def shardings(boxed_params: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(
-        sharding, boxed_params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+        sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )

@@ -110,7 +110,7 @@ def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
 
 
 def main() -> None:
-    """Prepares MIXTURE_OR_TASK_NAME (one or a list) and prints what it holds."""
+    """Prepares MIXTURE_OR_TASK_NAME and prints what it holds."""
     data = DataConfig()
     if not data.mixture_or_task_name:
         raise UserError("MIXTURE_OR_TASK_NAME is not set: give --gin.MIXTURE_OR_TASK_NAME=...")

@@ -22,6 +22,14 @@ _FREE = re.compile(
 _MACROS = dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", BASE_BINDINGS, re.M))
 
 
+def root(path: str | Path) -> Path:
+    """The model directory of `path`, which may name its checkpoints or one of them."""
+    path = Path(path).absolute()
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        return path.parents[1]
+    return path.parent if path.name == "checkpoints" else path
+
+
 def config_lines(configs: Sequence[Any]) -> dict[str, str]:
     """Every setting of a run, defaults included: `ModelConfig.d_model` -> `64`."""
     lines = {}

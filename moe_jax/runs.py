@@ -82,5 +82,5 @@ def find_task(mixture: PreparedMixture, name: str) -> str:
 
 def read_run(model_dir: str, vocabulary_size: int) -> Run:
     """`load_run` with the configuration that the directory itself holds."""
-    configs = run_dir.read_config(model_dir)
+    configs = run_dir.read_config(run_dir.root(model_dir))
     return load_run(model_dir, configs["ModelConfig"], configs["RouterConfig"], vocabulary_size)

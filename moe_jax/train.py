@@ -23,13 +23,13 @@ from moe_jax.errors import UserError
 from moe_jax.evaluation import Evaluator, mean_score, write_routes
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
-from moe_jax.parallel import MeshConfig, by_group, make_mesh, shardings
+from moe_jax.parallel import MeshConfig, by_group, make_mesh
 from moe_jax.prepare import ensure_prepared
 from moe_jax.runs import build_model
 from moe_jax.training.checkpoints import Checkpoints, fit_backbone, fit_table, load_params
 from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import StepConfig, init_state, make_train_step
+from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
 
 
 def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: Any) -> Any:
@@ -72,9 +72,8 @@ def train() -> None:
     model = build_model(ModelConfig(), RouterConfig(), vocabulary.size, len(tasks))
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(model.init, jax.random.key(0))
-        sharding = shardings(boxed, mesh)
         optimizer = make_optimizer(optimizer_config)
+        sharding = state_shardings(model, optimizer, mesh)
         batches = iter(
             train_batches(
                 mixture,
@@ -93,9 +92,8 @@ def train() -> None:
 
         # ------------------------------------------------------------ state: own checkpoint first
         checkpoints = Checkpoints(model_dir, run.keep_checkpoints)
-        state = jax.jit(lambda p: init_state(p, optimizer))(
-            initial_params(model, run, tasks, sharding)
-        )
+        params = initial_params(model, run, tasks, sharding.params)
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
         start = checkpoints.latest() or 0
         if start:
             state, meta = checkpoints.restore(start, state)

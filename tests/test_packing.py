@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data import packing
@@ -31,6 +31,7 @@ def _check(plan: packing.Plan, lengths: np.ndarray, limits: tuple[int, int]) -> 
         assert (np.minimum(lengths[plan[row]], limits).sum(0) <= limits).all()
 
 
+@settings(deadline=None)
 @given(LENGTHS, LIMITS, st.integers(1, 70))
 def test_every_example_in_one_row_that_fits(lengths, limits, window):
     lengths = np.array(lengths)
@@ -40,6 +41,7 @@ def test_every_example_in_one_row_that_fits(lengths, limits, window):
     assert plan.rows >= np.ceil(shares.sum(0).max() - 1e-9)
 
 
+@settings(deadline=None)
 @given(LENGTHS, LIMITS, st.integers(0, 5))
 def test_shuffled_plans_fit_and_keep_the_number_of_rows(lengths, limits, seed):
     lengths = np.array(lengths)
@@ -75,6 +77,7 @@ def test_twenty_thousand_examples_are_packed_tightly_and_quickly(targets):
     assert seconds < 1.5  # 0.2 to 0.3 s on an idle machine; this machine may not be
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_truncation_keeps_eos(size, limit):
     ids = np.append(np.arange(10, 9 + size), 1)
@@ -86,6 +89,7 @@ def test_truncation_keeps_eos(size, limit):
     np.testing.assert_array_equal(plain, ids[:-1][:limit])
 
 
+@settings(deadline=None)
 @given(LENGTHS, LIMITS)
 def test_arrays_agree_with_a_plain_loop(lengths, limits):
     examples = [_example(*pair, seed=i) for i, pair in enumerate(lengths)]

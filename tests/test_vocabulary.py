@@ -4,7 +4,7 @@ import json
 
 import pytest
 import seqio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data import vocabulary
@@ -19,6 +19,7 @@ BYTES = vocabulary.ByteVocabulary()
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r▁"))
 
 
+@settings(deadline=None)
 @given(ANY_TEXT)
 def test_any_text_comes_back(text):
     for vocab in (SENTENCEPIECE, BYTES):
@@ -38,6 +39,7 @@ def test_documented_exceptions():
     assert SENTENCEPIECE.decode(SENTENCEPIECE.encode("a\r\nb▁c")) == "a\nb c"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 500), max_size=20))
 def test_decode_stops_at_eos_and_skips_padding(ids):
     for vocab in (SENTENCEPIECE, BYTES):
@@ -124,7 +126,13 @@ def test_missing_or_damaged_model_is_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kind": "sentencepice"}, {"kind": "seqio"}, {"path": "/no/such.model"}]
+    "settings",
+    [
+        {"kind": "sentencepice"},
+        {"kind": "seqio"},
+        {"path": "/no/such.model"},
+        {"trained_on": ("a", "b")},
+    ],
 )
 def test_bad_settings(settings):
     with pytest.raises(UserError, match="VocabularyConfig"):

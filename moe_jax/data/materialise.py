@@ -8,7 +8,6 @@ leaves whole tasks or nothing, and the next goes on from there.
 
 import functools
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -31,7 +30,6 @@ from moe_jax.data.registry import seqio  # through it, so that importing TensorF
 from moe_jax.errors import UserError
 
 SHARD_BYTES = 1 << 27
-_NEW = ".new-"  # prefix of directories that are being written
 
 
 def materialise(cache_dir: Path, request: Request) -> None:
@@ -42,7 +40,10 @@ def materialise(cache_dir: Path, request: Request) -> None:
     """
     start = time.perf_counter()
     os.environ.update(request.environment)
-    for leftover in [*cache_dir.glob(f"tasks/*/{_NEW}*"), *cache_dir.glob(f"vocabularies/{_NEW}*")]:
+    for leftover in [
+        *cache_dir.glob(f"tasks/*/{files.NEW}*"),
+        *cache_dir.glob(f"vocabularies/{files.NEW}*"),
+    ]:
         shutil.rmtree(leftover, ignore_errors=True)
     sources = _Sources(registry.load_task_modules(request.task_modules))
     mixtures = {name: registry.find_tasks(name, sources.modules) for name in request.names}
@@ -62,7 +63,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
             task = tasks[name]
             if tokeniser is not None:
                 task = registry.with_vocabulary(task, tokeniser)
-            with _new_directory(cache_dir / directories[name]) as directory:
+            with files.new_directory(cache_dir / directories[name]) as directory:
                 spec = _write_task(directory, task, splits[name], bar)
                 spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
                 spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
@@ -72,7 +73,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
         used = {task.name: directories[task.name] for task in found}
         mixture = _mixture(cache_dir, name, used, sources)
         behind = [name, *filter(None, [request.vocabulary.trained_on])]
-        inputs = [*sources.files(behind), *filter(None, [request.vocabulary.path])]
+        inputs = [*sources.files(behind), *request.vocabulary.files()]
         mixture["inputs"] = {path: cache.state(path) for path in inputs}
         mixture["environment"] = sources.environment(behind)
         mixture |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
@@ -275,6 +276,8 @@ def _prepare_vocabulary(
         case "sentencepiece":
             vocabulary.read_sentencepiece(config.path)  # one clear error for a bad model
             found = seqio.SentencePieceVocabulary(config.path, config.extra_ids)
+        case "tokenizers":
+            found = registry.SeqioTokenizers(vocabulary.read_tokenizers(config.path))
         case "seqio":
             settings = {"factory": config.factory}
             found = registry.load_vocabulary(settings)
@@ -323,45 +326,22 @@ def _save_vocabulary(
 ) -> None:
     """Writes a vocabulary's directory.
 
-    Bytes and SentencePiece are stored as such, whoever made them, so that no reader needs
-    TensorFlow; sentinels become part of the model. For the rest `settings` say how to get them.
+    Bytes, SentencePiece and tokenizers are stored as such, whoever made them, so that no reader
+    needs TensorFlow; sentinels become part of the model. For the rest `settings` say how to get
+    them.
     """
-    model = b""
+    contents = {}
     if type(found) is seqio.ByteVocabulary:
         settings = {"kind": "bytes", "extra_ids": found.extra_ids}
     elif type(found) is seqio.SentencePieceVocabulary:
         settings = {"kind": "sentencepiece"}
-        model = found.sp_model
+        contents = {vocabulary.MODEL: found.sp_model}
+    elif type(found) is registry.SeqioTokenizers:
+        settings, contents = found.own.settings, found.own.contents
     else:
         settings = {"kind": "seqio", **settings}
-    content = json.dumps(settings, sort_keys=True).encode() + model
-    settings["fingerprint"] = hashlib.sha256(content).hexdigest()[:16]
-    with _new_directory(path) as directory:
-        if model:
-            files.write_bytes(directory / vocabulary.MODEL, model)
-        files.write_json(directory / vocabulary.FILE, settings)
-
-
-class _new_directory:  # noqa: N801 (used as a function)
-    """Context: a directory that takes its name `path` when the block ends without an error."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> Path:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._new = Path(tempfile.mkdtemp(prefix=_NEW, dir=self._path.parent))
-        except OSError as e:
-            raise UserError(f"cannot write {self._path}: {e.strerror or e}") from e
-        return self._new
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is None:
-            os.chmod(self._new, 0o755)
-            os.rename(self._new, self._path)
-        else:
-            shutil.rmtree(self._new, ignore_errors=True)
+    with files.new_directory(path) as directory:
+        vocabulary.write_vocabulary(directory, settings, contents)
 
 
 def _child(job_file: str) -> int:

@@ -7,6 +7,8 @@ training process does not. A task module registers tasks when imported, and may 
     ENVIRONMENT = ("VARIABLE", ...)           variables it reads
     data_files(task_name) -> [paths]          local files or directories that a task reads
     missing_hint(name) -> str | None          why a name is not registered
+
+Metric and postprocess functions live best in a module without TensorFlow: evaluation imports it.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax.data.modules import load_module, quiet, resolve
+from moe_jax.data.vocabulary import TokenizersVocabulary
 from moe_jax.errors import UserError, nearest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -204,6 +207,55 @@ def check_features(task: seqio.Task) -> None:
     missing = [name for name in FEATURES if name not in task.output_features]
     if missing:
         raise UserError(f"task {task.name!r} has no output feature {' nor '.join(missing)}")
+
+
+class SeqioTokenizers(seqio.Vocabulary):
+    """A Hugging Face tokenizer as SeqIO's tasks use it; same ids as `own`."""
+
+    def __init__(self, own: TokenizersVocabulary):
+        super().__init__()
+        self.own = own
+
+    bos_id = property(lambda self: self.own.bos_id)
+    eos_id = property(lambda self: self.own.eos_id)
+    pad_id = property(lambda self: self.own.pad_id)
+    unk_id = property(lambda self: self.own.unk_id)
+    _base_vocab_size = property(lambda self: self.own.size)
+
+    def _encode(self, s: str) -> list[int]:
+        return self.own.encode(s)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.own.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        """int32 [n] of a string scalar; ragged [..., n] of more."""
+        if s.shape.rank:
+            signature = tf.RaggedTensorSpec([None] * s.shape.rank, tf.int32, s.shape.rank - 1)
+            return tf.map_fn(self._encode_tf, s, fn_output_signature=signature)
+
+        def encode(text: bytes) -> np.ndarray:
+            return np.array(self.own.encode(text.decode(errors="replace")), np.int32)
+
+        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+        ids.set_shape([None])
+        return ids
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        """A string scalar of int32 [n]; more of more."""
+        if ids.shape.rank > 1:
+            return tf.map_fn(self._decode_tf, ids, fn_output_signature=tf.string)
+        text = tf.numpy_function(self.own.decode, [ids], tf.string, stateful=False)
+        text.set_shape([])
+        return text
+
+    def __eq__(self, other: Any) -> bool:
+        if type(other) is not SeqioTokenizers:
+            return False
+        mine, theirs = self.own, other.own
+        return (mine.settings, mine.contents) == (theirs.settings, theirs.contents)
+
+    __hash__ = None
 
 
 def load_vocabulary(settings: Mapping[str, Any]) -> seqio.Vocabulary:

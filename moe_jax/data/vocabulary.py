@@ -1,31 +1,38 @@
 """Vocabularies without TensorFlow: text to token ids and back.
 
-A prepared vocabulary is a directory with `vocabulary.json` (and, for SentencePiece, the model);
+A prepared vocabulary is a directory with `vocabulary.json` and the model's files;
 `load_vocabulary` dispatches on its `kind`. Ids follow T5: pad 0, EOS 1, unknown 2, and decoding
-starts with pad. Tokens of `sentencepiece` and `bytes` are those of `seqio.SentencePieceVocabulary`
-and `seqio.ByteVocabulary` on the same model.
+starts with pad; those of `tokenizers` are its model's. Tokens of `sentencepiece` and `bytes` are
+those of `seqio.SentencePieceVocabulary` and `seqio.ByteVocabulary` on the same model, those of
+`tokenizers` are those of `transformers`.
 """
 
 import dataclasses
+import hashlib
 import io
 import itertools
+import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 import sentencepiece
+import tokenizers
 
 from moe_jax import files
 from moe_jax.errors import UserError, nearest
 
+DIRECTORY = "vocabulary"  # of a model directory: a copy of the prepared vocabulary
 FILE = "vocabulary.json"
 MODEL = "sentencepiece.model"
-KINDS = ("sentencepiece", "bytes", "seqio", "task")
+TOKENIZER = "tokenizer.json"
+KINDS = ("sentencepiece", "tokenizers", "bytes", "seqio", "task")
 # Training text is capped so that `prepare` stays quick; BPE takes about 0.4 s per megabyte.
 MAX_TEXTS = 200_000
 MAX_CHARACTERS = 8_000_000
+_TEXTS = (".json", ".txt", ".model")  # suffixes of a tokenizer's files and of config.json
 # The one change made to text. (A rule is needed anyway: with none, TensorFlow's tokenizer writes
 # a line to standard error for every data set it reads.)
 NORMALISATION = "D A\tA\n"
@@ -37,12 +44,14 @@ class VocabularyConfig:
     """Which vocabulary tokenises a run's tasks.
 
     Attributes:
-        kind: `sentencepiece` (trained by `prepare`, or the model at `path`), `bytes`, `seqio` (what
-            `factory` returns), or `task` (the one the tasks were registered with).
+        kind: `sentencepiece` (trained by `prepare`, or the model at `path`), `tokenizers` (that of
+            the BART or T5 at `path`), `bytes`, `seqio` (what `factory` returns), or `task` (the
+            one the tasks were registered with).
         size: number of tokens to train; fewer where the text has fewer.
         trained_on: mixture or task whose training texts train the model; '' is the first name that
             is prepared.
-        path: an existing SentencePiece model in place of training.
+        path: an existing SentencePiece model in place of training; for `tokenizers` a Hugging Face
+            directory, or what `convert from-hf` made of it.
         factory: 'package.module:function' or 'file.py:function' returning a `seqio.Vocabulary`.
         extra_ids: sentinel tokens at the end of the vocabulary, counted in `Vocabulary.size`.
     """
@@ -58,10 +67,21 @@ class VocabularyConfig:
         if self.kind not in KINDS:
             hint = nearest(self.kind, KINDS)
             raise UserError(f"VocabularyConfig.kind is {self.kind!r}, not one of {KINDS}{hint}")
+        if not isinstance(self.trained_on, str):
+            raise UserError(f"VocabularyConfig.trained_on is one name, not {self.trained_on!r}")
         if (self.kind == "seqio") != bool(self.factory):
             raise UserError("VocabularyConfig.factory goes with kind='seqio', and only with it")
-        if self.path and not Path(self.path).is_file():
+        if self.kind == "tokenizers" and not self.path:
+            raise UserError("VocabularyConfig.kind 'tokenizers' needs VocabularyConfig.path")
+        if self.kind != "tokenizers" and self.path and not Path(self.path).is_file():
             raise UserError(f"VocabularyConfig.path: no SentencePiece model at {self.path}")
+
+    def files(self) -> list[str]:
+        """What is read at `path`; a change makes it another vocabulary."""
+        if self.kind != "tokenizers":
+            return [self.path] if self.path else []
+        directory = _tokenizer_directory(self.path)
+        return sorted(str(path) for path in directory.glob("*.*") if path.suffix in _TEXTS)
 
 
 class Vocabulary:
@@ -128,6 +148,38 @@ class SentencePieceVocabulary(Vocabulary):
         return self._processor.decode([i if 0 <= i < self.size else self.unk_id for i in ids])
 
 
+class TokenizersVocabulary(Vocabulary):
+    """A Hugging Face tokenizer with the special ids of its model.
+
+    `encode` gives the ids of `transformers`, without the EOS at the end: where the tokenizer puts
+    a BOS in front (BART's `<s>`), inputs and targets begin with it, as in BART's own training.
+
+    Attributes:
+        settings: the content of `vocabulary.json`.
+        contents: name -> bytes of the tokenizer's files.
+    """
+
+    decoder_start_id = 0
+
+    def __init__(self, ids: Mapping[str, int | None], contents: Mapping[str, bytes]):
+        self.settings = {"kind": "tokenizers", "ids": dict(ids)}
+        self.contents = dict(contents)
+        self._tokenizer = tokenizers.Tokenizer.from_str(contents[TOKENIZER].decode())
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.pad_id, self.bos_id = ids["pad"], ids["bos"]
+        self.eos_id, self.unk_id = ids["eos"], ids["unk"]
+        self.decoder_start_id = ids["decoder_start"]
+        self._ends = self._tokenizer.encode("").ids[-1:] == [self.eos_id]
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text).ids
+        return ids[:-1] if self._ends else ids
+
+    def _text(self, ids: list[int]) -> str:
+        known = [i for i in ids if 0 <= i < self.size]
+        return self._tokenizer.decode(known, skip_special_tokens=True)
+
+
 class SeqioVocabulary(Vocabulary):
     """Any other SeqIO vocabulary; using one imports SeqIO and TensorFlow."""
 
@@ -162,6 +214,10 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
             return ByteVocabulary(settings["extra_ids"])
         case "sentencepiece":
             return read_sentencepiece(directory / MODEL)
+        case "tokenizers":
+            names = [path for path in sorted(directory.iterdir()) if path.name != FILE]
+            contents = {path.name: path.read_bytes() for path in names}
+            return TokenizersVocabulary(settings["ids"], contents)
         case "seqio":
             from moe_jax.data import registry  # TensorFlow, which no other kind needs
 
@@ -185,6 +241,47 @@ def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:
     if vocabulary.pad_id != 0 or vocabulary.eos_id < 0:
         raise UserError(f"{path}: the SentencePiece model needs pad_id=0 and an eos_id")
     return vocabulary
+
+
+def read_tokenizers(path: str | Path) -> TokenizersVocabulary:
+    """The vocabulary of a Hugging Face directory, or of what `convert from-hf` made of one.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from moe_jax.hf import tokenizer  # which reads vocabularies too
+
+    directory = _tokenizer_directory(path)
+    if (directory / FILE).is_file():
+        vocabulary = load_vocabulary(directory)
+        if not isinstance(vocabulary, TokenizersVocabulary):
+            raise UserError(f"{directory} is a vocabulary of another kind than 'tokenizers'")
+        return vocabulary
+    found, ids = tokenizer.read_tokenizer(directory)
+    names = [name for name in tokenizer.FILES if (directory / name).is_file()]
+    contents = {name: (directory / name).read_bytes() for name in names}
+    return TokenizersVocabulary(ids, {**contents, TOKENIZER: found.to_str(pretty=True).encode()})
+
+
+def _tokenizer_directory(path: str | Path) -> Path:
+    inner = Path(path) / DIRECTORY
+    return inner if (inner / FILE).is_file() else Path(path)
+
+
+def write_vocabulary(
+    directory: str | Path, settings: Mapping[str, Any], contents: Mapping[str, bytes]
+) -> None:
+    """Writes what `load_vocabulary` reads.
+
+    Args:
+        settings: `kind` and what else it needs.
+        contents: name -> bytes of the model's files.
+    """
+    data = json.dumps(settings, sort_keys=True).encode() + b"".join(contents.values())
+    fingerprint = hashlib.sha256(data).hexdigest()[:16]
+    for name, content in contents.items():
+        files.write_bytes(Path(directory) / name, content)
+    files.write_json(Path(directory) / FILE, {**settings, "fingerprint": fingerprint})
 
 
 def train_sentencepiece(texts: Sequence[str], size: int) -> bytes:

@@ -14,10 +14,24 @@ import jax.numpy as jnp
 from moe_jax.model.attention import causal_mask, relative_buckets, segment_mask
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import init_experts, mix
-from moe_jax.model.layers import DecoderLayer, EncoderLayer, KeyValue, Norm
+from moe_jax.model.layers import DecoderLayer, EncoderLayer, Norm
 
 # BART's position table starts with two unused rows.
 POSITION_OFFSET = 2
+
+
+def layer_runs(config: ModelConfig, side: str) -> list[tuple[str, slice]]:
+    """Runs of neighbouring layers of one kind, in order: ("routed" or "vanilla", its place among
+    the layers of that kind)."""
+    depth = getattr(config, f"{side}_layers")
+    vanilla = getattr(config, f"{side}_vanilla_layers")
+    result, done = [], {"routed": 0, "vanilla": 0}
+    kinds = ["vanilla" if i in vanilla else "routed" for i in range(depth)]
+    for kind, run in itertools.groupby(kinds):
+        start = done[kind]
+        done[kind] += len(list(run))
+        result.append((kind, slice(start, done[kind])))
+    return result
 
 
 class Stack(nn.Module):
@@ -70,16 +84,6 @@ class Stack(nn.Module):
             if layers
         }
 
-    def runs(self) -> list[tuple[str, slice]]:
-        """Runs of neighbouring layers of one kind, in order: (kind, place in its stack)."""
-        result, done = [], {"routed": 0, "vanilla": 0}
-        kinds = ["vanilla" if i in self.vanilla else "routed" for i in range(self.depth)]
-        for kind, run in itertools.groupby(kinds):
-            start = done[kind]
-            done[kind] += len(list(run))
-            result.append((kind, slice(start, done[kind])))
-        return result
-
     def embed(self, x: jax.Array, positions: jax.Array, deterministic: bool) -> jax.Array:
         """What goes into the first layer."""
         if self.config.architecture == "bart":
@@ -105,36 +109,41 @@ class Stack(nn.Module):
         )
         return self.relative[buckets].transpose(2, 0, 1)[None].astype(self.config.dtype)
 
-    def scan(self, body, carry, weights_NxK: jax.Array | None, per_layer: Any = None):
+    def scan(self, body, carry, weights_NxK: jax.Array | None, own: list | None = None):
         """Runs `body(carry, (params_K, weights_K, own))` over all layers.
 
         Args:
             weights_NxK: routes of this side's routed layers; `weights_K` is None where the
                 layer is vanilla or the model is dense.
-            per_layer: a tree with a leading axis of all layers; `own` is the layer's part.
+            own: for each of `layer_runs`, a tree with a leading axis of the run's layers.
 
         Returns:
-            (carry, what the body returned besides, stacked over all layers).
+            (carry, for each run what the body returned besides, stacked over its layers): runs
+            differ in their number of experts.
         """
-        outs, start = [], 0
-        for kind, place in self.runs():
+        outs = []
+        for i, (kind, place) in enumerate(layer_runs(self.config, self.side)):
             whole = place == slice(0, jax.tree.leaves(self.layers[kind])[0].shape[0])
             params = self.layers[kind]
             if not whole:
                 params = jax.tree.map(lambda p, at=place: p[at], params)
             weights = weights_NxK[place] if kind == "routed" and weights_NxK is not None else None
-            stop = start + place.stop - place.start
-            own = jax.tree.map(lambda a, at=slice(start, stop): a[at], per_layer)
             carry, out = jax.lax.scan(
-                body, carry, (params, weights, own), unroll=self.config.unroll_layers
+                body,
+                carry,
+                (params, weights, None if own is None else own[i]),
+                unroll=self.config.unroll_layers,
             )
             outs.append(out)
-            start = stop
-        return carry, jax.tree.map(lambda *a: jnp.concatenate(a) if len(a) > 1 else a[0], *outs)
+        return carry, outs
 
     def __call__(self, x, args, weights_NxK, deterministic: bool) -> jax.Array:
         """Runs all layers; `args` follow x in the layer's call. [R, L, D] -> [R, L, D]."""
-        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), self.depth)
+        keys = None
+        if not deterministic:
+            keys = jax.random.split(self.make_rng("dropout"), self.depth)
+            stops = itertools.accumulate(at.stop - at.start for _, at in layer_runs(self.config, self.side))
+            keys = jnp.split(keys, list(stops)[:-1])
 
         def run(x, layer):
             params_K, weights_K, key = layer
@@ -206,15 +215,17 @@ class EncoderDecoder(nn.Module):
         x = self.decoder(x, args, self.split_weights(weights_NxK)[1], deterministic)
         return self.decoder.finish(x, deterministic)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., V]."""
+    def logits_kernel(self) -> jax.Array:
+        """[D, V]."""
+        kernel = self.embedding.T if self.config.tie_embeddings else self.head
+        return kernel.astype(self.config.dtype)
+
+    def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """[..., D] -> float32 [..., V]; `kernel` is that of `logits_kernel`."""
         c = self.config
-        if c.tie_embeddings:
-            if c.scale_tied_logits:
-                hidden = hidden * c.d_model**-0.5
-            kernel = self.embedding.T.astype(c.dtype)
-        else:
-            kernel = self.head.astype(c.dtype)
+        if c.tie_embeddings and c.scale_tied_logits:
+            hidden = hidden * c.d_model**-0.5
+        kernel = self.logits_kernel() if kernel is None else kernel
         return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
 
     def __call__(self, batch, weights_NxK, deterministic=True) -> jax.Array:
@@ -228,64 +239,3 @@ class EncoderDecoder(nn.Module):
             batch["target_positions"], weights_NxK, deterministic,
         )  # fmt: skip
         return self.logits(hidden)
-
-    # Decoding with a cache.
-
-    def start_cache(self, encoded_RxLinxD: jax.Array, length: int) -> dict[str, KeyValue]:
-        """Empty self-attention caches and the cross-attention's, each stacked over layers.
-
-        Args:
-            length: L_max, the longest target that can be decoded.
-
-        Returns:
-            {"self", "cross"}: keys and values [layers, K, R, length, H, head_dim].
-        """
-        c = self.config
-        layer = self.decoder.layer
-
-        def one_layer(_, layer_params):
-            params_K, _, _ = layer_params
-
-            def cross(p):
-                return layer.apply({"params": p}, encoded_RxLinxD, method="cross_key_value")
-
-            return None, jax.vmap(cross)(params_K)
-
-        _, cross = self.decoder.scan(one_layer, None, None)
-        layers, copies, rows = cross.key.shape[:3]
-        empty = jnp.zeros((layers, copies, rows, length, c.heads, c.head_dim), c.dtype)
-        return {"self": KeyValue(empty, empty), "cross": cross}
-
-    def decode_step(self, token_R, index, cache, input_segments, weights_NxK):
-        """One position for every row.
-
-        Args:
-            token_R: int [R], the previous token.
-            index: int scalar, its position.
-            cache: from `start_cache` or the previous step.
-
-        Returns:
-            (float32 logits [R, V], the new cache).
-        """
-        x = self.embedding[token_R[:, None]].astype(self.config.dtype)
-        x = self.decoder.embed(x, jnp.full_like(token_R[:, None], index), True)
-        places = jnp.arange(cache["self"].key.shape[3])
-        mask = (places <= index)[None, None, None]
-        cross_mask = segment_mask(jnp.ones_like(token_R[:, None]), input_segments)
-        bias = self.decoder.bias(index[None], places)
-
-        def one_layer(x, layer_params):
-            params_K, weights_K, own_K = layer_params
-
-            def step(params, own):
-                return self.decoder.layer.apply(
-                    {"params": params}, x, own["self"], index, own["cross"], mask, cross_mask,
-                    bias, method="step",
-                )  # fmt: skip
-
-            return mix(step, params_K, weights_K, own_K)
-
-        weights = self.split_weights(weights_NxK)[1]
-        x, new = self.decoder.scan(one_layer, x, weights, cache)
-        cache = {"self": new, "cross": cache["cross"]}
-        return self.logits(self.decoder.finish(x, True)[:, 0]), cache

@@ -69,6 +69,11 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.d_model // self.heads)
 
     @property
+    def attention_scale(self) -> float:
+        """Of attention scores. T5 has none: it is in the initialisation of the query."""
+        return 1.0 if self.architecture == "t5" else self.head_dim**-0.5
+
+    @property
     def routed_layers(self) -> tuple[str, ...]:
         """Names of the N routed layers, encoder first: `encoder.0` ... `decoder.5`."""
         return tuple(

@@ -61,8 +61,6 @@ class Attention(nn.Module):
     def setup(self) -> None:
         c = self.config
         D, H, K = c.d_model, c.heads, c.head_dim
-        # T5 does not scale its scores: the scale is in the initialisation of the query.
-        self.scale = 1.0 if c.architecture == "t5" else K**-0.5
         axes = ("embed", "qkv", "heads", "head_dim")
         if self.cross:
             self.q_kernel = _weights(self, "q_kernel", (D, 1, H, K), axes, c.init_std)
@@ -90,15 +88,18 @@ class Attention(nn.Module):
         y = jnp.einsum("rld,dchk->rlchk", encoded_RxLxD, self.kv_kernel) + self.kv_bias
         return KeyValue(y[:, :, 0], y[:, :, 1])
 
-    def mix(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
-        """Attends and projects back to [R, L_q, D]."""
+    def attend(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
+        """What every head reads: [R, L_q, H, K]."""
         rate = 0.0 if deterministic else self.config.attention_dropout_rate
         key = self.make_rng("dropout") if rate else None
-        y = attend(
-            q, kv.key, kv.value, mask, bias=bias, scale=self.scale, dropout_rate=rate,
-            dropout_key=key,
+        return attend(
+            q, kv.key, kv.value, mask, bias=bias, scale=self.config.attention_scale,
+            dropout_rate=rate, dropout_key=key,
         )  # fmt: skip
-        return jnp.einsum("rlhk,hkd->rld", y, self.out_kernel) + self.out_bias
+
+    def output(self, y_RxLxHxK: jax.Array) -> jax.Array:
+        """Projects what the heads read back to [R, L, D]."""
+        return jnp.einsum("rlhk,hkd->rld", y_RxLxHxK, self.out_kernel) + self.out_bias
 
 
 class FeedForward(nn.Module):
@@ -150,14 +151,20 @@ class EncoderLayer(_Layer):
     def __call__(self, x_RxLxD, mask, bias, deterministic: bool = True) -> jax.Array:
         """[R, L, D] -> [R, L, D]; `mask` and `bias` as in `attend`."""
         q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
-        y = self.self_attention.mix(q, kv, mask, bias, deterministic)
+        y = self.self_attention.output(
+            self.self_attention.attend(q, kv, mask, bias, deterministic)
+        )
         x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
         y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
         return self.after(self.feed_forward_norm, x, y, deterministic)
 
 
 class DecoderLayer(_Layer):
-    """Causal self-attention, cross-attention and feed-forward."""
+    """Causal self-attention, cross-attention and feed-forward.
+
+    `start`, `middle` and `end` are what lies around the two attentions; decoding with a cache has
+    its own attention between them (`model.cached`).
+    """
 
     def setup(self) -> None:
         self.self_attention = Attention(self.config)
@@ -172,41 +179,30 @@ class DecoderLayer(_Layer):
         self, x_RxLxD, encoded_RxLinxD, mask, cross_mask, bias, deterministic: bool = True
     ) -> jax.Array:
         """A whole target at once: [R, L, D] -> [R, L, D]."""
-        q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
-        cross = self.cross_attention.project_key_value(encoded_RxLinxD)
-        return self._rest(x_RxLxD, q, kv, cross, mask, cross_mask, bias, deterministic)
+        q, kv = self.start(x_RxLxD)
+        cross = self.cross_key_value(encoded_RxLinxD)
+        y = self.self_attention.attend(q, kv, mask, bias, deterministic)
+        x, q = self.middle(x_RxLxD, y, deterministic)
+        y = self.cross_attention.attend(q, cross, cross_mask, None, deterministic)
+        return self.end(x, y, deterministic)
 
     def cross_key_value(self, encoded_RxLinxD: jax.Array) -> KeyValue:
         """Computed once per input, read at every step."""
         return self.cross_attention.project_key_value(encoded_RxLinxD)
 
-    def step(
-        self, x_Rx1xD, cache: KeyValue, index, cross: KeyValue, mask, cross_mask, bias
-    ) -> tuple[jax.Array, KeyValue]:
-        """One target position: writes its key and value at `index` of the cache and reads it.
+    def start(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Query, and key with value, of self-attention."""
+        return self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
 
-        Args:
-            cache: each [R, L_max, H, K].
-            index: int scalar, the position.
-            mask: bool [1, 1, 1, L_max], True up to `index`.
+    def middle(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True):
+        """From what self-attention read: (x, query of cross-attention)."""
+        y = self.self_attention.output(y_RxLxHxK)
+        x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
+        return x, self.cross_attention.project_query(self.before(self.cross_attention_norm, x))
 
-        Returns:
-            ([R, 1, D], the new cache).
-        """
-        q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_Rx1xD))
-        cache = KeyValue(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
-                for old, new in zip(cache, kv, strict=True)
-            )
-        )
-        return self._rest(x_Rx1xD, q, cache, cross, mask, cross_mask, bias, True), cache
-
-    def _rest(self, x, q, kv, cross, mask, cross_mask, bias, deterministic):
-        y = self.self_attention.mix(q, kv, mask, bias, deterministic)
-        x = self.after(self.self_attention_norm, x, y, deterministic)
-        q = self.cross_attention.project_query(self.before(self.cross_attention_norm, x))
-        y = self.cross_attention.mix(q, cross, cross_mask, None, deterministic)
-        x = self.after(self.cross_attention_norm, x, y, deterministic)
+    def end(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True) -> jax.Array:
+        """From what cross-attention read: the layer's output [R, L, D]."""
+        y = self.cross_attention.output(y_RxLxHxK)
+        x = self.after(self.cross_attention_norm, x_RxLxD, y, deterministic)
         y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
         return self.after(self.feed_forward_norm, x, y, deterministic)

@@ -23,7 +23,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.experts import Params, gather, scatter_add
 from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.selection import temperature_at
-from moe_jax.parallel import GROUP_AXES, group_shards
+from moe_jax.parallel import GROUP_AXES, group_shards, replicated, shardings
 from moe_jax.training.loss import token_losses
 from moe_jax.training.optimizer import OptimizerConfig, apply, make_optimizer, schedule
 
@@ -55,6 +55,19 @@ class TrainState(struct.PyTreeNode):
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def state_shardings(
+    model: TaskMoE, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Where every array of a state lives: the optimizer's beside their parameters.
+
+    Whatever makes a state places it so, and the step keeps it so: it is compiled once.
+    """
+    boxed = jax.eval_shape(
+        lambda key: init_state(model.init(key), optimizer), jax.random.key(0, impl=PRNG)
+    )
+    return shardings(boxed, mesh)
 
 
 def group_loss(
@@ -236,7 +249,7 @@ def make_train_step(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
             frozen=optimizer_config.frozen,
         )  # fmt: skip
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to int32 powers
             directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
         share = schedule(optimizer_config, state.step, total_steps)
@@ -245,4 +258,5 @@ def make_train_step(
         params = apply(state.params, directions, rates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    placed = (state_shardings(model, optimizer, mesh), replicated(mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=placed)

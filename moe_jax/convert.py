@@ -1,0 +1,68 @@
+"""Weights of Hugging Face's BART and T5 1.1 in, and a task's plain model out.
+
+    python -m moe_jax.convert from-hf DIR OUT
+    python -m moe_jax.convert to-hf MODEL_DIR OUT --task NAME [--average] [--approximate]
+
+`from-hf` writes a model directory for INITIAL_CHECKPOINT_PATH, the tokenizer with it:
+
+    python -m moe_jax.train --gin_file=OUT/config.gin --gin_file=runs/skills_gym_stage1.gin \
+        --gin.ModelConfig.experts=3 --gin.INITIAL_CHECKPOINT_PATH=OUT --gin.MODEL_DIR=...
+
+`to-hf` takes a task's expert in every layer, which leaves a BART or T5 that `transformers` loads.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from moe_jax.errors import UserError
+from moe_jax.hf.read import from_hf
+from moe_jax.hf.write import to_hf
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and converts; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    reader = commands.add_parser("from-hf", help="weights and tokenizer in")
+    reader.add_argument("source", metavar="DIR", help="Hugging Face directory, or name on the Hub")
+    reader.add_argument("out", metavar="OUT", help="model directory to write")
+    writer = commands.add_parser("to-hf", help="a task's plain model out")
+    writer.add_argument("checkpoint", metavar="MODEL_DIR", help="or one of its checkpoints")
+    writer.add_argument("out", metavar="OUT", help="Hugging Face directory to write")
+    writer.add_argument("--task", metavar="NAME", help="whose expert to take in every layer")
+    writer.add_argument(
+        "--average",
+        action="store_true",
+        help="average the experts' parameters, weighted by the task's route or, without --task,"
+        " all alike",
+    )
+    writer.add_argument(
+        "--approximate",
+        action="store_true",
+        help="of a soft route take the largest expert, and print the error that this makes",
+    )
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to who trains on it
+    try:
+        if args.command == "from-hf":
+            config = from_hf(args.source, args.out)
+            print(f"{args.out}: {config.architecture}, d_model {config.d_model},"
+                  f" {config.encoder_layers} + {config.decoder_layers} layers")  # fmt: skip
+        else:
+            flags = {"average": args.average, "approximate": args.approximate}
+            print(to_hf(args.checkpoint, args.out, args.task, **flags))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Writes parameters that are too large to hold: leaf by leaf, as `load_params` reads them."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax, os
+CH=eval(os.environ.get("CH","None")); TG=eval(os.environ.get("TG","None"))
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
+
+from moe_jax.training.checkpoints import DIRECTORY
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """A float32 parameter that is made when it is written.
+
+    Attributes:
+        shape: of the parameter.
+        make: returns it.
+    """
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+    dtype = np.dtype(np.float32)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class _PromiseHandler(type_handlers.NumpyHandler):
+    """Writes each promised array before it makes the next, as if they were NumPy's."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values, infos, args=None):
+        args = args or [ocp.SaveArgs()] * len(values)
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.make()], [info], [arg]):
+                written.result()
+        return []
+
+
+def save_params(model_dir: Path, step: int, params: Any, meta: dict[str, Any]) -> None:
+    """Writes a checkpoint without optimizer state.
+
+    Args:
+        params: tree of `Promise`s.
+        meta: as in `Checkpoints.save`, `step` and `shapes` included.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    place = model_dir.absolute() / DIRECTORY / str(step)
+    registry = type_handlers.create_type_handler_registry(
+        (Promise, _PromiseHandler()), (jax.Array, type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(place / "params", args=ocp.args.PyTreeSave(params, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CH), params), ocdbt_target_data_file_size=TG))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        checkpointer.save(place / "meta", args=ocp.args.JsonSave(meta))

@@ -1,0 +1,273 @@
+"""Gradients and steps: against a plain gradient of all experts, and on meshes of 8 devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_run import pack_rows, random_batch, random_examples, stack_groups, tiny_model, tiny_params
+
+from moe_jax.errors import UserError
+from moe_jax.parallel import LOGICAL_AXES, MeshConfig, by_group, make_mesh
+from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.step import (
+    StepConfig,
+    gradients,
+    init_state,
+    make_train_step,
+    state_shardings,
+)
+
+SMOOTHING = 0.1
+STEP = 7
+KEY = jax.random.key(5)
+PARAMS = tiny_params(tiny_model())
+SELECTIONS = {
+    "softmax": {"selection": "softmax", "temperature": 0.7},
+    "gumbel_softmax": {"selection": "gumbel_softmax", "temperature_rate": 0.05},
+    "gumbel_softmax_st, all": {"selection": "gumbel_softmax_st", "temperature": 2.0},
+    "gumbel_softmax_st, 1": {
+        "selection": "gumbel_softmax_st", "temperature": 2.0, "experts_per_layer": 1
+    },
+    "top_k, 2": {"selection": "top_k", "experts_per_layer": 2},
+    "average": {"selection": "average"},
+}  # fmt: skip
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+# Every selection with one of the ways to run its groups.
+AT_ONCE = {"gumbel_softmax": 2, "gumbel_softmax_st, all": 8, "top_k, 2": 4}
+
+
+@functools.cache
+def jitted(name, at_once, frozen=()):
+    config = StepConfig(label_smoothing=SMOOTHING, groups_at_once=at_once)
+    model = tiny_model(**SELECTIONS[name])
+    return jax.jit(
+        functools.partial(gradients, model, config=config, mesh=one_device(), frozen=frozen)
+    )
+
+
+def ours(name, batch, at_once=None, frozen=()):
+    """The step's gradients and metrics."""
+    with jax.set_mesh(one_device()):
+        function = jitted(name, at_once or AT_ONCE.get(name, 1), frozen)
+        return function(PARAMS, batch, step=jnp.int32(STEP), key=KEY)
+
+
+# ------------------------------------------------------------------------------ the reference
+
+
+def plain_routes(routing_params, model):
+    """Routes [T, N, E], written out for each selection."""
+    c = model.router_config
+    logits = model.router.apply({"params": routing_params["router"]},
+                                routing_params["representations"])  # fmt: skip
+    temperature = max(c.temperature_floor, c.temperature * np.exp(-c.temperature_rate * STEP))
+    if c.selection == "average":
+        return jnp.full_like(logits, 0.25)
+    if c.selection == "top_k":
+        threshold = jnp.sort(logits)[..., -c.experts_per_layer, None]
+        weights = jnp.where(logits >= threshold, jnp.exp(logits), 0.0)
+        return weights / weights.sum(-1, keepdims=True)
+    if c.selection.startswith("gumbel"):
+        noise_key = jax.random.split(jax.random.split(KEY)[0])[0]
+        logits = logits + jax.random.gumbel(noise_key, logits.shape)
+    soft = jnp.exp(logits / temperature)
+    soft = soft / soft.sum(-1, keepdims=True)
+    if not c.selection.endswith("_st"):
+        return soft
+    hard = (soft == soft.max(-1, keepdims=True)).astype(soft.dtype)
+    st = hard + soft - jax.lax.stop_gradient(soft)
+    # With one expert per layer, only its own weight has a gradient.
+    return st if c.experts_per_layer == 0 else st * hard
+
+
+@functools.cache
+def plain_gradient():
+    """Jitted (backbone, weights_GxNxE, batch) -> loss and gradients, all experts, all groups."""
+    module = tiny_model().backbone(4)
+
+    def loss(backbone, weights_GxNxE, batch):
+        logits = jax.vmap(lambda group, w: module.apply({"params": backbone}, group, w))(
+            batch, weights_GxNxE
+        )
+        log_p = jnp.log(jax.nn.softmax(logits))
+        wanted = (1 - SMOOTHING) * jax.nn.one_hot(batch["targets"], 24) + SMOOTHING / 24
+        real = (batch["target_segments"] > 0).astype(jnp.float32)
+        return -jnp.sum(jnp.sum(wanted * log_p, -1) * real) / jnp.sum(real)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+
+
+def reference(model, batch):
+    """(loss, gradients) of the mean loss with every expert computed."""
+    routing = {k: v for k, v in PARAMS.items() if k != "backbone"}
+    weights, pull_back = jax.vjp(
+        lambda r: plain_routes(r, model)[jnp.asarray(batch["task_id"])], routing
+    )
+    loss, (by_backbone, by_weights) = plain_gradient()(PARAMS["backbone"], weights, batch)
+    return loss, {"backbone": by_backbone, **pull_back(by_weights)[0]}
+
+
+def assert_close(a, b, relative=2e-5):
+    """Equal trees, relative to the largest entry of each array's part of the model."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for part in a:
+        size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(b[part]))
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(a[part]), jax.tree.leaves(b[part]), strict=True
+        ):
+            np.testing.assert_allclose(
+                np.asarray(x), np.asarray(y), rtol=relative, atol=relative * size,
+                err_msg=part + jax.tree_util.keystr(path),
+            )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return random_batch()
+
+
+# ------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_gradients_are_those_of_the_plain_mixture(name, batch):
+    loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)
+    found, metrics = ours(name, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert int(metrics["target_tokens"]) == (batch["target_segments"] > 0).sum()
+    assert_close(found, grads)
+    router_moves = float(jnp.max(jnp.abs(found["representations"]))) > 1e-4
+    assert router_moves == (name != "average")
+
+
+def test_groups_of_one_task_use_one_expert_per_layer(batch):
+    one_task = batch | {"task_id": np.full_like(batch["task_id"], 2)}
+    found, _ = ours("gumbel_softmax_st, 1", one_task)
+    for side in ("encoder", "decoder"):
+        grad = found["backbone"][side]["layers"]["routed"]["feed_forward"]["in_kernel"]
+        assert (np.abs(np.asarray(grad)).max((0, 2, 3, 4)) > 0).sum() == 1
+    assert (np.abs(np.asarray(found["representations"])).max(1) > 0).tolist() == [False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [2, 4, 8])
+@pytest.mark.parametrize("name", ["gumbel_softmax_st, 1", "softmax"])
+def test_groups_at_once_changes_nothing(name, at_once, batch):
+    loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)
+    found, metrics = ours(name, batch, at_once)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert_close(found, grads)
+
+
+def test_groups_at_once_must_divide(batch):
+    with pytest.raises(UserError, match="groups_at_once 3 does not divide the 8 groups"):
+        ours("softmax", batch, at_once=3)
+
+
+def test_frozen_parts_have_no_gradient(batch):
+    _, grads = reference(tiny_model(**SELECTIONS["softmax"]), batch)
+    found, _ = ours("softmax", batch, frozen=("router", "representations"))
+    assert_close({"backbone": found["backbone"]}, {"backbone": grads["backbone"]})
+    assert all((x == 0).all() for x in jax.tree.leaves((found["router"], found["representations"])))
+
+
+def test_packing_changes_nothing():
+    """The same examples, two in a row or one: same loss, same gradients."""
+    rng = np.random.default_rng(1)
+    examples = [random_examples(rng, 2) for _ in range(8)]
+    tasks = [0, 1, 2, 0, 1, 2, 0, 1]
+    packed = stack_groups([pack_rows([pair, []], 12, 12) for pair in examples], tasks)
+    alone = stack_groups([pack_rows([[x] for x in pair], 12, 12) for pair in examples], tasks)
+    (grads, metrics), (grads_alone, metrics_alone) = (ours("softmax", b) for b in (packed, alone))
+    assert metrics["target_tokens"] == metrics_alone["target_tokens"]
+    np.testing.assert_allclose(metrics["loss"], metrics_alone["loss"], rtol=1e-5)
+    assert_close(grads, grads_alone, 1e-5)
+
+
+# ------------------------------------------------------------------------------ meshes
+
+MESHES = {
+    "8 data": MeshConfig(data=8),
+    "4 data, 2 fsdp": MeshConfig(data=4, fsdp=2),
+    "2 data, 2 fsdp, 2 model": MeshConfig(data=2, fsdp=2, model=2),
+    "2 data, 4 expert": MeshConfig(data=2, expert=4),
+}
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.5, clip_norm=0.5)
+
+
+def steps(model, mesh, batches):
+    """State after one step per batch, metrics of each, and the jitted step."""
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(OPTIMIZER)
+        places = state_shardings(model, optimizer, mesh)
+        params = jax.device_put(PARAMS, places.params)
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
+        step = make_train_step(model, OPTIMIZER, StepConfig(), mesh, total_steps=10, seed=0)
+        rates = {k: jnp.float32(v) for k, v in OPTIMIZER.learning_rates.items()}
+        seen = []
+        for batch in batches:
+            state, metrics = step(state, jax.device_put(batch, by_group(mesh)), rates)
+            seen.append(jax.device_get(metrics))
+    return state, seen, step
+
+
+@pytest.fixture(scope="module")
+def routed():
+    return tiny_model(**SELECTIONS["gumbel_softmax_st, 1"], dropout_rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def alone(routed, batch):
+    return steps(routed, one_device(), [batch, random_batch(seed=1), batch])
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_meshes_agree_with_one_device(name, routed, alone, batch):
+    state, seen, step = steps(
+        routed, make_mesh(MESHES[name]), [batch, random_batch(seed=1), batch]
+    )
+    expected, expected_metrics, _ = alone
+    for metrics, wanted in zip(seen, expected_metrics, strict=True):
+        assert metrics.keys() == wanted.keys()
+        for key in metrics:
+            np.testing.assert_allclose(metrics[key], wanted[key], rtol=2e-5, err_msg=key)
+    assert_close(jax.device_get(state.params), jax.device_get(expected.params), 1e-4)
+    assert step._cache_size() == 1
+
+
+def test_one_device_compiles_once(alone):
+    assert alone[2]._cache_size() == 1
+
+
+def test_parameters_and_optimizer_state_are_sharded(routed):
+    def local(shape, name):
+        mesh = make_mesh(MESHES[name])
+        places = state_shardings(routed, make_optimizer(OPTIMIZER), mesh)
+        arrays = jax.device_put(PARAMS, places.params)
+        layers = arrays["backbone"]["decoder"]["layers"]["routed"]
+        kernel = layers["feed_forward"]["in_kernel"]
+        assert kernel.shape == (1, 4, 16, 1, 32)
+        assert {s.data.shape for s in kernel.addressable_shards} == {shape}
+        # Adam's moments lie beside their parameters.
+        wanted = {a.sharding for a in jax.tree.leaves(arrays)}
+        assert {a for a in jax.tree.leaves(places.opt_state) if a.spec} <= wanted
+        return arrays
+
+    local((1, 4, 16, 1, 32), "8 data")
+    local((1, 4, 8, 1, 32), "4 data, 2 fsdp")
+    local((1, 1, 16, 1, 32), "2 data, 4 expert")
+    arrays = local((1, 4, 8, 1, 16), "2 data, 2 fsdp, 2 model")
+    assert {s.data.shape for s in arrays["backbone"]["embedding"].addressable_shards} == {(12, 8)}
+
+
+def test_a_logical_axis_missing_from_the_table_is_an_error(routed, monkeypatch):
+    monkeypatch.delitem(LOGICAL_AXES, "mlp")
+    with pytest.raises(ValueError, match="logical axis 'mlp' is missing from LOGICAL_AXES"):
+        state_shardings(routed, make_optimizer(OPTIMIZER), one_device())

@@ -1,0 +1,128 @@
+"""Whole training runs in processes of their own: exact resume, two processes, no TensorFlow."""
+
+import json
+import random
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from toy_run import bindings, finish, flags_of, metrics, start
+
+# Everything that draws random numbers is on: noise, exploration, dropout, data order.
+SETTINGS = {
+    "TRAIN_STEPS": 48,
+    "EVAL_PERIOD": 16,
+    "CHECKPOINT_PERIOD": 8,
+    "RouterConfig__selection": "gumbel_softmax_st",
+    "RouterConfig__experts_per_layer": 1,
+    "RouterConfig__exploration_epsilon": 0.2,
+}
+# Runs moe_jax.train, then writes the names of all modules that the process has loaded.
+WITH_MODULES = """
+import runpy, sys
+try:
+    runpy.run_module("moe_jax.train", run_name="__main__", alter_sys=True)
+finally:
+    print("\\n".join(sys.modules))
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(MODEL_DIR, names of loaded modules) of an uninterrupted run."""
+    model_dir = tmp_path_factory.mktemp("whole") / "run"
+    out = finish(start("train", flags_of(bindings(model_dir, **SETTINGS)), code=WITH_MODULES))
+    return model_dir, set(out.split())
+
+
+def test_a_run_leaves_all_its_files(whole):
+    model_dir, _ = whole
+    lines = metrics(model_dir)
+    train_lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train_lines] == list(range(2, 49, 2))
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [16, 32, 48]
+    assert train_lines[-1]["loss"] < train_lines[0]["loss"] - 0.5
+    assert 0 < train_lines[0]["padding/all"] < train_lines[0]["padding/unpacked"] < 1
+    table = json.loads((model_dir / "task_table.json").read_text())
+    assert table == {"tasks": ["toy_copy", "toy_sum"]}
+    routes = json.loads((model_dir / "routes.json").read_text())
+    assert routes["layers"] == ["encoder.0", "decoder.0"] and routes["experts"] == 2
+    for task in routes["tasks"].values():
+        np.testing.assert_array_equal(np.sort(task["route"], axis=-1), [[0, 1]] * 2)
+    assert list(model_dir.glob("events.out.tfevents.*"))
+
+
+def test_a_training_process_imports_no_tensorflow(whole):
+    modules = whole[1]
+    assert "moe_jax.train" in modules or "__main__" in modules
+    assert {"jax", "grain", "moe_jax.training.step"} <= modules
+    assert not {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"} & modules
+
+
+def test_killed_runs_go_on_exactly(whole, tmp_path):
+    """SIGKILL at seeded moments: between steps, while evaluating, while saving."""
+    model_dir = tmp_path / "killed"
+    arguments = flags_of(bindings(model_dir, **SETTINGS))
+    rng = random.Random(4)
+    log = model_dir / "metrics.jsonl"
+    kills = 0
+    for first in (1, 9, 20):  # lines after which this start may be killed
+        process = start("train", arguments)
+        lines, wait = first + rng.randrange(6), rng.random() * 0.1
+        while process.poll() is None:
+            if log.exists() and log.read_bytes().count(b"\n") >= lines:
+                time.sleep(wait)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 2  # on a fast machine the last one may come too late
+    with log.open("a") as f:
+        f.write('{"step": 999, "kind": "tr')  # a line cut short
+    finish(start("train", arguments))
+    assert metrics(model_dir) == metrics(whole[0])
+    for name in ("routes.json", "task_table.json"):
+        assert (model_dir / name).read_bytes() == (whole[0] / name).read_bytes()
+
+
+def test_a_finished_run_started_again_changes_nothing(whole):
+    model_dir, _ = whole
+    before = metrics(model_dir)
+    finish(start("train", flags_of(bindings(model_dir, **SETTINGS))))
+    assert metrics(model_dir) == before
+
+
+def _port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_give_the_metrics_of_one(whole, tmp_path):
+    """Over loopback; also resumed: the second start goes on from the first one's checkpoint."""
+    model_dir = tmp_path / "two"
+    arguments = flags_of(bindings(model_dir, **SETTINGS))
+    port = _port()
+    processes = [
+        start("train", [
+            *arguments, "--multiprocess_gpu", f"--coordinator_address=127.0.0.1:{port}",
+            "--process_count=2", f"--process_index={index}",
+        ])
+        for index in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        finish(process)
+    ours, wanted = metrics(model_dir), metrics(whole[0])
+    assert [(line["step"], line["kind"]) for line in ours] == [
+        (line["step"], line["kind"]) for line in wanted
+    ]
+    for line, other in zip(ours, wanted, strict=True):
+        assert line.keys() == other.keys()
+        for name in line:
+            if name != "kind":
+                np.testing.assert_allclose(line[name], other[name], rtol=1e-3, err_msg=str(line))
+    steps = {int(p.name) for p in (model_dir / "checkpoints").iterdir() if p.name.isdigit()}
+    assert 48 in steps

@@ -56,7 +56,7 @@ def run(main: Callable[[], None], from_model_dir: bool = False) -> None:
     """
 
     def start(argv: Sequence[str]) -> None:
-        logging.set_verbosity(logging.WARNING)
+        logging.set_verbosity(logging.ERROR)
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")

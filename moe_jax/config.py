@@ -7,7 +7,7 @@ from typing import Literal
 import gin
 
 from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, check_fields
 
 # Every binary starts from these; gin files and flags set the macros (T5X's names).
 BASE_BINDINGS = """
@@ -71,11 +71,20 @@ class DataConfig:
     mixing_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if set(self.lengths) != {"inputs", "targets"}:
+        lengths = self.lengths
+        if (
+            not isinstance(lengths, Mapping)
+            or set(lengths) != {"inputs", "targets"}
+            or not all(isinstance(n, int) and n > 1 for n in lengths.values())
+        ):
             raise UserError(
-                "TASK_FEATURE_LENGTHS must be {'inputs': ..., 'targets': ...}, "
-                f"not {dict(self.lengths)}"
+                "TASK_FEATURE_LENGTHS must be {'inputs': N, 'targets': N}, lengths of at least 2, "
+                f"not {lengths!r}"
             )
+        check_fields(self)
+        for name in ("batch_size", "rows_per_group"):
+            if getattr(self, name) < 1:
+                raise UserError(f"DataConfig.{name} must be at least 1, not {getattr(self, name)}")
         vocabulary = self.vocabulary
         if vocabulary.kind == "sentencepiece" and not (vocabulary.path or vocabulary.trained_on):
             # Written down, so that other mixtures are tokenised alike.
@@ -127,6 +136,13 @@ class RunConfig:
     keep_checkpoints: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("train_steps", "checkpoint_period", "log_period", "eval_batch_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"RunConfig.{name} must be at least 1, not {value}")
+
     def require(self, *names: str) -> None:
         """Raises a UserError for the first of these settings that is missing."""
         for name in names:
@@ -162,3 +178,6 @@ class FinetuneConfig:
     steps: int = 1000
     test_examples: int | None = None
     representation: Literal["mean", "nearest", "random"] = "nearest"
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -5,6 +5,7 @@ import dataclasses
 from moe_jax.config import DataConfig, FinetuneConfig, RunConfig
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.decoding import DecodingConfig
 from moe_jax.parallel import MeshConfig
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
@@ -23,5 +24,6 @@ RUN_CONFIGS = (
 
 # configurable -> its parameters, for hints
 CONFIGURABLES = {
-    c.__name__: [f.name for f in dataclasses.fields(c)] for c in (*RUN_CONFIGS, FinetuneConfig)
+    c.__name__: [f.name for f in dataclasses.fields(c)]
+    for c in (*RUN_CONFIGS, FinetuneConfig, DecodingConfig)
 }

@@ -7,6 +7,7 @@ Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl. A task that the mod
 on is scored zero-shot; in a mixture of experts it takes the mean representation.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gin
@@ -14,36 +15,44 @@ import jax
 
 from moe_jax import cli
 from moe_jax.config import DataConfig, RunConfig
-from moe_jax.evaluation import Evaluator, mean_score, write_scores
+from moe_jax.evaluation import Evaluator, TaskScore, mean_score, write_scores
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.parallel import MeshConfig, make_mesh
 from moe_jax.runs import load_run, with_tasks
-from moe_jax.train import prepared
+from moe_jax.train import prepare_mixtures
 
 
 @gin.configurable("eval")
-def evaluate(split: str = "test", examples: int | None = None) -> None:
+def evaluate(
+    split: str = "test", examples: int | None = None, mixtures: Sequence[str] = ()
+) -> None:
     """Scores the run in MODEL_DIR.
 
     Args:
         split: of every task; tasks without it are left out.
         examples: at most this many per task, evenly spaced.
+        mixtures: further mixtures to score, each into a directory of its own.
     """
     run_config, data = RunConfig(), DataConfig()
-    mixture = prepared(data)
-    vocabulary = mixture.vocabulary
+    found = prepare_mixtures(data, *mixtures)
+    vocabulary = found[data.mixture_or_task_name].vocabulary
     run = load_run(run_config.model_dir, ModelConfig(), RouterConfig(), vocabulary.size)
-    run = with_tasks(run, mixture.names)
+    run = with_tasks(run, [name for mixture in found.values() for name in mixture.names])
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         evaluator = Evaluator(run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh)
-        scores = evaluator.tasks(run.params, run.step, mixture, run.task_ids, split, examples)
-    if jax.process_index() == 0:
-        directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
-        write_scores(directory, scores)
-        for score in scores:
-            print(f"{score.task.name:<40} {score.metric:<20} {score.score:.3f}")
-        print(f"mean over {len(scores)} tasks: {mean_score(scores):.4f}; written to {directory}")
+        for mixture in found.values():
+            scores = evaluator.tasks(run.params, run.step, mixture, run.task_ids, split, examples)
+            if jax.process_index() == 0:
+                directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
+                write_scores(directory, scores)
+                _show(scores, directory)
+
+
+def _show(scores: list[TaskScore], directory: Path) -> None:
+    for score in scores:
+        print(f"{score.task.name:<40} {score.metric:<20} {score.score:.3f}")
+    print(f"mean over {len(scores)} tasks: {mean_score(scores):.4f}; written to {directory}")
 
 
 if __name__ == "__main__":

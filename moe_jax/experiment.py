@@ -58,10 +58,9 @@ def experiment(
     if stage2_from_dense:
         bindings["INITIAL_CHECKPOINT_PATH"] = at["dense"]
     stages.run("stage2", "train", stage2, bindings)
-    for name in ("dense", "stage1", "stage2"):
-        stages.run(f"scores of {name}", "eval", None, {"MODEL_DIR": at[name]})
-        zero_shot = {"MODEL_DIR": at[name], "MIXTURE_OR_TASK_NAME": unseen}
-        stages.run(f"zero-shot scores of {name}", "eval", None, zero_shot)
+    for name in ("dense", "stage2"):
+        both = {"MODEL_DIR": at[name], "eval.mixtures": repr((unseen,))}
+        stages.run(f"scores of {name}", "eval", None, both)
     stages.run(
         "few_shot",
         "finetune",

@@ -9,6 +9,7 @@ Writes MODEL_DIR/runs.jsonl (started again, it goes on after the last line) and 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from moe_jax.model.selection import temperature_at
 from moe_jax.parallel import MeshConfig, make_mesh, replicated
 from moe_jax.report import gain
 from moe_jax.runs import Run, read_run
-from moe_jax.train import initial_params, prepared
+from moe_jax.train import initial_params, prepare_mixtures
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, group_loss, init_state, make_train_step
 
@@ -132,7 +133,7 @@ def finetune() -> None:
     directory = Path(run.model_dir)
     configs = [run, data, config, optimizer_config, step_config]
     run_dir.check_config(directory, configs)
-    mixture = prepared(data)
+    mixture = prepare_mixtures(data)[data.mixture_or_task_name]
     run_dir.write_config(directory, configs)
     done = _read_rows(directory / RUNS)
     grid = list(itertools.product(config.seeds, config.batch_sizes, config.learning_rates))
@@ -145,19 +146,22 @@ def finetune() -> None:
         bar = tqdm(total=total, desc="few-shot", unit="run")
         for start in starts:
             adapt = Adapter(start.model, mixture, data, config, optimizer_config, step_config, mesh)
+            few_shot_params = functools.lru_cache(1)(
+                lambda task, seed, s=start: s.params(_few_examples(mixture, task, seed, data))
+            )
             for task, (seed, batch_size, learning_rate) in itertools.product(mixture.names, grid):
                 key = (task, start.name, seed, learning_rate, batch_size)
                 if key not in done:
                     batches = few_shot_batches(mixture, task, seed, batch_size, config.steps, data)
-                    params = start.params(_all_examples(mixture, task, seed, data))
+                    params = few_shot_params(task, seed)
                     dev, test, metric = adapt(params, batches, task, seed, learning_rate)
                     row = dict(zip(KEY, key, strict=True))
                     row |= {"metric": metric, "dev_score": dev, "test_score": test}
                     rows.append(row)
                     log.write(files.json_line(row))
                     log.flush()
+                bar.set_postfix_str(f"{start.name}, {task}", refresh=False)
                 bar.update()
-                bar.set_postfix_str(f"{start.name}, {task}")
         bar.close()
     # ---------------------------------------------------------------- results
     gains = gain.relative_gains(rows)
@@ -179,7 +183,7 @@ def _read_rows(path: Path) -> dict[tuple, dict[str, Any]]:
     return {tuple(row[k] for k in KEY): row for row in rows}
 
 
-def _all_examples(
+def _few_examples(
     mixture: PreparedMixture, task: str, seed: int, data: DataConfig
 ) -> dict[str, np.ndarray]:
     """The first 16 training examples of a few-shot sample as one group, whatever their number."""

@@ -22,7 +22,7 @@ from moe_jax.evaluation import Evaluator, route_json
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.parallel import MeshConfig, make_mesh
 from moe_jax.runs import load_run
-from moe_jax.train import prepared
+from moe_jax.train import prepare_mixtures
 
 
 @gin.configurable("infer")
@@ -35,7 +35,7 @@ def infer(task: str = gin.REQUIRED, input: str = "-", output: str = "-") -> None
         output: file of JSON lines, or - for standard output.
     """
     run_config, data = RunConfig(), DataConfig()
-    vocabulary = prepared(data).vocabulary
+    vocabulary = prepare_mixtures(data)[data.mixture_or_task_name].vocabulary
     run = load_run(run_config.model_dir, ModelConfig(), RouterConfig(), vocabulary.size)
     if task not in run.task_ids:
         raise UserError(f"the task table has no {task!r}{nearest(task, run.task_ids)}")

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, check_fields
 
 MESH_AXES = ("data", "fsdp", "expert", "model")
 # Groups, the leading axis of a batch, are spread over these.
@@ -49,6 +49,9 @@ class MeshConfig:
     fsdp: int = 1
     expert: int = 1
     model: int = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -106,6 +109,4 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
             axes.append(axis if axis and size % mesh.shape[axis] == 0 else None)
         return NamedSharding(mesh, P(*axes))
 
-    return jax.tree.map(
-        sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
-    )
+    return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

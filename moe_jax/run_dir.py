@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax import files
 from moe_jax.config import BASE_BINDINGS
+from moe_jax.data import vocabulary
 from moe_jax.errors import UserError
 
 CONFIG = "config.gin"
@@ -115,6 +116,14 @@ def check_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
                 f"{model_dir} holds another run: there {_MACROS.get(name, name)} is "
                 f"{old.get(name, 'unset')}, here {new[name]}; give another MODEL_DIR"
             )
+
+
+def copy_vocabulary(model_dir: str | Path, source: Path) -> None:
+    """Copies the prepared vocabulary, so that the model can be used without the cache."""
+    directory = Path(model_dir) / vocabulary.DIRECTORY
+    for path in sorted(source.iterdir(), key=lambda path: path.name == vocabulary.FILE):
+        if not (directory / path.name).exists():
+            files.write_bytes(directory / path.name, path.read_bytes())
 
 
 def write_task_table(model_dir: str | Path, tasks: Sequence[str]) -> None:

@@ -34,9 +34,18 @@ class Run:
 def build_model(
     model_config: ModelConfig, router_config: RouterConfig, vocabulary_size: int, tasks: int
 ) -> TaskMoE:
-    """The model for a vocabulary and a task table."""
+    """The model for a vocabulary and a task table.
+
+    Raises:
+        UserError: the vocabulary has ids that the model's embedding has not.
+    """
     if model_config.vocabulary_size == 0:
         model_config = dataclasses.replace(model_config, vocabulary_size=vocabulary_size)
+    if model_config.vocabulary_size < vocabulary_size:
+        raise UserError(
+            f"ModelConfig.vocabulary_size is {model_config.vocabulary_size}, "
+            f"but the vocabulary has {vocabulary_size} tokens"
+        )
     return TaskMoE(model_config, router_config, tasks)
 
 

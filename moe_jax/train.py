@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from moe_jax import cli, run_dir
 from moe_jax.config import DataConfig, RunConfig
-from moe_jax.data.packing import padding_share
+from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import train_batches
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Evaluator, mean_score, write_routes
@@ -26,7 +26,13 @@ from moe_jax.model.moe import TaskMoE
 from moe_jax.parallel import MeshConfig, by_group, make_mesh
 from moe_jax.prepare import ensure_prepared
 from moe_jax.runs import build_model
-from moe_jax.training.checkpoints import Checkpoints, fit_backbone, fit_table, load_params
+from moe_jax.training.checkpoints import (
+    Checkpoints,
+    fit_backbone,
+    fit_table,
+    load_params,
+    split_layers,
+)
 from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
@@ -44,8 +50,8 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
     if run.initial_checkpoint_path:
         loaded, _ = load_params(run.initial_checkpoint_path)
         params["backbone"] = fit_backbone(
-            loaded["backbone"], params["backbone"], model.config.expert_noise,
-            jax.random.fold_in(key, 1), run.initial_checkpoint_path,
+            split_layers(loaded["backbone"], model.config), params["backbone"],
+            model.config.expert_noise, jax.random.fold_in(key, 1), run.initial_checkpoint_path,
         )  # fmt: skip
     if run.router_checkpoint_path and model.routed:
         loaded, meta = load_params(run.router_checkpoint_path)
@@ -65,7 +71,7 @@ def train() -> None:
     run_dir.check_config(model_dir, configs)
 
     # ---------------------------------------------------------------- data and model
-    mixture = prepared(data)
+    mixture = prepare_mixtures(data)[data.mixture_or_task_name]
     tasks = list(mixture.names)
     task_ids = {name: i for i, name in enumerate(tasks)}
     vocabulary = mixture.vocabulary
@@ -105,6 +111,7 @@ def train() -> None:
         if lead:
             run_dir.write_config(model_dir, configs)
             run_dir.write_task_table(model_dir, tasks)
+            run_dir.copy_vocabulary(model_dir, mixture.vocabulary_dir)
 
         # ------------------------------------------------------------ loop
         train_step = make_train_step(
@@ -125,16 +132,16 @@ def train() -> None:
             )
             # 2. The step is dispatched; its metrics are read while the next one runs.
             state, metrics = train_step(state, arrays, rates)
-            window.add(metrics, padding_share(batch))
+            window.add(metrics)
             bar.update()
             last = step == run.train_steps
             evaluate = run.eval_period and (step % run.eval_period == 0 or last)
             save = step % run.checkpoint_period == 0 or last
             # 3. A line of metrics; also where a resumed run would start, so that its lines match.
-            if step % run.log_period == 0 or save:
+            if step % run.log_period == 0 or save or evaluate:
                 line = window.close()
                 log.write(step, "train", line)
-                bar.set_postfix_str(_postfix(line))
+                bar.set_postfix_str(_postfix(line), refresh=False)
             # 4. Scores on the dev split.
             score = None
             if evaluate:
@@ -167,15 +174,14 @@ def train() -> None:
         log.close()
 
 
-def prepared(data: DataConfig, *more: str) -> Any:
-    """The mixture of `data`; with further names, a dictionary of all of them."""
+def prepare_mixtures(data: DataConfig, *more: str) -> dict[str, PreparedMixture]:
+    """The mixture of `data` first, then `more` in the same vocabulary; by name."""
     if data.mixture_or_task_name is None:
         raise UserError("MIXTURE_OR_TASK_NAME is not set: give --gin.MIXTURE_OR_TASK_NAME=...")
     names = list(dict.fromkeys([data.mixture_or_task_name, *more]))
-    mixtures = ensure_prepared(
+    return ensure_prepared(
         data.cache_dir, names, data.task_modules, data.vocabulary, environment=data.environment
     )
-    return mixtures if more else mixtures[data.mixture_or_task_name]
 
 
 def _postfix(line: dict[str, float]) -> str:

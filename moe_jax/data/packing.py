@@ -6,6 +6,7 @@ it; a segment number (1, 2, ...; 0 is padding) says which token is whose, and po
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -198,21 +199,20 @@ def encode_inputs(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> 
     return {name: array[None] for name, array in zip(names, arrays, strict=True)}
 
 
-def padding_share(batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Share of a batch's tokens that is padding, 0..1.
+def padding_share(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Share of a batch's tokens that is padding, 0..1. For NumPy and JAX arrays, traced ones too.
 
     Returns:
         `inputs`, `targets`, `all` (both together), and `unpacked`: what `all` would be with one
         example to a row.
     """
     inputs, targets = batch["input_segments"], batch["target_segments"]
-    real = np.array([np.count_nonzero(inputs), np.count_nonzero(targets)])
-    sizes = np.array([inputs.size, targets.size])
-    examples = int(targets.max(-1, initial=0).sum())
-    unpacked = examples * (inputs.shape[-1] + targets.shape[-1])
+    input_tokens, target_tokens = (inputs > 0).sum(), (targets > 0).sum()
+    tokens = input_tokens + target_tokens
+    examples = targets.max(-1, initial=0).sum().clip(1)
     return {
-        "inputs": float(1 - real[0] / sizes[0]),
-        "targets": float(1 - real[1] / sizes[1]),
-        "all": float(1 - real.sum() / sizes.sum()),
-        "unpacked": float(1 - real.sum() / max(1, unpacked)),
+        "inputs": 1 - input_tokens / inputs.size,
+        "targets": 1 - target_tokens / targets.size,
+        "all": 1 - tokens / (inputs.size + targets.size),
+        "unpacked": 1 - tokens / (examples * (inputs.shape[-1] + targets.shape[-1])),
     }

@@ -234,7 +234,8 @@ class SeqioTokenizers(seqio.Vocabulary):
             signature = tf.RaggedTensorSpec([None] * s.shape.rank, tf.int32, s.shape.rank - 1)
             return tf.map_fn(self._encode_tf, s, fn_output_signature=signature)
 
-        def encode(text: bytes) -> np.ndarray:
+        def encode(text: bytes | np.ndarray) -> np.ndarray:
+            text = text if isinstance(text, bytes) else text.item()  # bytes only in graphs
             return np.array(self.own.encode(text.decode(errors="replace")), np.int32)
 
         ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)

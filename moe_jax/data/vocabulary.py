@@ -165,6 +165,8 @@ class TokenizersVocabulary(Vocabulary):
         self.settings = {"kind": "tokenizers", "ids": dict(ids)}
         self.contents = dict(contents)
         self._tokenizer = tokenizers.Tokenizer.from_str(contents[TOKENIZER].decode())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.pad_id, self.bos_id = ids["pad"], ids["bos"]
         self.eos_id, self.unk_id = ids["eos"], ids["unk"]
@@ -260,7 +262,7 @@ def read_tokenizers(path: str | Path) -> TokenizersVocabulary:
     found, ids = tokenizer.read_tokenizer(directory)
     names = [name for name in tokenizer.FILES if (directory / name).is_file()]
     contents = {name: (directory / name).read_bytes() for name in names}
-    return TokenizersVocabulary(ids, {**contents, TOKENIZER: found.to_str(pretty=True).encode()})
+    return TokenizersVocabulary(ids, {TOKENIZER: found.to_str(pretty=True).encode(), **contents})
 
 
 def _tokenizer_directory(path: str | Path) -> Path:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax, os
-CH=eval(os.environ.get("CH","None")); TG=eval(os.environ.get("TG","None"))
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from moe_jax.training.checkpoints import DIRECTORY
+
+_FILE_BYTES = 1 << 27  # what waits to be written stays in memory until it fills a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,9 @@ class _PromiseHandler(type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
-        for value, info, arg in zip(values, infos, args, strict=True):
+        # The largest first: what it leaves behind, the smaller ones fit into.
+        order = sorted(zip(values, infos, args, strict=True), key=lambda one: -one[0].nbytes)
+        for value, info, arg in order:
             for written in await super().serialize([value.make()], [info], [arg]):
                 written.result()
         return []
@@ -66,6 +69,7 @@ def save_params(model_dir: Path, step: int, params: Any, meta: dict[str, Any]) -
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(place / "params", args=ocp.args.PyTreeSave(params, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CH), params), ocdbt_target_data_file_size=TG))
+        args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)
+        checkpointer.save(place / "params", args=args)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         checkpointer.save(place / "meta", args=ocp.args.JsonSave(meta))

@@ -34,7 +34,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
     SentencePiece unigram model `spiece.model` (T5).
 
     Returns:
-        The tokenizer, without truncation and padding, and `special_ids` with `unk`.
+        The tokenizer, and `special_ids` with `unk`.
 
     Raises:
         UserError: the directory lacks them, or one cannot be read.
@@ -59,8 +59,6 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
     except Exception as e:  # `tokenizers` and protobuf raise plain ones
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"cannot read the tokenizer of {directory}: {reason}") from e
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     unk = tokenizer.token_to_id("<unk>")
     return tokenizer, {**ids, "unk": ids["pad"] if unk is None else unk}
 

@@ -19,7 +19,7 @@ from moe_jax.hf import directory as hf_directory
 from moe_jax.hf import weights as hf_weights
 from moe_jax.hf.read import ORIGIN, TENSORS, UNUSED
 from moe_jax.hf.weights import Part
-from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.backbone import EncoderDecoder, layer_runs
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params
 from moe_jax.runs import Run, read_run
@@ -124,7 +124,7 @@ def _weights(
 
 def _route(run: Run, task: str) -> np.ndarray:
     """float32 [N, E], as at evaluation."""
-    return np.asarray(run.model.routes(run.params, run.step)[run.task_ids[task]])
+    return np.asarray(jax.jit(run.model.routes)(run.params, run.step)[run.task_ids[task]])
 
 
 def _is_hard(route_NxE: np.ndarray) -> bool:
@@ -141,13 +141,11 @@ def squeeze(backbone: Params, config: ModelConfig, weights_NxE: np.ndarray) -> P
     routed = iter(weights_NxE)
     result = {**backbone}
     for side in ("encoder", "decoder"):
-        layers, done, taken = backbone[side]["layers"], {"routed": 0, "vanilla": 0}, []
-        for i in range(getattr(config, f"{side}_layers")):
-            vanilla = i in getattr(config, f"{side}_vanilla_layers")
-            kind = "vanilla" if vanilla else "routed"
-            weights_E = np.ones(1) if vanilla else next(routed)
-            taken.append(_mean(layers[kind], done[kind], weights_E))
-            done[kind] += 1
+        layers, taken = backbone[side]["layers"], []
+        for kind, place in layer_runs(config, side):
+            for i in range(place.start, place.stop):
+                weights_E = next(routed) if kind == "routed" else np.ones(1)
+                taken.append(_mean(layers[kind], i, weights_E))
         stacked = jax.tree.map(lambda *p: np.stack(p)[:, None], *taken)
         result[side] = {**backbone[side], "layers": {"routed": stacked}}
     return result

@@ -109,54 +109,45 @@ class Stack(nn.Module):
         )
         return self.relative[buckets].transpose(2, 0, 1)[None].astype(self.config.dtype)
 
-    def scan(self, body, carry, weights_NxK: jax.Array | None, own: list | None = None):
-        """Runs `body(carry, (params_K, weights_K, own))` over all layers.
+    def __call__(self, x, args, weights_NxK, deterministic: bool) -> jax.Array:
+        """Runs all layers; `args` follow x in the layer's call. [R, L, D] -> [R, L, D].
 
         Args:
-            weights_NxK: routes of this side's routed layers; `weights_K` is None where the
-                layer is vanilla or the model is dense.
-            own: for each of `layer_runs`, a tree with a leading axis of the run's layers.
-
-        Returns:
-            (carry, for each run what the body returned besides, stacked over its layers): runs
-            differ in their number of experts.
+            weights_NxK: routes of this side's routed layers; None where the model is dense.
         """
-        outs = []
-        for i, (kind, place) in enumerate(layer_runs(self.config, self.side)):
-            whole = place == slice(0, jax.tree.leaves(self.layers[kind])[0].shape[0])
-            params = self.layers[kind]
-            if not whole:
-                params = jax.tree.map(lambda p, at=place: p[at], params)
-            weights = weights_NxK[place] if kind == "routed" and weights_NxK is not None else None
-            carry, out = jax.lax.scan(
-                body,
-                carry,
-                (params, weights, None if own is None else own[i]),
-                unroll=self.config.unroll_layers,
-            )
-            outs.append(out)
-        return carry, outs
+        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), self.depth)
 
-    def __call__(self, x, args, weights_NxK, deterministic: bool) -> jax.Array:
-        """Runs all layers; `args` follow x in the layer's call. [R, L, D] -> [R, L, D]."""
-        keys = None
-        if not deterministic:
-            keys = jax.random.split(self.make_rng("dropout"), self.depth)
-            stops = itertools.accumulate(at.stop - at.start for _, at in layer_runs(self.config, self.side))
-            keys = jnp.split(keys, list(stops)[:-1])
-
-        def run(x, layer):
-            params_K, weights_K, key = layer
+        def apply(params, x, key):
             rngs = None if key is None else {"dropout": key}
-            y = mix(
-                lambda p: self.layer.apply({"params": p}, x, *args, deterministic, rngs=rngs),
-                params_K,
-                weights_K,
-            )
-            return y, None
+            return self.layer.apply({"params": params}, x, *args, deterministic, rngs=rngs)
 
-        run = jax.checkpoint(run) if self.config.remat else run
-        return self.scan(run, x, weights_NxK, keys)[0]
+        def one(x, layer):
+            params, weights_K, key = layer
+            y = apply(params, x, key)
+            return (y if weights_K is None else y * weights_K[0].astype(y.dtype)), None
+
+        def several(x, layer):
+            params_K, weights_K, key = layer
+            return mix(lambda params: apply(params, x, key), params_K, weights_K), None
+
+        start = 0
+        for kind, place in layer_runs(self.config, self.side):
+            count = place.stop - place.start
+            params = self.layers[kind]
+            depth, experts = jax.tree.leaves(params)[0].shape[:2]
+            if count < depth:
+                params = jax.tree.map(lambda p, at=place: p[at], params)
+            if experts == 1:
+                # Here, not in the scan, whose backward pass would then keep a copy of all weights.
+                params = jax.tree.map(lambda p: p[:, 0], params)
+            weights = weights_NxK[place] if kind == "routed" and weights_NxK is not None else None
+            own_keys = None if keys is None else keys[start : start + count]
+            run = one if experts == 1 else several
+            run = jax.checkpoint(run) if self.config.remat else run
+            layers = (params, weights, own_keys)
+            x, _ = jax.lax.scan(run, x, layers, unroll=self.config.unroll_layers)
+            start += count
+        return x
 
 
 class EncoderDecoder(nn.Module):

@@ -1,11 +1,11 @@
 """Model and router configurations. Defaults live here; gin files only override them."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import gin
 
-from moe_jax.errors import UserError, nearest
+from moe_jax.errors import UserError, check_fields
 
 ROUTER_HEADS = 4  # of the transformer router's attention
 # Selections that need no trained router.
@@ -50,6 +50,7 @@ class ModelConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("encoder", "decoder"):
             depth = getattr(self, f"{name}_layers")
             vanilla = tuple(sorted(set(getattr(self, f"{name}_vanilla_layers"))))
@@ -136,13 +137,7 @@ class RouterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            choices, value = get_args(field.type), getattr(self, field.name)
-            if choices and value not in choices:
-                raise UserError(
-                    f"RouterConfig.{field.name} is {value!r}; it is one of "
-                    f"{', '.join(choices)}{nearest(str(value), choices)}"
-                )
+        check_fields(self)
         uses_all = self.selection in ("softmax", "gumbel_softmax", "average")
         if uses_all and self.experts_per_layer:
             raise UserError(

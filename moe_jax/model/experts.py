@@ -105,29 +105,13 @@ def _replace(backbone: Params, side: str, routed: Params) -> Params:
     return {**backbone, side: {**backbone[side], "layers": layers}}
 
 
-def mix(
-    apply: Callable[..., Any], params_K: Params, weights_K: jax.Array | None, *per_expert: Any
-) -> Any:
+def mix(apply: Callable[[Params], jax.Array], params_K: Params, weights_K: jax.Array) -> jax.Array:
     """Sum over experts of weight times output (paper section 4, equation 1).
 
     Args:
-        apply: (parameters of one layer, *its own values) -> output, or (output, other results).
+        apply: parameters of one layer -> output.
         params_K: parameters stacked on a leading axis of K experts.
-        weights_K: the route; None where there is one expert and nothing to route.
-        per_expert: further trees with a leading axis of K experts.
-
-    Returns:
-        The mixed output; with other results, (mixed output, results stacked over K).
+        weights_K: the route.
     """
-    if jax.tree.leaves(params_K)[0].shape[0] == 1:
-        # Not vmapped: a plain layer gets plain matrix products.
-        result = apply(*(jax.tree.map(lambda a: a[0], a) for a in (params_K, *per_expert)))
-        if not isinstance(result, tuple):
-            return result if weights_K is None else result * weights_K[0].astype(result.dtype)
-        y, other = result
-        y = y if weights_K is None else y * weights_K[0].astype(y.dtype)
-        return y, jax.tree.map(lambda a: a[None], other)
-    result = jax.vmap(apply)(params_K, *per_expert)
-    y_Kx, *other = result if isinstance(result, tuple) else (result,)
-    y = jnp.tensordot(weights_K.astype(y_Kx.dtype), y_Kx, axes=1)
-    return (y, *other) if other else y
+    y_Kx = jax.vmap(apply)(params_K)
+    return jnp.tensordot(weights_K.astype(y_Kx.dtype), y_Kx, axes=1)

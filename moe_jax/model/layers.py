@@ -151,9 +151,7 @@ class EncoderLayer(_Layer):
     def __call__(self, x_RxLxD, mask, bias, deterministic: bool = True) -> jax.Array:
         """[R, L, D] -> [R, L, D]; `mask` and `bias` as in `attend`."""
         q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
-        y = self.self_attention.output(
-            self.self_attention.attend(q, kv, mask, bias, deterministic)
-        )
+        y = self.self_attention.output(self.self_attention.attend(q, kv, mask, bias, deterministic))
         x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
         y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
         return self.after(self.feed_forward_norm, x, y, deterministic)

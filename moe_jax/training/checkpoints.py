@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe_jax.errors import UserError
+from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params, add_noise
 from moe_jax.model.moe import parameter_shapes
 from moe_jax.training.step import TrainState
@@ -19,7 +20,7 @@ SCORE = "mean_score"
 
 
 def _quiet() -> None:
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
@@ -145,6 +146,25 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
     except (OSError, ValueError, KeyError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"cannot restore {directory}/{step}: {reason}") from e
+
+
+def split_layers(backbone: Params, config: ModelConfig) -> Params:
+    """A dense backbone without vanilla layers, those of `config` put apart."""
+    result = {**backbone}
+    for side in ("encoder", "decoder"):
+        layers = backbone[side]["layers"]
+        vanilla = list(getattr(config, f"{side}_vanilla_layers"))
+        depth, experts = jax.tree.leaves(layers)[0].shape[:2]
+        same_depth = depth == getattr(config, f"{side}_layers")
+        if vanilla and list(layers) == ["routed"] and experts == 1 and same_depth:
+            places = {"routed": [i for i in range(depth) if i not in vanilla], "vanilla": vanilla}
+            layers = {
+                kind: jax.tree.map(lambda p, at=at: p[at], layers["routed"])
+                for kind, at in places.items()
+                if at
+            }
+        result[side] = {**backbone[side], "layers": layers}
+    return result
 
 
 def fit_backbone(

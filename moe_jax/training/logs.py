@@ -69,14 +69,12 @@ class Window:
     def __init__(self):
         self._waiting: list[dict[str, jax.Array]] = []
         self._rows: list[dict[str, float]] = []
-        self._padding: list[dict[str, float]] = []
         self._start = time.perf_counter()
         self.last: dict[str, float] = {}
 
-    def add(self, metrics: dict[str, jax.Array], padding: dict[str, float]) -> None:
+    def add(self, metrics: dict[str, jax.Array]) -> None:
         """Takes a step's metrics without waiting for them."""
         self._waiting.append(metrics)
-        self._padding.append(padding)
         if len(self._waiting) > 1:
             self._read()
 
@@ -96,8 +94,6 @@ class Window:
         line = {k: float(np.mean([row[k] for row in self._rows])) for k in self._rows[0]}
         if not np.isfinite(line["loss"]) or not np.isfinite(line["gradient_norm"]):
             raise UserError("the loss or its gradient is no longer finite; lower the learning rate")
-        for name in ("all", "unpacked"):  # what it is, and with one example per row
-            line[f"padding/{name}"] = float(np.mean([share[name] for share in self._padding]))
         tokens = sum(row["target_tokens"] for row in self._rows)
         line["time/step_s"] = seconds / len(self._rows)
         line["time/target_tokens_per_s"] = tokens / seconds

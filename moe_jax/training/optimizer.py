@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.errors import UserError
+from moe_jax.errors import check_fields
 
 PARTS = ("backbone", "router", "representations")
 
@@ -36,9 +36,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        for part in self.frozen:
-            if part not in PARTS:
-                raise UserError(f"OptimizerConfig.frozen names {part!r}; parts are {PARTS}")
+        check_fields(self)
 
     @property
     def learning_rates(self) -> dict[str, float]:

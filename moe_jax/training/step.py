@@ -19,7 +19,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.errors import UserError
+from moe_jax.data.packing import padding_share
+from moe_jax.errors import UserError, check_fields
 from moe_jax.model.experts import Params, gather, scatter_add
 from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.selection import temperature_at
@@ -42,6 +43,9 @@ class StepConfig:
 
     label_smoothing: float = 0.1
     groups_at_once: int = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class TrainState(struct.PyTreeNode):
@@ -250,10 +254,12 @@ def make_train_step(
             frozen=optimizer_config.frozen,
         )  # fmt: skip
         metrics["gradient_norm"] = optax.tree.norm(grads)
+        share = padding_share(batch)  # of the whole batch, whichever process holds which part
+        metrics |= {f"padding/{name}": share[name] for name in ("all", "unpacked")}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to int32 powers
             directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        share = schedule(optimizer_config, state.step, total_steps)
-        rates = {part: share * rate for part, rate in learning_rates.items()}
+        height = schedule(optimizer_config, state.step, total_steps)
+        rates = {part: height * rate for part, rate in learning_rates.items()}
         metrics["learning_rate"] = rates["backbone"]
         params = apply(state.params, directions, rates)
         return TrainState(state.step + 1, params, opt_state), metrics

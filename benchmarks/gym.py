@@ -1,0 +1,73 @@
+"""A CrossFit directory as a prepared mixture, with a byte-level BPE trained on it."""
+
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from benchmarks.common import CACHE
+from moe_jax import files
+from moe_jax.data.cache import PreparedMixture, digest, read_mixture
+from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.errors import UserError
+from moe_jax.prepare import ensure_prepared
+
+MIXTURE = "crossfit_train"
+DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "gym" / "crossfit"
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+
+
+def add_flags(arguments) -> None:
+    """Where the data is."""
+    default = os.environ.get("CROSSFIT_DIR", DEFAULT)
+    arguments.add_argument("--crossfit_dir", default=default, help="default: $CROSSFIT_DIR")
+    arguments.add_argument(
+        "--cache_dir", default=str(CACHE / "benchmarks"), help="of the prepared mixture"
+    )
+
+
+def mixture(crossfit_dir: str, cache_dir: str, vocabulary_size: int) -> PreparedMixture:
+    """The few-shot training mixture; prepared if it is not in `cache_dir`.
+
+    Where there is no CrossFit directory, a prepared mixture of `cache_dir` is taken as it is.
+
+    Raises:
+        UserError: there is neither.
+    """
+    directory = Path(crossfit_dir)
+    if not directory.is_dir():
+        found = sorted(Path(cache_dir, str(vocabulary_size)).glob(f"mixtures/{MIXTURE}-*.json"))
+        if not found:
+            raise UserError(
+                f"no CrossFit directory at {directory}, no prepared mixture in {cache_dir}; "
+                "give --crossfit_dir or CROSSFIT_DIR"
+            )
+        return read_mixture(Path(cache_dir, str(vocabulary_size)), found[0])
+    cache = Path(cache_dir, str(vocabulary_size))
+    tokenizer = cache / f"tokenizer-{digest(str(directory.resolve()))}"
+    if not (tokenizer / "config.json").exists():
+        _train(directory, tokenizer, vocabulary_size)
+    return ensure_prepared(
+        cache, MIXTURE, ("tasks.crossfit",),
+        VocabularyConfig(kind="tokenizers", path=str(tokenizer)), ("train",),
+        {"CROSSFIT_DIR": str(directory.resolve())},
+    )[MIXTURE]  # fmt: skip
+
+
+def _train(directory: Path, out: Path, size: int) -> None:
+    """A tokenizer like BART's, of all training files."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    texts = (path.read_text() for path in sorted(directory.glob("*/*_train.tsv")))
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(["<mask>"])
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    files.write_text(out / "tokenizer.json", tokenizer.to_str())
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = {"model_type": "bart", "vocab_size": tokenizer.get_vocab_size(), **ids}
+    files.write_json(out / "config.json", config)

@@ -1,0 +1,156 @@
+"""Training against PyTorch: `transformers`' BART, and the mixture that computes all experts on it.
+
+    python -m benchmarks.training [--crossfit_dir DIR] [--quick] [--json FILE]
+
+1. One batch without padding, input 128, target 16: `dense_to_torch` is our dense step's time over
+   PyTorch's; `all_experts_to_torch` is PyTorch's time over ours where both compute all 3 experts.
+2. The few-shot mixture of a CrossFit directory: steps of our packed batches, and PyTorch's steps on
+   the examples of the same batches, shuffled, 16 at once, padded to the longest of the 16. Ratios
+   `tokens_per_s_to_torch_all_experts` (E = 3) and `tokens_per_s_to_torch_dense` are tokens per
+   second, without padding, over PyTorch's. `pipeline_to_repeated_batch` is our step's time with the
+   batches as they come over that of one batch again and again.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks import gym
+from benchmarks.common import (
+    ALL_EXPERTS,
+    SIZES,
+    Report,
+    Training,
+    build,
+    parse,
+    parser,
+    random_batch,
+    real_tokens,
+    run,
+)
+from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.packing import padding_share
+from moe_jax.data.pipeline import train_batches
+
+EXPERTS = 3
+MICRO_BATCH = 16  # examples that PyTorch runs at once
+PADDING_BATCHES = 50  # that the padding is counted in
+# scale: (model size, groups and rows of the unpadded batch, its lengths, groups, rows and lengths
+# of the mixture's batches, how many of them)
+PLANS: dict[str, tuple] = {
+    "tiny": ("tiny", (1, 2), (16, 8), (2, 1), (64, 16), 1),
+    "quick": ("small", (4, 2), (128, 16), (4, 4), (256, 32), 2),
+    "full": ("bart_base", (4, 2), (128, 16), (4, 2), (512, 64), 2),
+}
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    gym.add_flags(arguments)
+    args = parse(arguments)
+    report = Report("training", args)
+    for experts in (1, EXPERTS):
+        same_batch(report, args.scale, args.rounds, experts)
+    mixture, pipeline = read(args, report)
+    for experts in (1, EXPERTS):
+        on_mixture(report, args.scale, args.rounds, experts, mixture, pipeline)
+    fed(report, args.scale, args.rounds, mixture, pipeline)
+    report.finish()
+
+
+def same_batch(report: Report, scale: str, rounds: int, experts: int, **peer: Any) -> None:
+    """The same batch without padding on both sides, all experts computed."""
+    from benchmarks import torch_models as torch
+
+    size, (groups, rows), lengths, *_ = PLANS[scale]
+    ours = Training(build(size, experts, ALL_EXPERTS))
+    batch = random_batch(ours.model, groups, rows, lengths)
+    on_device = ours.put(batch)
+    theirs = torch.TorchTraining(torch.mixture(ours.model), **peer)
+    tensors = [torch.collate(torch.unpack(batch), tasks=experts > 1)]
+    seconds = report.times(
+        {"jax": lambda: ours.run(on_device), "torch": lambda: theirs.run(tensors)}, rounds,
+        prefix="one batch, ", model=size, experts=experts, examples=groups * rows, lengths=lengths,
+    )  # fmt: skip
+    if experts == 1:
+        report.ratio("dense_to_torch", seconds["jax"] / seconds["torch"])
+    else:
+        report.ratio("all_experts_to_torch", seconds["torch"] / seconds["jax"])
+
+
+def read(args: argparse.Namespace, report: Report) -> tuple[PreparedMixture, Iterator[Any]]:
+    """The mixture and its endless batches; reports their padding."""
+    size, _, _, (groups, rows), lengths, _ = PLANS[args.scale]
+    mixture = gym.mixture(args.crossfit_dir, args.cache_dir, SIZES[size]["vocabulary_size"])
+    limits = dict(zip(("inputs", "targets"), lengths, strict=True))
+    pipeline = iter(train_batches(mixture, lengths=limits, groups=groups, rows=rows))
+    shares = [padding_share(batch) for batch in itertools.islice(pipeline, PADDING_BATCHES)]
+    padding = {key: float(np.mean([share[key] for share in shares])) for key in shares[0]}
+    report.fact(f"padding, {PADDING_BATCHES} batches", **padding)
+    report.ratio("padding_share", padding["all"])
+    report.ratio("padding_share_unpacked", padding["unpacked"])
+    return mixture, pipeline
+
+
+def on_mixture(
+    report: Report, scale: str, rounds: int, experts: int, mixture: PreparedMixture,
+    pipeline: Iterator[Any], **peer: Any,
+) -> None:  # fmt: skip
+    """The same examples on both sides: one expert per layer here, all of them there."""
+    from benchmarks import torch_models as torch
+
+    size, *_, lengths, count = PLANS[scale]
+    ids = mixture.vocabulary
+    model = build(
+        size, experts, tasks=len(mixture.names), vocabulary_size=ids.size,
+        dtype="bfloat16" if peer.get("bfloat16") else "float32",
+    )  # fmt: skip
+    ours = Training(model)
+    theirs = torch.TorchTraining(torch.mixture(model, ids), **peer)
+    batches = list(itertools.islice(pipeline, count))
+    on_device = [ours.put(batch) for batch in batches]
+    order, steps = np.random.default_rng(0), []
+    for batch in batches:
+        examples = torch.unpack(batch)
+        order.shuffle(examples)
+        starts = range(0, len(examples), MICRO_BATCH)
+        chunks = [examples[start : start + MICRO_BATCH] for start in starts]
+        steps.append([torch.collate(chunk, ids, experts > 1) for chunk in chunks])
+    seconds = report.times(
+        {
+            "jax": lambda: [ours.run(batch) for batch in on_device],
+            "torch": lambda: [theirs.run(step) for step in steps],
+        },
+        rounds, prefix="mixture, ", model=size, experts=experts, lengths=lengths,
+        vocabulary=ids.size, tokens_per_run=sum(map(real_tokens, batches)),
+    )  # fmt: skip
+    name = "dense" if experts == 1 else "all_experts"
+    report.ratio(f"tokens_per_s_to_torch_{name}", seconds["torch"] / seconds["jax"])
+
+
+def fed(
+    report: Report, scale: str, rounds: int, mixture: PreparedMixture, pipeline: Iterator[Any]
+) -> None:
+    """Steps with the batches as they come, and with one batch again and again."""
+    size, *_, lengths, count = PLANS[scale]
+    model = build(size, EXPERTS, tasks=len(mixture.names), vocabulary_size=mixture.vocabulary.size)
+    ours = Training(model)
+    batch = ours.put(next(pipeline))
+    seconds = report.times(
+        {
+            "one batch repeated": lambda: [ours.run(batch) for _ in range(count)],
+            "batches as they come": lambda: [
+                ours.run(ours.put(next(pipeline))) for _ in range(count)
+            ],
+        },
+        rounds, prefix="mixture, ", model=size, experts=EXPERTS, lengths=lengths,
+    )  # fmt: skip
+    ratio = seconds["batches as they come"] / seconds["one batch repeated"]
+    report.ratio("pipeline_to_repeated_batch", ratio)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,280 @@
+"""Rows of many tasks in one batch: each layer's experts, applied to the rows that use them.
+
+For evaluation only (no gradients). Training keeps a group's rows together (`experts.gather`); here
+a batch is whatever asks to be answered. In every layer the rows are sorted by their expert, so
+that each expert runs over its own rows and a mixed batch computes what a single-task batch does.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.model.attention import causal_mask, segment_mask
+from moe_jax.model.backbone import EncoderDecoder, layer_runs
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.experts import Params
+from moe_jax.model.layers import DecoderLayer, EncoderLayer
+from moe_jax.model.moe import TaskMoE
+
+# Tokens that an expert computes at once where rows are mixed. A matrix product over fewer tokens
+# waits for the weights, over more it computes rows that are not the expert's. On CPU memory keeps
+# up with the arithmetic from about 8 tokens on, on accelerators from some hundreds.
+CPU_BLOCK, DEVICE_BLOCK = 16, 256
+# Whole inputs come in blocks of about this many tokens.
+INPUT_BLOCK = 256
+
+
+class RowRoutes(NamedTuple):
+    """The routes of R rows in N routed layers.
+
+    With S = K, every row uses all slots in order. Weights are zero nowhere but in padding.
+
+    Attributes:
+        experts_NxS: int32, the S experts of each layer that the batch uses ("slots").
+        slots_NxRxK: int32 in [0, S), the K slots of each row.
+        weights_NxRxK: float32.
+    """
+
+    experts_NxS: Any
+    slots_NxRxK: Any
+    weights_NxRxK: Any
+
+
+def experts_per_row(model: TaskMoE) -> int:
+    """K, how many experts a route has at evaluation, where selection is without noise."""
+    one_hot = model.router_config.selection in ("argmax", "gumbel_softmax_st")
+    return 1 if one_hot else model.experts_per_layer
+
+
+def row_routes(routes_TxNxE: np.ndarray, task_id_R: np.ndarray, count: int) -> RowRoutes:
+    """Lays out the routes of a batch; NumPy, since S is a shape.
+
+    Args:
+        task_id_R: the task of each row.
+        count: K, how many of the largest experts a row uses.
+    """
+    tasks, row = np.unique(task_id_R, return_inverse=True)
+    routes_TxNxE = np.asarray(routes_TxNxE)[tasks]
+    largest = np.argsort(-routes_TxNxE, axis=-1, kind="stable")[..., :count]
+    index_TxNxK = np.sort(largest, axis=-1)
+    weights_TxNxK = np.take_along_axis(routes_TxNxE, index_TxNxK, -1)
+    used = [np.unique(index_TxNxK[:, n]) for n in range(routes_TxNxE.shape[1])]
+    slots = max(map(len, used))
+    if slots > count:  # a power of two, so that few shapes compile
+        slots = min(1 << (slots - 1).bit_length(), routes_TxNxE.shape[2])
+    experts_NxS = np.zeros((len(used), slots), np.int32)
+    slots_TxNxK = np.zeros(index_TxNxK.shape, np.int32)
+    for n, experts in enumerate(used):
+        experts_NxS[n, : len(experts)] = experts
+        slots_TxNxK[:, n] = np.searchsorted(experts, index_TxNxK[:, n])
+    by_row = [a[row].swapaxes(0, 1) for a in (slots_TxNxK, weights_TxNxK.astype(np.float32))]
+    return RowRoutes(experts_NxS, *by_row)
+
+
+class Places(NamedTuple):
+    """Where the rows stand in one layer: V = K x R of them, sorted by slot.
+
+    `order_V`, `inverse_V` and `starts` [S + 1] are None where row r's c-th expert is slot c.
+    `weights_KxR` is None where nothing is routed.
+    """
+
+    experts_S: jax.Array
+    weights_KxR: jax.Array | None = None
+    order_V: jax.Array | None = None
+    inverse_V: jax.Array | None = None
+    starts: jax.Array | None = None
+
+    def enter(self, x_Rx: jax.Array) -> jax.Array:
+        """[R, ...] -> [V, ...] in this layer's order."""
+        if self.order_V is not None:
+            return x_Rx[self.order_V % x_Rx.shape[0]]
+        copies = 1 if self.weights_KxR is None else self.weights_KxR.shape[0]
+        return x_Rx if copies == 1 else jnp.concatenate([x_Rx] * copies)
+
+    def leave(self, y_Vx: jax.Array) -> jax.Array:
+        """[V, ...] -> [R, ...], the weighted sum over each row's experts."""
+        y_Vx = y_Vx if self.inverse_V is None else y_Vx[self.inverse_V]
+        if self.weights_KxR is None:
+            return y_Vx
+        weights = self.weights_KxR.astype(y_Vx.dtype)
+        y_KxRx = y_Vx.reshape(*weights.shape, *y_Vx.shape[1:])
+        return jnp.einsum("kr,kr...->r...", weights, y_KxRx)
+
+
+def _all_places(routes: RowRoutes) -> Places:
+    """`Places` of all N layers, stacked."""
+    experts_NxS, slots_NxRxK, weights_NxRxK = map(jnp.asarray, routes)
+    weights_NxKxR = weights_NxRxK.swapaxes(1, 2)
+    layers, count = experts_NxS.shape
+    if count == slots_NxRxK.shape[2]:
+        return Places(experts_NxS, weights_NxKxR)
+    slots_NxV = slots_NxRxK.swapaxes(1, 2).reshape(layers, -1)
+    order_NxV = jnp.argsort(slots_NxV, axis=1, stable=True)
+    starts = jnp.sum(slots_NxV[:, :, None] < jnp.arange(count + 1), axis=1, dtype=jnp.int32)
+    return Places(experts_NxS, weights_NxKxR, order_NxV, jnp.argsort(order_NxV, axis=1), starts)
+
+
+def by_expert(
+    apply: Callable[..., Any], params_S: Sequence[Params], places: Places, block: int, *xs_Vx: Any
+) -> Any:
+    """Applies each expert to its own rows.
+
+    Args:
+        apply: (parameters of one layer, *rows) -> a tree of arrays with as many rows.
+        block: rows at once where rows are mixed.
+        xs_Vx: arrays of V rows in the layer's order.
+    """
+    rows, slots = xs_Vx[0].shape[0], len(params_S)
+    if slots == 1:
+        return apply(params_S[0], *xs_Vx)
+    if places.starts is None:
+        parts = zip(*(jnp.split(x, slots) for x in xs_Vx), strict=True)
+        ys = [apply(params, *part) for params, part in zip(params_S, parts, strict=True)]
+        return jax.tree.map(lambda *y: jnp.concatenate(y), *ys)
+    if rows <= block:
+        # The weights are read once anyway: all rows at once cost what some do.
+        slot_V = jnp.sum(jnp.arange(rows)[:, None] >= places.starts[1:-1], axis=1)
+        result = apply(params_S[0], *xs_Vx)
+        for slot, params in enumerate(params_S[1:], start=1):
+            here = slot_V == slot
+            result = jax.tree.map(
+                lambda y, old, here=here: jnp.where(here.reshape(-1, *[1] * (y.ndim - 1)), y, old),
+                apply(params, *xs_Vx),
+                result,
+            )
+        return result
+
+    # The last block of an expert runs over into the rows of the next, which come after it and
+    # overwrite what it has left there.
+    def pad(x):
+        return jnp.concatenate([x, jnp.zeros((block, *x.shape[1:]), x.dtype)])
+
+    xs = [pad(x) for x in xs_Vx]
+    shapes = jax.eval_shape(apply, params_S[0], *xs)
+    ys = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
+    for slot, params in enumerate(params_S):
+        start = places.starts[slot]
+
+        def one_block(i, ys, start=start, params=params):
+            at = start + i * block
+            part = (jax.lax.dynamic_slice_in_dim(x, at, block) for x in xs)
+            return jax.tree.map(
+                lambda whole, y: jax.lax.dynamic_update_slice_in_dim(whole, y, at, 0),
+                ys,
+                apply(params, *part),
+            )
+
+        blocks = (places.starts[slot + 1] - start + block - 1) // block
+        ys = jax.lax.fori_loop(0, blocks, one_block, ys)
+    return jax.tree.map(lambda y: y[:rows], ys)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowModel:
+    """A model and the routes of one batch: what `model(rows)` needs besides the rows.
+
+    Attributes:
+        params: the backbone with all its experts.
+        routes: None for a dense model.
+    """
+
+    model: TaskMoE
+    params: Params
+    routes: RowRoutes | None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        """`method(backbone, *args)` with the parameters bound."""
+        backbone = self.model.backbone(self.config.experts)
+        return backbone.apply({"params": self.params}, *args, method=method)
+
+    def runs(self, side: str) -> list[tuple[Params, slice, Places]]:
+        """For each run of layers: its stack, its place there, and its `Places`, stacked."""
+        c = self.config
+        n = 0 if side == "encoder" else c.encoder_layers - len(c.encoder_vanilla_layers)
+        all_places = None if self.routes is None else _all_places(self.routes)
+        result = []
+        for kind, at in layer_runs(c, side):
+            stack, count = self.params[side]["layers"][kind], at.stop - at.start
+            if kind == "vanilla" or all_places is None:
+                places = Places(jnp.zeros((count, 1), jnp.int32))
+            else:
+                here = slice(n + at.start, n + at.stop)
+                places = jax.tree.map(lambda a, here=here: a[here], all_places)
+            result.append((stack, at, places))
+        return result
+
+    def experts(self, stack: Params, layer: jax.Array | int, places: Places) -> list[Params]:
+        """The layer's parameters of each slot, in the type it computes in."""
+
+        def take(expert, path, p):
+            # Norms compute in float32.
+            norm = any(key.key.endswith("_norm") for key in path)
+            return p[layer, expert].astype(p.dtype if norm else self.config.dtype)
+
+        return [
+            jax.tree_util.tree_map_with_path(partial(take, places.experts_S[s]), stack)
+            for s in range(places.experts_S.shape[0])
+        ]
+
+    def _run_layers(self, side: str, apply: Callable[..., Any], x_RxLxD, *others_RxL) -> jax.Array:
+        """All layers of a side, one after the other; others are what `apply` needs besides x."""
+        block = max(1, INPUT_BLOCK // x_RxLxD.shape[1])
+        for stack, at, places_run in self.runs(side):
+
+            def body(x, layer, stack=stack):
+                number, places = layer
+                entered = [places.enter(a) for a in (x, *others_RxL)]
+                params_S = self.experts(stack, number, places)
+                return places.leave(by_expert(apply, params_S, places, block, *entered)), None
+
+            layers = (jnp.arange(at.start, at.stop), places_run)
+            x_RxLxD, _ = jax.lax.scan(body, x_RxLxD, layers, unroll=self.config.unroll_layers)
+        return x_RxLxD
+
+    def encode(self, inputs_RxL, segments_RxL, positions_RxL) -> jax.Array:
+        """int [R, L_in] tokens, segments (0: padding), positions -> [R, L_in, D]."""
+        layer = EncoderLayer(self.config, parent=None)
+        places = jnp.arange(inputs_RxL.shape[1])
+
+        def embed(m: EncoderDecoder):
+            x = m.embedding[inputs_RxL].astype(self.config.dtype)
+            return m.encoder.embed(x, positions_RxL, True), m.encoder.bias(places, places)
+
+        x, bias = self.call(embed)
+
+        def apply(params, x, segments):
+            return layer.apply({"params": params}, x, segment_mask(segments, segments), bias)
+
+        x = self._run_layers("encoder", apply, x, segments_RxL)
+        return self.call(lambda m: m.encoder.finish(x, True))
+
+    def decode(
+        self, encoded, input_segments, decoder_inputs_RxL, segments_RxL, positions_RxL
+    ) -> jax.Array:
+        """Whole targets at once (teacher forcing): int [R, L_out] -> hidden [R, L_out, D]."""
+        layer = DecoderLayer(self.config, parent=None)
+        length = decoder_inputs_RxL.shape[1]
+        places = jnp.arange(length)
+
+        def embed(m: EncoderDecoder):
+            x = m.embedding[decoder_inputs_RxL].astype(self.config.dtype)
+            return m.decoder.embed(x, positions_RxL, True), m.decoder.bias(places, places)
+
+        x, bias = self.call(embed)
+
+        def apply(params, x, encoded, input_segments, segments):
+            mask = segment_mask(segments, segments) & causal_mask(length)
+            cross_mask = segment_mask(segments, input_segments)
+            return layer.apply({"params": params}, x, encoded, mask, cross_mask, bias)
+
+        x = self._run_layers("decoder", apply, x, encoded, input_segments, segments_RxL)
+        return self.call(lambda m: m.decoder.finish(x, True))

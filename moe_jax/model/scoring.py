@@ -1,0 +1,40 @@
+"""How likely given targets are, without decoding."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model.rows import RowModel
+
+ROWS_AT_ONCE = 8  # whose logits are alive together
+
+
+def log_likelihoods(model: RowModel, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Log-likelihood of every row's target, summed over its tokens.
+
+    Args:
+        batch: inputs, input_segments, input_positions [R, L_in]; decoder_inputs, targets,
+            target_segments, target_positions [R, L_out], as `data.packing.build` lays them out.
+
+    Returns:
+        (float32 [R] sum of natural logarithms, int32 [R] number of target tokens); an empty row
+        has none.
+    """
+    segments = batch["input_segments"]
+    encoded = model.encode(batch["inputs"], segments, batch["input_positions"])
+    hidden_RxLxD = model.decode(
+        encoded, segments, batch["decoder_inputs"], batch["target_segments"],
+        batch["target_positions"],
+    )  # fmt: skip
+    kernel = model.call(lambda m: m.logits_kernel())
+    real_RxL = batch["target_segments"] > 0
+
+    def one_row(row):
+        hidden_LxD, targets_L, real_L = row
+        logits_LxV = model.call(lambda m: m.logits(hidden_LxD, kernel))
+        log_probabilities_LxV = jax.nn.log_softmax(logits_LxV)
+        chosen_L = jnp.take_along_axis(log_probabilities_LxV, targets_L[:, None], -1)[:, 0]
+        return jnp.sum(jnp.where(real_L, chosen_L, 0.0))
+
+    rows = (hidden_RxLxD, batch["targets"], real_RxL)
+    sums_R = jax.lax.map(one_row, rows, batch_size=min(ROWS_AT_ONCE, real_RxL.shape[0]))
+    return sums_R, jnp.sum(real_RxL, -1, dtype=jnp.int32)

@@ -1,0 +1,152 @@
+"""BART and T5 1.1 against `transformers`: states, logits, loss, gradients, buckets, sizes.
+
+The numbers come from tests/data/hf (see make_hf_fixture.py), and, where `transformers` is
+installed, from models made on the spot.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import cli
+from moe_jax.hf import weights
+from moe_jax.hf.read import from_hf
+from moe_jax.model.attention import relative_buckets
+from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.moe import TaskMoE
+from moe_jax.runs import read_run
+from moe_jax.training.loss import token_losses
+
+DATA = Path(__file__).with_name("data") / "hf"
+GIN = Path(__file__).parents[1] / "gin_configs"
+
+
+def load(source, out):
+    """(ModelConfig, backbone) of a Hugging Face directory, through `from_hf`."""
+    from_hf(str(source), out)
+    run = read_run(str(out), 0)
+    return run.model.config, run.params["backbone"]
+
+
+def compute(config: ModelConfig, backbone, batch) -> dict[str, np.ndarray]:
+    """What `hf_models.reference` gives, by our model."""
+    module = EncoderDecoder(config, config.experts)
+
+    def loss(params):
+        encoded = module.apply(
+            {"params": params}, batch["inputs"], batch["input_segments"], batch["input_positions"],
+            None, method="encode",
+        )  # fmt: skip
+        logits = module.apply({"params": params}, batch, None)
+        real = batch["target_segments"] > 0
+        mean = jnp.mean(token_losses(logits, batch["targets"], 0.0), where=real)
+        return mean, (encoded, logits)
+
+    (mean, (encoded, logits)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(backbone)
+    result = {"encoded": encoded, "logits": logits, "loss": mean}
+    prefix = "model." if config.architecture == "bart" else ""
+    for part in weights.parts(config):
+        leaf = gradients
+        for key in part.path.split("/"):
+            leaf = leaf[key]
+        result[f"gradient/{prefix}{part.name}"] = part.take(np.asarray(leaf))
+    return {name: np.asarray(value) for name, value in result.items()}
+
+
+def check(name, ours, theirs, batch) -> None:
+    """The bars of parity; prints what was measured."""
+    inputs, targets = batch["input_segments"] > 0, batch["target_segments"] > 0
+    encoded = np.abs(ours["encoded"] - theirs["encoded"])[inputs].max()
+    logits = np.abs(ours["logits"] - theirs["logits"])[targets].max()
+    loss = abs(ours["loss"] / theirs["loss"] - 1)
+    gradients = {k for k in theirs if k.startswith("gradient/")}
+    assert gradients == {k for k in ours if k.startswith("gradient/")}
+    # Errors relative to a tensor's largest entry; those of BART's key biases are zero but for
+    # rounding (softmax does not see them), so no tensor counts as smaller than this.
+    least = 1e-2 * max(np.abs(theirs[k]).max() for k in gradients)
+    errors = {
+        k: np.abs(ours[k] - theirs[k]).max() / max(np.abs(theirs[k]).max(), least)
+        for k in gradients
+    }
+    worst = max(errors, key=errors.get)
+    print(f"{name}: encoder states {encoded:.1e}, logits {logits:.1e}, loss {loss:.1e},"
+          f" gradients {errors[worst]:.1e} ({worst})")  # fmt: skip
+    assert encoded < 1e-5 and logits < 1e-5
+    assert loss < 1e-6
+    assert errors[worst] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_stored_numbers(name, tmp_path):
+    config, backbone = load(DATA / name, tmp_path / "out")
+    assert config.tie_embeddings == (name == "bart")
+    arrays = np.load(DATA / name / "reference.npz")
+    batch = {k.removeprefix("batch/"): arrays[k] for k in arrays if k.startswith("batch/")}
+    theirs = {k: arrays[k] for k in arrays if not k.startswith("batch/")}
+    check(name, compute(config, backbone, batch), theirs, batch)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5 tied and scaled"])
+def test_transformers(name, tmp_path):
+    pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    import hf_models
+
+    if name == "bart":
+        model = hf_models.bart(decoder_layers=3, d_model=12, encoder_ffn_dim=20, decoder_ffn_dim=20)
+    else:
+        model = hf_models.t5(tied=True, num_decoder_layers=3)
+    tokenizer = (DATA / "bart" / "tokenizer.json").read_text()
+    config, backbone = load(hf_models.save(model, tmp_path / "hf", tokenizer), tmp_path / "out")
+    assert config.tie_embeddings
+    assert config.scale_tied_logits == name.startswith("t5")
+    # Longer than the 12 positions within which this T5 tells distances apart.
+    batch = hf_models.batch(inputs=20, targets=18)
+    check(name, compute(config, backbone, batch), hf_models.reference(model, batch), batch)
+
+
+@pytest.mark.parametrize("buckets, distance", [(32, 128), (8, 12), (64, 200)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_buckets(buckets, distance, bidirectional):
+    pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    import torch
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    ours = relative_buckets(
+        jnp.arange(0, 2), jnp.arange(-700, 700), bidirectional=bidirectional, buckets=buckets,
+        max_distance=distance,
+    )  # fmt: skip
+    memory_minus_query = torch.arange(-700, 700)[None, :] - torch.arange(0, 2)[:, None]
+    theirs = T5Attention._relative_position_bucket(
+        memory_minus_query, bidirectional, buckets, distance
+    )
+    np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+# ---- sizes ----
+
+PUBLISHED = {
+    "bart_base": 139_420_416,
+    "bart_large": 406_291_456,
+    "t5_1_1_small": 76_961_152,
+    "t5_1_1_base": 247_577_856,
+    "t5_1_1_large": 783_150_080,
+    "t5_1_1_xl": 2_849_757_184,
+    "t5_1_1_xxl": 11_135_332_352,
+}
+BART_TOKENS = 50265
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_the_published_ones(name):
+    cli.parse_gin([f"models/{name}.gin"], [], [str(GIN)])
+    config = dataclasses.replace(ModelConfig(), experts=1)
+    if config.architecture == "bart":
+        assert config.vocabulary_size == 0  # the tokenizer's
+        config = dataclasses.replace(config, vocabulary_size=BART_TOKENS)
+    shapes = TaskMoE(config, RouterConfig(), 0).shapes()
+    assert sum(map(np.prod, shapes.values())) == PUBLISHED[name]

@@ -1,0 +1,202 @@
+"""Tokenizers of BART and T5: the ids of `transformers`, in NumPy, in SeqIO and in batches."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from moe_jax.data import packing, vocabulary
+from moe_jax.data.cache import Example
+from moe_jax.data.vocabulary import VocabularyConfig, read_tokenizers
+from moe_jax.errors import UserError
+
+DATA = Path(__file__).with_name("data") / "hf"
+BART = read_tokenizers(DATA / "bart")
+T5 = read_tokenizers(DATA / "t5")
+
+
+# ---- ids ----
+
+
+@pytest.mark.parametrize("name, own", [("bart", BART), ("t5", T5)])
+def test_stored_ids(name, own):
+    stored = json.loads((DATA / name / "ids.json").read_text())
+    assert len(stored) > 10
+    for text, ids in stored:
+        assert [*own.encode(text), own.eos_id] == ids, repr(text)
+
+
+# Any text but lone surrogates, which are none; mixed with what tokenizers are known to trip over.
+_SPECIAL = ("</s>", "<s>", "<pad>", "<unk>", "<mask>", "<extra_id_3>")
+_AWKWARD = ("word ", " the cat", "👩\u200d👩\u200d👧", "🇫🇷", "ﬁ", "\u0301", "▁", "Ġ", "1e-9")
+_SPACES = ("\x00", "\x85", "\u2028", "\u3000", "\r\n", " ")
+_PIECES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.text(st.characters(max_codepoint=0x2FF), max_size=12),
+    st.sampled_from(_AWKWARD + _SPACES + _SPECIAL),
+    st.integers(1, 3000).map(lambda n: "x" * n),
+)
+TEXTS = st.lists(_PIECES, max_size=6).map("".join)
+
+
+def _same_ids(ours, theirs, but: str = "nothing") -> None:
+    @settings(max_examples=300, deadline=None)
+    @given(TEXTS)
+    @example("é" * 5000)
+    def same(text):
+        assume(but not in text)
+        assert [*ours.encode(text), ours.eos_id] == theirs(text).input_ids
+
+    same()
+    for code in range(0x3100):  # every letter, mark, space and control character of many scripts
+        text = f"ab{chr(code)}cd"
+        assert [*ours.encode(text), ours.eos_id] == theirs(text).input_ids, hex(code)
+
+
+def _transformers(directory):
+    transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def test_bart_ids_are_those_of_transformers():
+    _same_ids(BART, _transformers(DATA / "bart"))
+
+
+def test_bart_from_vocabulary_and_merges(tmp_path):
+    """BART's older files: no tokenizer.json."""
+    model = json.loads((DATA / "bart" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"] | {"<mask>": 271}))
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"])
+    )
+    shutil.copy(DATA / "bart" / "config.json", tmp_path)
+    own = read_tokenizers(tmp_path)
+    assert own.size == 272
+    for text, ids in json.loads((DATA / "bart" / "ids.json").read_text()):
+        if "<mask>" not in text:
+            assert [*own.encode(text), own.eos_id] == ids, repr(text)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BartTokenizer"}')
+    # Version 4 takes the space before <mask> into it, as BART's tokenizer.json does, 5 does not.
+    _same_ids(own, _transformers(tmp_path), but="<mask>")
+
+
+def test_t5_with_its_own_normalisation(tmp_path):
+    """A SentencePiece model as T5's, with NFKC; then the tokenizer.json of `transformers`."""
+    pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    import make_hf_fixture
+
+    (tmp_path / "spiece.model").write_bytes(make_hf_fixture.unigram(200))
+    shutil.copy(DATA / "t5" / "config.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    own = read_tokenizers(tmp_path)
+    theirs = _transformers(tmp_path)
+    assert own.size == len(theirs)
+    assert own.encode("<extra_id_0>") == [own.size - 1]
+    _same_ids(own, theirs)
+    theirs.save_pretrained(tmp_path / "saved")
+    shutil.copy(DATA / "t5" / "config.json", tmp_path / "saved")
+    (tmp_path / "saved" / "spiece.model").unlink(missing_ok=True)
+    again = read_tokenizers(tmp_path / "saved")
+    for text in ("The old cat\tsat.", "ﬁ ① 日本", "a <extra_id_7> b", "é" * 3000):
+        assert again.encode(text) == own.encode(text)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_bart_gives_any_text_back(text):
+    assume(not any(special in text for special in _SPECIAL))
+    assert BART.decode([*BART.encode(text), BART.eos_id, 5, 6]) == text
+    assert BART.decode(BART.encode(text) + [BART.pad_id] * 3) == text
+
+
+# ---- special ids ----
+
+
+def test_special_ids():
+    assert (BART.bos_id, BART.pad_id, BART.eos_id, BART.unk_id) == (0, 1, 2, 3)
+    assert (T5.bos_id, T5.pad_id, T5.eos_id, T5.unk_id) == (None, 0, 1, 2)
+    # Decoding starts where training does: BART's at </s>.
+    assert (BART.decoder_start_id, T5.decoder_start_id) == (2, 0)
+    assert BART.encode("a")[0] == 0 and BART.size == 272 and T5.size == 61
+
+
+@pytest.mark.parametrize("own", [BART, T5])
+def test_batches_are_what_transformers_trains_on(own):
+    """Labels `<s> ... </s>` and decoder inputs `</s> <s> ...` for BART, as its `labels` make."""
+    inputs = np.array([*own.encode("The red cat"), own.eos_id], np.int32)
+    targets = np.array([*own.encode("sat"), own.eos_id], np.int32)
+    one = Example(inputs, targets, "", [])
+    lengths = {"inputs": 64, "targets": 32}
+    batch = packing.build([[one, one], []], lengths, own)
+    n = len(targets)
+    start = [own.decoder_start_id, *targets[:-1]]
+    np.testing.assert_array_equal(batch["decoder_inputs"][0, : 2 * n], start * 2)
+    np.testing.assert_array_equal(batch["decoder_inputs"][0, 2 * n :], own.pad_id)
+    np.testing.assert_array_equal(batch["inputs"][1], own.pad_id)
+    encoded = packing.encode_inputs(own, ["The red cat"], 64)["inputs"][0, 0]
+    np.testing.assert_array_equal(encoded[: len(inputs)], inputs)
+    np.testing.assert_array_equal(encoded[len(inputs) :], own.pad_id)
+
+
+# ---- SeqIO and the cache ----
+
+
+@pytest.mark.parametrize("own", [BART, T5])
+def test_seqio_sees_the_same_ids(own):
+    from moe_jax.data.registry import SeqioTokenizers, tf
+
+    theirs = SeqioTokenizers(own)
+    assert (theirs.vocab_size, theirs.pad_id, theirs.eos_id) == (own.size, own.pad_id, own.eos_id)
+    texts = ["The red cat", "", "naïve 日本 🙂"]
+    wanted = [own.encode(text) for text in texts]
+    assert [list(theirs.encode(text)) for text in texts] == wanted
+    assert [theirs.encode_tf(tf.constant(text)).numpy().tolist() for text in texts] == wanted
+    assert theirs.encode_tf(tf.constant(texts)).to_list() == wanted
+    ids = [*wanted[0], own.eos_id, 7]
+    assert (
+        theirs.decode(ids) == theirs.decode_tf(tf.constant(ids)).numpy().decode() == "The red cat"
+    )
+    graph = tf.data.Dataset.from_tensor_slices(texts).map(theirs.encode_tf)
+    assert [ids.tolist() for ids in graph.as_numpy_iterator()] == wanted
+    other = T5 if own is BART else BART
+    assert theirs == SeqioTokenizers(own) and theirs != SeqioTokenizers(other)
+
+
+def test_prepared_vocabularies_hold_all_files(tmp_path):
+    vocabulary.write_vocabulary(tmp_path / vocabulary.DIRECTORY, BART.settings, BART.contents)
+    for path in (tmp_path, tmp_path / vocabulary.DIRECTORY):  # a model directory has one inside
+        again = read_tokenizers(path)
+        assert again.settings == BART.settings and again.contents == BART.contents
+        assert VocabularyConfig(kind="tokenizers", path=str(path)).files()
+    assert "tokenizer_config.json" in again.contents
+    loaded = vocabulary.load_vocabulary(tmp_path / vocabulary.DIRECTORY)
+    assert loaded.encode("The red cat") == BART.encode("The red cat")
+    vocabulary.write_vocabulary(tmp_path / "t5", T5.settings, T5.contents)
+    assert read_tokenizers(tmp_path / "t5").encode("The cat") == T5.encode("The cat")
+
+
+# ---- errors ----
+
+
+def test_settings_without_a_path_are_refused():
+    with pytest.raises(UserError, match=r"needs VocabularyConfig\.path"):
+        VocabularyConfig(kind="tokenizers")
+
+
+@pytest.mark.parametrize("broken", ["no config", "no tokenizer", "no json", "gpt2"])
+def test_broken_directories_are_one_line(tmp_path, broken):
+    shutil.copytree(DATA / "bart", tmp_path / "hf")
+    if broken == "no config":
+        (tmp_path / "hf" / "config.json").unlink()
+    elif broken == "no tokenizer":
+        (tmp_path / "hf" / "tokenizer.json").unlink()
+    elif broken == "no json":
+        (tmp_path / "hf" / "tokenizer.json").write_text("{")
+    else:
+        (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match=str(tmp_path)) as error:
+        read_tokenizers(tmp_path / "hf")
+    assert "\n" not in str(error.value)

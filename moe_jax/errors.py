@@ -1,6 +1,5 @@
 """Errors that a user can mend: one clear line, no traceback."""
 
-import dataclasses
 import difflib
 import types
 import typing

@@ -17,7 +17,7 @@ from moe_jax import files
 from moe_jax.data.cache import PreparedMixture, PreparedTask
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, nearest
 from moe_jax.model.decoding import DecodingConfig, DecodingIds, decode
 from moe_jax.model.experts import Params
 from moe_jax.model.moe import TaskMoE
@@ -216,9 +216,9 @@ class Evaluator:
         show: bool = True,
         likelihoods: bool = False,
     ) -> list[TaskScore]:
-        """Scores every task of `mixture` that has the split."""
+        """Scores every task of `mixture` that has the split; see `tasks_with_split`."""
         routes = self.routes(params, jnp.int32(step)) if self.model.routed else None
-        names = [name for name in mixture.names if split in mixture.task(name).splits]
+        names = tasks_with_split(mixture, split)
         bar = tqdm(names, desc=f"evaluating {split}", unit="task", leave=False, disable=not show)
         return [
             self.task(params, routes, mixture, name, task_ids[name], split, limit, likelihoods)
@@ -262,6 +262,22 @@ def route_json(route_NxE: np.ndarray) -> list:
     if np.all(np.max(route_NxE, -1) == 1.0):
         return np.argmax(route_NxE, -1).tolist()
     return np.round(route_NxE.astype(float), 6).tolist()
+
+
+def tasks_with_split(mixture: PreparedMixture, split: str) -> list[str]:
+    """Names of the tasks that can be evaluated on `split`.
+
+    Raises:
+        UserError: no task has it.
+    """
+    names = [task.name for task in mixture.tasks if split in task.splits]
+    if not names:
+        known = sorted({name for task in mixture.tasks for name in task.splits})
+        raise UserError(
+            f"no task of {mixture.name} has a split {split!r}{nearest(split, known)} "
+            f"(there are {', '.join(known)})"
+        )
+    return names
 
 
 def mean_score(scores: Iterable[TaskScore]) -> float:

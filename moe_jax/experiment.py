@@ -5,7 +5,7 @@
 
 Every stage is one of this package's commands, printed as it is run, in a directory of its own
 under MODEL_DIR. A stage that is done is not done again; an interrupted one goes on where it
-stopped. Macros given on this command line are given to every stage.
+stopped. Macros given on this command line are given to every stage that has a gin file.
 """
 
 import hashlib
@@ -32,7 +32,6 @@ def experiment(
     stage1: str = gin.REQUIRED,
     stage2: str = gin.REQUIRED,
     finetune: str = gin.REQUIRED,
-    seen: str = gin.REQUIRED,
     unseen: str = gin.REQUIRED,
     stage2_from_dense: bool = False,
 ) -> None:
@@ -41,7 +40,7 @@ def experiment(
     Args:
         model: gin file of the model, read first by every stage.
         dense, stage1, stage2, finetune: gin files of the stages.
-        seen, unseen: the mixtures of training tasks and of unseen tasks.
+        unseen: the mixture of unseen tasks.
         stage2_from_dense: stage 2 starts its experts from the dense model, not afresh.
     """
     run = RunConfig()
@@ -51,7 +50,7 @@ def experiment(
     at = {name: str(root / name) for name in ("dense", "stage1", "stage2", "few_shot", "report")}
     stages = Stages(root, model)
 
-    stages.run("prepare", "prepare", dense, {"MIXTURE_OR_TASK_NAME": repr((seen, unseen))})
+    stages.run("prepare", "prepare", dense, {"prepare.mixtures": repr((unseen,))})
     stages.run("dense", "train", dense, {"MODEL_DIR": at["dense"]})
     stages.run("stage1", "train", stage1, {"MODEL_DIR": at["stage1"]})
     bindings = {"MODEL_DIR": at["stage2"], "ROUTER_CHECKPOINT_PATH": at["stage1"]}
@@ -93,10 +92,11 @@ class Stages:
         Raises:
             UserError: it failed; what it said stands above.
         """
-        flags = [] if gin_file is None else [f"--gin_file={self._model}", f"--gin_file={gin_file}"]
-        given = dict(cli.given_bindings())
-        given.pop("MODEL_DIR", None)
-        flags += [f"--gin.{key}={value}" for key, value in {**given, **bindings}.items()]
+        flags = []
+        if gin_file is not None:  # without one, the stage reads the config.gin of a run
+            flags = [f"--gin_file={self._model}", f"--gin_file={gin_file}"]
+            bindings = {**dict(cli.given_bindings()), **bindings}
+        flags += [f"--gin.{key}={value}" for key, value in bindings.items()]
         self._history.update(repr((module, flags)).encode())
         for file in (self._model, gin_file):
             if file is not None:

@@ -52,6 +52,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for axis in MESH_AXES:
+            if getattr(self, axis) < (0 if axis == "data" else 1):
+                raise UserError(f"MeshConfig.{axis} is {getattr(self, axis)}, below its minimum")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:

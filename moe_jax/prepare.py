@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import gin
+
 from moe_jax import cli, files
 from moe_jax.config import DataConfig
 from moe_jax.data import cache
@@ -109,19 +111,24 @@ def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
             raise UserError(f"preparing {names} failed: see above (exit {child.returncode})")
 
 
-def main() -> None:
-    """Prepares MIXTURE_OR_TASK_NAME and prints what it holds."""
+@gin.configurable("prepare")
+def main(mixtures: Sequence[str] = ()) -> None:
+    """Prepares MIXTURE_OR_TASK_NAME and prints what it holds.
+
+    Args:
+        mixtures: further mixtures or tasks to prepare with it, in its vocabulary.
+    """
     data = DataConfig()
     if not data.mixture_or_task_name:
         raise UserError("MIXTURE_OR_TASK_NAME is not set: give --gin.MIXTURE_OR_TASK_NAME=...")
-    mixtures = ensure_prepared(
+    prepared = ensure_prepared(
         data.cache_dir,
-        data.mixture_or_task_name,
+        [data.mixture_or_task_name, *mixtures],
         data.task_modules,
         data.vocabulary,
         environment=data.environment,
     )
-    for name, mixture in mixtures.items():
+    for name, mixture in prepared.items():
         examples = sum(split.examples for task in mixture.tasks for split in task.splits.values())
         print(
             f"{name}: {len(mixture.tasks)} tasks, {examples:,} examples,"

@@ -20,10 +20,10 @@ from moe_jax.config import DataConfig, RunConfig
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import train_batches
 from moe_jax.errors import UserError
-from moe_jax.evaluation import Evaluator, mean_score, write_routes
+from moe_jax.evaluation import Evaluator, mean_score, tasks_with_split, write_routes
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
-from moe_jax.parallel import MeshConfig, by_group, make_mesh
+from moe_jax.parallel import MeshConfig, by_group, group_shards, make_mesh
 from moe_jax.prepare import ensure_prepared
 from moe_jax.runs import build_model
 from moe_jax.training.checkpoints import (
@@ -77,6 +77,13 @@ def train() -> None:
     vocabulary = mixture.vocabulary
     model = build_model(ModelConfig(), RouterConfig(), vocabulary.size, len(tasks))
     mesh = make_mesh(mesh_config)
+    if data.groups % group_shards(mesh):
+        raise UserError(
+            f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} rows: "
+            f"no multiple of the mesh's {group_shards(mesh)} data shards"
+        )
+    if run.eval_period:
+        tasks_with_split(mixture, run.eval_split)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(optimizer_config)
         sharding = state_shardings(model, optimizer, mesh)

@@ -82,23 +82,22 @@ def left_over(tensors):
 
 
 @pytest.mark.parametrize(
-    "name, change",
+    "name, change, sharded",
     [
-        ("bart", plain),
-        ("bart", without_prefix),
-        ("bart", only_aliases),
-        ("bart", brain_floats),
-        ("t5", plain),
-        ("t5", left_over),
+        ("bart", plain, False),
+        ("bart", without_prefix, True),
+        ("bart", only_aliases, False),
+        ("bart", brain_floats, True),
+        ("t5", plain, True),
+        ("t5", left_over, False),
     ],
 )
-@pytest.mark.parametrize("sharded", [False, True])
 def test_there_and_back_is_bit_exact(name, change, sharded, tmp_path, monkeypatch):
     source = copy(name, tmp_path / "source", change)
     if sharded:
         tensors = load_file(source / WEIGHTS)
         (source / WEIGHTS).unlink()
-        monkeypatch.setattr(directory, "SHARD_BYTES", 10_000)
+        monkeypatch.setattr(directory, "SHARD_BYTES", 3_000)
         directory.write_weights(source, tensors.items())
         assert len(list(source.glob("model-*.safetensors"))) > 2
     from_hf(str(source), tmp_path / "ours")
@@ -193,12 +192,13 @@ def test_a_tasks_plain_model_is_the_mixture(architecture, tmp_path):
     for task, index in run.task_ids.items():
         said = to_hf(tmp_path / "run" / "checkpoints" / "7", tmp_path / task, task)
         assert "differ" not in said and task in said
-        from_hf(str(tmp_path / task), tmp_path / f"{task}_back")
-        back = read_run(str(tmp_path / f"{task}_back"), 0)
         wanted = logits(config, run.params["backbone"], jnp.asarray(routes[index]), arrays)
-        ours = logits(back.model.config, back.params["backbone"], None, arrays)
         real = arrays["target_segments"] > 0
-        np.testing.assert_allclose(ours[real], wanted[real], atol=1e-5, rtol=0)
+        if task == TASKS[-1]:
+            from_hf(str(tmp_path / task), tmp_path / "back")
+            back = read_run(str(tmp_path / "back"), 0)
+            ours = logits(back.model.config, back.params["backbone"], None, arrays)
+            np.testing.assert_allclose(ours[real], wanted[real], atol=1e-5, rtol=0)
         if importlib.util.find_spec("transformers"):
             _check_transformers(tmp_path / task, run, routes[index], arrays, wanted, real)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from moe_jax.model.experts import Params
 from moe_jax.model.layers import DecoderLayer, KeyValue
-from moe_jax.model.rows import CPU_BLOCK, DEVICE_BLOCK, INPUT_BLOCK, Places, RowModel, by_expert
+from moe_jax.model.rows import Places, RowModel, by_expert, input_block, step_block
 
 # For each layer, keys [V, H, K, C] and values [V, H, C, K]; column C = position * beams + beam.
 Cache = tuple[KeyValue, ...]
@@ -45,8 +45,6 @@ class CachedDecoder:
         self._layer = DecoderLayer(model.config, parent=None)
         self._shape = (length, beams)
         self._kernel = model.call(lambda m: m.logits_kernel())
-        tokens = CPU_BLOCK if jax.default_backend() == "cpu" else DEVICE_BLOCK
-        self._block = max(1, tokens // beams)
         self._layers = [
             self._prepare(stack, number, jax.tree.map(lambda a, i=i: a[i], places_run),
                           encoded_RxLxD, input_segments_RxL)
@@ -54,10 +52,12 @@ class CachedDecoder:
             for i, number in enumerate(range(at.start, at.stop))
         ]  # fmt: skip
 
-    def _apply(self, layer: _Layer, method: str, block: int, *xs):
+    def _apply(self, layer: _Layer, method: str, *xs, block: int | None = None):
         def apply(params, *xs):
             return self._layer.apply({"params": params}, *xs, method=method)
 
+        if block is None:
+            block = step_block(xs[0].shape[0], len(layer.params_S), self._shape[1])
         return by_expert(apply, layer.params_S, layer.places, block, *xs)
 
     def _prepare(self, stack, number: int, places: Places, encoded, segments) -> _Layer:
@@ -65,8 +65,8 @@ class CachedDecoder:
             self._model.experts(stack, number, places), places, None,
             places.enter(segments)[:, None] > 0,
         )  # fmt: skip
-        block = max(1, INPUT_BLOCK // encoded.shape[1])
-        kv = self._apply(layer, "cross_key_value", block, places.enter(encoded))
+        block = input_block(encoded.shape[1])
+        kv = self._apply(layer, "cross_key_value", places.enter(encoded), block=block)
         return layer._replace(cross=_columns(kv))
 
     def cache(self) -> Cache:
@@ -112,16 +112,16 @@ class CachedDecoder:
         for layer, (keys, values) in zip(self._layers, cache, strict=True):
             enter = layer.places.enter
             x = enter(x_RxQxD)
-            q, kv = self._apply(layer, "start", self._block, x)
+            q, kv = self._apply(layer, "start", x)
             kv = _columns(kv)
             keys = jax.lax.dynamic_update_slice_in_dim(keys, kv.key, index * beams, 3)
             values = jax.lax.dynamic_update_slice_in_dim(values, kv.value, index * beams, 2)
             new.append(KeyValue(keys, values))
             seen = seen_RxQxC if seen_RxQxC.shape[0] == 1 else enter(seen_RxQxC)
             y = attend_columns(q, new[-1], seen, scale, bias)
-            x, q = self._apply(layer, "middle", self._block, x, y)
+            x, q = self._apply(layer, "middle", x, y)
             y = attend_columns(q, layer.cross, layer.cross_mask, scale)
-            x_RxQxD = layer.places.leave(self._apply(layer, "end", self._block, x, y))
+            x_RxQxD = layer.places.leave(self._apply(layer, "end", x, y))
         hidden = model.call(lambda m: m.decoder.finish(x_RxQxD, True))
         return model.call(lambda m: m.logits(hidden, self._kernel)), tuple(new)
 

@@ -21,12 +21,24 @@ from moe_jax.model.experts import Params
 from moe_jax.model.layers import DecoderLayer, EncoderLayer
 from moe_jax.model.moe import TaskMoE
 
-# Tokens that an expert computes at once where rows are mixed. A matrix product over fewer tokens
-# waits for the weights, over more it computes rows that are not the expert's. On CPU memory keeps
-# up with the arithmetic from about 8 tokens on, on accelerators from some hundreds.
-CPU_BLOCK, DEVICE_BLOCK = 16, 256
-# Whole inputs come in blocks of about this many tokens.
-INPUT_BLOCK = 256
+# Tokens of whole inputs that an expert computes at once where rows are mixed: the fewest that
+# matrix products reach their speed with, since the last block of an expert is not full.
+CPU_TOKENS, DEVICE_TOKENS = 128, 2048
+# At a single position weights are read for few rows, and reading them costs as much as computing
+# this many: a block should hold all rows of most experts, and with this few rows, all there are.
+CPU_ROWS, DEVICE_ROWS = 8, 256
+
+
+def input_block(length: int) -> int:
+    """Rows of whole inputs that an expert computes at once where rows are mixed."""
+    return max(1, (CPU_TOKENS if jax.default_backend() == "cpu" else DEVICE_TOKENS) // length)
+
+
+def step_block(rows: int, slots: int, beams: int) -> int:
+    """Rows of `beams` single positions that an expert computes at once where rows are mixed."""
+    least = CPU_ROWS if jax.default_backend() == "cpu" else DEVICE_ROWS
+    tokens = max(least, 3 * rows * beams // (2 * slots))
+    return -(-(-(-tokens // 8) * 8) // beams)
 
 
 class RowRoutes(NamedTuple):
@@ -227,7 +239,7 @@ class RowModel:
 
     def _run_layers(self, side: str, apply: Callable[..., Any], x_RxLxD, *others_RxL) -> jax.Array:
         """All layers of a side, one after the other; others are what `apply` needs besides x."""
-        block = max(1, INPUT_BLOCK // x_RxLxD.shape[1])
+        block = input_block(x_RxLxD.shape[1])
         for stack, at, places_run in self.runs(side):
 
             def body(x, layer, stack=stack):

@@ -1,6 +1,8 @@
 """Checkpoints of a run: parameters, optimizer, data position and what they belong to (Orbax)."""
 
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ SCORE = "mean_score"
 
 
 def _quiet() -> None:
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs the traceback of every thread; what went wrong is in the error that we raise.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -72,15 +75,15 @@ class Checkpoints:
                 ),
                 metrics=None if score is None else {SCORE: score},
             )
-        except OSError as e:
-            raise UserError(f"cannot save to {self.directory}: {e.strerror or e}") from e
+        except Exception as e:  # OSError or whatever TensorStore makes of a full disk
+            raise UserError(f"cannot save to {self.directory}: {_reason(e)}") from e
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
         try:
             self._manager.wait_until_finished()
-        except OSError as e:
-            raise UserError(f"cannot save to {self.directory}: {e.strerror or e}") from e
+        except Exception as e:  # OSError or whatever TensorStore makes of a full disk
+            raise UserError(f"cannot save to {self.directory}: {_reason(e)}") from e
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores a state of the shapes and shardings of `like`, and its meta data.
@@ -102,9 +105,15 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError, KeyError) as e:
-            reason = str(e).strip().splitlines()[0]
-            raise UserError(f"cannot restore {self.directory}/{step}: {reason}") from e
+        except Exception as e:  # whatever a damaged file makes Orbax raise
+            raise UserError(f"cannot restore {self.directory}/{step}: {_reason(e)}") from e
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's
+    return os.strerror(int(code[1])) if code else text.splitlines()[0]
 
 
 def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], source: Any) -> None:
@@ -143,9 +152,8 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
         tree = checkpointer.metadata(place).item_metadata.tree
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(place, restore_args=args), meta
-    except (OSError, ValueError, KeyError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"cannot restore {directory}/{step}: {reason}") from e
+    except Exception as e:  # see `Checkpoints._restore`
+        raise UserError(f"cannot restore {directory}/{step}: {_reason(e)}") from e
 
 
 def split_layers(backbone: Params, config: ModelConfig) -> Params:

@@ -1,0 +1,201 @@
+"""Checkpoints: what is kept, what comes back, and what is said about damaged or foreign ones."""
+
+import gc
+import itertools
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.training.checkpoints import (
+    Checkpoints,
+    fit_backbone,
+    fit_table,
+    load_params,
+)
+from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.step import TrainState, init_state
+
+META = {"tasks": ["a", "b"], "data": "fingerprint", "iterator": {"next_index": 7}}
+OPTIMIZER = make_optimizer(OptimizerConfig(frozen=("router",)))
+
+
+def state(step=0, seed=0, experts=2, width=3) -> TrainState:
+    """A small tree with the names of a model's."""
+    rng = np.random.default_rng(seed)
+
+    def layers(depth):
+        return {"layers": {"routed": {"kernel": rng.normal(size=(depth, experts, width, 4))}}}
+
+    params = {
+        "backbone": {
+            "embedding": rng.normal(size=(8, width)),
+            "encoder": layers(1),
+            "decoder": layers(2),
+        },
+        "router": {"hidden": {"kernel": rng.normal(size=(2, 2))}},
+        "representations": rng.normal(size=(2, 2)),
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    return init_state(params, OPTIMIZER).replace(step=jnp.int32(step))
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def saved(directory, steps=(5,), scores=itertools.repeat(None), keep=1):
+    checkpoints = Checkpoints(directory, keep)
+    for step, score in zip(steps, scores, strict=False):
+        checkpoints.save(state(step, seed=step), META, score)
+    checkpoints.wait()
+    return checkpoints
+
+
+def kept(directory):
+    return {int(p.name) for p in (directory / "checkpoints").iterdir()}
+
+
+def test_a_state_comes_back_bit_by_bit(tmp_path):
+    saved(tmp_path, [5])
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 5
+    found, meta = checkpoints.restore(5, state(0, seed=1))
+    assert same(found, state(5, seed=5))
+    assert {name: meta[name] for name in META} == META
+    params, meta = load_params(tmp_path)
+    assert same(params, state(5, seed=5).params) and meta["step"] == 5
+
+
+def test_a_new_directory_has_no_checkpoint(tmp_path):
+    assert Checkpoints(tmp_path).latest() is None
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}"):
+        load_params(tmp_path)
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    saved(tmp_path / "a", [1, 2, 3, 4, 5], [0.1, 0.9, None, 0.3, 0.2])
+    assert kept(tmp_path / "a") == {2, 5}
+    saved(tmp_path / "b", [1, 2, 3, 4], [0.1, 0.9, 0.2, 0.3], keep=2)
+    assert kept(tmp_path / "b") == {2, 3, 4}
+    saved(tmp_path / "c", [1, 2, 3])
+    assert kept(tmp_path / "c") == {3}
+    for path in (tmp_path / "a" / "checkpoints" / "2", tmp_path / "a"):
+        step = 2 if path.name == "2" else 5
+        assert same(load_params(path)[0], state(seed=step).params)
+    assert same(load_params(tmp_path / "a", step=2)[0], state(seed=2).params)
+
+
+def test_the_first_parameter_of_another_shape_is_named(tmp_path):
+    checkpoints = saved(tmp_path)
+    with pytest.raises(UserError, match=(
+        r"checkpoints: backbone/decoder/layers/routed/kernel has shape \[2, 2, 3, 4\], "
+        r"the model needs shape \[2, 3, 3, 4\]"
+    )):  # fmt: skip
+        checkpoints.restore(5, state(experts=3))
+    larger = state()
+    larger.params["backbone"]["a_new_one"] = jnp.zeros(2)
+    with pytest.raises(UserError, match=r"backbone/a_new_one is absent, .* needs shape \[2\]"):
+        checkpoints.restore(5, larger)
+    smaller = state()
+    del smaller.params["backbone"]["embedding"]
+    with pytest.raises(UserError, match="backbone/embedding .* the model has no such parameter"):
+        checkpoints.restore(5, smaller)
+
+
+# Orbax leaves coroutines behind when reading fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_file_is_an_error_in_one_line_or_harmless(tmp_path):
+    saved(tmp_path / "good")
+    step = tmp_path / "good" / "checkpoints" / "5"
+    files = sorted(p.relative_to(step) for p in step.rglob("*") if p.is_file())
+    errors = 0
+    for name, damage in itertools.product(files, ("truncated", "garbage", "gone")):
+        copy = tmp_path / "damaged"
+        shutil.copytree(tmp_path / "good", copy)
+        path = copy / "checkpoints" / "5" / name
+        content = path.read_bytes()
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content[: len(content) // 2] if damage == "truncated" else
+                             bytes(255 - b for b in content))  # fmt: skip
+        for read in (
+            lambda: Checkpoints(copy).restore(5, state())[0].params,  # noqa: B023
+            lambda: load_params(copy)[0],  # noqa: B023
+        ):
+            try:
+                assert same(read(), state(seed=5).params), (name, damage)
+            except UserError as e:
+                assert "cannot restore" in str(e) and "\n" not in str(e)
+                errors += 1
+        shutil.rmtree(copy)
+    assert errors > len(files)
+    gc.collect()
+
+
+def test_a_write_that_fails_is_one_line_and_leaves_the_last_checkpoint(tmp_path):
+    """A full disk, played by a limit on the size of files."""
+    checkpoints = saved(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot save to {tmp_path}/checkpoints: ") as error:
+            checkpoints.save(state(6), META, None)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    again = Checkpoints(tmp_path)
+    assert again.latest() == 5
+    assert same(again.restore(5, state())[0], state(5, seed=5))
+    again.save(state(6, seed=6), META, None)
+    again.wait()
+    assert Checkpoints(tmp_path).latest() == 6
+
+
+# ------------------------------------------------------------------------------ starting points
+
+
+def test_one_expert_fills_all_and_noise_tells_them_apart():
+    dense, like = state(experts=1, seed=3).params["backbone"], state().params["backbone"]
+    plain = fit_backbone(dense, like, 0.0, jax.random.key(0), "here")
+    noisy = fit_backbone(dense, like, 0.01, jax.random.key(0), "here")
+    for side in ("encoder", "decoder"):
+        (one, copies, apart) = (
+            np.asarray(b[side]["layers"]["routed"]["kernel"]) for b in (dense, plain, noisy)
+        )
+        np.testing.assert_array_equal(copies, np.repeat(one, 2, axis=1))
+        noise = apart - copies
+        assert 0.003 < noise.std() < 0.03 and not np.array_equal(noise[:, 0], noise[:, 1])
+    np.testing.assert_array_equal(noisy["embedding"], dense["embedding"])
+
+
+def test_as_many_experts_are_taken_as_they_are():
+    backbone, like = state(seed=3).params["backbone"], state().params["backbone"]
+    assert same(fit_backbone(backbone, like, 0.5, jax.random.key(0), "here"), backbone)
+
+
+@pytest.mark.parametrize("other", [{"experts": 3}, {"width": 5}])
+def test_another_architecture_is_refused(other):
+    with pytest.raises(UserError, match="^here: backbone/|^here: "):
+        fit_backbone(
+            state(**other).params["backbone"], state().params["backbone"], 0.0,
+            jax.random.key(0), "here",
+        )  # fmt: skip
+
+
+def test_the_table_is_matched_by_task_name():
+    params = state(seed=3).params
+    found = fit_table(params, state().params, ["b", "a"], ["a", "b"], "here")
+    table = np.asarray(params["representations"])
+    np.testing.assert_array_equal(found["representations"], table[::-1])
+    with pytest.raises(UserError, match="here: its task table has no 'c'"):
+        fit_table(params, state().params, ["b", "a"], ["a", "c"], "here")

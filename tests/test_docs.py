@@ -1,0 +1,82 @@
+"""Every command in the README names things that exist; the slow test runs them."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import pytest
+
+from moe_jax import cli
+from moe_jax.run_dir import config_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commands(path: Path) -> list[str]:
+    """The shell lines of a Markdown file, continuation lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md"]
+COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
+BINARIES = [c for c in COMMANDS if "python -m moe_jax." in c]
+
+
+def test_the_readme_shows_commands():
+    assert "make quickstart" in COMMANDS
+    assert "make test" in COMMANDS
+    assert len(BINARIES) >= 6
+
+
+@pytest.mark.parametrize("command", BINARIES)
+def test_command_resolves(command):
+    words = shlex.split(command.rpartition("|")[2])
+    module = words[words.index("-m") + 1]
+    assert (ROOT / (module.replace(".", "/") + ".py")).is_file() or (
+        ROOT / module.replace(".", "/") / "__main__.py"
+    ).is_file()
+    flags = cli.rewrite_gin_flags(words[words.index("-m") + 2 :])
+    files = [f.partition("=")[2] for f in flags if f.startswith("--gin_file=")]
+    # A command's own parameters (`eval.split`) are known once its module is imported.
+    __import__(module if module not in ("moe_jax.report", "moe_jax.tasks") else "moe_jax.train")
+    bindings = [f.partition("=")[2] for f in flags if f.startswith("--gin_bindings=")]
+    if files or bindings:
+        cli.parse_gin(files, bindings, [str(cli.GIN_CONFIGS)])
+        gin.clear_config()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(cli.GIN_CONFIGS.glob("**/*.gin")), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
+def test_gin_file_parses(path):
+    """Each file alone, as the last of a command, gives a configuration that can be built."""
+    import moe_jax.experiment
+    from moe_jax.configurables import RUN_CONFIGS
+
+    assert moe_jax.experiment
+    cli.parse_gin([str(path)], [], [str(cli.GIN_CONFIGS)])
+    assert config_lines([cls() for cls in RUN_CONFIGS])
+    gin.clear_config()
+
+
+@pytest.mark.slow
+def test_readme_runs(tmp_path):
+    """The README's commands on the embedded tasks, with few steps."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in commands(ROOT / "README.md"):
+        if "CROSSFIT_DIR" in command or "python -m moe_jax." not in command:
+            continue
+        command = command.replace("runs/", f"{tmp_path}/runs/")
+        if "moe_jax.train" in command:
+            command += f" --gin.TRAIN_STEPS=2 --gin.EVAL_PERIOD=0 --gin.CACHE_DIR={tmp_path}/cache"
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {command}"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"

@@ -126,7 +126,10 @@ def parse_gin(
         if not path.is_file():
             raise UserError(f"{model_dir} holds no run: it has no config.gin")
         _parse([(path, path.read_text()), *texts])
-    gin.finalize()
+    try:
+        gin.finalize()
+    except ValueError as e:  # a macro that is read but not set
+        raise UserError(_explain(e)) from e
 
 
 def _parse(texts: Sequence[tuple[object, str]]) -> None:
@@ -195,6 +198,10 @@ def _explain(error: Exception) -> str:
     from moe_jax.configurables import CONFIGURABLES
 
     message = str(error).strip().splitlines()[0]
+    unset = re.search(r"No bindings specified for '(\w+)/gin.macro'", message)
+    if unset:
+        known = re.findall(r"^(\w+) =", BASE_BINDINGS, re.MULTILINE)
+        return f"the macro {unset[1]!r} is read but not set{nearest(unset[1], known)}"
     unknown = re.search(r"No configurable matching '([\w./]+)'", message)
     if unknown:
         return message + nearest(unknown[1], CONFIGURABLES)

@@ -227,9 +227,9 @@ class Evaluator:
 
 
 def input_bucket(length: int, longest: int) -> int:
-    """The width that an input of `length` is decoded at: `longest` halved, down to 16."""
+    """The width that an input of `length` is decoded at: `longest` halved, down to 32."""
     bucket = longest
-    while bucket % 2 == 0 and bucket // 2 >= max(length, 16):
+    while bucket % 2 == 0 and bucket // 2 >= max(length, 32):
         bucket //= 2
     return bucket
 

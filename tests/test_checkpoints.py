@@ -51,9 +51,9 @@ def same(a, b):
     )
 
 
-def saved(directory, steps=(5,), scores=itertools.repeat(None), keep=1):
+def saved(directory, steps=(5,), scores=(), keep=1):
     checkpoints = Checkpoints(directory, keep)
-    for step, score in zip(steps, scores, strict=False):
+    for step, score in itertools.zip_longest(steps, scores):
         checkpoints.save(state(step, seed=step), META, score)
     checkpoints.wait()
     return checkpoints
@@ -106,18 +106,23 @@ def test_the_first_parameter_of_another_shape_is_named(tmp_path):
         checkpoints.restore(5, larger)
     smaller = state()
     del smaller.params["backbone"]["embedding"]
-    with pytest.raises(UserError, match="backbone/embedding .* the model has no such parameter"):
+    with pytest.raises(UserError, match=r"backbone/embedding .* the model has no such parameter"):
         checkpoints.restore(5, smaller)
 
 
 # Orbax leaves coroutines behind when reading fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_file_is_an_error_in_one_line_or_harmless(tmp_path):
+@pytest.mark.parametrize("damage", [
+    "truncated",
+    pytest.param("garbage", marks=pytest.mark.slow),
+    pytest.param("gone", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_damaged_file_is_an_error_in_one_line_or_harmless(damage, tmp_path):
     saved(tmp_path / "good")
     step = tmp_path / "good" / "checkpoints" / "5"
     files = sorted(p.relative_to(step) for p in step.rglob("*") if p.is_file())
     errors = 0
-    for name, damage in itertools.product(files, ("truncated", "garbage", "gone")):
+    for name in files:
         copy = tmp_path / "damaged"
         shutil.copytree(tmp_path / "good", copy)
         path = copy / "checkpoints" / "5" / name
@@ -137,7 +142,7 @@ def test_a_damaged_file_is_an_error_in_one_line_or_harmless(tmp_path):
                 assert "cannot restore" in str(e) and "\n" not in str(e)
                 errors += 1
         shutil.rmtree(copy)
-    assert errors > len(files)
+    assert errors > len(files) / 2
     gc.collect()
 
 
@@ -185,7 +190,9 @@ def test_as_many_experts_are_taken_as_they_are():
 
 @pytest.mark.parametrize("other", [{"experts": 3}, {"width": 5}])
 def test_another_architecture_is_refused(other):
-    with pytest.raises(UserError, match="^here: backbone/|^here: "):
+    with pytest.raises(
+        UserError, match=r"^here: (de|en)coder/layers/.* the model needs shape|^here: embedding "
+    ):
         fit_backbone(
             state(**other).params["backbone"], state().params["backbone"], 0.0,
             jax.random.key(0), "here",

@@ -15,11 +15,15 @@ CONFIG = OptimizerConfig(
     clip_norm=0.7, weight_decay=0.1, b1=0.8, b2=0.95, epsilon=1e-3,
 )  # fmt: skip
 SHAPES = {
-    "backbone": {"layers": {"kernel": (3, 2), "bias": (2,), "q_bias": (4,)}, "norm": {"scale": (2,)},
-                 "embedding": (5, 2), "position": (4, 2)},
+    "backbone": {
+        "layers": {"kernel": (3, 2), "bias": (2,), "q_bias": (4,)},
+        "norm": {"scale": (2,)},
+        "embedding": (5, 2),
+        "position": (4, 2),
+    },
     "router": {"hidden": {"kernel": (2, 2), "bias": (2,)}},
     "representations": (3, 2),
-}  # fmt: skip
+}
 DECAYED = {"['backbone']['layers']['kernel']", "['backbone']['embedding']",
            "['backbone']['position']"}  # fmt: skip
 

@@ -84,6 +84,7 @@ def test_killed_runs_go_on_exactly(whole, tmp_path):
         f.write('{"step": 999, "kind": "tr')  # a line cut short
     finish(start("train", arguments))
     assert metrics(model_dir) == metrics(whole[0])
+    assert [p.name for p in (model_dir / "checkpoints").iterdir() if not p.name.isdigit()] == []
     for name in ("routes.json", "task_table.json"):
         assert (model_dir / name).read_bytes() == (whole[0] / name).read_bytes()
 

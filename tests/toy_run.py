@@ -21,11 +21,19 @@ Row = list[tuple[list[int], list[int]]]  # examples (inputs, targets) packed int
 
 def tiny_model(tasks: int = 3, experts: int = 4, **settings) -> TaskMoE:
     """One encoder and one decoder layer of width 16; settings of ModelConfig or RouterConfig."""
-    model = dict(
-        vocabulary_size=24, d_model=16, d_ff=32, heads=2, encoder_layers=1, decoder_layers=1,
-        max_positions=16, init_std=0.3, dropout_rate=0.0, expert_noise=0.3,
-    )  # fmt: skip
-    router = dict(hidden_dim=8, representation_dim=8)
+    model = {
+        "vocabulary_size": 24,
+        "d_model": 16,
+        "d_ff": 32,
+        "heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "max_positions": 16,
+        "init_std": 0.3,
+        "dropout_rate": 0.0,
+        "expert_noise": 0.3,
+    }
+    router = {"hidden_dim": 8, "representation_dim": 8}
     for name, value in settings.items():
         (model if hasattr(ModelConfig, name) else router)[name] = value
     return TaskMoE(ModelConfig(**model, experts=experts), RouterConfig(**router), tasks)
@@ -60,7 +68,8 @@ def pack_rows(rows: list[Row], input_length: int, target_length: int) -> dict[st
                 at_input += 1
             for position, token in enumerate(target):
                 targets["targets"][r, at_target] = token
-                targets["decoder_inputs"][r, at_target] = target[position - 1] if position else START
+                before = target[position - 1] if position else START
+                targets["decoder_inputs"][r, at_target] = before
                 targets["target_segments"][r, at_target] = segment
                 targets["target_positions"][r, at_target] = position
                 at_target += 1

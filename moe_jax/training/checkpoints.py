@@ -47,7 +47,10 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+            # Temporary directories are what a killed run was writing.
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, cleanup_tmp_directories=True
+            ),
             item_names=("params", "optimizer", "meta"),
         )
 

@@ -1,0 +1,149 @@
+"""Flags and gin: what wins, and that bad input ends in one clear line."""
+
+import gin
+import pytest
+from toy_run import bindings, start
+
+from moe_jax import cli
+from moe_jax.config import BASE_BINDINGS, DataConfig, FinetuneConfig, RunConfig
+from moe_jax.errors import UserError, check_fields
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.training.step import StepConfig
+
+PROGRAMS = ("prepare", "train", "eval", "infer", "finetune")
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    gin.clear_config()
+
+
+def parse(*lines, files=(), paths=()):
+    cli.parse_gin(files, lines, [*map(str, paths), str(cli.GIN_CONFIGS)])
+
+
+# ------------------------------------------------------------------------------ good input
+
+
+def test_later_ones_win(tmp_path):
+    (tmp_path / "a.gin").write_text("TRAIN_STEPS = 1\nBATCH_SIZE = 8\nSEED = 3\n")
+    (tmp_path / "b.gin").write_text("BATCH_SIZE = 16\nSEED = 4\n")
+    parse("SEED = 5", "TASK_FEATURE_LENGTHS = {'inputs': 4, 'targets': 4}",
+          files=["a.gin", "b.gin"], paths=[tmp_path])  # fmt: skip
+    run, data = RunConfig(), DataConfig()
+    assert (run.train_steps, data.batch_size, run.seed) == (1, 16, 5)
+
+
+def test_values_need_no_quotes():
+    flags = ["train", "--gin.MODEL_DIR=/a/b c", "--gin.SEED=3", "--gin.A.b='x'", "--gin_file=f"]
+    assert cli.rewrite_gin_flags(flags) == [
+        "train",
+        "--gin_bindings=MODEL_DIR = '/a/b c'",
+        "--gin_bindings=SEED = 3",
+        "--gin_bindings=A.b = 'x'",
+        "--gin_file=f",
+    ]
+    parse("MODEL_DIR = '/a/b c'")
+    assert RunConfig().model_dir == "/a/b c"
+
+
+@pytest.mark.parametrize("path", sorted(cli.GIN_CONFIGS.glob("[!e]*/*.gin")), ids=lambda p: p.stem)
+def test_every_gin_file_parses(path):
+    parse(files=[str(path)])
+    ModelConfig(), RouterConfig(), OptimizerConfig(), StepConfig(), FinetuneConfig()
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    (["TRAIN_STEP = 3"], "the command line: nothing reads the macro 'TRAIN_STEP'; did you mean "
+                         "'TRAIN_STEPS'"),
+    (["ModelConfg.d_model = 3"], "No configurable matching 'ModelConfg'.*did you mean "
+                                 "'ModelConfig'"),
+    (["ModelConfig.d_modle = 3"], "doesn't have a parameter named 'd_modle'; did you mean "
+                                  "'d_model'"),
+    (["SEED = = 3"], "the command line:1: "),
+    (["SEED = %SEEDS"], "the macro 'SEEDS' is read but not set; did you mean 'SEED'"),
+])  # fmt: skip
+def test_names_that_nothing_knows(lines, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse(*lines)
+        RunConfig()
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_line_of_a_file_is_named(tmp_path):
+    (tmp_path / "a.gin").write_text("SEED = 1\nModelConfig.experts 3\n")
+    with pytest.raises(UserError, match=r"a\.gin:2: "):
+        parse(files=["a.gin"], paths=[tmp_path])
+    (tmp_path / "b.gin").write_text("TRAIN_STEP = 1\n")
+    with pytest.raises(UserError, match=r"b\.gin: nothing reads the macro"):
+        parse(files=["b.gin"], paths=[tmp_path])
+
+
+def test_a_missing_file_is_named_with_the_nearest():
+    with pytest.raises(UserError, match=r"no gin file 'models/tiney.gin'.*'models/tiny.gin'"):
+        parse(files=["models/tiney.gin"])
+
+
+@pytest.mark.parametrize(("config", "line", "message"), [
+    (DataConfig, "TASK_FEATURE_LENGTHS = 5", "TASK_FEATURE_LENGTHS must be .* not 5"),
+    (DataConfig, "TASK_FEATURE_LENGTHS = {'inputs': 8}", "TASK_FEATURE_LENGTHS must be"),
+    (DataConfig, "TASK_FEATURE_LENGTHS = {'inputs': 8, 'target': 8}", "must be"),
+    (DataConfig, "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 0}", "at least 2"),
+    (DataConfig, "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': '8'}", "must be"),
+    (DataConfig, "BATCH_SIZE = 30", "BATCH_SIZE 30 is no multiple of .*rows_per_group 4"),
+    (DataConfig, "BATCH_SIZE = 0", "DataConfig.batch_size must be at least 1"),
+    (DataConfig, "DataConfig.mixing = 'exampels'", "did you mean 'examples'"),
+    (RunConfig, "TRAIN_STEPS = 'many'", "RunConfig.train_steps is 'many'; it is int"),
+    (RunConfig, "TRAIN_STEPS = 0", "RunConfig.train_steps must be at least 1"),
+    (RunConfig, "CHECKPOINT_PERIOD = 0", "RunConfig.checkpoint_period must be at least 1"),
+    (ModelConfig, "ModelConfig.architecture = 'brat'", "one of bart, t5; did you mean 'bart'"),
+    (ModelConfig, "ModelConfig.d_model = 16.0", "ModelConfig.d_model is 16.0; it is int"),
+    (ModelConfig, "ModelConfig.tie_embeddings = 'no'", "it is bool"),
+    (ModelConfig, "ModelConfig.heads = 7", "no multiple of heads 7"),
+    (ModelConfig, "ModelConfig.encoder_vanilla_layers = (9,)", "has layers 0 to 5"),
+    (ModelConfig, "ModelConfig.experts = 0", "must be at least 1"),
+    (OptimizerConfig, "OptimizerConfig.learning_rate = '1e-3x'", "it is float"),
+    (OptimizerConfig, "OptimizerConfig.frozen = ('routers',)", "frozen is .'routers',."),
+])  # fmt: skip
+def test_values_that_cannot_be(config, line, message):
+    lengths = "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}"
+    parse(lengths, line)
+    with pytest.raises(UserError, match=message):
+        config()
+
+
+def test_what_fits_a_field():
+    assert check_fields(OptimizerConfig(learning_rate=1, frozen=["router"])) is None
+    assert check_fields(ModelConfig(encoder_vanilla_layers=[0])) is None
+    assert check_fields(RunConfig(train_steps=None, eval_examples=None)) is None
+
+
+def test_what_is_not_set_is_named():
+    parse()
+    with pytest.raises(UserError, match=r"MODEL_DIR is not set: give --gin.MODEL_DIR=\.\.\."):
+        RunConfig().require("model_dir")
+    assert "MODEL_DIR = None" in BASE_BINDINGS
+
+
+def one_error_line(process) -> str:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err[-2000:]
+    assert "Traceback" not in err, err[-2000:]
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: "), err[-2000:]
+    return last
+
+
+def test_every_program_ends_bad_input_in_one_line(tmp_path):
+    bad = ["--gin_file=missing.gin"]
+    processes = {name: start(name, bad) for name in PROGRAMS}
+    for process in processes.values():
+        assert one_error_line(process).startswith("error: no gin file 'missing.gin'")
+    lines = bindings(tmp_path / "run", MIXTURE_OR_TASK_NAME="toy_trian")
+    process = start("train", [f"--gin_bindings={line}" for line in lines])
+    assert "'toy_trian'" in (line := one_error_line(process)) and "'toy_train'" in line

@@ -1,0 +1,70 @@
+"""A model of `transformers`, trained here, written for each task: same texts from both."""
+
+import json
+from pathlib import Path
+
+import pytest
+from toy_run import SETTINGS, bindings, finish, flags_of, start
+
+from moe_jax.hf.read import from_hf
+from moe_jax.hf.write import to_hf
+
+DATA = Path(__file__).with_name("data") / "hf"
+TASKS = ["toy_copy", "toy_reverse", "toy_sum"]
+MIXTURE = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import seqio, toy_tasks
+seqio.MixtureRegistry.add("toy_all", {TASKS}, default_rate=1.0)
+"""
+LENGTHS = {"inputs": 64, "targets": 20}
+
+
+@pytest.mark.parametrize("name", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
+def test_trained_here_served_there(name, tmp_path):
+    """50 steps with two experts and one vanilla layer; greedy, through both tokenizers."""
+    transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    import hf_models
+    import torch
+
+    model = hf_models.bart(max_position_embeddings=80) if name == "bart" else hf_models.t5()
+    source = tmp_path / "source"
+    if name == "bart":
+        hf_models.save(model, source, (DATA / "bart" / "tokenizer.json").read_text())
+    else:
+        model.save_pretrained(source)
+        for file in ("spiece.model", "tokenizer_config.json"):
+            (source / file).write_bytes((DATA / "t5" / file).read_bytes())
+    from_hf(str(source), tmp_path / "ours")
+
+    (tmp_path / "three.py").write_text(MIXTURE)
+    model_settings = {k for k in SETTINGS if k.startswith(("ModelConfig", "VocabularyConfig"))}
+    lines = bindings(
+        tmp_path / "run",
+        MIXTURE_OR_TASK_NAME="toy_all",
+        TASK_MODULES=(str(tmp_path / "three.py"),),
+        CACHE_DIR=str(tmp_path / "cache"),
+        TASK_FEATURE_LENGTHS=LENGTHS,
+        TRAIN_STEPS=50,
+        INITIAL_CHECKPOINT_PATH=str(tmp_path / "ours"),
+        RouterConfig__selection="argmax",
+        RouterConfig__experts_per_layer=1,
+    )
+    lines = [line for line in lines if line.split(" = ")[0] not in model_settings]
+    lines += ["ModelConfig.experts = 2", "ModelConfig.encoder_vanilla_layers = (0,)"]
+    finish(start("train", [f"--gin_file={tmp_path / 'ours' / 'config.gin'}", *flags_of(lines)]))
+    finish(start("eval", [f"--gin.MODEL_DIR={tmp_path / 'run'}", "--gin.eval.examples=6"]))
+
+    rows = (tmp_path / "run" / "eval" / "toy_all_test" / "predictions.jsonl").read_text()
+    rows = [json.loads(line) for line in rows.splitlines()]
+    assert {row["task"] for row in rows} == set(TASKS)
+    assert len({row["prediction"] for row in rows}) > 3
+    for task in TASKS:
+        to_hf(tmp_path / "run", tmp_path / task, task)
+        theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / task)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / task)
+        for row in (row for row in rows if row["task"] == task):
+            ids = torch.tensor([tokenizer(row["input"]).input_ids])
+            out = theirs.generate(ids, max_new_tokens=LENGTHS["targets"], num_beams=1)[0]
+            text = tokenizer.decode(out, skip_special_tokens=True)
+            assert text.strip() == row["prediction"]

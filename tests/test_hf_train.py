@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from toy_run import SETTINGS, bindings, finish, flags_of, start
+from toy_run import SETTINGS, finish, flags_of, start
 
 from moe_jax.hf.read import from_hf
 from moe_jax.hf.write import to_hf
@@ -27,31 +27,35 @@ def test_trained_here_served_there(name, tmp_path):
     import hf_models
     import torch
 
-    model = hf_models.bart(max_position_embeddings=80) if name == "bart" else hf_models.t5()
     source = tmp_path / "source"
     if name == "bart":
+        sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        model = hf_models.bart(max_position_embeddings=80, **sizes)
         hf_models.save(model, source, (DATA / "bart" / "tokenizer.json").read_text())
     else:
+        model = hf_models.t5(d_model=32, d_kv=16, d_ff=64)
         model.save_pretrained(source)
         for file in ("spiece.model", "tokenizer_config.json"):
             (source / file).write_bytes((DATA / "t5" / file).read_bytes())
     from_hf(str(source), tmp_path / "ours")
 
     (tmp_path / "three.py").write_text(MIXTURE)
-    model_settings = {k for k in SETTINGS if k.startswith(("ModelConfig", "VocabularyConfig"))}
-    lines = bindings(
-        tmp_path / "run",
-        MIXTURE_OR_TASK_NAME="toy_all",
-        TASK_MODULES=(str(tmp_path / "three.py"),),
-        CACHE_DIR=str(tmp_path / "cache"),
-        TASK_FEATURE_LENGTHS=LENGTHS,
-        TRAIN_STEPS=50,
-        INITIAL_CHECKPOINT_PATH=str(tmp_path / "ours"),
-        RouterConfig__selection="argmax",
-        RouterConfig__experts_per_layer=1,
-    )
-    lines = [line for line in lines if line.split(" = ")[0] not in model_settings]
-    lines += ["ModelConfig.experts = 2", "ModelConfig.encoder_vanilla_layers = (0,)"]
+    settings = {k: v for k, v in SETTINGS.items() if not k.startswith(("Model", "Vocab"))}
+    settings |= {
+        "MIXTURE_OR_TASK_NAME": "toy_all",
+        "TASK_MODULES": (str(tmp_path / "three.py"),),
+        "TASK_FEATURE_LENGTHS": LENGTHS,
+        "MODEL_DIR": str(tmp_path / "run"),
+        "CACHE_DIR": str(tmp_path / "cache"),
+        "INITIAL_CHECKPOINT_PATH": str(tmp_path / "ours"),
+        "TRAIN_STEPS": 50,
+        "OptimizerConfig.learning_rate": 1e-2,
+        "RouterConfig.selection": "argmax",
+        "RouterConfig.experts_per_layer": 1,
+        "ModelConfig.experts": 2,
+        "ModelConfig.encoder_vanilla_layers": (0,),
+    }
+    lines = [f"{name} = {value!r}" for name, value in settings.items()]
     finish(start("train", [f"--gin_file={tmp_path / 'ours' / 'config.gin'}", *flags_of(lines)]))
     finish(start("eval", [f"--gin.MODEL_DIR={tmp_path / 'run'}", "--gin.eval.examples=6"]))
 

@@ -77,7 +77,11 @@ def run(main: Callable[[], None], from_model_dir: bool = False) -> None:
 def fail(error: Exception) -> None:
     """Ends the process: one line on standard error, exit code 1."""
     # Gin appends where a configurable was called from; the first line is ours.
-    sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+    print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # Not `sys.exit`: threads of a failed save would go on, and have their own say.
+    os._exit(1)
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:

@@ -15,12 +15,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from pathlib import Path
 
+import gin
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_gin_bindings():
+    """What a test binds ends with it."""
+    yield
+    gin.clear_config()
 
 
 def _shared(variable: str, name: str) -> Path:

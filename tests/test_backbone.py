@@ -10,8 +10,11 @@ import pytest
 
 from moe_jax.model.attention import relative_buckets, segment_mask
 from moe_jax.model.backbone import EncoderDecoder
-from moe_jax.model.config import ModelConfig
+from moe_jax.model.cached import CachedDecoder
+from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import gather
+from moe_jax.model.moe import TaskMoE
+from moe_jax.model.rows import RowModel, row_routes
 
 E, L_IN, L_OUT, VOCABULARY = 3, 12, 10, 17
 # (input length, target length) of the examples of one row; they leave padding at its end.
@@ -101,31 +104,42 @@ def test_packed_row_equals_separate_rows(architecture):
         assert np.abs(logits[0, at][0] - logits[(i + 1) % 3 + 1, 0]).max() > 0.05
 
 
-@pytest.mark.xfail(reason="to be ported to CachedDecoder", raises=AttributeError, strict=False)
+@pytest.mark.parametrize("used", [1, E])
 @pytest.mark.parametrize("architecture", ["bart", "t5"])
-def test_decode_step_equals_teacher_forcing(architecture):
-    config, params, weights = model(architecture)
+def test_cached_steps_equal_teacher_forcing(architecture, used):
+    """Every row has a route of its own; with one expert per layer, rows are sorted by expert."""
+    config, params, _ = model(architecture)
     batch, _ = packed_and_separate()
-    whole = forward(architecture, E)(params, batch, weights)
+    batch = {k: v[1:] for k, v in batch.items()}  # one example per row
+    rows = len(LENGTHS)
+    rng = np.random.default_rng(2)
+    routes_RxNxE = rng.dirichlet(np.ones(E), (rows, 3)).astype(np.float32)
+    if used == 1:
+        routes_RxNxE = np.eye(E, dtype=np.float32)[routes_RxNxE.argmax(-1)]
+    routes = row_routes(routes_RxNxE, np.arange(rows), used)
 
     @jax.jit
-    def decode(params, batch, weights):
-        bound = EncoderDecoder(config, E).bind({"params": params})
+    def steps(params, batch, routes):
+        row_model = RowModel(TaskMoE(config, RouterConfig(), rows), params, routes)
         segments = batch["input_segments"]
-        encoded = bound.encode(batch["inputs"], segments, batch["input_positions"], weights)
+        encoded = row_model.encode(batch["inputs"], segments, batch["input_positions"])
+        # A cache longer than the target: what has not been written must not be seen.
+        decoder = CachedDecoder(row_model, encoded, segments, L_OUT + 2)
 
         def step(cache, token_and_place):
-            logits, cache = bound.decode_step(*token_and_place, cache, segments, weights)
-            return cache, logits
+            token_R, place = token_and_place
+            seen = (jnp.arange(L_OUT + 2) <= place)[None, None]
+            logits, cache = decoder.step(token_R[:, None], place, cache, seen)
+            return cache, logits[:, 0]
 
-        # A cache longer than the target: what has not been written must not be seen.
-        cache = bound.start_cache(encoded, L_OUT + 2)
         tokens = (batch["decoder_inputs"].T, jnp.arange(L_OUT))
-        return jax.lax.scan(step, cache, tokens)[1].swapaxes(0, 1)
+        return jax.lax.scan(step, decoder.cache(), tokens)[1].swapaxes(0, 1)
 
-    steps = decode(params, batch, weights)
-    for row, (_, n) in enumerate(LENGTHS, start=1):
-        np.testing.assert_allclose(steps[row, :n], whole[row, :n], rtol=1e-4, atol=1e-4)
+    logits = steps(params, batch, routes)
+    whole = forward(architecture, E)
+    for row, (_, n) in enumerate(LENGTHS):
+        alone = whole(params, batch, jnp.asarray(routes_RxNxE[row]))[row, :n]
+        np.testing.assert_allclose(logits[row, :n], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["bart", "t5"])

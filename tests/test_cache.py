@@ -164,10 +164,7 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
         load_module("no_such_module")
     (tmp_path / "late.py").write_text("import gin\n@gin.configurable\ndef late(): pass\n")
     gin.finalize()  # as in every run
-    try:
-        assert load_module("late.py").late() is None
-    finally:
-        gin.clear_config()
+    assert load_module("late.py").late() is None
     (tmp_path / "bad.py").write_text("import no_such_module\n")
     with pytest.raises(UserError, match=r"cannot import bad\.py: No module named 'no_such_module'"):
         load_module("bad.py")

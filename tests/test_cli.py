@@ -1,6 +1,5 @@
 """Flags and gin: what wins, and that bad input ends in one clear line."""
 
-import gin
 import pytest
 from toy_run import bindings, start
 
@@ -12,12 +11,6 @@ from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 
 PROGRAMS = ("prepare", "train", "eval", "infer", "finetune")
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    gin.clear_config()
 
 
 def parse(*lines, files=(), paths=()):

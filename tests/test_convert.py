@@ -81,7 +81,6 @@ def left_over(tensors):
     return half | {name: np.arange(16, dtype=np.float32).reshape(8, 2)}
 
 
-@pytest.mark.xfail(reason="open: bfloat16 checkpoints", strict=False)
 @pytest.mark.parametrize(
     "name, change, sharded",
     [

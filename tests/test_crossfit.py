@@ -203,10 +203,7 @@ def test_gin_settings(monkeypatch):
     assert data.settings() == {}
     with gin.unlock_config():
         gin.parse_config("crossfit.data_dir = 'some/where'")
-    try:
-        assert data.settings() == {"CROSSFIT_DIR": os.path.abspath("some/where")}
-    finally:
-        gin.clear_config()
+    assert data.settings() == {"CROSSFIT_DIR": os.path.abspath("some/where")}
 
 
 def test_twenty_thousand_lines_read_quickly(tmp_path):

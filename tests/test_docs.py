@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gin
 import pytest
 
 from moe_jax import cli
@@ -48,7 +47,6 @@ def test_command_resolves(command):
     bindings = [f.partition("=")[2] for f in flags if f.startswith("--gin_bindings=")]
     if files or bindings:
         cli.parse_gin(files, bindings, [str(cli.GIN_CONFIGS)])
-        gin.clear_config()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +60,6 @@ def test_gin_file_parses(path):
     assert moe_jax.experiment
     cli.parse_gin([str(path)], [], [str(cli.GIN_CONFIGS)])
     assert config_lines([cls() for cls in RUN_CONFIGS])
-    gin.clear_config()
 
 
 @pytest.mark.slow

@@ -11,8 +11,10 @@ import pytest
 
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.decoding import DecodingConfig, DecodingIds, decode
 from moe_jax.model.experts import gather, scatter_add
 from moe_jax.model.moe import Assignment, TaskMoE
+from moe_jax.model.rows import RowModel, row_routes
 from moe_jax.model.selection import select
 from moe_jax.parallel import MeshConfig, make_mesh
 from moe_jax.training.loss import token_losses
@@ -346,43 +348,34 @@ def test_vanilla_layers(fixture, table):
     table.relative("loss, vanilla", "vanilla", out["loss"], arrays["out/loss"], LOSS)
 
 
-@pytest.mark.xfail(reason="to be ported to CachedDecoder", raises=AttributeError, strict=False)
-@pytest.mark.parametrize("experts", [3, 1])
-def test_greedy_decoding(experts, fixture):
-    """Start token 0, 12 tokens in all with the start; the published code forces EOS at the end."""
-    length = 12
+@pytest.mark.parametrize("beams", [1, 4])
+def test_decoding(beams, fixture):
+    """Start token 0, 12 tokens in all with the start; the published code forces EOS at the end.
+
+    It decodes the whole batch with the route of its first row (a fault), so all rows take that.
+    """
+    config = DecodingConfig(num_beams=beams, forced_eos_id=EOS)
+    inputs, segments, positions = (
+        fixture.batch[f"input{s}"][:, 0] for s in ("s", "_segments", "_positions")
+    )
+    rows = jnp.arange(inputs.shape[0])
 
     @jax.jit
-    def decode(weights, index):
-        def one(weights_NxK, index_NxK, inputs, segments, positions):
-            module = EncoderDecoder(fixture.config, experts)
-            params = fixture.backbone if index_NxK is None else gather(fixture.backbone, index_NxK)
-            bound = module.bind({"params": params})
-            encoded = bound.encode(inputs, segments, positions, weights_NxK)
-
-            def step(carry, place):
-                token, cache = carry
-                logits, cache = bound.decode_step(token, place, cache, segments, weights_NxK)
-                token = jnp.argmax(logits, -1).astype(jnp.int32)
-                return (token, cache), token
-
-            start = (jnp.zeros(1, jnp.int32), bound.start_cache(encoded, length))
-            return jax.lax.scan(step, start, jnp.arange(length - 2))[1]
-
-        args = [fixture.batch[f"input{s}"] for s in ("s", "_segments", "_positions")]
-        tokens = jax.vmap(one, (0, None if index is None else 0, 0, 0, 0))(weights, index, *args)
-        return tokens[..., 0]
+    def tokens(routes):
+        return decode(
+            RowModel(model, fixture.backbone, routes), inputs, segments, positions, rows,
+            length=11, config=config, ids=DecodingIds(0, EOS, PAD),
+        )  # fmt: skip
 
     for kind in ("linear", "linear_layer_specific"):
         arrays = fixture.load(f"router_{kind}")
-        routes = jnp.asarray(fixture.both(arrays, "out/{}_routes_tau1"))
-        hard = jax.nn.one_hot(jnp.argmax(routes, -1), 3)
-        cases = {"onehot": hard, "dense": routes} if experts == 3 else {"onehot": hard}
-        for name, weights in cases.items():
-            index = None
-            if experts == 1:
-                index, weights = assign(fixture, weights, 1)
-            tokens = np.asarray(decode(weights, index))
-            tokens = np.pad(tokens, ((0, 0), (1, 0)))
-            tokens = np.pad(tokens, ((0, 0), (0, 1)), constant_values=EOS)
-            np.testing.assert_array_equal(tokens, arrays[f"out/generate_{name}_beam1"])
+        dense = fixture.both(arrays, "out/{}_routes_tau1")[:1].repeat(len(rows), 0)
+        onehot = np.eye(3)[np.argmax(dense, -1)]
+        for name, routes, used in (
+            ("dense", dense, 3),
+            ("onehot", onehot, 1),
+            ("onehot", onehot, 3),
+        ):
+            model = TaskMoE(fixture.config, RouterConfig(kind=kind, **fixture.router), 4)
+            ours = np.pad(tokens(row_routes(routes, np.asarray(rows), used)), ((0, 0), (1, 0)))
+            np.testing.assert_array_equal(ours, arrays[f"out/generate_{name}_beam{beams}"])

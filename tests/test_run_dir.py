@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import gin
 import pytest
 
 from moe_jax import cli, run_dir
@@ -24,12 +23,6 @@ SETTINGS = [
     "OptimizerConfig.learning_rate = 3e-05",
     "RouterConfig.selection = 'gumbel_softmax_st'",
 ]
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    gin.clear_config()
 
 
 def configs(*lines, files=()):

@@ -38,6 +38,9 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 _MULTIPROCESS = flags.DEFINE_bool(
     "multiprocess_gpu", False, "One of several processes (GPU or CPU) that train together."
 )
+_MULTIPROCESS_TPU = flags.DEFINE_bool(
+    "multiprocess_tpu", False, "One process per host of a TPU slice; they find each other."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0; needed with --multiprocess_gpu."
 )
@@ -228,3 +231,5 @@ def _start_jax() -> None:
             if flags.FLAGS[flag].value is None:
                 raise UserError(f"--multiprocess_gpu needs --{flag}")
         jax.distributed.initialize(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value)
+    elif _MULTIPROCESS_TPU.value:
+        jax.distributed.initialize()

@@ -261,7 +261,10 @@ def _prepare_vocabulary(
     config = request.vocabulary
     parent = cache_dir / "vocabularies"
     if config.kind == "sentencepiece" and not config.path:
-        trainers = registry.find_tasks(config.trained_on, sources.modules)
+        try:
+            trainers = registry.find_tasks(config.trained_on, sources.modules)
+        except UserError as e:
+            raise UserError(f"VocabularyConfig.trained_on: {e}") from e
         digests = [sources.digest(task) for task in trainers]
         name = cache.digest([config.size, config.extra_ids, config.trained_on, digests])
         if not (parent / name).is_dir():

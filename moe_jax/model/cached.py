@@ -155,4 +155,5 @@ def attend_columns(
         scores = scores + bias.astype(jnp.float32)
     scores = jnp.where(mask_VxQxC[:, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores).astype(kv.value.dtype)
-    return jnp.einsum("vhqc,vhck->vqhk", probabilities, kv.value)
+    # In the product's own order: asked for [V, Q, H, K], it would be computed transposed.
+    return jnp.matmul(probabilities, kv.value).swapaxes(1, 2)

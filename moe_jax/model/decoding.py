@@ -90,6 +90,13 @@ def constrain(
     return scores_xV
 
 
+def first_largest(x_RxV: jax.Array) -> jax.Array:
+    """`argmax` over the last axis, int32, in two plain reductions: many times faster on CPU."""
+    largest = jnp.max(x_RxV, -1, keepdims=True)
+    index_V = jnp.arange(x_RxV.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x_RxV == largest, index_V, x_RxV.shape[-1] - 1), -1)
+
+
 def decode(
     model: RowModel,
     inputs_RxL: jax.Array,

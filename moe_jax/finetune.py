@@ -33,8 +33,9 @@ from moe_jax.parallel import MeshConfig, make_mesh, replicated
 from moe_jax.report import gain
 from moe_jax.runs import Run, read_run
 from moe_jax.train import initial_params, prepare_mixtures
+from moe_jax.training.groups import group_loss
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import StepConfig, group_loss, init_state, make_train_step
+from moe_jax.training.step import StepConfig, init_state, make_train_step
 
 RUNS = "runs.jsonl"
 

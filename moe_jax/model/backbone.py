@@ -113,7 +113,8 @@ class Stack(nn.Module):
         """Runs all layers; `args` follow x in the layer's call. [R, L, D] -> [R, L, D].
 
         Args:
-            weights_NxK: routes of this side's routed layers; None where the model is dense.
+            weights_NxK: routes of this side's routed layers, or [N, K, R]; None where the model
+                is dense.
         """
         keys = None if deterministic else jax.random.split(self.make_rng("dropout"), self.depth)
 
@@ -124,7 +125,9 @@ class Stack(nn.Module):
         def one(x, layer):
             params, weights_K, key = layer
             y = apply(params, x, key)
-            return (y if weights_K is None else y * weights_K[0].astype(y.dtype)), None
+            if weights_K is not None:
+                y = y * weights_K[0].reshape(-1, 1, 1).astype(y.dtype)
+            return y, None
 
         def several(x, layer):
             params_K, weights_K, key = layer
@@ -154,7 +157,8 @@ class EncoderDecoder(nn.Module):
     """BART or T5 1.1 whose routed layers hold `experts` experts each.
 
     Every method takes `weights_NxK`, the route of the one task that all R rows belong to: for
-    each routed layer (encoder first) the weights of its experts; None only where experts = 1.
+    each routed layer (encoder first) the weights of its experts; or [N, K, R], the route of each
+    row; None only where experts = 1.
     """
 
     config: ModelConfig

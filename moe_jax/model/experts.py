@@ -111,7 +111,9 @@ def mix(apply: Callable[[Params], jax.Array], params_K: Params, weights_K: jax.A
     Args:
         apply: parameters of one layer -> output.
         params_K: parameters stacked on a leading axis of K experts.
-        weights_K: the route.
+        weights_K: the route; or [K, R], that of each row.
     """
     y_Kx = jax.vmap(apply)(params_K)
-    return jnp.tensordot(weights_K.astype(y_Kx.dtype), y_Kx, axes=1)
+    if weights_K.ndim == 1:
+        return jnp.tensordot(weights_K.astype(y_Kx.dtype), y_Kx, axes=1)
+    return jnp.einsum("kr,kr...->r...", weights_K.astype(y_Kx.dtype), y_Kx)

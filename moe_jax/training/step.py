@@ -1,9 +1,6 @@
-"""One training step: gradients group by group, then the optimizer.
+"""One training step: routes, gradients of the groups (`groups`), then the optimizer.
 
-Each group reads one task's route, gathers the experts it names and runs a dense model
-(DESIGN: route the weights, not the tokens). Groups run one after the other in a scan, so that
-activations of one group at a time are alive, and gradients are added in place into the full tree.
-Under a mesh, each device scans the groups it holds.
+Under a mesh, each device computes the groups it holds.
 """
 
 import dataclasses
@@ -20,15 +17,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.data.packing import padding_share
-from moe_jax.errors import UserError, check_fields
-from moe_jax.model.experts import Params, gather, scatter_add
+from moe_jax.errors import check_fields
+from moe_jax.model.experts import Params
 from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.selection import temperature_at
 from moe_jax.parallel import GROUP_AXES, group_shards, replicated, shardings
-from moe_jax.training.loss import token_losses
+from moe_jax.training.groups import Batch, local_gradients
 from moe_jax.training.optimizer import OptimizerConfig, apply, make_optimizer, schedule
 
-Batch = dict[str, jax.Array]
 # The hardware's generator: dropout masks cost and compile several times less than threefry's.
 PRNG = "rbg"
 
@@ -36,13 +32,17 @@ PRNG = "rbg"
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """`groups_at_once` groups run side by side in one scan step (on every device).
+    """How the gradient of a batch is computed.
 
-    It is gradient accumulation: the optimizer steps once per batch, whatever it is.
+    Attributes:
+        label_smoothing: share of the target's probability spread over the vocabulary.
+        groups_at_once: groups that run side by side (on every device); the optimizer steps once
+            per batch, whatever it is. 0 takes one at a time where groups gather experts of their
+            own; where all share the same weights, as many as make `groups.MERGED_TOKENS` tokens.
     """
 
     label_smoothing: float = 0.1
-    groups_at_once: int = 1
+    groups_at_once: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -72,23 +72,6 @@ def state_shardings(
         lambda key: init_state(model.init(key), optimizer), jax.random.key(0, impl=PRNG)
     )
     return shardings(boxed, mesh)
-
-
-def group_loss(
-    model: TaskMoE,
-    backbone: Params,
-    weights_NxK: jax.Array | None,
-    group: Batch,
-    key: jax.Array | None,
-    label_smoothing: float = 0.0,
-) -> jax.Array:
-    """Summed loss of one group under its route; `key` drives dropout (None: none)."""
-    logits = model.backbone(model.experts_per_layer).apply(
-        {"params": backbone}, group, weights_NxK, key is None,
-        rngs=None if key is None else {"dropout": key},
-    )  # fmt: skip
-    losses = token_losses(logits, group["targets"], label_smoothing)
-    return jnp.sum(jnp.where(group["target_segments"] > 0, losses, 0.0))
 
 
 def gradients(
@@ -137,8 +120,9 @@ def gradients(
 
     target_tokens = jnp.sum(batch["target_segments"] > 0).astype(jnp.float32)
     local = partial(
-        _local_gradients, model, config=config, shards=group_shards(mesh), weighted=free_router
-    )
+        local_gradients, model, label_smoothing=config.label_smoothing,
+        groups_at_once=config.groups_at_once, shards=group_shards(mesh), weighted=free_router,
+    )  # fmt: skip
     loss, backbone_grads, weight_grads = jax.shard_map(
         local,
         mesh=mesh,
@@ -157,79 +141,6 @@ def gradients(
         if part in grads:
             grads[part] = jax.tree.map(jnp.zeros_like, grads[part])
     return grads, {"loss": loss * scale, "target_tokens": target_tokens, **metrics}
-
-
-def _local_gradients(
-    model: TaskMoE,
-    backbone: Params,
-    batch: Batch,
-    assignment: Assignment | None,
-    key: jax.Array,
-    *,
-    config: StepConfig,
-    shards: int,
-    weighted: bool,
-):
-    """Sums of loss and gradients over the groups of this device, then over devices."""
-    groups = batch["task_id"].shape[0]
-    at_once = min(config.groups_at_once, groups)
-    if groups % at_once:
-        raise UserError(
-            f"StepConfig.groups_at_once {at_once} does not divide the {groups} groups per device"
-        )
-    first = jax.lax.axis_index(GROUP_AXES) * groups if shards > 1 else 0
-    keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(first + jnp.arange(groups))
-    index = None if assignment is None else assignment.index_GxNxK
-    weights = None if assignment is None else assignment.weights_GxNxK
-
-    def one_group(group, index_NxK, weights_NxK, group_key):
-        chosen = backbone if index_NxK is None else gather(backbone, index_NxK)
-        loss = partial(group_loss, model)
-        args = (chosen, weights_NxK, group, group_key, config.label_smoothing)
-        if weighted:
-            value, (d_backbone, d_weights) = jax.value_and_grad(loss, argnums=(0, 1))(*args)
-        else:
-            value, d_backbone = jax.value_and_grad(loss)(*args)
-            d_weights = jnp.zeros(()) if weights_NxK is None else jnp.zeros_like(weights_NxK)
-        return value, d_backbone, d_weights
-
-    def body(carry, xs):
-        total_loss, total = carry
-        index_WxNxK = xs[1]
-        if at_once == 1:
-            first_of = partial(jax.tree.map, lambda a: a[0])
-            value, grads, d_weights = one_group(*map(first_of, xs))
-            index_NxK = first_of(index_WxNxK)
-            d_weights = d_weights[None]
-        else:
-            values, grads_W, d_weights = jax.vmap(one_group)(*xs)
-            value = values.sum()
-            if index_WxNxK is None:
-                grads = jax.tree.map(lambda g: g.sum(0), grads_W)
-            else:
-                grads = jax.tree.map(jnp.zeros_like, backbone)
-                for w in range(at_once):
-                    one = jax.tree.map(lambda g, w=w: g[w], grads_W)
-                    grads = scatter_add(grads, one, index_WxNxK[w])
-            index_NxK = None
-        if index_NxK is None:
-            total = jax.tree.map(jnp.add, total, grads)
-        else:
-            total = scatter_add(total, grads, index_NxK)
-        return (total_loss + value, total), d_weights
-
-    xs = (batch, index, weights, keys_G)
-    if groups == at_once == 1 and index is None:
-        value, total, d_weights = one_group(*jax.tree.map(lambda a: a[0], xs))
-        d_weights = d_weights[None]
-    else:
-        xs = jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), xs)
-        zeros = jax.tree.map(jnp.zeros_like, backbone)
-        (value, total), d_weights = jax.lax.scan(body, (jnp.float32(0), zeros), xs)
-        d_weights = d_weights.reshape(groups, *d_weights.shape[2:])
-    if shards > 1:
-        value, total = jax.lax.psum((value, total), GROUP_AXES)
-    return value, total, d_weights
 
 
 def make_train_step(

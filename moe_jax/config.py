@@ -117,6 +117,8 @@ class RunConfig:
         initial_checkpoint_path: model directory (or checkpoint) whose backbone this one starts
             from; a dense one fills every expert, plus `ModelConfig.expert_noise`.
         router_checkpoint_path: likewise for router and task representations, by task name.
+        representations_path: file of task representations to start from (`representations.py`);
+            it goes before those of `router_checkpoint_path`.
         eval_split: the split evaluated while training.
         eval_examples: examples per task then; evenly spaced.
         keep_checkpoints: latest checkpoints kept, besides the best by mean dev score.
@@ -130,6 +132,7 @@ class RunConfig:
     log_period: int = 10
     initial_checkpoint_path: str | None = None
     router_checkpoint_path: str | None = None
+    representations_path: str | None = None
     eval_split: str = "validation"
     eval_examples: int | None = 32
     eval_batch_rows: int = 32

@@ -4,7 +4,8 @@
         [--gin.eval.split=test] [--gin.eval.examples=100]
 
 Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl. A task that the model was not trained
-on is scored zero-shot; in a mixture of experts it takes the mean representation.
+on is scored zero-shot; in a mixture of experts it takes the mean representation, or its own from a
+file that `represent` made (eval.representations=FILE).
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,10 @@ from moe_jax.train import prepare_mixtures
 
 @gin.configurable("eval")
 def evaluate(
-    split: str = "test", examples: int | None = None, mixtures: Sequence[str] = ()
+    split: str = "test",
+    examples: int | None = None,
+    mixtures: Sequence[str] = (),
+    representations: str | None = None,
 ) -> None:
     """Scores the run in MODEL_DIR.
 
@@ -32,12 +36,14 @@ def evaluate(
         split: of every task; tasks without it are left out.
         examples: at most this many per task, evenly spaced.
         mixtures: further mixtures to score, each into a directory of its own.
+        representations: file with those of the tasks that the model was not trained on.
     """
     run_config, data = RunConfig(), DataConfig()
     found = prepare_mixtures(data, *mixtures)
     vocabulary = found[data.mixture_or_task_name].vocabulary
     run = load_run(run_config.model_dir, ModelConfig(), RouterConfig(), vocabulary.size)
-    run = with_tasks(run, [name for mixture in found.values() for name in mixture.names])
+    names = [name for mixture in found.values() for name in mixture.names]
+    run = with_tasks(run, names, representations)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         evaluator = Evaluator(run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh)

@@ -13,6 +13,7 @@ from moe_jax.errors import UserError, nearest
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params
 from moe_jax.model.moe import TaskMoE, parameter_shapes
+from moe_jax.representations import read_representations
 from moe_jax.training.checkpoints import check_shapes, load_params
 
 
@@ -64,17 +65,27 @@ def load_run(
     return Run(model, params, {name: i for i, name in enumerate(tasks)}, meta["step"])
 
 
-def with_tasks(run: Run, names: Sequence[str]) -> Run:
-    """A run whose table also has `names`; a task that is new gets the mean representation."""
-    new = [name for name in names if name not in run.task_ids]
+def with_tasks(run: Run, names: Sequence[str], representations: str | None = None) -> Run:
+    """A run whose table also has `names`.
+
+    Args:
+        representations: file with the rows of those that are new; without one, they get the mean.
+
+    Raises:
+        UserError: the file has no such row, see `read_representations`.
+    """
+    new = [name for name in dict.fromkeys(names) if name not in run.task_ids]
     if not new:
         return run
     ids = {**run.task_ids, **{name: len(run.task_ids) + i for i, name in enumerate(new)}}
     params: dict[str, Any] = {**run.params}
     if run.model.routed:
         table_TxK = np.asarray(params["representations"])
-        mean_NxK = np.repeat(table_TxK.mean(0, keepdims=True), len(new), axis=0)
-        params["representations"] = jnp.asarray(np.concatenate([table_TxK, mean_NxK]))
+        if representations is None:
+            new_NxK = np.repeat(table_TxK.mean(0, keepdims=True), len(new), axis=0)
+        else:
+            new_NxK = read_representations(representations, new, table_TxK.shape[1])
+        params["representations"] = jnp.asarray(np.concatenate([table_TxK, new_NxK]))
     return Run(dataclasses.replace(run.model, tasks=len(ids)), params, ids, run.step)
 
 

@@ -25,6 +25,7 @@ from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
 from moe_jax.parallel import MeshConfig, by_group, group_shards, make_mesh
 from moe_jax.prepare import ensure_prepared
+from moe_jax.representations import read_representations
 from moe_jax.runs import build_model
 from moe_jax.training.checkpoints import (
     Checkpoints,
@@ -44,6 +45,7 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
     1. Fresh from the seed.
     2. The backbone from INITIAL_CHECKPOINT_PATH, if given.
     3. Router and representations from ROUTER_CHECKPOINT_PATH, if given.
+    4. Representations from RunConfig.representations_path, if given.
     """
     key = jax.random.key(run.seed, impl="rbg")
     params = jax.jit(lambda k: nn.meta.unbox(model.init(k)), out_shardings=sharding)(key)
@@ -56,6 +58,9 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
     if run.router_checkpoint_path and model.routed:
         loaded, meta = load_params(run.router_checkpoint_path)
         params |= fit_table(loaded, params, meta["tasks"], tasks, run.router_checkpoint_path)
+    if run.representations_path and model.routed:
+        dim = model.router_config.representation_dim
+        params["representations"] = read_representations(run.representations_path, tasks, dim)
     return jax.device_put(params, sharding)
 
 
@@ -104,8 +109,8 @@ def train() -> None:
         )
 
         # ------------------------------------------------------------ state: own checkpoint first
-        checkpoints = Checkpoints(model_dir, run.keep_checkpoints)
         params = initial_params(model, run, tasks, sharding.params)
+        checkpoints = Checkpoints(model_dir, run.keep_checkpoints)
         state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
         start = checkpoints.latest() or 0
         if start:

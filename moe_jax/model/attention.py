@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.model.dropout import dropout
+
 
 def segment_mask(query_segments_RxLq: jax.Array, key_segments_RxLk: jax.Array) -> jax.Array:
     """Which keys each query may see: those of its own example. Padding (0) sees only padding.
@@ -52,9 +54,8 @@ def attend(
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores).astype(q_RxLqxHxD.dtype)
-    keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, probabilities.shape)
-    probabilities = jnp.where(keep, probabilities / (1.0 - dropout_rate), 0.0)
-    return jnp.einsum("rhqk,rkhd->rqhd", probabilities.astype(v_RxLkxHxD.dtype), v_RxLkxHxD)
+    probabilities = dropout(probabilities, dropout_rate, dropout_key)
+    return jnp.einsum("rhqk,rkhd->rqhd", probabilities, v_RxLkxHxD)
 
 
 def relative_buckets(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from moe_jax.model.attention import causal_mask, relative_buckets, segment_mask
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.dropout import Dropout
 from moe_jax.model.experts import init_experts, mix
 from moe_jax.model.layers import DecoderLayer, EncoderLayer, Norm
 
@@ -63,7 +64,7 @@ class Stack(nn.Module):
             else self.get_variable("params", "layers")
         )
         self.norm = Norm(c)
-        self.dropout = nn.Dropout(c.dropout_rate)
+        self.dropout = Dropout(c.dropout_rate)
 
     def _init_layers(self, key: jax.Array) -> dict[str, Any]:
         x = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from moe_jax.model.attention import attend
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.dropout import Dropout
+from moe_jax.model.linear import linear
 
 
 class KeyValue(NamedTuple):
@@ -76,16 +78,16 @@ class Attention(nn.Module):
 
     def project(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Query, and key with value, of self-attention."""
-        y = jnp.einsum("rld,dchk->rlchk", x_RxLxD, self.qkv_kernel) + self.qkv_bias
+        y = linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias
         return y[:, :, 0], KeyValue(y[:, :, 1], y[:, :, 2])
 
     def project_query(self, x_RxLxD: jax.Array) -> jax.Array:
         """Query of cross-attention."""
-        return (jnp.einsum("rld,dchk->rlchk", x_RxLxD, self.q_kernel) + self.q_bias)[:, :, 0]
+        return (linear(x_RxLxD, self.q_kernel) + self.q_bias)[:, :, 0]
 
     def project_key_value(self, encoded_RxLxD: jax.Array) -> KeyValue:
         """Key and value of cross-attention."""
-        y = jnp.einsum("rld,dchk->rlchk", encoded_RxLxD, self.kv_kernel) + self.kv_bias
+        y = linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias
         return KeyValue(y[:, :, 0], y[:, :, 1])
 
     def attend(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
@@ -99,7 +101,7 @@ class Attention(nn.Module):
 
     def output(self, y_RxLxHxK: jax.Array) -> jax.Array:
         """Projects what the heads read back to [R, L, D]."""
-        return jnp.einsum("rlhk,hkd->rld", y_RxLxHxK, self.out_kernel) + self.out_bias
+        return linear(y_RxLxHxK, self.out_kernel, 2) + self.out_bias
 
 
 class FeedForward(nn.Module):
@@ -115,14 +117,14 @@ class FeedForward(nn.Module):
             self, "in_kernel", (c.d_model, gates, c.d_ff), ("embed", "gate", "mlp"), c.init_std
         )
         bias = _bias(self, "in_bias", (gates, c.d_ff), ("gate", "mlp"))
-        h = jnp.einsum("rld,dgf->rlgf", x_RxLxD, kernel) + bias
+        h = linear(x_RxLxD, kernel) + bias
         if c.architecture == "t5":
             h = nn.gelu(h[:, :, 0], approximate=True) * h[:, :, 1]
         else:
             h = nn.gelu(h[:, :, 0], approximate=False)
-        h = nn.Dropout(c.activation_dropout_rate)(h, deterministic=deterministic)
+        h = Dropout(c.activation_dropout_rate)(h, deterministic=deterministic)
         kernel = _weights(self, "out_kernel", (c.d_ff, c.d_model), ("mlp", "embed"), c.init_std)
-        return h @ kernel + _bias(self, "out_bias", (c.d_model,), ("norm",))
+        return linear(h, kernel) + _bias(self, "out_bias", (c.d_model,), ("norm",))
 
 
 class _Layer(nn.Module):
@@ -146,7 +148,7 @@ class EncoderLayer(_Layer):
         self.self_attention_norm = Norm(self.config)
         self.feed_forward = FeedForward(self.config)
         self.feed_forward_norm = Norm(self.config)
-        self.dropout = nn.Dropout(self.config.dropout_rate)
+        self.dropout = Dropout(self.config.dropout_rate)
 
     def __call__(self, x_RxLxD, mask, bias, deterministic: bool = True) -> jax.Array:
         """[R, L, D] -> [R, L, D]; `mask` and `bias` as in `attend`."""
@@ -171,7 +173,7 @@ class DecoderLayer(_Layer):
         self.cross_attention_norm = Norm(self.config)
         self.feed_forward = FeedForward(self.config)
         self.feed_forward_norm = Norm(self.config)
-        self.dropout = nn.Dropout(self.config.dropout_rate)
+        self.dropout = Dropout(self.config.dropout_rate)
 
     def __call__(
         self, x_RxLxD, encoded_RxLinxD, mask, cross_mask, bias, deterministic: bool = True

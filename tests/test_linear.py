@@ -1,0 +1,34 @@
+"""The layers' matrix product against einsum, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.model.linear import linear
+
+
+@pytest.mark.parametrize("spec, x_shape, kernel_shape, contracted", [
+    ("rld,df->rlf", (2, 3, 4), (4, 5), 1),
+    ("rld,dchk->rlchk", (2, 3, 4), (4, 3, 2, 5), 1),
+    ("rlhk,hkd->rld", (2, 3, 2, 5), (2, 5, 4), 2),
+])  # fmt: skip
+def test_product_and_gradients_are_those_of_einsum(spec, x_shape, kernel_shape, contracted):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (x_shape, kernel_shape))
+    ours, pull_back = jax.vjp(lambda x, k: linear(x, k, contracted), x, kernel)
+    theirs, einsum_pull_back = jax.vjp(lambda x, k: jnp.einsum(spec, x, k), x, kernel)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    dy = jnp.asarray(rng.normal(size=ours.shape), jnp.float32)
+    for got, expected in zip(pull_back(dy), einsum_pull_back(dy), strict=True):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_vmap():
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    kernels = jnp.asarray(rng.normal(size=(4, 3, 5)), jnp.float32)
+    grads = jax.vmap(jax.grad(lambda k: jnp.sum(linear(x, k) ** 2)))(kernels)
+    for k, grad in zip(kernels, grads, strict=True):
+        np.testing.assert_allclose(grad, 2 * x.T @ (x @ k), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,466 @@
+"""Task representations: embeddings against second implementations, files, whole commands."""
+
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy_run import bindings, finish, flags_of, pack_rows, random_examples, start, tiny_model
+from toy_run import tiny_params as fresh_params
+
+from moe_jax import cli, represent
+from moe_jax.errors import UserError
+from moe_jax.hf.read import from_hf
+from moe_jax.representations import Representations, fit, read_representations, unit_length
+from moe_jax.runs import read_run
+from moe_jax.training.checkpoints import load_params
+
+DATA = Path(__file__).with_name("data") / "hf"
+
+# ------------------------------------------------------------------------------ embeddings
+
+
+def torch_fisher(model, arrays) -> np.ndarray:
+    """Mean over examples of squared gradients of log-likelihoods, averaged over units' inputs."""
+    import torch
+
+    totals = {}
+    rows = len(arrays["inputs"])
+    for r in range(rows):
+        ids = {}
+        for name, side in (
+            ("inputs", "input"),
+            ("targets", "target"),
+            ("decoder_inputs", "target"),
+        ):
+            real = arrays[f"{side}_segments"][r] > 0
+            ids[name] = torch.tensor(arrays[name][r][real]).long()[None]
+        model.zero_grad()
+        logits = model(input_ids=ids["inputs"], decoder_input_ids=ids["decoder_inputs"]).logits
+        chosen = torch.log_softmax(logits, -1).gather(-1, ids["targets"][..., None])
+        chosen.sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                squares = parameter.grad.double().square().mean(1).numpy()  # [out, in] -> [out]
+                totals[name] = totals.get(name, 0) + squares / rows
+    return totals
+
+
+# Ours in the order of the vector: our matrix -> theirs, side by side.
+BART = {
+    "decoder": [
+        ["encoder_attn.k_proj", "encoder_attn.v_proj"], ["encoder_attn.out_proj"],
+        ["encoder_attn.q_proj"], ["fc1"], ["fc2"], ["self_attn.out_proj"],
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ],
+    "encoder": [
+        ["fc1"], ["fc2"], ["self_attn.out_proj"],
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ],
+}  # fmt: skip
+_SELF = [f"layer.0.SelfAttention.{x}" for x in "qkv"]
+_CROSS = [f"layer.1.EncDecAttention.{x}" for x in "kv"]
+T5 = {
+    side: [
+        *cross,
+        [f"layer.{last}.DenseReluDense.wi_0", f"layer.{last}.DenseReluDense.wi_1"],
+        [f"layer.{last}.DenseReluDense.wo"],
+        ["layer.0.SelfAttention.o"],
+        _SELF,
+    ]
+    for side, last, cross in (
+        ("decoder", 2, [_CROSS, ["layer.1.EncDecAttention.o"], ["layer.1.EncDecAttention.q"]]),
+        ("encoder", 1, []),
+    )
+}
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_fisher_diagonal_is_that_of_pytorch(name, tmp_path):
+    pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    import hf_models
+
+    theirs = hf_models.bart() if name == "bart" else hf_models.t5()
+    if name == "bart":
+        source = hf_models.save(
+            theirs, tmp_path / "hf", (DATA / "bart" / "tokenizer.json").read_text()
+        )
+    else:
+        source = tmp_path / "hf"
+        theirs.save_pretrained(source)
+        for file in ("spiece.model", "tokenizer_config.json"):
+            (source / file).write_bytes((DATA / "t5" / file).read_bytes())
+    from_hf(str(source), tmp_path / "ours")
+    run = read_run(str(tmp_path / "ours"), 0)
+    batch = hf_models.batch()
+    totals = torch_fisher(theirs, batch)
+    prefix, middle = ("model.", "layers") if name == "bart" else ("", "block")
+    wanted = np.concatenate(
+        [
+            totals[f"{prefix}{side}.{middle}.{layer}.{module}.weight"]
+            for side, depth in (("decoder", 1), ("encoder", 2))
+            for modules in (BART if name == "bart" else T5)[side]
+            for layer in range(depth)
+            for module in modules
+        ]
+    )
+    # A row of padding, as the last batch of a task has, adds nothing.
+    batch = {k: np.concatenate([a, np.zeros_like(a[:1])]) for k, a in batch.items()}
+    ours = jax.jit(partial(represent.fisher_sum, run.model))(run.params["backbone"], batch) / 3
+    assert ours.shape == wanted.shape
+    error = np.abs(ours - wanted).max() / wanted.max()
+    print(f"Fisher diagonal of {name}: {len(wanted)} units, largest {wanted.max():.2e},"
+          f" error relative to it {error:.1e}")  # fmt: skip
+    assert error < 1e-5
+    np.testing.assert_allclose(ours, wanted, rtol=1e-3, atol=1e-6 * wanted.max())
+
+
+def test_text_embedding_ignores_padding():
+    """Whatever stands in the padding and however much there is; each example counts the same."""
+    rng = np.random.default_rng(0)
+    model = tiny_model(experts=1)
+    backbone = fresh_params(model)["backbone"]
+    examples = [random_examples(rng, 1) for _ in range(3)]
+    embed = jax.jit(partial(represent.text_sum, model))
+    short = pack_rows([*examples, []], 5, 5)
+    found = np.asarray(embed(backbone, short))
+
+    long = pack_rows([*examples, []], 11, 5)
+    padding = long["input_segments"] == 0
+    long["inputs"][padding] = rng.integers(2, 24, padding.sum())
+    np.testing.assert_allclose(embed(backbone, long), found, rtol=1e-5, atol=1e-5)
+
+    encode = partial(model.backbone(1).apply, {"params": backbone}, method="encode")
+    means = []
+    for ((source, _),) in examples:
+        ids = np.array([source], np.int32)
+        states = encode(ids, np.ones_like(ids), np.arange(ids.shape[1])[None], None)
+        means.append(np.asarray(states[0], np.float64).mean(0))
+    np.testing.assert_allclose(found, np.sum(means, 0), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ components
+
+RAW = np.random.default_rng(0).normal(1.0, 1.0, (6, 40)) * 3
+
+
+def test_components_are_those_of_the_covariance():
+    unit = RAW / np.sqrt((RAW**2).sum(1))[:, None]
+    values, vectors = np.linalg.eigh(np.cov(unit.T))
+    wanted = (unit - unit.mean(0)) @ vectors[:, ::-1][:, :3]
+    wanted /= np.sqrt((wanted**2).mean())
+    found = fit(RAW, 3)(RAW)
+    assert found.dtype == np.float32
+    signs = np.sign((found * wanted).sum(0))  # of an axis, free
+    np.testing.assert_allclose(found, wanted * signs, atol=1e-5)
+    assert values[-1] > values[-2] > values[-3] > 0
+
+
+def test_a_new_task_is_projected_as_the_others_were():
+    projection = fit(RAW[:4], 3)
+    np.testing.assert_allclose(projection(RAW)[:4], projection(RAW[:4]), rtol=1e-6)
+    np.testing.assert_allclose(projection(7 * RAW[4:]), projection(RAW[4:]), rtol=1e-5)
+
+
+def test_more_components_than_tasks_span():
+    """All distances are kept; the rest is zero; rows are as long as standard normal ones."""
+    rows = fit(RAW, 16)(RAW)
+    assert rows.shape == (6, 16) and not rows[:, 5:].any()
+    assert np.mean(np.square(rows)) == pytest.approx(1, rel=1e-5)
+
+    def distances(rows):
+        return np.array([np.linalg.norm(a - b) for a, b in itertools.combinations(rows, 2)])
+
+    ratio = distances(rows) / distances(unit_length(RAW))
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("raw", [RAW[:1], np.ones((3, 4))])
+def test_tasks_that_do_not_differ_have_no_components(raw):
+    with pytest.raises(UserError, match=r"two tasks that differ.*pca_from"):
+        fit(raw, 3)
+
+
+def test_affinity_is_that_of_all_shuffles():
+    rows = np.random.default_rng(1).normal(size=(6, 4))
+    rows[:3] += 0.5
+    names = ["a", "a", "a", "b", "b", "b"]
+
+    def difference(names):
+        cosines = {True: [], False: []}
+        for i, j in itertools.combinations(range(6), 2):
+            norms = np.linalg.norm(rows[i]) * np.linalg.norm(rows[j])
+            cosines[names[i] == names[j]].append(rows[i] @ rows[j] / norms)
+        return np.mean(cosines[True]), np.mean(cosines[False])
+
+    within, between = difference(names)
+    shuffles = [np.subtract(*difference(n)) for n in itertools.permutations(names)]
+    found = represent.affinity(np.vstack([rows, rows[:1]]), [*names, ""])
+    assert found[:2] == pytest.approx((within, between))
+    assert found.p == pytest.approx(
+        np.mean(np.array(shuffles) >= within - between - 1e-12), abs=0.02
+    )
+    assert (found.tasks, found.categories) == (6, 2)
+
+
+def test_affinity_needs_both_sorts_of_pairs():
+    assert represent.affinity(RAW, ["a"] * 6) is None
+    assert represent.affinity(RAW, list("abcdef")) is None
+    assert represent.affinity(RAW, [""] * 6) is None
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def test_files_of_any_matrix(tmp_path):
+    rows = np.arange(6, dtype=np.float64).reshape(3, 2)
+    archive, plain = tmp_path / "a.npz", tmp_path / "a.json"
+    np.savez(archive, tasks=["x", "y", "z"], representations=rows)
+    plain.write_text(json.dumps({"x": [0, 1], "y": [2, 3], "z": [4, 5]}))
+    for path in (archive, plain):
+        found = read_representations(path, ["z", "x"], 2)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, [[4, 5], [0, 1]])
+
+
+def save(**arrays):
+    return lambda path: np.savez(path, **arrays)
+
+
+NAMED = {"tasks": ["toy_copy", "toy_sum"]}
+FAULTS = {
+    "absent": ("f.npz", lambda path: None, "cannot read .*f.npz"),
+    "text": ("f.npz", lambda path: path.write_text("hello"), "neither a .json file nor an .npz"),
+    "cut": ("f.npz", lambda path: path.write_bytes(b"PK\x03\x04 and no more"), "neither"),
+    "npy": ("f.npy", lambda path: np.save(path, np.ones(3)), "neither"),
+    "pickle": (
+        "f.npz",
+        save(tasks=np.array(["a", None], object), representations=np.ones((2, 2))),
+        "neither",
+    ),
+    "no names": ("f.npz", save(representations=np.ones((2, 2))), "has no 'tasks'"),
+    "no rows": ("f.npz", save(**NAMED, representation=1), "has no 'representations'; did you mean"),
+    "numbers": ("f.npz", save(tasks=[1], representations=np.ones((1, 2))), "one name per row"),
+    "twice": ("f.npz", save(tasks=["a", "a"], representations=np.ones((2, 2))), "'a' is there tw"),
+    "count": ("f.npz", save(**NAMED, representations=np.ones((3, 2))), "each of its 2 tasks"),
+    "uneven": (
+        "f.json",
+        lambda path: path.write_text('{"a": [1], "b": [1, 2]}'),
+        "as many numbers",
+    ),
+    "words": ("f.json", lambda path: path.write_text('{"a": ["x"]}'), "as many numbers"),
+    "list": ("f.json", lambda path: path.write_text("[1]"), "must be {task name"),
+    "json": ("f.json", lambda path: path.write_text("{"), "not valid JSON"),
+    "infinite": (
+        "f.npz",
+        save(**NAMED, representations=[[1, 2], [1, np.inf]]),
+        "'toy_sum' has a number that is not finite",
+    ),
+    "missing": (
+        "f.npz",
+        save(tasks=["toy_som", "a"], representations=np.ones((2, 2))),
+        r"no task 'toy_sum' \(nor 1 others\); did you mean 'toy_som'",
+    ),
+    "length": (
+        "f.npz",
+        save(**NAMED, representations=np.ones((2, 3))),
+        "have 3 numbers, but RouterConfig.representation_dim is 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_files(fault, tmp_path):
+    name, write, message = FAULTS[fault]
+    path = tmp_path / name
+    write(path)
+    names = ["toy_sum", "toy_sums"] if fault == "missing" else ["toy_sum"]
+    with pytest.raises(UserError, match=message) as caught:
+        read_representations(path, names, 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_comes_back_as_it_was(tmp_path):
+    projection = fit(RAW, 3)
+    names = tuple(f"task_{i}" for i in range(6))
+    raw = RAW.astype(np.float32)
+    made = Representations(names, projection(raw), raw, projection, {"kind": "text", "a": [1]})
+    made.write(tmp_path / "f.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["f.npz"]
+    found = Representations.read(tmp_path / "f.npz")
+    assert (found.tasks, found.settings) == (names, made.settings)
+    np.testing.assert_array_equal(found.raw_TxD, raw)
+    np.testing.assert_array_equal(found.projection(raw), made.rows_TxK)
+    np.testing.assert_array_equal(read_representations(tmp_path / "f.npz", names, 3), made.rows_TxK)
+    np.savez(tmp_path / "g.npz", tasks=["a"], representations=np.ones((1, 3)))
+    with pytest.raises(UserError, match=r"no 'components', so represent did not write it"):
+        Representations.read(tmp_path / "g.npz")
+
+
+# ------------------------------------------------------------------------------ commands
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """MODEL_DIR of a dense run."""
+    model_dir = tmp_path_factory.mktemp("dense") / "run"
+    settings = {"TRAIN_STEPS": 4, "ModelConfig__experts": 1}
+    finish(start("train", flags_of(bindings(model_dir, **settings))))
+    return model_dir
+
+
+def call(model_dir, **settings) -> None:
+    """`represent` in this process; a setting is one of its arguments or a binding."""
+    lines = [f"MODEL_DIR = {str(model_dir)!r}"]
+    for name, value in settings.items():
+        name = name.replace("__", ".") if name.isupper() or "__" in name else f"represent.{name}"
+        lines.append(f"{name} = {value!r}")
+    cli.parse_gin([], lines, [], from_model_dir=True)
+    represent.represent()
+
+
+@pytest.fixture(scope="module")
+def fisher(dense, tmp_path_factory):
+    """(file, what was printed) of the command, with the unseen task beside the others."""
+    path = tmp_path_factory.mktemp("fisher") / "f.npz"
+    values = {
+        "MODEL_DIR": str(dense), "represent.kind": "fisher", "represent.output": str(path),
+        "represent.mixtures": ("toy_unseen",), "represent.steps": 3, "represent.examples": 10,
+        "represent.batch_size": 4,
+    }  # fmt: skip
+    out = finish(start("represent", flags_of([f"{k} = {v!r}" for k, v in values.items()])))
+    return path, out
+
+
+def test_fisher_command(fisher):
+    path, out = fisher
+    assert [p.name for p in path.parent.iterdir()] == ["f.npz"]
+    found = Representations.read(path)
+    assert found.tasks == ("toy_copy", "toy_reverse", "toy_sum")
+    # Units of one encoder layer (3 x 16 + 16 + 32 + 16) and one decoder layer (64 more).
+    assert found.raw_TxD.shape == (3, 112 + 112 + 64)
+    assert (found.raw_TxD > 0).all()
+    assert found.settings["steps"] == 3
+    # Fitted on the two tasks trained on: one component, their rows opposite.
+    copy, _, total = found.rows_TxK
+    np.testing.assert_allclose(copy, -total, atol=1e-4)
+    assert np.mean(np.square([copy, total])) == pytest.approx(1, rel=1e-4)
+    assert not found.rows_TxK[:, 1:].any()
+    assert "3 tasks, 8 numbers each" in out
+    assert "3 tasks of 2 categories: mean cosine" in out
+
+
+def test_text_command_and_a_new_task_later(dense, tmp_path):
+    everything, later = tmp_path / "all.npz", tmp_path / "later.npz"
+    call(dense, mixtures=("toy_unseen",), output=str(everything))
+    whole = Representations.read(everything)
+    call(
+        dense, MIXTURE_OR_TASK_NAME="toy_unseen", pca_from=str(everything), output=str(later),
+    )  # fmt: skip
+    found = Representations.read(later)
+    assert found.tasks == ("toy_reverse",)
+    np.testing.assert_array_equal(found.raw_TxD, whole.raw_TxD[1:2])
+    np.testing.assert_array_equal(found.rows_TxK, whole.rows_TxK[1:2])
+    assert whole.raw_TxD.shape == (3, 16)
+
+
+def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
+    done = []
+    embed = represent.Embedder.__call__
+
+    def counted(self, mixture, task, fail=True):
+        if fail and len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(task)
+        return embed(self, mixture, task)
+
+    monkeypatch.setattr(represent.Embedder, "__call__", counted)
+    path = tmp_path / "f.npz"
+    with pytest.raises(KeyboardInterrupt):
+        call(dense, output=str(path))
+    assert not path.exists()
+    monkeypatch.setattr(
+        represent.Embedder, "__call__", lambda self, m, t: counted(self, m, t, fail=False)
+    )
+    call(dense, output=str(path))
+    assert done == ["toy_copy", "toy_sum"]
+    assert [p.name for p in tmp_path.iterdir()] == ["f.npz"]
+
+
+WRONG = {
+    "kind": ({"kind": "txt"}, "represent.kind 'txt' is not one of text, fisher; did you mean"),
+    "output": ({"output": "f.json"}, "must end in .npz"),
+    "split": ({"split": "tarin"}, "'toy_copy' has no split 'tarin'"),
+    "one task": ({"MIXTURE_OR_TASK_NAME": "toy_unseen"}, "two tasks that differ, here is one"),
+    "components": ({"pca_from": "FISHER"}, "another kind: there fisher, here text"),
+    "dim": ({"dim": 0}, "must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_settings(case, dense, fisher, tmp_path):
+    settings, message = WRONG[case]
+    settings = {"output": str(tmp_path / "f.npz"), **settings}
+    settings = {k: str(fisher[0]) if v == "FISHER" else v for k, v in settings.items()}
+    with pytest.raises(UserError, match=message):
+        call(dense, **settings)
+    assert not (tmp_path / "f.npz").exists()
+
+
+def test_trained_from_a_file_and_routed_without_training(fisher, tmp_path):
+    """Frozen rows stay what the file says; an unseen task is routed by its own row."""
+    path, _ = fisher
+    model_dir = tmp_path / "run"
+    settings = {
+        "TRAIN_STEPS": 3,
+        "RunConfig__representations_path": str(path),
+        "OptimizerConfig__frozen": ("representations",),
+    }
+    finish(start("train", flags_of(bindings(model_dir, **settings))))
+    rows = Representations.read(path).rows_TxK
+    params, meta = load_params(model_dir)
+    assert meta["tasks"] == ["toy_copy", "toy_sum"]
+    np.testing.assert_array_equal(params["representations"], rows[[0, 2]])
+
+    values = {
+        "MODEL_DIR": str(model_dir), "MIXTURE_OR_TASK_NAME": "toy_unseen", "eval.examples": 4,
+        "eval.representations": str(path),
+    }  # fmt: skip
+    finish(start("eval", flags_of([f"{k} = {v!r}" for k, v in values.items()])))
+    predictions = model_dir / "eval" / "toy_unseen_test" / "predictions.jsonl"
+    route = json.loads(predictions.read_text().splitlines()[0])["route"]
+    model = tiny_model(tasks=2, experts=2)
+    both = np.stack([rows[1], rows[[0, 2]].mean(0)])
+    wanted, mean = model.routes({**params, "representations": both}, 3)
+    np.testing.assert_allclose(route, wanted, atol=2e-6)
+    assert np.abs(wanted - mean).max() > 1e-3
+    with pytest.raises(UserError, match="mixture of experts"):
+        call(model_dir)
+
+
+@pytest.mark.slow
+def test_real_tasks_of_a_category_lie_closer(gym, tmp_path):
+    """The gym's tasks, by a small dense model; prints the figures."""
+    files = ["--gin_file=models/tiny.gin", "--gin_file=runs/crossfit_dense.gin"]
+    settings = {
+        "MODEL_DIR": str(tmp_path / "dense"),
+        "CACHE_DIR": str(tmp_path / "cache"),
+        "CROSSFIT_DIR": str(gym / "crossfit"),
+    }
+    lines = [f"{name} = {value!r}" for name, value in settings.items()]
+    finish(start("train", [*files, *flags_of(lines)]), timeout=1200)
+    for kind, examples in (("text", 256), ("fisher", 16)):
+        path = tmp_path / f"{kind}.npz"
+        values = {
+            "MODEL_DIR": settings["MODEL_DIR"], "represent.kind": kind,
+            "represent.output": str(path), "represent.mixtures": ("crossfit_test",),
+            "represent.steps": 5, "represent.examples": examples,
+        }  # fmt: skip
+        lines = [f"{name} = {value!r}" for name, value in values.items()]
+        print(kind, finish(start("represent", flags_of(lines)), timeout=1200))
+        found = Representations.read(path).settings["affinity"]
+        assert found["within"] > found["between"] + 0.1
+        assert found["p"] < 0.01

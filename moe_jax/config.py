@@ -163,14 +163,18 @@ class FinetuneConfig:
         dense_dir: model directory of the dense multi-task model. The start `untrained` is that
             model before its first step (so, its INITIAL_CHECKPOINT_PATH, if it had one).
         moe_dir: model directory of the mixture of experts.
-        learning_rates, batch_sizes: the grid searched on dev.
+        learning_rates, batch_sizes: the grid searched on dev. The learning rate is the
+            backbone's, or the representation's where the backbone is not trained.
         seeds: few-shot samples; of each, the splits `fewshot_SEED_train` and `..._validation`.
         steps: optimizer steps of every run.
         test_examples: at most this many test examples.
         representation: of a new task in the mixture of experts: the `mean` of the training
             tasks', that of the `nearest` one (whose route has the lowest loss on the few
-            examples), or `random` (standard normal, as before training). It is then learned with
-            the rest.
+            examples), `random` (standard normal, as before training), or that of
+            `representations_path`, a `file` (see `representations.py`).
+        tune: what of the mixture of experts is trained: `all`; with a `frozen_router`, its experts
+            and the task's representation; `route_only`, that representation alone; `free_route`,
+            the route logits [N, E] in place of it. The dense starts are always trained whole.
     """
 
     dense_dir: str | None = None
@@ -180,7 +184,14 @@ class FinetuneConfig:
     seeds: Sequence[int] = (13, 21, 42, 87, 100)
     steps: int = 1000
     test_examples: int | None = None
-    representation: Literal["mean", "nearest", "random"] = "nearest"
+    representation: Literal["mean", "nearest", "random", "file"] = "nearest"
+    representations_path: str | None = None
+    tune: Literal["all", "frozen_router", "route_only", "free_route"] = "all"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if (self.representation == "file") != (self.representations_path is not None):
+            raise UserError(
+                f"FinetuneConfig.representation is {self.representation!r} and representations_path"
+                f" {self.representations_path!r}: 'file' and a path go together"
+            )

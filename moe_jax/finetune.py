@@ -3,15 +3,14 @@
     python -m moe_jax.finetune --gin_file=runs/skills_gym_finetune.gin \
         --gin.MODEL_DIR=/tmp/few_shot --gin.DENSE_DIR=/tmp/dense --gin.MOE_DIR=/tmp/stage2
 
-For every task of the mixture, seed, starting point, learning rate and batch size: trains on the
-task's few examples, scores dev and test. The best dev score chooses learning rate and batch size.
+For every starting point, task of the mixture and few-shot sample: trains on the task's few examples
+with every learning rate and batch size, and scores dev; what is best there is scored on test.
 Writes MODEL_DIR/runs.jsonl (started again, it goes on after the last line) and arg.{json,csv,txt}.
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +24,91 @@ from moe_jax.config import DataConfig, FinetuneConfig, RunConfig
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import train_batches
 from moe_jax.errors import UserError
-from moe_jax.evaluation import Evaluator
+from moe_jax.evaluation import Evaluator, TaskScore
 from moe_jax.model.experts import Params
 from moe_jax.model.moe import TaskMoE
 from moe_jax.model.selection import temperature_at
 from moe_jax.parallel import MeshConfig, make_mesh, replicated
 from moe_jax.report import gain
+from moe_jax.representations import read_representations
 from moe_jax.runs import Run, read_run
 from moe_jax.train import initial_params, prepare_mixtures
 from moe_jax.training.groups import group_loss
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import StepConfig, init_state, make_train_step
+from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
 
 RUNS = "runs.jsonl"
+# A line of runs.jsonl is of one run, named by these.
+KEY = ("task", "start", "seed", "learning_rate", "batch_size")
+# What of the mixture of experts stays as it is, by `FinetuneConfig.tune`.
+FROZEN = {
+    "all": (),
+    "frozen_router": ("router",),
+    "route_only": ("backbone", "router"),
+    "free_route": ("backbone", "router"),
+}
 
 
 class Start:
-    """A starting point: parameters, and what every run from it shares (compiled once)."""
+    """A starting point: its parameters, and what is trained of them."""
 
     def __init__(self, name: str, run: Run, config: FinetuneConfig, seed: int):
         self.name = name
         self.run = run
         self.config = config
         self.seed = seed
-        model = run.model
+        # A dense start, where there is no route to adapt, is trained whole.
+        self.tune = config.tune if run.model.routed else "all"
         # One new task, routed as the trained model is at its last temperature, without noise.
         router = dataclasses.replace(
-            model.router_config,
+            run.model.router_config,
             selection={"gumbel_softmax_st": "argmax", "gumbel_softmax": "softmax"}.get(
-                model.router_config.selection, model.router_config.selection
+                run.model.router_config.selection, run.model.router_config.selection
             ),
-            temperature=float(temperature_at(model.router_config, run.step)),
+            exploration_epsilon=0.0,
+            temperature=float(temperature_at(run.model.router_config, run.step)),
             temperature_rate=0.0,
             temperature_floor=0.0,
         )
-        self.model = dataclasses.replace(model, router_config=router, tasks=1)
+        self._trained = dataclasses.replace(run.model, router_config=router)
+        if self.tune == "free_route":
+            numbers = run.model.layers * run.model.config.experts
+            router = dataclasses.replace(router, kind="free", representation_dim=numbers)
+        self.model = dataclasses.replace(run.model, router_config=router, tasks=1)
         self._losses = jax.jit(self._losses_of_tasks)
 
-    def params(self, batch: Mapping[str, np.ndarray]) -> Params:
-        """Parameters for a new task; `batch` [1, R, L] holds its few examples."""
+    def params(self, task: str, batch: Mapping[str, np.ndarray]) -> Params:
+        """Parameters for a new task; `batch` [1, R, L] holds its few examples.
+
+        Raises:
+            UserError: the file of representations has no such task.
+        """
+        params = self.run.params
         if not self.run.model.routed:
-            return self.run.params
-        table_TxK = np.asarray(self.run.params["representations"])
+            return params
+        table_TxK = np.asarray(params["representations"])
+        dim = table_TxK.shape[1]
         match self.config.representation:
             case "mean":
                 row_K = table_TxK.mean(0)
             case "nearest":
-                row_K = table_TxK[int(np.argmin(self._losses(self.run.params, batch)))]
+                row_K = table_TxK[int(np.argmin(self._losses(params, batch)))]
             case "random":
-                row_K = np.random.default_rng(self.seed).standard_normal(table_TxK.shape[1])
-        return {**self.run.params, "representations": jnp.asarray(row_K[None], jnp.float32)}
+                row_K = np.random.default_rng(self.seed).standard_normal(dim)
+            case "file":
+                row_K = read_representations(self.config.representations_path, [task], dim)[0]
+        row_1xK = jnp.asarray(row_K[None], jnp.float32)
+        if self.tune == "free_route":
+            logits_1xNxE = self._trained.router.apply({"params": params["router"]}, row_1xK)
+            return {**params, "router": {}, "representations": logits_1xNxE.reshape(1, -1)}
+        return {**params, "representations": row_1xK}
 
     def _losses_of_tasks(self, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Loss [T] of the few examples under the route of every training task."""
-        model = dataclasses.replace(self.model, tasks=self.run.model.tasks)
-        routes_TxNxE = model.routes(params, 0)
+        routes_TxNxE = self._trained.routes(params, 0)
         group = {name: array[0] for name, array in batch.items() if name != "task_id"}
-        everything = dataclasses.replace(
-            model, router_config=dataclasses.replace(model.router_config, experts_per_layer=0)
-        )
         return jax.lax.map(
-            lambda route: group_loss(everything, params["backbone"], route, group, None),
+            lambda route: group_loss(self._trained, params["backbone"], route, group, None),
             routes_TxNxE,
         )
 
@@ -125,6 +148,98 @@ def few_shot_batches(
     return list(itertools.islice(dataset, steps))
 
 
+class Adapter:
+    """Trains and scores runs; compiles once per batch size, whatever start of this form and task.
+
+    Attributes:
+        searched: the part whose learning rate is searched, the backbone if it is trained.
+    """
+
+    def __init__(
+        self,
+        model: TaskMoE,
+        frozen: tuple[str, ...],
+        mixture: PreparedMixture,
+        data: DataConfig,
+        config: FinetuneConfig,
+        optimizer_config: OptimizerConfig,
+        step_config: StepConfig,
+        mesh: jax.sharding.Mesh,
+    ):
+        frozen = tuple(dict.fromkeys((*optimizer_config.frozen, *frozen)))
+        optimizer_config = dataclasses.replace(optimizer_config, frozen=frozen)
+        self.searched = "representations" if "backbone" in frozen else "backbone"
+        self._rates = optimizer_config.learning_rates
+        self._mixture = mixture
+        optimizer = make_optimizer(optimizer_config)
+        # The step donates its state: every run starts from a copy.
+        self._init = jax.jit(
+            lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer),
+            out_shardings=state_shardings(model, optimizer, mesh),
+        )
+        self._step = make_train_step(
+            model, optimizer_config, step_config, mesh, config.steps, seed=0
+        )
+        rows = RunConfig().eval_batch_rows
+        self._evaluator = Evaluator(model, mixture.vocabulary, data.lengths, rows, mesh)
+
+    def train(self, params: Params, batches: list, learning_rate: float) -> Params:
+        """Parameters after one step per batch."""
+        state = self._init(params)
+        rates = {part: jnp.float32(rate) for part, rate in self._rates.items()}
+        rates[self.searched] = jnp.float32(learning_rate)
+        for batch in batches:
+            state, _ = self._step(state, batch, rates)
+        return state.params
+
+    def score(self, params: Params, task: str, split: str, limit: int | None = None) -> TaskScore:
+        """Score of the task that `params` are adapted to."""
+        evaluator = self._evaluator
+        routes = evaluator.routes(params, jnp.int32(0)) if evaluator.model.routed else None
+        return evaluator.task(params, routes, self._mixture, task, 0, split, limit)
+
+
+def search(
+    adapter: Adapter,
+    params: Params,
+    task: str,
+    seed: int,
+    points: Sequence[tuple[float, int]],
+    mixture: PreparedMixture,
+    data: DataConfig,
+    config: FinetuneConfig,
+) -> Iterator[dict[str, Any]]:
+    """Trains from `params` with every (learning rate, batch size) of `points`.
+
+    Yields:
+        What runs.jsonl says of each run: a run as soon as another has beaten it on dev, without a
+        test score; last the best one, with its test score. So whoever is stopped has lost the best
+        run so far, and finds it again.
+    """
+    best: tuple[dict[str, Any], Params] | None = None
+    for learning_rate, batch_size in points:
+        batches = few_shot_batches(mixture, task, seed, batch_size, config.steps, data)
+        trained = adapter.train(params, batches, learning_rate)
+        dev = adapter.score(trained, task, f"fewshot_{seed}_validation")
+        row = {
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "metric": dev.metric,
+            "dev_score": dev.score,
+            "test_score": None,
+        }
+        if best is None:
+            best = row, trained
+        elif row["dev_score"] > best[0]["dev_score"]:
+            yield best[0]
+            best = row, trained
+        else:
+            yield row
+    if best is not None:
+        row, trained = best
+        yield row | {"test_score": adapter.score(trained, task, "test", config.test_examples).score}
+
+
 def finetune() -> None:
     """Adapts every starting point to every task, and writes the average relative gain."""
     # ---------------------------------------------------------------- configuration
@@ -136,33 +251,40 @@ def finetune() -> None:
     run_dir.check_config(directory, configs)
     mixture = prepare_mixtures(data)[data.mixture_or_task_name]
     run_dir.write_config(directory, configs)
-    done = _read_rows(directory / RUNS)
-    grid = list(itertools.product(config.seeds, config.batch_sizes, config.learning_rates))
+    rows = _read_rows(directory / RUNS)
+    done = {tuple(row[k] for k in KEY) for row in rows}
+    grid = [(rate, size) for size in config.batch_sizes for rate in config.learning_rates]
     # Runs are small: one device each.
     mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-    rows = list(done.values())
     with jax.set_mesh(mesh), open(directory / RUNS, "a", encoding="utf-8") as log:
+        adapters: dict[tuple, Adapter] = {}
         starts = read_starts(config, mixture.vocabulary.size, run.seed, replicated(mesh))
-        total = len(mixture.names) * len(grid) * (2 + (config.moe_dir is not None))
-        bar = tqdm(total=total, desc="few-shot", unit="run")
+        samples = list(itertools.product(mixture.names, config.seeds))
+        total = len(samples) * len(grid) * (2 + (config.moe_dir is not None))
+        bar = tqdm(total=total, initial=len(done), desc="few-shot", unit="run")
         for start in starts:
-            adapt = Adapter(start.model, mixture, data, config, optimizer_config, step_config, mesh)
-            few_shot_params = functools.lru_cache(1)(
-                lambda task, seed, s=start: s.params(_few_examples(mixture, task, seed, data))
-            )
-            for task, (seed, batch_size, learning_rate) in itertools.product(mixture.names, grid):
-                key = (task, start.name, seed, learning_rate, batch_size)
-                if key not in done:
-                    batches = few_shot_batches(mixture, task, seed, batch_size, config.steps, data)
-                    params = few_shot_params(task, seed)
-                    dev, test, metric = adapt(params, batches, task, seed, learning_rate)
-                    row = dict(zip(KEY, key, strict=True))
-                    row |= {"metric": metric, "dev_score": dev, "test_score": test}
+            form = (start.model, FROZEN[start.tune])
+            if form not in adapters:
+                adapters[form] = Adapter(
+                    *form, mixture, data, config, optimizer_config, step_config, mesh
+                )
+            for task, seed in samples:
+                points = [p for p in grid if (task, start.name, seed, *p) not in done]
+                if not points:
+                    continue
+                bar.set_postfix_str(f"{start.name}, {task}", refresh=False)
+                # The first 16 training examples as one group, whatever their number.
+                examples = few_shot_batches(mixture, task, seed, 16, 1, data)[0]
+                found = search(
+                    adapters[form], start.params(task, examples), task, seed, points,
+                    mixture, data, config,
+                )  # fmt: skip
+                for row in found:
+                    row = {"task": task, "start": start.name, "seed": seed, **row}
                     rows.append(row)
                     log.write(files.json_line(row))
                     log.flush()
-                bar.set_postfix_str(f"{start.name}, {task}", refresh=False)
-                bar.update()
+                    bar.update()
         bar.close()
     # ---------------------------------------------------------------- results
     gains = gain.relative_gains(rows)
@@ -170,70 +292,13 @@ def finetune() -> None:
     print(gain.text_table(gains))
 
 
-KEY = ("task", "start", "seed", "learning_rate", "batch_size")
-
-
-def _read_rows(path: Path) -> dict[tuple, dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Finished runs; a line that a kill cut short is dropped from the file."""
-    rows = []
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]
-        files.write_text(path, "".join(whole))
-        rows = list(files.read_jsonl(path))
-    return {tuple(row[k] for k in KEY): row for row in rows}
-
-
-def _few_examples(
-    mixture: PreparedMixture, task: str, seed: int, data: DataConfig
-) -> dict[str, np.ndarray]:
-    """The first 16 training examples of a few-shot sample as one group, whatever their number."""
-    return few_shot_batches(mixture, task, seed, 16, 1, data)[0]
-
-
-class Adapter:
-    """Trains and scores one run; compiles once per batch size, whatever the task."""
-
-    def __init__(
-        self,
-        model: TaskMoE,
-        mixture: PreparedMixture,
-        data: DataConfig,
-        config: FinetuneConfig,
-        optimizer_config: OptimizerConfig,
-        step_config: StepConfig,
-        mesh: jax.sharding.Mesh,
-    ):
-        self._mixture = mixture
-        self._config = config
-        self._rates = optimizer_config.learning_rates
-        optimizer = make_optimizer(optimizer_config)
-        # The step donates its state: every run starts from a copy.
-        self._init = jax.jit(lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer))
-        self._step = make_train_step(
-            model, optimizer_config, step_config, mesh, config.steps, seed=0
-        )
-        rows = RunConfig().eval_batch_rows
-        self._evaluator = Evaluator(model, mixture.vocabulary, data.lengths, rows, mesh)
-
-    def __call__(
-        self, params: Params, batches: list, task: str, seed: int, learning_rate: float
-    ) -> tuple[float, float, str]:
-        """Dev score, test score and metric after training on `batches`."""
-        state = self._init(params)
-        rates = {k: jnp.float32(v) for k, v in self._rates.items()}
-        rates["backbone"] = jnp.float32(learning_rate)
-        for batch in batches:
-            state, _ = self._step(state, batch, rates)
-        evaluator = self._evaluator
-        routes = evaluator.routes(state.params, jnp.int32(0)) if evaluator.model.routed else None
-
-        def score(split, limit=None):
-            return evaluator.task(state.params, routes, self._mixture, task, 0, split, limit)
-
-        dev = score(f"fewshot_{seed}_validation")
-        test = score("test", self._config.test_examples)
-        return dev.score, test.score, test.metric
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    files.write_text(path, "".join(line for line in lines if line.endswith("}\n")))
+    return list(files.read_jsonl(path))
 
 
 if __name__ == "__main__":

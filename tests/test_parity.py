@@ -314,7 +314,7 @@ def test_training_step_gradients(fixture, table):
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     step = jax.jit(functools.partial(gradients, model, config=StepConfig(), mesh=mesh))
     batch = {**fixture.batch, "task_id": jnp.arange(4)}
-    grads, metrics = step(params, batch, step=jnp.int32(0), key=jax.random.key(0))
+    grads, metrics, _ = step(params, batch, step=jnp.int32(0), key=jax.random.key(0))
     tokens = int(arrays["out/n_target_tokens"])
     assert metrics["target_tokens"] == tokens
     label = "training step"

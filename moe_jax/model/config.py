@@ -114,6 +114,7 @@ class RouterConfig:
         "lstm_layer_specific",
         "gru_layer_specific",
         "transformer_layer_specific",
+        "free",
     ] = "linear"
     hidden_dim: int = 128
     representation_dim: int = 128

@@ -81,6 +81,30 @@ def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array) -> Params
     return result
 
 
+def scatter_set(
+    total: Params, gathered: Params, index_NxK: jax.Array, valid_NxK: jax.Array
+) -> Params:
+    """`total` with its experts of the index replaced where valid; all else is of `gathered`."""
+    result, start = gathered, 0
+    for side, stack, index in _routed(total, index_NxK):
+        valid = valid_NxK[start : start + index.shape[0]]
+        start += index.shape[0]
+
+        def set_one(stack, at_valid_and_value):
+            at, valid, value = at_valid_and_value
+            return jax.tree.map(
+                lambda t, v: t.at[at[0], at[1]].set(jnp.where(valid, v, t[at[0], at[1]])),
+                stack,
+                value,
+            ), None
+
+        values = gathered[side]["layers"]["routed"]
+        values_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), values)
+        stack, _ = jax.lax.scan(set_one, stack, (_places(index), valid.ravel(), values_P))
+        result = _replace(result, side, stack)
+    return result
+
+
 def _places(index_LxK: jax.Array) -> jax.Array:
     """(layer, expert) of every gathered expert: int [L * K, 2]."""
     layers = jnp.broadcast_to(jnp.arange(index_LxK.shape[0])[:, None], index_LxK.shape)

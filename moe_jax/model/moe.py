@@ -84,7 +84,7 @@ class TaskMoE:
                 jax.random.normal(table_key, (self.tasks, dim)), ("task", "representation")
             )
             params["representations"] = table
-            params["router"] = self.router.init(router_key, table.value[:1])["params"]
+            params["router"] = self.router.init(router_key, table.value[:1]).get("params", {})
         return params
 
     def shapes(self) -> dict[str, list[int]]:

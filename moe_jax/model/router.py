@@ -22,6 +22,7 @@ class Router(nn.Module):
     Shared form: `linear` is a two-layer perceptron with one output for all layers; the others
     read the representation plus an embedding of the layer's position, as a sequence over layers.
     Layer-specific form: every routed layer has a projection (`linear`: a perceptron) of its own.
+    `free` is no network: the representation [N * E] is the route logits.
     """
 
     config: RouterConfig
@@ -36,6 +37,8 @@ class Router(nn.Module):
         family = c.kind.removesuffix("_layer_specific")
         own = c.kind != family  # each layer has weights of its own
         units = (N,) if own else ()
+        if family == "free":
+            return representation_TxK.reshape(T, N, E)
         x = representation_TxK
         if own:
             x = jnp.broadcast_to(x[:, None], (T, N, K))

@@ -47,6 +47,7 @@ def relative_gains(rows: Iterable[Mapping[str, Any]], baseline: str = "untrained
         rows: the lines of a fine-tuning run's runs.jsonl, with keys task, metric, start, seed,
             learning_rate, batch_size, dev_score and test_score. Of one (task, start, seed) the
             grid point with the best dev score counts; of equals, the first in the rows' order.
+            `test_score` may be None, but not of all: then the point does not count.
         baseline: the start that is direct fine-tuning.
 
     Returns:
@@ -279,6 +280,8 @@ def _grid(rows: Iterable[Mapping[str, Any]]) -> dict[tuple, dict[tuple, Mapping[
         where = f"task {row['task']!r}, start {row['start']!r}, seed {row['seed']}"
         for key in ("dev_score", "test_score"):
             value = row[key]
+            if key == "test_score" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UserError(f"{where}: {key} is {value!r}, expected a number")
             if not math.isfinite(value):
@@ -309,10 +312,15 @@ def _check_complete(grid, tasks: list, starts: list, seeds: list) -> None:
                         raise UserError(
                             f"task {task!r}, start {start!r}, seed {seed} lacks {_name(point)}"
                         )
+                if all(row["test_score"] is None for row in grid[task, start, seed].values()):
+                    raise UserError(
+                        f"task {task!r}, start {start!r}, seed {seed} has no test score"
+                    )
 
 
 def _best(points: Mapping[tuple, Mapping[str, Any]]) -> Mapping[str, Any]:
-    return max(points.values(), key=lambda row: row["dev_score"])  # `max` keeps the first of equals
+    tested = [row for row in points.values() if row["test_score"] is not None]
+    return max(tested, key=lambda row: row["dev_score"])  # `max` keeps the first of equals
 
 
 def _name(point: tuple) -> str:

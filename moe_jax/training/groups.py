@@ -14,6 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.experts import Params, gather, scatter_add
 from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.parallel import GROUP_AXES
+from moe_jax.training.lazy import Slots
 from moe_jax.training.loss import token_losses
 
 Batch = dict[str, jax.Array]
@@ -51,6 +52,7 @@ def local_gradients(
     backbone: Params,
     batch: Batch,
     assignment: Assignment | None,
+    slots: Slots | None,
     key: jax.Array,
     *,
     label_smoothing: float,
@@ -63,12 +65,14 @@ def local_gradients(
     Args:
         batch: [G, R, L] arrays.
         assignment: of the groups; None for a dense model.
+        slots: see `lazy`; None for the gradient by all experts.
         groups_at_once: see `StepConfig`.
         shards: devices that share the batch.
         weighted: whether the gradient by the routes is wanted.
 
     Returns:
-        (loss, its gradient by the backbone, its gradient by each group's weights [G, N, K]).
+        (loss, its gradient by the backbone, or by the slots of each routed layer, its gradient by
+        each group's weights [G, N, K]).
     """
     groups = batch["task_id"].shape[0]
     tokens = {name: array for name, array in batch.items() if name != "task_id"}
@@ -91,7 +95,7 @@ def local_gradients(
         value, grads = jax.value_and_grad(loss)(chosen, weights)
         return value, grads, jnp.zeros(at_once) if weights is None else jnp.zeros_like(weights)
 
-    def merged(tokens_W, _, weights_WxNxK, keys_W):
+    def merged(tokens_W, weights_WxNxK, keys_W):
         rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tokens_W)
         each = rows["inputs"].shape[0] // at_once
 
@@ -103,7 +107,7 @@ def local_gradients(
 
         return differentiate(loss, backbone, weights_WxNxK)
 
-    def gathered(group, index_NxK, weights_NxK, group_key):
+    def gathered(group, index_NxK, _, weights_NxK, group_key):
         def loss(chosen, weights_NxK):
             return group_loss(model, chosen, weights_NxK, group, group_key, label_smoothing)
 
@@ -121,15 +125,19 @@ def local_gradients(
             found = jax.vmap(gathered)(*xs)
         losses_W, grads_W, d_weights = found
         for w in range(at_once):
-            total = scatter_add(total, jax.tree.map(lambda g, w=w: g[w], grads_W), xs[1][w])
+            total = scatter_add(total, jax.tree.map(lambda g, w=w: g[w], grads_W), xs[2][w])
         return (total_loss + losses_W.sum(), total), d_weights
 
-    xs = (tokens, index, weights, keys_G)
+    xs = (tokens, weights, keys_G)
+    whole = backbone
+    if not shared:
+        xs = (tokens, index, index if slots is None else slots.slots_GxNxK, weights, keys_G)
+        whole = backbone if slots is None else jax.eval_shape(gather, backbone, slots.experts_NxS)
     if shared and groups == at_once:
         loss, total, d_weights = merged(*xs)
     else:
         xs = jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), xs)
-        zeros = jax.tree.map(jnp.zeros_like, backbone)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole)
         (loss, total), d_weights = jax.lax.scan(add, (jnp.float32(0), zeros), xs)
         d_weights = d_weights.reshape(groups, *d_weights.shape[2:])
     if shards > 1:

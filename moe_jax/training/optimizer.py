@@ -21,6 +21,9 @@ class OptimizerConfig:
     A part in `frozen` gets no update, no weight decay, no momentum and no share in the gradient
     norm. Weight decay touches matrices of the backbone only: not norms, biases, the router or the
     task table, whose rows would otherwise shrink while their task is not in the batch.
+
+    `lazy` leaves experts alone that no group of the batch uses, where groups gather experts: they
+    neither go on by their momentum nor decay, and cost nothing (see `training.lazy`).
     """
 
     learning_rate: float = 1e-5
@@ -34,6 +37,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-8
+    lazy: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

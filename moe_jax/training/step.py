@@ -23,6 +23,7 @@ from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.selection import temperature_at
 from moe_jax.parallel import GROUP_AXES, group_shards, replicated, shardings
 from moe_jax.training.groups import Batch, local_gradients
+from moe_jax.training.lazy import Slots, find_slots, put_slots, take_slots
 from moe_jax.training.optimizer import OptimizerConfig, apply, make_optimizer, schedule
 
 # The hardware's generator: dropout masks cost and compile several times less than threefry's.
@@ -84,7 +85,8 @@ def gradients(
     config: StepConfig,
     mesh: Mesh,
     frozen: tuple[str, ...] = (),
-) -> tuple[Params, dict[str, jax.Array]]:
+    lazy: bool = False,
+) -> tuple[Params, dict[str, jax.Array], Slots | None]:
     """Gradient of the mean loss per target token, and metrics.
 
     Args:
@@ -92,9 +94,11 @@ def gradients(
         step: for the temperature.
         key: of this step; dropout, Gumbel noise and random routes are drawn from it.
         frozen: parts of the parameters whose gradient is left zero (and not computed).
+        lazy: where groups gather experts, only those in use are differentiated (see `lazy`).
 
     Returns:
-        (gradients like `params`, {"loss", "target_tokens", ...} scalars).
+        (gradients like `params`, {"loss", "target_tokens", ...} scalars, None); with `lazy`,
+        (gradients like `take_slots(params, slots)`, scalars, slots).
     """
     route_key, dropout_key = jax.random.split(key)
     free_router = model.routed and not {"router", "representations"} <= set(frozen)
@@ -106,8 +110,7 @@ def gradients(
         return assignment.weights_GxNxK, (assignment.index_GxNxK, routes_TxNxE)
 
     metrics = {}
-    assignment = None
-    pull_back = None
+    assignment = index = pull_back = None
     if model.routed:
         if free_router:
             weights, pull_back, (index, routes) = jax.vjp(assign, routing_params, has_aux=True)
@@ -123,14 +126,23 @@ def gradients(
         local_gradients, model, label_smoothing=config.label_smoothing,
         groups_at_once=config.groups_at_once, shards=group_shards(mesh), weighted=free_router,
     )  # fmt: skip
+    slots = None
+    if lazy and index is not None and "backbone" not in frozen:
+        slots = find_slots(index, model.config.experts)
     loss, backbone_grads, weight_grads = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(), P(GROUP_AXES), P(GROUP_AXES), P()),
+        in_specs=(
+            P(),
+            P(GROUP_AXES),
+            P(GROUP_AXES),
+            Slots(P(), P(), P(GROUP_AXES)) if slots else P(),
+            P(),
+        ),
         out_specs=(P(), P(), P(GROUP_AXES)),
         axis_names=set(GROUP_AXES),
         check_vma=False,
-    )(params["backbone"], batch, assignment, dropout_key)
+    )(params["backbone"], batch, assignment, slots, dropout_key)
 
     scale = 1.0 / jnp.maximum(target_tokens, 1.0)
     grads = jax.tree.map(jnp.zeros_like, routing_params)
@@ -140,7 +152,7 @@ def gradients(
     for part in frozen:
         if part in grads:
             grads[part] = jax.tree.map(jnp.zeros_like, grads[part])
-    return grads, {"loss": loss * scale, "target_tokens": target_tokens, **metrics}
+    return grads, {"loss": loss * scale, "target_tokens": target_tokens, **metrics}, slots
 
 
 def make_train_step(
@@ -160,19 +172,25 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, learning_rates: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.key(seed, impl=PRNG), state.step)
-        grads, metrics = gradients(
+        grads, metrics, slots = gradients(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
-            frozen=optimizer_config.frozen,
+            frozen=optimizer_config.frozen, lazy=optimizer_config.lazy,
         )  # fmt: skip
+        params, opt_state = state.params, state.opt_state
+        if slots is not None:
+            params, opt_state = take_slots((params, opt_state), slots)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         share = padding_share(batch)  # of the whole batch, whichever process holds which part
         metrics |= {f"padding/{name}": share[name] for name in ("all", "unpacked")}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to int32 powers
-            directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            directions, opt_state = optimizer.update(grads, opt_state, params)
         height = schedule(optimizer_config, state.step, total_steps)
         rates = {part: height * rate for part, rate in learning_rates.items()}
         metrics["learning_rate"] = rates["backbone"]
-        params = apply(state.params, directions, rates)
+        params = apply(params, directions, rates)
+        if slots is not None:
+            whole = (state.params, state.opt_state)
+            params, opt_state = put_slots(whole, (params, opt_state), slots)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     placed = (state_shardings(model, optimizer, mesh), replicated(mesh))

@@ -1,0 +1,103 @@
+"""Lazy steps: the update of the experts in use is AdamW's, the others stay as they are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_run import random_batch, tiny_model, tiny_params
+
+from moe_jax.parallel import MeshConfig, make_mesh
+from moe_jax.training.lazy import find_slots
+from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
+
+E = 4
+MODEL = tiny_model(experts=E, selection="gumbel_softmax_st", experts_per_layer=1)
+PARAMS = tiny_params(MODEL)
+BATCHES = [random_batch(groups=2, seed=seed) for seed in range(2)]
+MESHES = {"1 device": (1, MeshConfig()), "2 data, 4 expert": (8, MeshConfig(data=2, expert=4))}
+
+
+@functools.cache
+def two_steps(mesh, lazy):
+    """[state after 0, 1, 2 steps], as NumPy."""
+    count, config = MESHES[mesh]
+    mesh = make_mesh(config, jax.devices()[:count])
+    # Without decay: an expert that was never used does not move in AdamW either. The epsilon: a
+    # key's bias has no true gradient, and its rounding errors must not become steps.
+    optimizer_config = OptimizerConfig(
+        learning_rate=1e-2, weight_decay=0.0, epsilon=1e-4, lazy=lazy
+    )
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(optimizer_config)
+        state = jax.jit(
+            lambda p: init_state(p, optimizer),
+            out_shardings=state_shardings(MODEL, optimizer, mesh),
+        )(PARAMS)
+        step = make_train_step(MODEL, optimizer_config, StepConfig(), mesh, 10, seed=0)
+        rates = {k: jnp.float32(v) for k, v in optimizer_config.learning_rates.items()}
+        states = [jax.device_get(state)]
+        for batch in BATCHES:
+            state, _ = step(state, batch, rates)
+            states.append(jax.device_get(state))
+        assert step._cache_size() == 1
+    return states
+
+
+def changed(before, after):
+    """For every side, [L, E]: which experts' parameters or moments differ."""
+    found = {}
+    for a, b in zip(_backbones(before), _backbones(after), strict=True):
+        for side in ("encoder", "decoder"):
+            for x, y in zip(*(jax.tree.leaves(t[side]["layers"]["routed"]) for t in (a, b)),
+                            strict=True):  # fmt: skip
+                differs = np.any(x != y, axis=tuple(range(2, x.ndim)))
+                found[side] = found.get(side, False) | differs
+    return found
+
+
+def _backbones(state):
+    """That of the parameters and of both moments."""
+    is_params = lambda t: isinstance(t, dict) and "backbone" in t  # noqa: E731
+    trees = jax.tree.leaves((state.params, state.opt_state), is_leaf=is_params)
+    found = [t["backbone"] for t in trees if is_params(t)]
+    assert len(found) == 3
+    return found
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_first_step_is_that_of_adamw(mesh):
+    for ours, theirs in zip(
+        jax.tree.leaves(two_steps(mesh, True)[1]),
+        jax.tree.leaves(two_steps("1 device", False)[1]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_experts_not_in_use_stay_exactly(mesh):
+    _, first, second = two_steps(mesh, True)
+    moved = changed(first, second)
+    # AdamW moves also what the first batch has given momentum.
+    zero, first, second = two_steps("1 device", False)
+    started, all_moved = changed(zero, first), changed(first, second)
+    for side in moved:
+        assert moved[side].sum() == 2 or moved[side].sum() == 1  # two groups
+        np.testing.assert_array_equal(all_moved[side], moved[side] | started[side])
+    assert any(np.any(all_moved[side] != moved[side]) for side in moved)
+
+
+def test_slots():
+    index_GxNxK = jnp.array([[[3], [0]], [[1], [0]], [[3], [2]]])
+    slots = find_slots(index_GxNxK, 5)
+    assert slots.experts_NxS.shape == (2, 3)
+    for layer, experts in enumerate(slots.experts_NxS):
+        assert len(set(experts.tolist())) == 3
+        used = {int(e) for e, u in zip(experts, slots.used_NxS[layer], strict=True) if u}
+        assert used == set(index_GxNxK[:, layer].ravel().tolist())
+        for group in range(3):
+            slot = int(slots.slots_GxNxK[group, layer, 0])
+            assert int(experts[slot]) == int(index_GxNxK[group, layer, 0])

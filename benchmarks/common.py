@@ -33,9 +33,9 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "small": {
         "vocabulary_size": 8192, "d_model": 384, "d_ff": 1536, "heads": 6, "encoder_layers": 3,
-        "decoder_layers": 3,
+        "decoder_layers": 3, "unroll_layers": 3,
     },
-    "bart_base": {"vocabulary_size": 50265},
+    "bart_base": {"vocabulary_size": 50265, "unroll_layers": 6},
     "bart_large": {
         "vocabulary_size": 50265, "d_model": 1024, "d_ff": 4096, "heads": 16, "encoder_layers": 12,
         "decoder_layers": 12,
@@ -212,10 +212,10 @@ def random_batch(
 class Training:
     """A model, its state and its jitted step on one device; `run(batch)` does one step."""
 
-    def __init__(self, model: TaskMoE, step_config: StepConfig | None = None):
+    def __init__(self, model: TaskMoE, step_config: StepConfig | None = None, lazy: bool = False):
         self.model = model
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        config = OptimizerConfig()
+        config = OptimizerConfig(lazy=lazy)
         self.rates = {k: jnp.float32(v) for k, v in config.learning_rates.items()}
         with jax.set_mesh(self.mesh):
             optimizer = make_optimizer(config)

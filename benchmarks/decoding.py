@@ -4,7 +4,8 @@
 
 Every answer has the full length: the end of sequence is ruled out before, on both sides.
 `greedy_to_torch` and `beam4_to_torch` are sequences per second over those of `generate`, of the
-dense model, one task. `mixed_to_single` (and `mixed_to_single_beam4`) is the time of a batch whose
+dense model, one task; `..._short` is of long inputs and short answers, where encoding is most of
+the work. `mixed_to_single` (and `mixed_to_single_beam4`) is the time of a batch whose
 rows are all of different tasks over that of a single task, 3 experts, one per layer.
 `equal_tokens` and `equal_tokens_beam4` are the share of tokens on which both sides agree.
 """
@@ -31,11 +32,11 @@ from moe_jax.model.decoding import DecodingConfig, DecodingIds, decode
 from moe_jax.model.rows import RowModel, row_routes
 
 IDS = DecodingIds(start=2, eos=2, pad=1)
-# scale: (model size, rows, (input, output) length)
+# scale: (model size, rows, (input, output) length, the same with short answers)
 PLANS = {
-    "tiny": ("tiny", 4, (16, 4)),
-    "quick": ("small", 16, (128, 16)),
-    "full": ("bart_base", 16, (128, 16)),
+    "tiny": ("tiny", 4, (8, 8), (16, 4)),
+    "quick": ("small", 16, (64, 64), (128, 16)),
+    "full": ("bart_base", 16, (64, 64), (128, 16)),
 }
 
 
@@ -63,10 +64,19 @@ def decoder(model, length: int, beams: int):
 
 
 def against_generate(args: argparse.Namespace, report: Report, **peer: Any) -> None:
-    """The dense model on both sides."""
+    """The dense model on both sides, at both pairs of lengths."""
+    size, rows, *lengths = PLANS[args.scale]
+    for suffix, pair in zip(("", "_short"), lengths, strict=True):
+        _against_generate(report, args.rounds, size, rows, pair, suffix, **peer)
+
+
+def _against_generate(
+    report: Report, rounds: int, size: str, rows: int, lengths: tuple[int, int], suffix: str,
+    **peer: Any,
+) -> None:  # fmt: skip
     from benchmarks import torch_models as torch
 
-    size, rows, (input_length, length) = PLANS[args.scale]
+    input_length, length = lengths
     settings = {} if not peer.get("bfloat16") else {"dtype": "bfloat16"}
     ours = Training(build(size, 1, init_std=0.1, **settings))
     params = ours.state.params["backbone"]
@@ -79,17 +89,17 @@ def against_generate(args: argparse.Namespace, report: Report, **peer: Any) -> N
             "torch": lambda beams=beams: generate(beams),
         }
         seconds = report.times(
-            runs, args.rounds, prefix=f"{name}, ", model=size, rows=rows,
+            runs, rounds, prefix=f"{name}, ", model=size, rows=rows,
             lengths=(input_length, length), sequences_per_run=rows,
         )  # fmt: skip
-        report.ratio(f"{name}_to_torch", seconds["torch"] / seconds["jax"])
+        report.ratio(f"{name}_to_torch{suffix}", seconds["torch"] / seconds["jax"])
         equal = float(np.mean(runs["jax"]() == runs["torch"]()))
-        report.ratio("equal_tokens" if beams == 1 else f"equal_tokens_{name}", equal)
+        report.ratio(f"equal_tokens{'' if beams == 1 else f'_{name}'}{suffix}", equal)
 
 
 def mixed_tasks(args: argparse.Namespace, report: Report, **settings: Any) -> None:
     """Rows of one task, and rows of as many tasks as there are rows."""
-    size, rows, (input_length, length) = PLANS[args.scale]
+    size, rows, (input_length, length), _ = PLANS[args.scale]
     ours = Training(build(size, 3, ROUTED, tasks=rows, **settings))
     params = ours.state.params["backbone"]
     batch = ours.put(random_batch(ours.model, 1, rows, (input_length, length)))

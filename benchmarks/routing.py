@@ -4,7 +4,8 @@
 
 `routed_to_dense_E<n>` is time over time at 1,024 input tokens per group (`..._256` at 256): for
 `bart_base` to 6 experts, for a smaller model (`_small` where both have the number) to 24. The
-dense model is that of E = 1. `routed_to_all_experts_E<n>` compares with computing every expert.
+dense model is that of E = 1. `routed_to_dense_E<n>_lazy` is with OptimizerConfig.lazy, measured
+from 6 experts on. `routed_to_all_experts_E<n>` compares with computing every expert.
 """
 
 from typing import Any
@@ -60,6 +61,9 @@ def compare(
     routed = Training(build(size, experts, ROUTED, **settings))
     batch = dense.put(random_batch(dense.model, groups, rows, LENGTHS))
     runs = {"dense": lambda: dense.run(batch), "routed": lambda: routed.run(batch)}
+    if experts >= 6:
+        lazy = Training(build(size, experts, ROUTED, **settings), lazy=True)
+        runs["routed, lazy"] = lambda: lazy.run(batch)
     if with_all:
         every = Training(build(size, experts, ALL_EXPERTS, **settings))
         runs["all experts"] = lambda: every.run(batch)
@@ -68,6 +72,8 @@ def compare(
         tokens_per_group=rows * LENGTHS[0],
     )  # fmt: skip
     report.ratio(f"routed_to_dense_{key}", seconds["routed"] / seconds["dense"])
+    if "routed, lazy" in seconds:
+        report.ratio(f"routed_to_dense_{key}_lazy", seconds["routed, lazy"] / seconds["dense"])
     if with_all:
         report.ratio(f"routed_to_all_experts_{key}", seconds["routed"] / seconds["all experts"])
 

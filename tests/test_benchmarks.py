@@ -1,0 +1,41 @@
+"""Every benchmark runs, prints its table and writes the ratios that it promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RATIOS = {
+    "routing": {"routed_to_dense_E3", "routed_to_dense_E24", "routed_to_all_experts_E3"},
+    "decoding": {"greedy_to_torch", "beam4_to_torch", "mixed_to_single"},
+    "training": {
+        "dense_to_torch", "all_experts_to_torch", "tokens_per_s_to_torch_all_experts",
+        "padding_share", "padding_share_unpacked", "pipeline_to_repeated_batch",
+    },
+    "memory": {"memory_E3_to_dense"},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RATIOS)
+def test_benchmark(name, request, tmp_path):
+    flags = ["--tiny", "--rounds=1", f"--json={tmp_path / 'found.json'}"]
+    if name in ("decoding", "training"):
+        pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    if name == "training":
+        gym = request.getfixturevalue("gym")
+        flags += [f"--crossfit_dir={gym / 'crossfit'}", f"--cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *flags],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert RATIOS[name] <= found["ratios"].keys()
+    assert all(value > 0 for value in found["ratios"].values())
+    for ratio in found["ratios"]:
+        assert ratio in done.stdout

@@ -67,7 +67,10 @@ def test_readme_runs(tmp_path):
     """The README's commands on the embedded tasks, with few steps."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in commands(ROOT / "README.md"):
-        if "CROSSFIT_DIR" in command or "python -m moe_jax." not in command:
+        # What needs others' files, or the quickstart's, is run by the tests of its command.
+        if {"DIR", "OUT"} & set(command.replace("=", " ").split()) or "quickstart" in command:
+            continue
+        if "python -m moe_jax." not in command:
             continue
         command = command.replace("runs/", f"{tmp_path}/runs/")
         if "moe_jax.train" in command:

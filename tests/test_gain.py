@@ -52,6 +52,17 @@ def test_crossfits_example():
     assert gains["tasks"]["b"]["moe"]["relative_gain"] == pytest.approx(-0.25)
 
 
+def test_runs_that_dev_did_not_choose_need_no_test_score():
+    rows = table({("a", "untrained"): [0.5], ("a", "moe"): [0.7]})
+    rows += [row("a", s, 0, None, dev=0.1, rate=1e-3) for s in ("untrained", "moe")]
+    gains = gain.relative_gains(rows)
+    assert gains["starts"]["moe"]["arg"] == pytest.approx(0.4)
+    assert gains["tasks"]["a"]["moe"]["selected"]["0"]["learning_rate"] == 1e-4
+    rows[1]["test_score"] = None
+    with pytest.raises(UserError, match="task 'a', start 'moe', seed 0 has no test score"):
+        gain.relative_gains(rows)
+
+
 def test_against_second_implementation():
     rng = np.random.default_rng(0)
     tasks, seeds, starts = ["a", "b", "c"], [13, 21, 42, 87], ["untrained", "dense", "moe"]

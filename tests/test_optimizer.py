@@ -51,7 +51,7 @@ def run(config, gradients, frozen=()):
     return params, state
 
 
-def numpy_adamw(config, gradients):
+def numpy_adamw(config, gradients, constant=False):
     """Loshchilov & Hutter 2019 with clipping and one learning rate per part, in float64."""
     rates = {
         "backbone": config.learning_rate,
@@ -69,6 +69,7 @@ def numpy_adamw(config, gradients):
         used = {name: g for name, g in grads.items() if part[name] not in config.frozen}
         norm = np.sqrt(sum((g**2).sum() for g in used.values()))
         share = min(t / warmup, (len(gradients) - t + 1) / (len(gradients) - warmup))
+        share = 1.0 if constant else share
         for name, g in used.items():
             g = g * min(1.0, config.clip_norm / norm)
             m[name] = config.b1 * m[name] + (1 - config.b1) * g
@@ -143,6 +144,54 @@ def test_schedule():
     for steps in (1, 2, 3, 7):
         for fraction in (0.0, 0.06, 0.5, 1.0):
             assert all(0 < v <= 1 for v in values(steps, warmup_fraction=fraction))
+
+
+def test_alternation():
+    """Each side is AdamW on the gradients of its own turns; what rests does not move at all."""
+    config = dataclasses.replace(
+        CONFIG, alternate_every=2, frozen=("representations",), decay="constant",
+        warmup_fraction=0.0,
+    )  # fmt: skip
+    optimizer = make_optimizer(config)
+    params = tree(0)
+    state = optimizer.init(params)
+    gradients = [tree(i, scale) for i, scale in enumerate([3.0, 0.02, 1.0, 0.05, 2.0, 0.1, 4.0], 1)]
+
+    @jax.jit
+    def step(params, state, grads):
+        with jax.numpy_dtype_promotion("standard"):
+            directions, state = optimizer.update(grads, state, params)
+        return apply(params, directions, config.learning_rates), state
+
+    def own(state, side):
+        return jax.tree.leaves(state.inner_states[side].inner_state.inner_state)
+
+    for i, grads in enumerate(gradients):
+        zero = jax.tree.map(jnp.zeros_like, grads["representations"])
+        before = (params, state)
+        params, state = step(params, state, grads | {"representations": zero})
+        resting = ("backbone", "experts") if i // 2 % 2 else ("router", "routes")
+        for old, new in (
+            (before[0][resting[0]], params[resting[0]]),
+            (before[0]["representations"], params["representations"]),
+            (own(before[1], resting[1]), own(state, resting[1])),
+        ):
+            jax.tree.map(np.testing.assert_array_equal, old, new)
+    assert step._cache_size() == 1
+
+    for part, turns in (("backbone", (0, 1, 4, 5)), ("router", (2, 3, 6))):
+        # Alone: what rests has no share in the gradient norm either.
+        alone = dataclasses.replace(config, frozen=tuple({*SHAPES} - {part}), alternate_every=0)
+        wanted = numpy_adamw(alone, [gradients[i] for i in turns], constant=True)
+        for path, found in jax.tree_util.tree_leaves_with_path({part: params[part]}):
+            name = jax.tree_util.keystr(path)
+            np.testing.assert_allclose(found, wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("frozen", [("backbone",), ("router", "representations")])
+def test_alternation_needs_two_sides(frozen):
+    with pytest.raises(UserError, match="nothing left to alternate with"):
+        OptimizerConfig(alternate_every=5, frozen=frozen)
 
 
 def test_an_unknown_part_is_named():

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from toy_run import tiny_model, tiny_params
 
 from moe_jax.errors import UserError
 from moe_jax.model.config import RouterConfig
@@ -124,3 +125,17 @@ def test_transformer_heads_must_divide():
 def test_unknown_kind():
     with pytest.raises(UserError, match=r"kind is 'gruu'.*did you mean 'gru'"):
         RouterConfig(kind="gruu")
+
+
+def test_free_logits():
+    """No network: the representation is the logits, and must be as long."""
+    model = tiny_model(kind="free", representation_dim=8, tasks=T)
+    params = tiny_params(model)
+    assert params["router"] == {}
+    routes = model.routes(params, 0)
+    logits = np.asarray(params["representations"]).reshape(T, 2, 4)
+    np.testing.assert_allclose(
+        routes, np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), atol=1e-6
+    )
+    with pytest.raises(UserError, match="2 layers x 3 experts = 6 numbers"):
+        tiny_model(kind="free", representation_dim=8, experts=3)

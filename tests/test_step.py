@@ -1,6 +1,8 @@
 """Gradients and steps: against a plain gradient of all experts, and on meshes of 8 devices."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +46,17 @@ AT_ONCE = {"gumbel_softmax": 2, "gumbel_softmax_st, all": 8, "top_k, 2": 4}
 
 
 @functools.cache
-def jitted(name, at_once, frozen=()):
-    config = StepConfig(label_smoothing=SMOOTHING, groups_at_once=at_once)
+def jitted(name, at_once, frozen=(), terms=()):
+    config = StepConfig(label_smoothing=SMOOTHING, groups_at_once=at_once, **dict(terms))
     model = tiny_model(**SELECTIONS[name])
     settings = {"config": config, "mesh": one_device(), "frozen": frozen}
     return jax.jit(lambda *args, **named: gradients(model, *args, **named, **settings)[:2])
 
 
-def ours(name, batch, at_once=None, frozen=()):
+def ours(name, batch, at_once=None, frozen=(), terms=()):
     """The step's gradients and metrics."""
     with jax.set_mesh(one_device()):
-        function = jitted(name, at_once or AT_ONCE.get(name, 1), frozen)
+        function = jitted(name, at_once or AT_ONCE.get(name, 1), frozen, terms)
         return function(PARAMS, batch, step=jnp.int32(STEP), key=KEY)
 
 
@@ -178,6 +180,34 @@ def test_frozen_parts_have_no_gradient(batch):
     assert all((x == 0).all() for x in jax.tree.leaves((found["router"], found["representations"])))
 
 
+def test_regularisation_is_exact_where_groups_gather(batch):
+    """The same terms come on top, though a group computes one expert per layer."""
+    name, terms = "gumbel_softmax_st, 1", {"expert_distance": 0.01, "route_entropy": 0.3}
+    found, metrics = ours(name, batch, terms=tuple(terms.items()))
+    without, plain_metrics = ours(name, batch)
+
+    def penalties(params):
+        distance = 0.0
+        for side in ("encoder", "decoder"):
+            for path, x in jax.tree_util.tree_leaves_with_path(params["backbone"][side]["layers"]):
+                # Queries, keys and values lie side by side in one array; biases have no D axis.
+                parts = {"q_": 1, "kv": 2, "qk": 3}.get(path[-1].key[:2], 1)
+                x = jnp.split(x[0], parts, -3) if parts > 1 else [x[0]]
+                for a, b in itertools.combinations(range(4), 2):
+                    distance += sum(jnp.linalg.norm((y[a] - y[b]).ravel()) for y in x) / 6
+        logits = tiny_model().router.apply({"params": params["router"]}, params["representations"])
+        p = jax.nn.softmax(logits / 2.0)[jnp.asarray(batch["task_id"])]
+        entropy = -jnp.sum(p * jnp.log(p), -1).mean()
+        return terms["expert_distance"] * distance + terms["route_entropy"] * entropy
+
+    wanted = jax.tree.map(jnp.add, without, jax.jit(jax.grad(penalties))(PARAMS))
+    assert_close(found, wanted)
+    assert metrics["loss"] == plain_metrics["loss"]  # of the data alone
+    assert {k for k in metrics if k.startswith("regularisation/")} == {
+        f"regularisation/{term}" for term in terms
+    }
+
+
 def test_packing_changes_nothing():
     """The same examples, two in a row or one: same loss, same gradients."""
     rng = np.random.default_rng(1)
@@ -243,6 +273,44 @@ def test_meshes_agree_with_one_device(name, routed, alone, batch):
 
 def test_one_device_compiles_once(alone):
     assert alone[2]._cache_size() == 1
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_is_frozen_or_rests_does_not_move(lazy, batch):
+    """Alternating every step, with frozen representations, in one compiled program."""
+    config = dataclasses.replace(
+        OPTIMIZER, alternate_every=1, frozen=("representations",), lazy=lazy
+    )
+    model = tiny_model(**SELECTIONS["gumbel_softmax_st, 1"])
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config)
+        places = state_shardings(model, optimizer, mesh)
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(PARAMS)
+        step = make_train_step(model, config, StepConfig(), mesh, total_steps=10, seed=0)
+        rates = {k: jnp.float32(v) for k, v in config.learning_rates.items()}
+        before = jax.device_get(state)
+        for moving, resting in [("backbone", "router"), ("router", "backbone")] * 2:
+            state, _ = step(state, batch, rates)
+            after = jax.device_get(state)
+            for part in (resting, "representations"):
+                jax.tree.map(np.testing.assert_array_equal, before.params[part], after.params[part])
+            assert any(
+                np.any(x != y)
+                for x, y in zip(
+                    jax.tree.leaves(before.params[moving]),
+                    jax.tree.leaves(after.params[moving]),
+                    strict=True,
+                )
+            )
+            before = after
+    assert step._cache_size() == 1
+
+
+def test_alternation_needs_a_router():
+    config = dataclasses.replace(OPTIMIZER, alternate_every=1)
+    with pytest.raises(UserError, match="the model has no router"):
+        make_train_step(tiny_model(experts=1), config, StepConfig(), one_device(), 1, 0)
 
 
 def test_parameters_and_optimizer_state_are_sharded(routed):

@@ -90,6 +90,9 @@ class ModelConfig:
 class RouterConfig:
     """How a task's representation becomes one distribution over experts per routed layer.
 
+    Kinds are the ten published routers, and `free`: no network, the representation (N * E numbers)
+    is the route logits.
+
     Selections: `softmax`, `gumbel_softmax`, `gumbel_softmax_st` (straight-through), `argmax`
     (straight-through, no noise), `top_k`, and the baselines `average`, `random_task` (random
     experts per task and layer, fixed by `seed`) and `random_instance` (drawn anew for every

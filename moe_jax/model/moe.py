@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import UserError
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params
@@ -38,6 +39,14 @@ class TaskMoE:
     config: ModelConfig
     router_config: RouterConfig
     tasks: int
+
+    def __post_init__(self) -> None:
+        dim, numbers = self.router_config.representation_dim, self.layers * self.config.experts
+        if self.routed and self.router_config.kind == "free" and dim != numbers:
+            raise UserError(
+                f"RouterConfig.representation_dim is {dim}, but the route logits of kind 'free' "
+                f"are {self.layers} layers x {self.config.experts} experts = {numbers} numbers"
+            )
 
     @property
     def routed(self) -> bool:

@@ -58,7 +58,8 @@ def _map_backbones(function: Any, *trees: Any) -> Any:
     leaves are the last tree's."""
 
     def is_params(tree: Any) -> bool:
-        return isinstance(tree, dict) and "backbone" in tree
+        # Where optax keeps no moments of the backbone, it has no leaves.
+        return isinstance(tree, dict) and bool(jax.tree.leaves(tree.get("backbone")))
 
     def one(*parts: Any) -> Any:
         if not is_params(parts[0]):

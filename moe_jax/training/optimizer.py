@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.errors import check_fields
+from moe_jax.errors import UserError, check_fields
 
 PARTS = ("backbone", "router", "representations")
 
@@ -24,6 +24,10 @@ class OptimizerConfig:
 
     `lazy` leaves experts alone that no group of the batch uses, where groups gather experts: they
     neither go on by their momentum nor decay, and cost nothing (see `training.lazy`).
+
+    With `alternate_every` n, the backbone alone is trained for n steps, then router and
+    representations alone for n steps, and so on. What rests stays as it is, with its moments, and
+    has no share in the gradient norm.
     """
 
     learning_rate: float = 1e-5
@@ -38,9 +42,21 @@ class OptimizerConfig:
     b2: float = 0.999
     epsilon: float = 1e-8
     lazy: bool = False
+    alternate_every: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.alternate_every < 0:
+            raise UserError(
+                f"OptimizerConfig.alternate_every is {self.alternate_every}; it is at least 1, "
+                "or 0 for all parts at once"
+            )
+        frozen = set(self.frozen)
+        if self.alternate_every and ("backbone" in frozen or frozen >= set(PARTS[1:])):
+            raise UserError(
+                f"OptimizerConfig.frozen is {self.frozen}: there is nothing left to alternate with "
+                f"(alternate_every is {self.alternate_every})"
+            )
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -71,9 +87,17 @@ def _decayed(params: Any) -> Any:
 
 
 def _labels(params: Any, config: OptimizerConfig) -> Any:
+    """What becomes of each parameter: a name of `make_optimizer`'s transformations."""
+
+    def label(part: str) -> str:
+        if part in config.frozen:
+            return "frozen"
+        if not config.alternate_every:
+            return "free"
+        return "experts" if part == "backbone" else "routes"
+
     return {
-        part: jax.tree.map(lambda _, part=part: "frozen" if part in config.frozen else "free", tree)
-        for part, tree in params.items()
+        part: jax.tree.map(lambda _, part=part: label(part), tree) for part, tree in params.items()
     }
 
 
@@ -83,16 +107,26 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     Gradients of frozen parts must be zero when they arrive (see `step.gradients`), so that
     clipping ignores them.
     """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.multi_transform(
-            {"free": adamw, "frozen": optax.set_to_zero()}, lambda p: _labels(p, config)
-        ),
-    )
+
+    def labelled(transforms: dict[str, optax.GradientTransformation]):
+        transforms["frozen"] = optax.set_to_zero()
+        return optax.multi_transform(transforms, lambda p: _labels(p, config))
+
+    if not config.alternate_every:
+        return optax.chain(clip, labelled({"free": adamw}))
+
+    def in_turn(turn: int) -> optax.GradientTransformation:
+        # Clipped apart: the gradient of what rests has no share in the norm.
+        return optax.conditionally_mask(
+            optax.chain(clip, adamw), lambda step: step // config.alternate_every % 2 == turn
+        )
+
+    return labelled({"experts": in_turn(0), "routes": in_turn(1)})
 
 
 def apply(params: Any, directions: Any, learning_rates: dict[str, jax.Array]) -> Any:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.data.packing import padding_share
-from moe_jax.errors import check_fields
+from moe_jax.errors import UserError, check_fields
 from moe_jax.model.experts import Params
 from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.selection import temperature_at
@@ -25,6 +25,7 @@ from moe_jax.parallel import GROUP_AXES, group_shards, replicated, shardings
 from moe_jax.training.groups import Batch, local_gradients
 from moe_jax.training.lazy import Slots, find_slots, put_slots, take_slots
 from moe_jax.training.optimizer import OptimizerConfig, apply, make_optimizer, schedule
+from moe_jax.training.regularisation import penalty
 
 # The hardware's generator: dropout masks cost and compile several times less than threefry's.
 PRNG = "rbg"
@@ -40,10 +41,17 @@ class StepConfig:
         groups_at_once: groups that run side by side (on every device); the optimizer steps once
             per batch, whatever it is. 0 takes one at a time where groups gather experts of their
             own; where all share the same weights, as many as make `groups.MERGED_TOKENS` tokens.
+        expert_distance: coefficient of a term that pulls experts together (below 0: apart).
+        route_entropy: of one that makes routes sharper (below 0: softer).
+        route_load: of one that spreads the tasks of a batch evenly over the experts. See
+            `regularisation` for all three; they are added to the mean loss per target token.
     """
 
     label_smoothing: float = 0.1
     groups_at_once: int = 0
+    expert_distance: float = 0.0
+    route_entropy: float = 0.0
+    route_load: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,6 +157,19 @@ def gradients(
     if pull_back is not None:
         grads = pull_back(weight_grads * scale)[0]
     grads = {"backbone": jax.tree.map(lambda g: g * scale, backbone_grads), **grads}
+    if model.routed and (config.expert_distance or config.route_entropy or config.route_load):
+        if slots is not None and config.expert_distance:
+            raise UserError(
+                "StepConfig.expert_distance moves every expert, OptimizerConfig.lazy only those "
+                "in use: take one of them"
+            )
+        add_grads, terms = jax.grad(
+            lambda p: penalty(model, p, batch["task_id"], step, config), has_aux=True
+        )(params)
+        if slots is not None:  # no term depends on the experts
+            add_grads["backbone"] = jax.tree.map(jnp.zeros_like, grads["backbone"])
+        grads = jax.tree.map(jnp.add, grads, add_grads)
+        metrics |= terms
     for part in frozen:
         if part in grads:
             grads[part] = jax.tree.map(jnp.zeros_like, grads[part])
@@ -167,7 +188,12 @@ def make_train_step(
 
     `learning_rates` are the peaks per part, traced, so that another learning rate does not
     compile again. All randomness is folded from `seed` and the step: resuming is exact.
+
+    Raises:
+        UserError: router and experts are to alternate, but there is no router.
     """
+    if optimizer_config.alternate_every and not model.routed:
+        raise UserError("OptimizerConfig.alternate_every is set, but the model has no router")
     optimizer = make_optimizer(optimizer_config)
 
     def train_step(state: TrainState, batch: Batch, learning_rates: dict[str, jax.Array]):

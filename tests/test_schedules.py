@@ -1,0 +1,101 @@
+"""Baselines of docs/method.md differ from stage 1 as said; the paper's runs are as published."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moe_jax import cli
+from moe_jax.config import FinetuneConfig
+from moe_jax.configurables import RUN_CONFIGS
+from moe_jax.run_dir import config_lines
+from moe_jax.runs import build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGE1 = ["models/tiny.gin", "runs/skills_gym_stage1.gin"]
+SECTION = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+SECTION = SECTION.partition("## Baselines by gin")[2].partition("\n## ")[0]
+ROWS = {
+    re.sub("[,`].*", "", name): flags.replace("=n", "=2")
+    for name, flags in re.findall(r"^\| ([^|]+) \| `(--gin[^`]+)` \|$", SECTION, re.M)
+}
+EXPERTS = {
+    "dense": 1,
+    "average routing": 3,
+    "random per task": 2,
+    "random per instance": 1,
+    "alternating": 1,
+}
+
+
+def settings(flags):
+    """Every setting of a run, and the model."""
+    arguments = cli.rewrite_gin_flags(shlex.split(flags))
+    bindings = [argument.partition("=")[2] for argument in arguments]
+    cli.parse_gin(STAGE1, bindings, [str(cli.GIN_CONFIGS)])
+    configs = {cls.__name__: cls() for cls in RUN_CONFIGS}
+    model = build_model(configs["ModelConfig"], configs["RouterConfig"], 1024, 32)
+    return config_lines(configs.values()), model
+
+
+def test_all_baselines_are_documented():
+    assert set(ROWS) == set(EXPERTS)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_baseline(name):
+    stage1, _ = settings("")
+    found, model = settings(ROWS[name])
+    changed = {key for key in found if found[key] != stage1[key]}
+    named = set(re.findall(r"--gin\.([\w.]+)=", ROWS[name]))
+    assert changed <= named and changed
+    assert model.experts_per_layer == EXPERTS[name]
+    assert model.routed == (name != "dense")
+
+
+PAPER = {  # settings that both stages share, and each one's own
+    "OptimizerConfig.learning_rate": "1e-05",
+    "OptimizerConfig.clip_norm": "0.1",
+    "OptimizerConfig.warmup_fraction": "0.06",
+    "StepConfig.label_smoothing": "0.1",
+    "DataConfig.batch_size": "32",
+    "ModelConfig.experts": "3",
+    "ModelConfig.d_model": "768",
+}
+STAGES = {
+    "stage1": {
+        "RunConfig.train_steps": "30000",
+        "OptimizerConfig.router_learning_rate": "0.001",
+        "OptimizerConfig.representation_learning_rate": "0.01",
+        "RouterConfig.selection": "'gumbel_softmax_st'",
+        "RouterConfig.temperature": "2.0",
+        "RouterConfig.temperature_rate": "0.0003",
+        "RouterConfig.temperature_floor": "0.1",
+    },
+    "stage2": {
+        "RunConfig.train_steps": "60000",
+        "OptimizerConfig.frozen": "('router', 'representations')",
+        "RouterConfig.selection": "'softmax'",
+        "RouterConfig.temperature": "300.0",
+        "RouterConfig.temperature_rate": "0.0001",
+        "RouterConfig.temperature_floor": "1.0",
+    },
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_papers_stages(stage):
+    files = ["models/bart_base.gin", f"runs/paper_{stage}.gin"]
+    cli.parse_gin(files, [], [str(cli.GIN_CONFIGS)])
+    found = config_lines([cls() for cls in RUN_CONFIGS])
+    wanted = PAPER | STAGES[stage]
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_the_papers_few_shot_grid():
+    cli.parse_gin(["runs/paper_finetune.gin"], [], [str(cli.GIN_CONFIGS)])
+    config = FinetuneConfig()
+    assert (config.steps, config.learning_rates, config.batch_sizes, len(config.seeds)) == (
+        1000, (1e-5, 2e-5, 5e-5), (2, 4, 8), 5
+    )  # fmt: skip

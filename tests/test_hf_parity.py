@@ -1,10 +1,9 @@
-"""BART and T5 1.1 against `transformers`: states, logits, loss, gradients, buckets, sizes.
+"""BART and T5 1.1 against `transformers`: states, logits, loss, gradients, buckets.
 
 The numbers come from tests/data/hf (see make_hf_fixture.py), and, where `transformers` is
 installed, from models made on the spot.
 """
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -12,18 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import cli
 from moe_jax.hf import weights
 from moe_jax.hf.read import from_hf
 from moe_jax.model.attention import relative_buckets
 from moe_jax.model.backbone import EncoderDecoder
-from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.config import ModelConfig
 from moe_jax.runs import read_run
 from moe_jax.training.loss import token_losses
 
 DATA = Path(__file__).with_name("data") / "hf"
-GIN = Path(__file__).parents[1] / "gin_configs"
 
 
 def load(source, out):
@@ -125,28 +121,3 @@ def test_relative_buckets(buckets, distance, bidirectional):
         memory_minus_query, bidirectional, buckets, distance
     )
     np.testing.assert_array_equal(ours, theirs.numpy())
-
-
-# ---- sizes ----
-
-PUBLISHED = {
-    "bart_base": 139_420_416,
-    "bart_large": 406_291_456,
-    "t5_1_1_small": 76_961_152,
-    "t5_1_1_base": 247_577_856,
-    "t5_1_1_large": 783_150_080,
-    "t5_1_1_xl": 2_849_757_184,
-    "t5_1_1_xxl": 11_135_332_352,
-}
-BART_TOKENS = 50265
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_are_the_published_ones(name):
-    cli.parse_gin([f"models/{name}.gin"], [], [str(GIN)])
-    config = dataclasses.replace(ModelConfig(), experts=1)
-    if config.architecture == "bart":
-        assert config.vocabulary_size == 0  # the tokenizer's
-        config = dataclasses.replace(config, vocabulary_size=BART_TOKENS)
-    shapes = TaskMoE(config, RouterConfig(), 0).shapes()
-    assert sum(map(np.prod, shapes.values())) == PUBLISHED[name]

@@ -72,7 +72,7 @@ def test_readme_runs(tmp_path):
             continue
         if "python -m moe_jax." not in command:
             continue
-        command = command.replace("runs/", f"{tmp_path}/runs/")
+        command = command.replace("runs/mine", f"{tmp_path}/runs/mine")
         if "moe_jax.train" in command:
             command += f" --gin.TRAIN_STEPS=2 --gin.EVAL_PERIOD=0 --gin.CACHE_DIR={tmp_path}/cache"
         done = subprocess.run(

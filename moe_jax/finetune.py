@@ -9,6 +9,7 @@ Writes MODEL_DIR/runs.jsonl (started again, it goes on after the last line) and 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from moe_jax import cli, files, run_dir
 from moe_jax.config import DataConfig, FinetuneConfig, RunConfig
 from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.pipeline import train_batches
+from moe_jax.data.pipeline import task_batches
 from moe_jax.errors import UserError
 from moe_jax.evaluation import Evaluator, TaskScore
 from moe_jax.model.experts import Params
@@ -34,8 +35,9 @@ from moe_jax.representations import read_representations
 from moe_jax.runs import Run, read_run
 from moe_jax.train import initial_params, prepare_mixtures
 from moe_jax.training.groups import group_loss
-from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
+from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.training.step import StepConfig
+from moe_jax.training.tuning import Tuner
 
 RUNS = "runs.jsonl"
 # A line of runs.jsonl is of one run, named by these.
@@ -132,19 +134,8 @@ def few_shot_batches(
     mixture: PreparedMixture, task: str, seed: int, rows: int, steps: int, data: DataConfig
 ) -> list[dict[str, np.ndarray]]:
     """The batches [1, R, L] of one run; the same for every starting point."""
-    dataset = train_batches(
-        mixture,
-        lengths=data.lengths,
-        groups=1,
-        rows=rows,
-        pack=False,
-        seed=seed,
-        mixing="equal",
-        split=f"fewshot_{seed}_train",
-        tasks=[task],
-        task_ids={task: 0},
-        threads=0,
-    )
+    split = f"fewshot_{seed}_train"
+    dataset = task_batches(mixture, task, split, lengths=data.lengths, rows=rows, seed=seed)
     return list(itertools.islice(dataset, steps))
 
 
@@ -171,26 +162,13 @@ class Adapter:
         self.searched = "representations" if "backbone" in frozen else "backbone"
         self._rates = optimizer_config.learning_rates
         self._mixture = mixture
-        optimizer = make_optimizer(optimizer_config)
-        # The step donates its state: every run starts from a copy.
-        self._init = jax.jit(
-            lambda p: init_state(jax.tree.map(jnp.copy, p), optimizer),
-            out_shardings=state_shardings(model, optimizer, mesh),
-        )
-        self._step = make_train_step(
-            model, optimizer_config, step_config, mesh, config.steps, seed=0
-        )
+        self._tune = Tuner(model, optimizer_config, step_config, mesh, config.steps, seed=0)
         rows = RunConfig().eval_batch_rows
         self._evaluator = Evaluator(model, mixture.vocabulary, data.lengths, rows, mesh)
 
     def train(self, params: Params, batches: list, learning_rate: float) -> Params:
         """Parameters after one step per batch."""
-        state = self._init(params)
-        rates = {part: jnp.float32(rate) for part, rate in self._rates.items()}
-        rates[self.searched] = jnp.float32(learning_rate)
-        for batch in batches:
-            state, _ = self._step(state, batch, rates)
-        return state.params
+        return self._tune(params, batches, self._rates | {self.searched: learning_rate})
 
     def score(self, params: Params, task: str, split: str, limit: int | None = None) -> TaskScore:
         """Score of the task that `params` are adapted to."""
@@ -216,10 +194,14 @@ def search(
         test score; last the best one, with its test score. So whoever is stopped has lost the best
         run so far, and finds it again.
     """
+
+    @functools.lru_cache(1)  # the grid changes the learning rate first
+    def batches_of(rows: int) -> list[dict[str, np.ndarray]]:
+        return few_shot_batches(mixture, task, seed, rows, config.steps, data)
+
     best: tuple[dict[str, Any], Params] | None = None
     for learning_rate, batch_size in points:
-        batches = few_shot_batches(mixture, task, seed, batch_size, config.steps, data)
-        trained = adapter.train(params, batches, learning_rate)
+        trained = adapter.train(params, batches_of(batch_size), learning_rate)
         dev = adapter.score(trained, task, f"fewshot_{seed}_validation")
         row = {
             "learning_rate": learning_rate,

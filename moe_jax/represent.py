@@ -17,7 +17,7 @@ import hashlib
 import io
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -32,7 +32,7 @@ from moe_jax import cli, files
 from moe_jax.config import DataConfig, RunConfig
 from moe_jax.data.cache import PreparedMixture, digest
 from moe_jax.data.packing import Batch
-from moe_jax.data.pipeline import eval_batches, train_batches
+from moe_jax.data.pipeline import eval_batches, task_batches
 from moe_jax.errors import UserError, nearest
 from moe_jax.evaluation import INPUTS, TARGETS, input_bucket
 from moe_jax.model.config import ModelConfig, RouterConfig
@@ -43,8 +43,9 @@ from moe_jax.representations import Representations, fit, unit_length
 from moe_jax.runs import load_run
 from moe_jax.train import prepare_mixtures
 from moe_jax.training.groups import group_loss
-from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
+from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.training.step import StepConfig
+from moe_jax.training.tuning import Tuner
 
 Kind = Literal["text", "fisher"]
 SHUFFLES = 10_000
@@ -282,32 +283,12 @@ class Embedder:
         mesh: jax.sharding.Mesh,
     ):
         self._params, self._data, self._settings, self._rows = params, data, settings, rows
-        self._fine_tune: Callable[[Iterable[Batch]], Params] | None = None
+        self._tune: Tuner | None = None
         self._sum = jax.jit(partial(text_sum, model))
         if settings["kind"] == "fisher":
             self._sum = jax.jit(partial(fisher_sum, model))
-            self._fine_tune = self._tuner(model, mesh)
-
-    def _tuner(self, model: TaskMoE, mesh: jax.sharding.Mesh) -> Callable[..., Params]:
-        """Batches -> the backbone after a step on each."""
-        config = OptimizerConfig()
-        optimizer = make_optimizer(config)
-        steps, seed = self._settings["steps"], self._settings["seed"]
-        # The step donates its state: every task starts from a copy.
-        init = jax.jit(
-            lambda params: init_state(jax.tree.map(jnp.copy, params), optimizer),
-            out_shardings=state_shardings(model, optimizer, mesh),
-        )
-        step = make_train_step(model, config, StepConfig(), mesh, max(1, steps), seed)
-        rates = {part: jnp.float32(rate) for part, rate in config.learning_rates.items()}
-
-        def tune(batches: Iterable[Batch]) -> Params:
-            state = init(self._params)
-            for batch in batches:
-                state, _ = step(state, batch, rates)
-            return state.params["backbone"]
-
-        return tune
+            steps, seed = max(1, settings["steps"]), settings["seed"]
+            self._tune = Tuner(model, OptimizerConfig(), StepConfig(), mesh, steps, seed)
 
     def __call__(self, mixture: PreparedMixture, task: str) -> np.ndarray:
         """float32 [D].
@@ -317,13 +298,14 @@ class Embedder:
         """
         s, data = self._settings, self._data
         backbone = self._params["backbone"]
-        if self._fine_tune is not None:
-            batches = train_batches(
-                mixture, lengths=data.lengths, groups=1, rows=s["batch_size"], pack=False,
-                seed=s["seed"], mixing="equal", split=s["split"], tasks=[task], task_ids={task: 0},
-                threads=0,
+        if self._tune is not None:
+            batches = task_batches(
+                mixture, task, s["split"], lengths=data.lengths, rows=s["batch_size"],
+                seed=s["seed"],
             )  # fmt: skip
-            backbone = self._fine_tune(itertools.islice(batches, s["steps"]))
+            few = itertools.islice(batches, s["steps"])
+            rates = OptimizerConfig().learning_rates
+            backbone = self._tune(self._params, few, rates)["backbone"]
         total, count = jnp.float32(0), 0
         for batch, examples in eval_batches(
             mixture, task, s["split"], lengths=data.lengths, rows=self._rows, limit=s["examples"]

@@ -36,7 +36,7 @@ from moe_jax.training.checkpoints import (
 )
 from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
+from moe_jax.training.step import PRNG, StepConfig, init_state, make_train_step, state_shardings
 
 
 def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: Any) -> Any:
@@ -47,7 +47,7 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
     3. Router and representations from ROUTER_CHECKPOINT_PATH, if given.
     4. Representations from RunConfig.representations_path, if given.
     """
-    key = jax.random.key(run.seed, impl="rbg")
+    key = jax.random.key(run.seed, impl=PRNG)
     params = jax.jit(lambda k: nn.meta.unbox(model.init(k)), out_shardings=sharding)(key)
     if run.initial_checkpoint_path:
         loaded, _ = load_params(run.initial_checkpoint_path)

@@ -248,6 +248,22 @@ def train_batches(
     return data
 
 
+def task_batches(
+    mixture: PreparedMixture,
+    task: str,
+    split: str,
+    *,
+    lengths: Mapping[str, int],
+    rows: int,
+    seed: int,
+) -> grain.IterDataset:
+    """Endless batches [1, R, L] of one task, its id 0, an example to a row: see `train_batches`."""
+    return train_batches(
+        mixture, lengths=lengths, groups=1, rows=rows, pack=False, seed=seed, mixing="equal",
+        split=split, tasks=[task], task_ids={task: 0}, threads=0,
+    )  # fmt: skip
+
+
 def _rate(
     task: PreparedTask, split: str, mixing: str, cap: float | None, temperature: float
 ) -> float:

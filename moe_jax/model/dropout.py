@@ -26,10 +26,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit words: multiply-xorshift, with constants found by search.
-
-    The constants are `triple32`'s first two (C. Wellons, "Prospecting for hash functions").
-    """
+    """A bijection of 32-bit words: what `splitmix32` does to its counter."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * jnp.uint32(0x735A2D97)
     return x ^ (x >> 15)

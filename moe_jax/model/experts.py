@@ -63,17 +63,9 @@ def gather(backbone: Params, index_NxK: jax.Array) -> Params:
 
 def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array) -> Params:
     """Adds gradients of a gathered backbone to those of the whole one; transpose of `gather`."""
+    sums = _scatter(total, gathered, index_NxK, lambda t, at, g: t.at[at].add(g))
     rest = [total, gathered]
-    sums = {}
-    for side, stack, index in _routed(total, index_NxK):
-
-        def add_one(stack, at_and_addend):
-            at, addend = at_and_addend
-            return jax.tree.map(lambda t, g: t.at[at[0], at[1]].add(g), stack, addend), None
-
-        addends = gathered[side]["layers"]["routed"]
-        addends_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), addends)
-        sums[side], _ = jax.lax.scan(add_one, stack, (_places(index), addends_P))
+    for side in sums:
         rest = [_replace(tree, side, ()) for tree in rest]
     result = jax.tree.map(jnp.add, *rest)
     for side, stack in sums.items():
@@ -85,24 +77,43 @@ def scatter_set(
     total: Params, gathered: Params, index_NxK: jax.Array, valid_NxK: jax.Array
 ) -> Params:
     """`total` with its experts of the index replaced where valid; all else is of `gathered`."""
-    result, start = gathered, 0
-    for side, stack, index in _routed(total, index_NxK):
-        valid = valid_NxK[start : start + index.shape[0]]
-        start += index.shape[0]
 
-        def set_one(stack, at_valid_and_value):
-            at, valid, value = at_valid_and_value
+    def set_one(t, at, g, valid):
+        return t.at[at].set(jnp.where(valid, g, t[at]))
+
+    result = gathered
+    for side, stack in _scatter(total, gathered, index_NxK, set_one, valid_NxK).items():
+        result = _replace(result, side, stack)
+    return result
+
+
+def _scatter(
+    total: Params,
+    gathered: Params,
+    index_NxK: jax.Array,
+    update: Callable[..., jax.Array],
+    *flags_NxK: jax.Array,
+) -> dict[str, Params]:
+    """For each side, the routed layers of `total` after the gathered experts came back one by one.
+
+    Args:
+        update: (array [layer, expert, ...], (layer, expert), what was gathered, *flags) -> array.
+        flags_NxK: what `update` is told of every gathered expert.
+    """
+    stacks = {}
+    for side, stack, index, *flags in _routed(total, index_NxK, *flags_NxK):
+
+        def one(stack, place):
+            at, value, *flags = place
             return jax.tree.map(
-                lambda t, v: t.at[at[0], at[1]].set(jnp.where(valid, v, t[at[0], at[1]])),
-                stack,
-                value,
+                lambda t, v: update(t, (at[0], at[1]), v, *flags), stack, value
             ), None
 
         values = gathered[side]["layers"]["routed"]
-        values_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), values)
-        stack, _ = jax.lax.scan(set_one, stack, (_places(index), valid.ravel(), values_P))
-        result = _replace(result, side, stack)
-    return result
+        values_P = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), values)
+        places = (_places(index), values_P, *(f.ravel() for f in flags))
+        stacks[side], _ = jax.lax.scan(one, stack, places)
+    return stacks
 
 
 def _places(index_LxK: jax.Array) -> jax.Array:
@@ -111,14 +122,14 @@ def _places(index_LxK: jax.Array) -> jax.Array:
     return jnp.stack([layers.ravel(), index_LxK.ravel().astype(layers.dtype)], axis=1)
 
 
-def _routed(backbone: Params, index_NxK: jax.Array) -> list[tuple[str, Params, jax.Array]]:
-    """For each side that has them: its routed layers and their part of the index."""
+def _routed(backbone: Params, *arrays_NxK: jax.Array) -> list[tuple[Any, ...]]:
+    """(side, its routed layers, its part of each array) of each side that has them."""
     result, start = [], 0
     for side in ("encoder", "decoder"):
         if "routed" in backbone[side]["layers"]:
             stack = backbone[side]["layers"]["routed"]
             stop = start + jax.tree.leaves(stack)[0].shape[0]
-            result.append((side, stack, index_NxK[start:stop]))
+            result.append((side, stack, *(a[start:stop] for a in arrays_NxK)))
             start = stop
     return result
 

@@ -57,9 +57,9 @@ def _mean_distance(array_LxEx: jax.Array, name: str) -> jax.Array:
     return total / (experts * (experts - 1) / 2)
 
 
-def route_entropy(probabilities_GxNxE: jax.Array) -> jax.Array:
-    """Entropy in nats, mean over groups and layers."""
-    return jnp.mean(-jnp.sum(jax.scipy.special.xlogy(probabilities_GxNxE, probabilities_GxNxE), -1))
+def route_entropy(routes_xNxE: jax.Array) -> jax.Array:
+    """Entropy in nats, mean over layers, and over groups or tasks."""
+    return jnp.mean(-jnp.sum(jax.scipy.special.xlogy(routes_xNxE, routes_xNxE), -1))
 
 
 def route_load(probabilities_GxNxE: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from moe_jax.parallel import GROUP_AXES, group_shards, replicated, shardings
 from moe_jax.training.groups import Batch, local_gradients
 from moe_jax.training.lazy import Slots, find_slots, put_slots, take_slots
 from moe_jax.training.optimizer import OptimizerConfig, apply, make_optimizer, schedule
-from moe_jax.training.regularisation import penalty
+from moe_jax.training.regularisation import penalty, route_entropy
 
 # Drawing with these keys compiles faster than with threefry's.
 PRNG = "rbg"
@@ -125,8 +125,7 @@ def gradients(
         else:
             weights, (index, routes) = assign(routing_params)
         assignment = Assignment(index, weights)
-        entropy = -jnp.sum(jnp.where(routes > 0, routes * jnp.log(routes + 1e-20), 0.0), -1)
-        metrics["route_entropy"] = jnp.mean(entropy)
+        metrics["route_entropy"] = route_entropy(routes)
         metrics["temperature"] = temperature_at(model.router_config, step)
 
     target_tokens = jnp.sum(batch["target_segments"] > 0).astype(jnp.float32)

@@ -60,9 +60,9 @@ def changed(before, after):
 
 def _backbones(state):
     """That of the parameters and of both moments."""
-    is_params = lambda t: isinstance(t, dict) and "backbone" in t  # noqa: E731
+    is_params = lambda t: isinstance(t, dict) and isinstance(t.get("backbone"), dict)  # noqa: E731
     trees = jax.tree.leaves((state.params, state.opt_state), is_leaf=is_params)
-    found = [t["backbone"] for t in trees if is_params(t)]
+    found = [t["backbone"] for t in trees if is_params(t) and jax.tree.leaves(t["backbone"])]
     assert len(found) == 3
     return found
 

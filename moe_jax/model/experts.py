@@ -49,80 +49,44 @@ def gather(backbone: Params, index_NxK: jax.Array) -> Params:
         index_NxK: int, which experts to take in each of the N routed layers, encoder first.
     """
     result = backbone
-    for side, stack, index in _routed(backbone, index_NxK):
+    for side, stack, index in routed(backbone, index_NxK):
 
         def take(at, stack=stack):
             return jax.tree.map(lambda p: p[at[0], at[1]], stack)
 
         # A loop of slices: XLA's gather is slower on CPU.
-        taken_P = jax.lax.map(take, _places(index))
+        taken_P = jax.lax.map(take, places(index))
         taken = jax.tree.map(lambda p, i=index: p.reshape(*i.shape, *p.shape[1:]), taken_P)
-        result = _replace(result, side, taken)
+        result = replace_routed(result, side, taken)
     return result
 
 
 def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array) -> Params:
     """Adds gradients of a gathered backbone to those of the whole one; transpose of `gather`."""
-    sums = _scatter(total, gathered, index_NxK, lambda t, at, g: t.at[at].add(g))
-    rest = [total, gathered]
-    for side in sums:
-        rest = [_replace(tree, side, ()) for tree in rest]
-    result = jax.tree.map(jnp.add, *rest)
-    for side, stack in sums.items():
-        result = _replace(result, side, stack)
-    return result
+    sums, rest = {}, [total, gathered]
+    for side, stack, index in routed(total, index_NxK):
 
-
-def scatter_set(
-    total: Params, gathered: Params, index_NxK: jax.Array, valid_NxK: jax.Array
-) -> Params:
-    """`total` with its experts of the index replaced where valid; all else is of `gathered`."""
-
-    def set_one(t, at, g, valid):
-        return t.at[at].set(jnp.where(valid, g, t[at]))
-
-    result = gathered
-    for side, stack in _scatter(total, gathered, index_NxK, set_one, valid_NxK).items():
-        result = _replace(result, side, stack)
-    return result
-
-
-def _scatter(
-    total: Params,
-    gathered: Params,
-    index_NxK: jax.Array,
-    update: Callable[..., jax.Array],
-    *flags_NxK: jax.Array,
-) -> dict[str, Params]:
-    """For each side, the routed layers of `total` after the gathered experts came back one by one.
-
-    Args:
-        update: (array [layer, expert, ...], (layer, expert), what was gathered, *flags) -> array.
-        flags_NxK: what `update` is told of every gathered expert.
-    """
-    stacks = {}
-    for side, stack, index, *flags in _routed(total, index_NxK, *flags_NxK):
-
-        def one(stack, place):
-            at, value, *flags = place
-            return jax.tree.map(
-                lambda t, v: update(t, (at[0], at[1]), v, *flags), stack, value
-            ), None
+        def add_one(stack, addend):
+            at, value = addend
+            return jax.tree.map(lambda t, v: t.at[at[0], at[1]].add(v), stack, value), None
 
         values = gathered[side]["layers"]["routed"]
         values_P = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), values)
-        places = (_places(index), values_P, *(f.ravel() for f in flags))
-        stacks[side], _ = jax.lax.scan(one, stack, places)
-    return stacks
+        sums[side], _ = jax.lax.scan(add_one, stack, (places(index), values_P))
+        rest = [replace_routed(tree, side, ()) for tree in rest]
+    result = jax.tree.map(jnp.add, *rest)
+    for side, stack in sums.items():
+        result = replace_routed(result, side, stack)
+    return result
 
 
-def _places(index_LxK: jax.Array) -> jax.Array:
+def places(index_LxK: jax.Array) -> jax.Array:
     """(layer, expert) of every gathered expert: int [L * K, 2]."""
     layers = jnp.broadcast_to(jnp.arange(index_LxK.shape[0])[:, None], index_LxK.shape)
     return jnp.stack([layers.ravel(), index_LxK.ravel().astype(layers.dtype)], axis=1)
 
 
-def _routed(backbone: Params, *arrays_NxK: jax.Array) -> list[tuple[Any, ...]]:
+def routed(backbone: Params, *arrays_NxK: jax.Array) -> list[tuple[Any, ...]]:
     """(side, its routed layers, its part of each array) of each side that has them."""
     result, start = [], 0
     for side in ("encoder", "decoder"):
@@ -134,7 +98,7 @@ def _routed(backbone: Params, *arrays_NxK: jax.Array) -> list[tuple[Any, ...]]:
     return result
 
 
-def _replace(backbone: Params, side: str, routed: Params) -> Params:
+def replace_routed(backbone: Params, side: str, routed: Params) -> Params:
     """`backbone` with other routed layers on one side."""
     layers = {**backbone[side]["layers"], "routed": routed}
     return {**backbone, side: {**backbone[side], "layers": layers}}

@@ -6,12 +6,14 @@ passes over all: at E = 24 that costs more than the model. Here gradients and up
 With AdamW, an unused expert would go on moving by its momentum and weight decay.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.experts import Params, gather, scatter_set
+from moe_jax.model.experts import Params, places, replace_routed, routed
 
 
 class Slots(NamedTuple):
@@ -39,31 +41,78 @@ def find_slots(index_GxNxK: jax.Array, experts: int) -> Slots:
     return Slots(experts_NxS, jnp.take_along_axis(used_NxE, experts_NxS, 1), slots_GxNxK)
 
 
-def take_slots(tree: Any, slots: Slots) -> Any:
-    """Parameters, or an optimizer state, with only the slots of every routed layer."""
-    return _map_backbones(lambda backbone: gather(backbone, slots.experts_NxS), tree)
+def update_used(
+    update: Callable[[Params, Any, Params], tuple[Params, Any]],
+    params: Params,
+    opt_state: Any,
+    grads: Params,
+    slots: Slots,
+) -> tuple[Params, Any]:
+    """`update(params, opt_state, grads)`, leaving experts alone that are not in use.
+
+    In place, one expert after the other: nothing of the size of all experts is read or made.
+
+    Args:
+        update: element by element, so that it may be given any subset of the parameters; counters
+            of `opt_state` must not depend on which.
+        opt_state: with moments in the form of `params`.
+        grads: gradients of `params`, with only the slots of every routed layer.
+    """
+    whole = (params, opt_state)
+    sides = routed(params["backbone"], slots.experts_NxS, slots.used_NxS)
+
+    def without_experts(tree: Params) -> Params:
+        for side, *_ in sides:
+            tree = _with_experts(tree, side, {})
+        return tree
+
+    result = update(*_map_params(without_experts, whole), without_experts(grads))
+    for side, _, experts, used in sides:
+
+        def update_one(stacks, slot):
+            at, used, grad = slot
+
+            def old(stacks):
+                return _map_params(lambda t: jax.tree.map(lambda a: a[at[0], at[1]], t), stacks)
+
+            def put(stack, value):
+                return jax.tree.map(lambda a, v: a.at[at[0], at[1]].set(v), stack, value)
+
+            # The condition also keeps XLA from fusing the slices into the writes, several of which
+            # would then read an array that another one changes, and each iteration copy all.
+            new = jax.lax.cond(used, lambda s: update(*old(s), grad), old, stacks)
+            return _map_params(put, stacks, new), None
+
+        grads_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), _only_experts(grads, side))
+        stacks = _map_params(partial(_only_experts, side=side), whole)
+        stacks, _ = jax.lax.scan(update_one, stacks, (places(experts), used.ravel(), grads_P))
+        result = _map_params(
+            lambda tree, stack, side=side: _with_experts(tree, side, _experts(stack, side)),
+            result, stacks,
+        )  # fmt: skip
+    return result
 
 
-def put_slots(tree: Any, taken: Any, slots: Slots) -> Any:
-    """`tree` with what became of `take_slots(tree)`; experts not in use are left alone."""
-
-    def put_one(whole: Params, part: Params) -> Params:
-        return scatter_set(whole, part, slots.experts_NxS, slots.used_NxS)
-
-    return _map_backbones(put_one, tree, taken)
+def _experts(params: Params, side: str) -> Params:
+    return params["backbone"][side]["layers"]["routed"]
 
 
-def _map_backbones(function: Any, *trees: Any) -> Any:
-    """Applies `function` to the backbones of parameters, and of moments kept in their form; other
-    leaves are the last tree's."""
+def _with_experts(params: Params, side: str, experts: Params) -> Params:
+    return {**params, "backbone": replace_routed(params["backbone"], side, experts)}
+
+
+def _only_experts(params: Params, side: str) -> Params:
+    return {"backbone": {side: {"layers": {"routed": _experts(params, side)}}}}
+
+
+def _map_params(function: Callable[..., Any], *trees: Any) -> Any:
+    """Applies `function` to the parameters in a tree, and to moments kept in their form; other
+    leaves are the first tree's."""
 
     def is_params(tree: Any) -> bool:
-        # Where optax keeps no moments of the backbone, it has no leaves.
-        return isinstance(tree, dict) and bool(jax.tree.leaves(tree.get("backbone")))
+        return isinstance(tree, dict) and isinstance(tree.get("backbone"), dict)
 
     def one(*parts: Any) -> Any:
-        if not is_params(parts[0]):
-            return parts[-1]
-        return {**parts[-1], "backbone": function(*(part["backbone"] for part in parts))}
+        return function(*parts) if is_params(parts[0]) else parts[0]
 
     return jax.tree.map(one, *trees, is_leaf=is_params)

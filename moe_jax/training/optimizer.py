@@ -1,6 +1,7 @@
 """AdamW with one learning rate each for experts, router and task representations."""
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import gin
@@ -90,43 +91,51 @@ def _labels(params: Any, config: OptimizerConfig) -> Any:
     """What becomes of each parameter: a name of `make_optimizer`'s transformations."""
 
     def label(part: str) -> str:
-        if part in config.frozen:
-            return "frozen"
-        if not config.alternate_every:
-            return "free"
-        return "experts" if part == "backbone" else "routes"
+        return "frozen" if part in config.frozen else part
 
     return {
         part: jax.tree.map(lambda _, part=part: label(part), tree) for part, tree in params.items()
     }
 
 
+def clip(config: OptimizerConfig, grads: Any, step: jax.Array) -> Any:
+    """Gradients scaled down to the norm `clip_norm`, where they are longer.
+
+    Args:
+        grads: by part; zero where a part is frozen (see `step.gradients`).
+        step: says which parts rest in an alternation: they have no share in the norm.
+    """
+    if not config.clip_norm:
+        return grads
+    squares = {part: optax.tree.norm(g, squared=True) for part, g in grads.items()}
+    if config.alternate_every:
+        squares = {p: jnp.where(_has_turn(config, p, step), s, 0.0) for p, s in squares.items()}
+    norm = jnp.sqrt(sum(squares.values()))
+    scale = config.clip_norm / jnp.maximum(norm, config.clip_norm)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+
+
+def _has_turn(config: OptimizerConfig, part: str, step: jax.Array) -> jax.Array:
+    """Whether an alternation trains the part in this step."""
+    return step // config.alternate_every % 2 == (0 if part == "backbone" else 1)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW directions, to be scaled by `apply`. State is kept for parts that are not frozen.
 
-    Gradients of frozen parts must be zero when they arrive (see `step.gradients`), so that
-    clipping ignores them.
+    Element by element: of any subset of the parameters (see `lazy`). Clip the gradients before.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
     )
-
-    def labelled(transforms: dict[str, optax.GradientTransformation]):
-        transforms["frozen"] = optax.set_to_zero()
-        return optax.multi_transform(transforms, lambda p: _labels(p, config))
-
-    if not config.alternate_every:
-        return optax.chain(clip, labelled({"free": adamw}))
-
-    def in_turn(turn: int) -> optax.GradientTransformation:
-        # Clipped apart: the gradient of what rests has no share in the norm.
-        return optax.conditionally_mask(
-            optax.chain(clip, adamw), lambda step: step // config.alternate_every % 2 == turn
-        )
-
-    return labelled({"experts": in_turn(0), "routes": in_turn(1)})
+    transforms = {"frozen": optax.set_to_zero()}
+    for part in PARTS:
+        transforms[part] = adamw
+        if config.alternate_every:
+            turn = partial(_has_turn, config, part)
+            transforms[part] = optax.conditionally_mask(adamw, turn)
+    return optax.multi_transform(transforms, lambda params: _labels(params, config))
 
 
 def apply(params: Any, directions: Any, learning_rates: dict[str, jax.Array]) -> Any:

@@ -23,8 +23,8 @@ from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.selection import temperature_at
 from moe_jax.parallel import GROUP_AXES, group_shards, replicated, shardings
 from moe_jax.training.groups import Batch, local_gradients
-from moe_jax.training.lazy import Slots, find_slots, put_slots, take_slots
-from moe_jax.training.optimizer import OptimizerConfig, apply, make_optimizer, schedule
+from moe_jax.training.lazy import Slots, find_slots, update_used
+from moe_jax.training.optimizer import OptimizerConfig, apply, clip, make_optimizer, schedule
 from moe_jax.training.regularisation import penalty, route_entropy
 
 # Drawing with these keys compiles faster than with threefry's.
@@ -106,7 +106,7 @@ def gradients(
 
     Returns:
         (gradients like `params`, {"loss", "target_tokens", ...} scalars, None); with `lazy`,
-        (gradients like `take_slots(params, slots)`, scalars, slots).
+        (gradients with only the slots of every routed layer, scalars, slots).
     """
     route_key, dropout_key = jax.random.split(key)
     free_router = model.routed and not {"router", "representations"} <= set(frozen)
@@ -201,21 +201,20 @@ def make_train_step(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
             frozen=optimizer_config.frozen, lazy=optimizer_config.lazy,
         )  # fmt: skip
-        params, opt_state = state.params, state.opt_state
-        if slots is not None:
-            params, opt_state = take_slots((params, opt_state), slots)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         share = padding_share(batch)  # of the whole batch, whichever process holds which part
         metrics |= {f"padding/{name}": share[name] for name in ("all", "unpacked")}
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to int32 powers
-            directions, opt_state = optimizer.update(grads, opt_state, params)
         height = schedule(optimizer_config, state.step, total_steps)
         rates = {part: height * rate for part, rate in learning_rates.items()}
         metrics["learning_rate"] = rates["backbone"]
-        params = apply(params, directions, rates)
-        if slots is not None:
-            whole = (state.params, state.opt_state)
-            params, opt_state = put_slots(whole, (params, opt_state), slots)
+
+        def update(params, opt_state, grads):
+            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to int32 powers
+                directions, opt_state = optimizer.update(grads, opt_state, params)
+            return apply(params, directions, rates), opt_state
+
+        old = (state.params, state.opt_state, clip(optimizer_config, grads, state.step))
+        params, opt_state = update(*old) if slots is None else update_used(update, *old, slots)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     placed = (state_shardings(model, optimizer, mesh), replicated(mesh))

@@ -136,7 +136,7 @@ def decode(
 
     def choose(logits_RxV, index):
         if not config.sample:
-            return jnp.argmax(logits_RxV, -1).astype(jnp.int32)
+            return first_largest(logits_RxV)
         now_R = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys_R)
         return sample(logits_RxV, now_R, config.temperature, config.top_k, config.top_p)
 

@@ -6,6 +6,7 @@ that each expert runs over its own rows and a mixed batch computes what a single
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,8 +38,10 @@ def input_block(length: int) -> int:
 def step_block(rows: int, slots: int, beams: int) -> int:
     """Rows of `beams` single positions that an expert computes at once where rows are mixed."""
     least = CPU_ROWS if jax.default_backend() == "cpu" else DEVICE_ROWS
-    tokens = max(least, 3 * rows * beams // (2 * slots))
-    return -(-(-(-tokens // 8) * 8) // beams)
+    # An expert's rows, and a standard deviation more, were each row's expert drawn at random.
+    expected = rows / slots + math.sqrt(rows / slots)
+    tokens = 8 * math.ceil(max(least, expected * beams) / 8)
+    return math.ceil(tokens / beams)
 
 
 class RowRoutes(NamedTuple):

@@ -54,7 +54,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     result.add_argument("--quick", action="store_true", help="small sizes, within 3 minutes")
     result.add_argument("--tiny", action="store_true", help="only to see that it runs")
     result.add_argument("--json", metavar="FILE", help="also write the results here")
-    result.add_argument("--rounds", type=int, default=5, help="measurements of each; the median")
+    result.add_argument(
+        "--rounds", type=int, help="measurements of each, for their median (5, --quick 3)"
+    )
     return result
 
 
@@ -62,6 +64,7 @@ def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     """Parses the command line and starts JAX with the project's compilation cache."""
     args = arguments.parse_args()
     args.scale = "tiny" if args.tiny else "quick" if args.quick else "full"
+    args.rounds = args.rounds or (5 if args.scale == "full" else 3)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

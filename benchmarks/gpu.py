@@ -125,11 +125,12 @@ def main() -> None:
         )
     peer = {"bfloat16": True, "compiled": True}
     if args.scale != "tiny":
-        mixture, pipeline = training.read(args, report)
+        mixture, batches = training.read(args, report)
         training.on_mixture(
-            report, args.scale, args.rounds, training.EXPERTS, mixture, pipeline, **peer
-        )
-        training.fed(report, args.scale, args.rounds, mixture, pipeline)
+            report, args.scale, args.rounds, training.EXPERTS, mixture,
+            batches(shapes=training.ROW_SHAPES), **peer,
+        )  # fmt: skip
+        training.fed(report, args.scale, 3 * args.rounds, mixture, batches())
     decoding.against_generate(args, report, bfloat16=True)
     decoding.mixed_tasks(args, report, **BFLOAT16)
     report.finish()

@@ -6,6 +6,7 @@
    PyTorch's; `all_experts_to_torch` is PyTorch's time over ours where both compute all 3 experts.
 2. The few-shot mixture of a CrossFit directory: steps of our packed batches, and PyTorch's steps on
    the examples of the same batches, shuffled, 16 at once, padded to the longest of the 16. Ratios
+   `padding_share` (3 row shapes), `padding_share_one_shape` and `padding_share_unpacked`,
    `tokens_per_s_to_torch_all_experts` (E = 3) and `tokens_per_s_to_torch_dense` are tokens per
    second, without padding, over PyTorch's. `pipeline_to_repeated_batch` is our step's time with the
    batches as they come over that of one batch again and again.
@@ -13,7 +14,7 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,14 @@ from moe_jax.data.pipeline import train_batches
 
 EXPERTS = 3
 MICRO_BATCH = 16  # examples that PyTorch runs at once
+ROW_SHAPES = 3  # DataConfig.row_shapes of the mixture
 PADDING_BATCHES = 50  # that the padding is counted in
 # scale: (model size, groups and rows of the unpadded batch, its lengths, groups, rows and lengths
 # of the mixture's batches, how many of them)
 PLANS: dict[str, tuple] = {
     "tiny": ("tiny", (1, 2), (16, 8), (2, 1), (64, 16), 1),
-    "quick": ("small", (4, 2), (128, 16), (4, 4), (256, 32), 2),
-    "full": ("bart_base", (4, 2), (128, 16), (4, 2), (512, 64), 2),
+    "quick": ("small", (4, 2), (128, 16), (2, 4), (256, 32), 3),
+    "full": ("bart_base", (4, 2), (128, 16), (2, 2), (512, 64), 3),
 }
 
 
@@ -53,11 +55,12 @@ def main() -> None:
     args = parse(arguments)
     report = Report("training", args)
     for experts in (1, EXPERTS):
-        same_batch(report, args.scale, args.rounds, experts)
-    mixture, pipeline = read(args, report)
+        same_batch(report, args.scale, 3 * args.rounds, experts)
+    mixture, batches = read(args, report)
     for experts in (1, EXPERTS):
+        pipeline = batches(shapes=ROW_SHAPES)
         on_mixture(report, args.scale, args.rounds, experts, mixture, pipeline)
-    fed(report, args.scale, args.rounds, mixture, pipeline)
+    fed(report, args.scale, 3 * args.rounds, mixture, batches())
     report.finish()
 
 
@@ -81,18 +84,26 @@ def same_batch(report: Report, scale: str, rounds: int, experts: int, **peer: An
         report.ratio("all_experts_to_torch", seconds["torch"] / seconds["jax"])
 
 
-def read(args: argparse.Namespace, report: Report) -> tuple[PreparedMixture, Iterator[Any]]:
-    """The mixture and its endless batches; reports their padding."""
+def read(
+    args: argparse.Namespace, report: Report
+) -> tuple[PreparedMixture, Callable[..., Iterator[Any]]]:
+    """The mixture, and what gives its endless batches; reports their padding."""
     size, _, _, (groups, rows), lengths, _ = PLANS[args.scale]
     mixture = gym.mixture(args.crossfit_dir, args.cache_dir, SIZES[size]["vocabulary_size"])
     limits = dict(zip(("inputs", "targets"), lengths, strict=True))
-    pipeline = iter(train_batches(mixture, lengths=limits, groups=groups, rows=rows))
-    shares = [padding_share(batch) for batch in itertools.islice(pipeline, PADDING_BATCHES)]
-    padding = {key: float(np.mean([share[key] for share in shares])) for key in shares[0]}
-    report.fact(f"padding, {PADDING_BATCHES} batches", **padding)
-    report.ratio("padding_share", padding["all"])
+
+    def batches(**settings: Any) -> Iterator[Any]:
+        return iter(train_batches(mixture, lengths=limits, groups=groups, rows=rows, **settings))
+
+    shapes = {"": ROW_SHAPES, "_one_shape": 1}
+    for name, count in shapes.items():
+        found = itertools.islice(batches(shapes=count), PADDING_BATCHES)
+        shares = [padding_share(batch) for batch in found]
+        padding = {key: float(np.mean([share[key] for share in shares])) for key in shares[0]}
+        report.fact(f"padding, {count} row shapes, {PADDING_BATCHES} batches", **padding)
+        report.ratio(f"padding_share{name}", padding["all"])
     report.ratio("padding_share_unpacked", padding["unpacked"])
-    return mixture, pipeline
+    return mixture, batches
 
 
 def on_mixture(
@@ -135,16 +146,14 @@ def fed(
     report: Report, scale: str, rounds: int, mixture: PreparedMixture, pipeline: Iterator[Any]
 ) -> None:
     """Steps with the batches as they come, and with one batch again and again."""
-    size, *_, lengths, count = PLANS[scale]
+    size, *_, lengths, _ = PLANS[scale]
     model = build(size, EXPERTS, tasks=len(mixture.names), vocabulary_size=mixture.vocabulary.size)
     ours = Training(model)
     batch = ours.put(next(pipeline))
     seconds = report.times(
         {
-            "one batch repeated": lambda: [ours.run(batch) for _ in range(count)],
-            "batches as they come": lambda: [
-                ours.run(ours.put(next(pipeline))) for _ in range(count)
-            ],
+            "one batch repeated": lambda: ours.run(batch),
+            "batches as they come": lambda: ours.run(ours.put(next(pipeline))),
         },
         rounds, prefix="mixture, ", model=size, experts=EXPERTS, lengths=lengths,
     )  # fmt: skip

@@ -49,7 +49,9 @@ class DataConfig:
     """Which examples, tokenised how, in batches of which shape.
 
     A batch has `batch_size` rows in groups of `rows_per_group` rows of one task. With `pack`, a
-    row holds as many examples as fit into `lengths`; without, one.
+    row holds as many examples as fit into `lengths`; without, one. With `row_shapes` above 1,
+    packed rows have up to so many shapes, each task's the one that leaves it the least padding; the
+    step is compiled for each, and a batch holds tasks of one shape.
 
     `mixing` draws tasks in proportion to their `examples` (at most `cap` each), all `equal`ly,
     by `temperature` (rate ** (1 / mixing_temperature)), or by the rates of the SeqIO mixture.
@@ -66,6 +68,7 @@ class DataConfig:
     batch_size: int = 32
     rows_per_group: int = 4
     pack: bool = True
+    row_shapes: int = 1
     mixing: Literal["examples", "equal", "temperature", "seqio"] = "examples"
     cap: int | None = None
     mixing_temperature: float = 1.0
@@ -82,7 +85,7 @@ class DataConfig:
                 f"not {lengths!r}"
             )
         check_fields(self)
-        for name in ("batch_size", "rows_per_group"):
+        for name in ("batch_size", "rows_per_group", "row_shapes"):
             if getattr(self, name) < 1:
                 raise UserError(f"DataConfig.{name} must be at least 1, not {getattr(self, name)}")
         vocabulary = self.vocabulary

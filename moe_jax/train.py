@@ -99,6 +99,7 @@ def train() -> None:
                 groups=data.groups,
                 rows=data.rows_per_group,
                 pack=data.pack,
+                shapes=data.row_shapes,
                 seed=run.seed,
                 mixing=data.mixing,
                 cap=data.cap,

@@ -52,6 +52,37 @@ def test_shuffled_plans_fit_and_keep_the_number_of_rows(lengths, limits, seed):
     assert sorted(order) == list(range(plan.rows))
 
 
+@settings(deadline=None)
+@given(st.lists(LENGTHS, min_size=1, max_size=6), LIMITS, st.integers(1, 4))
+def test_every_task_fits_into_its_shape(tasks, limits, count):
+    lengths = [np.array(task) for task in tasks]
+    shapes = packing.choose_shapes(lengths, [1.0] * len(tasks), limits, count)
+    assert len(shapes) == len(tasks) and len(set(shapes)) <= count
+    for task, shape in zip(lengths, shapes, strict=True):
+        assert (np.minimum(task, limits).max(0) <= shape).all()
+        assert shape[0] <= max(8, limits[0] + 4)  # rounded to 8
+    if count == 1:
+        assert set(shapes) == {limits}
+
+
+def test_more_shapes_leave_less_padding():
+    rng = np.random.default_rng(0)
+    means = [(200, 2), (60, 3), (40, 40), (120, 20), (20, 2), (100, 60)]
+    tasks = [1 + rng.poisson(mean, (200, 2)) for mean in means]
+    limits = (256, 64)
+
+    def padding(shapes):
+        real = sum(np.minimum(task, limits).sum() for task in tasks)
+        rows = [packing.pack(np.minimum(task, limits), shape).rows
+                for task, shape in zip(tasks, shapes, strict=True)]  # fmt: skip
+        computed = sum(n * sum(shape) for n, shape in zip(rows, shapes, strict=True))
+        return 1 - real / computed
+
+    found = [padding(packing.choose_shapes(tasks, [1.0] * 6, limits, n)) for n in (1, 2, 3, 4)]
+    assert found == sorted(found, reverse=True)
+    assert found[2] < 0.6 * found[0]
+
+
 def test_shuffling_deals_examples_of_equal_length_anew():
     lengths = np.repeat([[5, 2], [9, 3]], 50, axis=0)
     plan = packing.pack(lengths, (20, 10))

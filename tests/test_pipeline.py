@@ -111,6 +111,34 @@ def test_resuming_is_exact(train):
             _equal(next(fresh), want[b])
 
 
+def test_rows_of_several_shapes(train):
+    """Shares, resuming and sharing among processes hold; a batch is of one shape, rows full."""
+    limits = {"inputs": 48, "targets": 48}  # targets are far shorter
+    settings = {"lengths": limits, "shapes": 3, "mixing": "equal"}
+    batches = _batches(train, 300, **settings)
+    sizes = collections.Counter(b["inputs"].shape[1:] + b["targets"].shape[2:] for b in batches)
+    assert 1 < len(sizes) <= 3
+    for rows, l_in, l_out in sizes:
+        assert rows == max(1, round(2 * 96 / (l_in + l_out)))
+    known = {(i, e.inputs_text): e for i, t in enumerate(train.tasks) for e in t.records("train")}
+    examples = collections.Counter()
+    for batch in batches:
+        for key in _inputs(batch, train.vocabulary):
+            assert key in known
+            examples[key[0]] += 1
+    counts = np.array([examples[i] for i in range(len(train.names))])
+    np.testing.assert_allclose(counts / counts.sum(), 1 / len(train.names), atol=0.03)
+    real = np.mean([1 - padding_share(b)["all"] for b in batches])
+    plain = np.mean([1 - padding_share(b)["all"] for b in _batches(train, 300, lengths=limits)])
+    assert real > plain + 0.05
+    iterator = iter(train_batches(train, groups=4, rows=2, threads=0, **settings))
+    iterator.set_state({"next_index": 250})
+    _equal(next(iterator), batches[250])
+    parts = [_batches(train, 3, process_index=p, process_count=2, **settings) for p in range(2)]
+    for b in range(3):
+        _equal({k: np.concatenate([part[b][k] for part in parts]) for k in batches[b]}, batches[b])
+
+
 def test_far_batches_are_as_cheap_as_near_ones(train):
     iterator = iter(train_batches(train, lengths=LENGTHS, groups=4, rows=2, threads=0))
     iterator.set_state({"next_index": 10**9})

@@ -6,6 +6,7 @@ hold. So any batch can be read at once, the state to save is an index, resuming 
 batches of P processes put together are those of one process.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -49,15 +50,16 @@ class TaskRows:
         split: str,
         *,
         lengths: Mapping[str, int],
+        shape: tuple[int, int] | None = None,
         vocabulary: Vocabulary,
         pack: bool,
         seed: int,
     ):
-        sizes_Nx2 = task.lengths(split)
-        limits = (lengths["inputs"], lengths["targets"])
-        self.plan = packing.pack(sizes_Nx2, limits) if pack else packing.one_per_row(len(sizes_Nx2))
+        sizes_Nx2 = np.minimum(task.lengths(split), (lengths["inputs"], lengths["targets"]))
+        shape = shape or (lengths["inputs"], lengths["targets"])
+        self.plan = packing.pack(sizes_Nx2, shape) if pack else packing.one_per_row(len(sizes_Nx2))
         self._records: Records = task.records(split)
-        self._lengths = lengths
+        self._lengths, self._shape = lengths, shape
         self._vocabulary = vocabulary
         self._seed = (seed, _number(f"{task.name}/{split}"))
         self._epoch = _Recent(self._shuffled)
@@ -76,7 +78,7 @@ class TaskRows:
         found = [self.examples(row) for row in range(number * rows, (number + 1) * rows)]
         examples = iter(self._records.__getitems__(np.concatenate(found)))
         grouped = [[next(examples) for _ in row] for row in found]
-        return packing.build(grouped, self._lengths, self._vocabulary)
+        return packing.build(grouped, self._lengths, self._vocabulary, self._shape)
 
 
 class Schedule:
@@ -124,25 +126,38 @@ class Schedule:
         return int(tasks[place]), int(numbers[place])
 
 
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """Tasks whose rows have one shape: a batch is of one lane.
+
+    Attributes:
+        streams: of each task.
+        task_ids: of each task.
+        schedule: of the lane's groups.
+        rows: R, rows in a group.
+    """
+
+    streams: Sequence[TaskRows]
+    task_ids: Sequence[int]
+    schedule: Schedule
+    rows: int
+
+
 class TrainBatches:
     """Random access to the training batches of one process; see `train_batches`."""
 
     def __init__(
         self,
-        streams: Sequence[TaskRows],
-        task_ids: Sequence[int],
+        lanes: Sequence[Lane],
         schedule: Schedule,
         *,
         groups: int,
-        rows: int,
         process_index: int,
         process_count: int,
     ):
-        self._streams = streams
-        self._task_ids = task_ids
+        self._lanes = lanes
         self._schedule = schedule
         self._groups = groups
-        self._rows = rows
         mine = groups // process_count
         self._mine = range(process_index * mine, (process_index + 1) * mine)
 
@@ -150,11 +165,12 @@ class TrainBatches:
         return 1 << 62  # endless
 
     def __getitem__(self, index: int) -> Batch:
-        index = int(index)
-        found = [self._schedule(index * self._groups + g) for g in self._mine]
-        groups = [self._streams[task].group(number, self._rows) for task, number in found]
+        number, index = self._schedule(int(index))
+        lane = self._lanes[number]
+        found = [lane.schedule(index * self._groups + g) for g in self._mine]
+        groups = [lane.streams[task].group(number, lane.rows) for task, number in found]
         batch = {name: np.stack([group[name] for group in groups]) for name in groups[0]}
-        batch["task_id"] = np.array([self._task_ids[task] for task, _ in found], np.int32)
+        batch["task_id"] = np.array([lane.task_ids[task] for task, _ in found], np.int32)
         return batch
 
 
@@ -165,6 +181,7 @@ def train_batches(
     groups: int,
     rows: int,
     pack: bool = True,
+    shapes: int = 1,
     seed: int = 0,
     mixing: str = "examples",
     cap: float | None = None,
@@ -186,6 +203,9 @@ def train_batches(
         groups: G, groups in the batch of all processes together.
         rows: R, rows in a group.
         pack: several examples to a row; one otherwise.
+        shapes: that packed rows have, at most; with more than one, `lengths` only truncate, each
+            task has rows of the shape that suits it, a batch is of tasks of one shape, and R is
+            what makes its groups about as large as those of `lengths`.
         seed: of the order of everything.
         mixing: how often each task is drawn, counted in examples: `examples` as many as it has, at
             most `cap`; `equal`; `temperature`: `examples` to the power 1 / temperature (T5, arXiv
@@ -216,27 +236,41 @@ def train_batches(
             raise UserError(f"task {name!r} is not in the task table{nearest(name, task_ids)}")
     if min(groups, rows, *lengths.values()) < 1:
         raise UserError(f"groups={groups}, rows={rows} and lengths={lengths} must be at least 1")
+    if shapes < 1:
+        raise UserError(f"shapes={shapes} must be at least 1")
     if groups % process_count:
         raise UserError(f"{groups} groups cannot be shared equally by {process_count} processes")
     rates = [_rate(task, split, mixing, cap, temperature) for task in found]
     if not all(rate >= 0 for rate in rates) or not any(rates):
         raise UserError(f"mixing rates must not be negative, nor all 0: {rates}")
     found, rates = zip(*((t, r) for t, r in zip(found, rates, strict=True) if r > 0), strict=True)
-    streams = [
-        TaskRows(task, split, lengths=lengths, vocabulary=mixture.vocabulary, pack=pack, seed=seed)
-        for task in found
-    ]
-    # Rates count examples; what is drawn are groups.
-    rows_per_example = [s.plan.rows / len(s.plan.examples) for s in streams]
-    source = TrainBatches(
-        streams,
-        [task_ids[task.name] for task in found],
-        Schedule(np.multiply(rates, rows_per_example), seed),
-        groups=groups,
-        rows=rows,
-        process_index=process_index,
-        process_count=process_count,
+    limits = (lengths["inputs"], lengths["targets"])
+    shape_of_task = packing.choose_shapes(
+        [task.lengths(split) for task in found], rates, limits, shapes if pack else 1
     )
+    lanes, weights = [], []
+    for shape in dict.fromkeys(shape_of_task):
+        mine = [i for i, other in enumerate(shape_of_task) if other == shape]
+        streams = [
+            TaskRows(
+                found[i], split, lengths=lengths, shape=shape, vocabulary=mixture.vocabulary,
+                pack=pack, seed=seed,
+            )
+            for i in mine
+        ]  # fmt: skip
+        # Rates count examples; what is drawn are groups.
+        shares = [
+            rates[i] * s.plan.rows / len(s.plan.examples)
+            for i, s in zip(mine, streams, strict=True)
+        ]
+        in_group = max(1, round(rows * sum(limits) / sum(shape)))
+        ids = [task_ids[found[i].name] for i in mine]
+        lanes.append(Lane(streams, ids, Schedule(shares, seed), in_group))
+        weights.append(sum(shares) / in_group)
+    source = TrainBatches(
+        lanes, Schedule(weights, seed), groups=groups, process_index=process_index,
+        process_count=process_count,
+    )  # fmt: skip
     options = grain.ReadOptions(
         num_threads=0 if workers else threads, prefetch_buffer_size=max(prefetch, threads)
     )

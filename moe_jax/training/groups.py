@@ -18,9 +18,9 @@ from moe_jax.training.lazy import Slots
 from moe_jax.training.loss import token_losses
 
 Batch = dict[str, jax.Array]
-# Tokens that are merged at most: matrix products reach their speed long before, and activations
-# grow with it.
-MERGED_TOKENS = 8192
+# Tokens that are merged at most: matrix products reach their speed before, and the activations of
+# more leave a CPU's caches.
+CPU_TOKENS, DEVICE_TOKENS = 2048, 8192
 
 
 def group_loss(
@@ -146,8 +146,9 @@ def local_gradients(
 
 
 def _most_at_once(tokens: Batch) -> int:
-    """The largest divisor of G whose groups make at most `MERGED_TOKENS` tokens; 1 at least."""
+    """The largest divisor of G whose groups make at most so many tokens; 1 at least."""
+    most = CPU_TOKENS if jax.default_backend() == "cpu" else DEVICE_TOKENS
     groups = tokens["inputs"].shape[0]
     each = (tokens["inputs"].size + tokens["targets"].size) // groups
-    fit = (w for w in range(2, groups + 1) if groups % w == 0 and w * each <= MERGED_TOKENS)
+    fit = (w for w in range(2, groups + 1) if groups % w == 0 and w * each <= most)
     return max(fit, default=1)

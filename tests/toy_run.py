@@ -11,11 +11,15 @@ import jax
 import numpy as np
 from toy import NAMES, TASKS, VOCABULARY, toy_cache
 
+from moe_jax.evaluation import INPUTS
 from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.decoding import DecodingConfig, DecodingIds, decode
 from moe_jax.model.moe import TaskMoE
+from moe_jax.model.rows import RowModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PAD, EOS, START = 0, 1, 0
+IDS = DecodingIds(START, EOS, PAD)
 Row = list[tuple[list[int], list[int]]]  # examples (inputs, targets) packed into one row
 
 
@@ -42,6 +46,38 @@ def tiny_model(tasks: int = 3, experts: int = 4, **settings) -> TaskMoE:
 def tiny_params(model: TaskMoE, seed: int = 0):
     """Fresh parameters; route logits of order one, so that selections differ."""
     return jax.jit(lambda key: nn.meta.unbox(model.init(key)))(jax.random.key(seed, impl="rbg"))
+
+
+def random_backbone(model: TaskMoE, seed: int = 0):
+    """Parameters far from their initial values, without compiling; answers decoded differ.
+
+    The end of sequence has a long embedding: it is often the likeliest token, or the least.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, p):
+        name = path[-1].key
+        std = 0.1 if name.endswith("bias") else 0.5
+        return rng.normal(name == "scale", std, p.shape).astype(np.float32)
+
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))["backbone"]
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    output = params["embedding"] if model.config.tie_embeddings else params["head"].T
+    output[EOS] *= 2.5
+    return params
+
+
+def decoder(model: TaskMoE, config: DecodingConfig, length: int, ids: DecodingIds = IDS):
+    """Compiled: (backbone, routes, arrays of `pack_rows`, row numbers) -> tokens [R, length]."""
+
+    @jax.jit
+    def tokens(backbone, routes, arrays, row_R=None):
+        row_R = np.arange(len(arrays["inputs"])) if row_R is None else row_R
+        inputs = [arrays[name] for name in INPUTS]
+        row_model = RowModel(model, backbone, routes)
+        return decode(row_model, *inputs, row_R, length=length, config=config, ids=ids)
+
+    return tokens
 
 
 def random_examples(rng: np.random.Generator, count: int) -> Row:

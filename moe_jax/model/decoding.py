@@ -63,10 +63,8 @@ class DecodingConfig:
                 raise UserError(f"DecodingConfig.{name} is {getattr(self, name)!r}; {rule}")
 
         check(self.num_beams >= 1, "num_beams", "it is at least 1")
-        check(
-            self.early_stopping in (True, False, "never"), "early_stopping",
-            "it is True, False or 'never'",
-        )  # fmt: skip
+        known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        check(known, "early_stopping", "it is True, False or 'never'")
         check(self.temperature > 0, "temperature", "it is above 0; greedy is sample=False")
         check(self.top_k >= 0, "top_k", "it is at least 0, for all tokens")
         check(0 < self.top_p <= 1, "top_p", "it is above 0 and at most 1")

@@ -23,7 +23,7 @@ from moe_jax.model.experts import Params
 from moe_jax.model.moe import TaskMoE
 from moe_jax.model.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.model.scoring import log_likelihoods
-from moe_jax.parallel import GROUP_AXES, group_shards, replicated
+from moe_jax.parallel import GROUP_AXES, global_array, group_shards, replicated
 
 INPUTS = ("inputs", "input_segments", "input_positions")
 TARGETS = ("decoder_inputs", "targets", "target_segments", "target_positions")
@@ -108,7 +108,7 @@ class Evaluator:
         batch = {}
         for name in names:
             array = arrays[name][:, :bucket] if name in INPUTS else arrays[name]
-            batch[name] = _global(array, self._by_row)
+            batch[name] = global_array(array, self._by_row)
         if not self.model.routed:
             return params["backbone"], None, batch
         tasks_R = np.broadcast_to(np.asarray(task_id), (count,))
@@ -130,7 +130,7 @@ class Evaluator:
             row_ids: int [R], numbers of the rows, which samples are drawn from; 0, 1, ... if None.
         """
         row_ids = np.arange(self.rows) if row_ids is None else row_ids
-        row_ids = _global(np.asarray(row_ids, np.int32), self._by_row)
+        row_ids = global_array(np.asarray(row_ids, np.int32), self._by_row)
         arguments = self._arguments(params, routes_TxNxE, task_id, arrays, INPUTS)
         tokens = self._decode(*arguments, row_ids)
         return [self.vocabulary.decode(row) for row in np.asarray(tokens).tolist()]
@@ -143,7 +143,7 @@ class Evaluator:
         arrays: Mapping[str, np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of the targets of rows [R, L]: float32 [R] sum over tokens, int32 [R] tokens."""
-        row_ids = _global(np.zeros(self.rows, np.int32), self._by_row)
+        row_ids = global_array(np.zeros(self.rows, np.int32), self._by_row)
         arguments = self._arguments(params, routes_TxNxE, task_id, arrays, (*INPUTS, *TARGETS))
         return tuple(np.asarray(a) for a in self._score(*arguments, row_ids))
 
@@ -250,11 +250,6 @@ def _by_length(
             chosen = order[start : start + rows]
             batch = {name: array[chosen] for name, array in arrays.items()}
             yield batch, [examples[i] for i in chosen if i < len(examples)]
-
-
-def _global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that every process holds, as one array over all devices."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def route_json(route_NxE: np.ndarray) -> list:

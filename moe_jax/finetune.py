@@ -77,7 +77,7 @@ class Start:
             numbers = run.model.layers * run.model.config.experts
             router = dataclasses.replace(router, kind="free", representation_dim=numbers)
         self.model = dataclasses.replace(run.model, router_config=router, tasks=1)
-        self._losses = jax.jit(self._losses_of_tasks)
+        self._losses = jax.jit(self._losses_under)
 
     def params(self, task: str, batch: Mapping[str, np.ndarray]) -> Params:
         """Parameters for a new task; `batch` [1, R, L] holds its few examples.
@@ -94,7 +94,9 @@ class Start:
             case "mean":
                 row_K = table_TxK.mean(0)
             case "nearest":
-                row_K = table_TxK[int(np.argmin(self._losses(params, batch)))]
+                tasks_C, routes_CxNxE = self._choices
+                losses_C = self._losses(params["backbone"], routes_CxNxE, batch)
+                row_K = table_TxK[tasks_C[int(np.argmin(losses_C))]]
             case "random":
                 row_K = np.random.default_rng(self.seed).standard_normal(dim)
             case "file":
@@ -105,13 +107,21 @@ class Start:
             return {**params, "router": {}, "representations": logits_1xNxE.reshape(1, -1)}
         return {**params, "representations": row_1xK}
 
-    def _losses_of_tasks(self, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Loss [T] of the few examples under the route of every training task."""
-        routes_TxNxE = self._trained.routes(params, 0)
+    @functools.cached_property
+    def _choices(self) -> tuple[np.ndarray, np.ndarray]:
+        """(training tasks [C] whose routes differ, those routes [C, N, E])."""
+        routes_TxNxE = np.asarray(jax.jit(self._trained.routes)(self.run.params, 0))
+        # Tasks that agree to a thousandth stand for each other: many do.
+        _, tasks_C = np.unique(np.round(routes_TxNxE, 3), axis=0, return_index=True)
+        return np.sort(tasks_C), routes_TxNxE[np.sort(tasks_C)]
+
+    def _losses_under(
+        self, backbone: Params, routes_CxNxE: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """Loss [C] of the few examples under each route."""
         group = {name: array[0] for name, array in batch.items() if name != "task_id"}
         return jax.lax.map(
-            lambda route: group_loss(self._trained, params["backbone"], route, group, None),
-            routes_TxNxE,
+            lambda route: group_loss(self._trained, backbone, route, group, None), routes_CxNxE
         )
 
 
@@ -128,6 +138,20 @@ def read_starts(
     yield Start("dense", dense, config, seed)
     if config.moe_dir is not None:
         yield Start("moe", read_run(config.moe_dir, vocabulary_size), config, seed)
+
+
+def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
+    """Sees to it that the file of representations, if one is used, has every task.
+
+    Raises:
+        UserError: see `read_representations`.
+    """
+    if config.representation != "file" or config.moe_dir is None:
+        return
+    configs = run_dir.read_config(run_dir.root(config.moe_dir))
+    if TaskMoE(configs["ModelConfig"], configs["RouterConfig"], 1).routed:
+        dim = configs["RouterConfig"].representation_dim
+        read_representations(config.representations_path, tasks, dim)
 
 
 def few_shot_batches(
@@ -232,6 +256,7 @@ def finetune() -> None:
     configs = [run, data, config, optimizer_config, step_config]
     run_dir.check_config(directory, configs)
     mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    check_file(config, mixture.names)  # before the work, not in the middle of it
     run_dir.write_config(directory, configs)
     rows = _read_rows(directory / RUNS)
     done = {tuple(row[k] for k in KEY) for row in rows}

@@ -4,6 +4,9 @@
         --gin.infer.task=skills_capital_of [--gin.infer.input=FILE] [--gin.infer.output=FILE]
 
 Inputs are read one per line. For each, a JSON line is written: {"input", "prediction", "route"}.
+A task that the model was not trained on is answered zero-shot, as in `eval`: its representation is
+its own from a file that `represent` made (infer.representations=FILE), or the mean where it is a
+task of MIXTURE_OR_TASK_NAME.
 """
 
 import sys
@@ -21,24 +24,40 @@ from moe_jax.errors import UserError, nearest
 from moe_jax.evaluation import Evaluator, route_json
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.parallel import MeshConfig, make_mesh
-from moe_jax.runs import load_run
+from moe_jax.runs import load_run, with_tasks
 from moe_jax.train import prepare_mixtures
 
 
 @gin.configurable("infer")
-def infer(task: str = gin.REQUIRED, input: str = "-", output: str = "-") -> None:
+def infer(
+    task: str = gin.REQUIRED,
+    input: str = "-",
+    output: str = "-",
+    representations: str | None = None,
+) -> None:
     """Decodes the lines of a file.
 
     Args:
-        task: whose route to take; a name of the task table.
+        task: whose route to take.
         input: file with one input per line, or - for standard input.
         output: file of JSON lines, or - for standard output.
+        representations: file with that of the task, if the model was not trained on it.
+
+    Raises:
+        UserError: the task is in none of the task table, the file and MIXTURE_OR_TASK_NAME.
     """
     run_config, data = RunConfig(), DataConfig()
-    vocabulary = prepare_mixtures(data)[data.mixture_or_task_name].vocabulary
+    mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    vocabulary = mixture.vocabulary
     run = load_run(run_config.model_dir, ModelConfig(), RouterConfig(), vocabulary.size)
-    if task not in run.task_ids:
-        raise UserError(f"the task table has no {task!r}{nearest(task, run.task_ids)}")
+    known = dict.fromkeys([*run.task_ids, *mixture.names])
+    if task not in known and representations is None:
+        raise UserError(
+            f"the task table has no {task!r}; a task that the model was not trained on needs"
+            " infer.representations=FILE, which has its row, or MIXTURE_OR_TASK_NAME=NAME, which"
+            f" has the task{nearest(task, known)}"
+        )
+    run = with_tasks(run, [task], representations)
     task_id = run.task_ids[task]
     rows = run_config.eval_batch_rows
     mesh = make_mesh(MeshConfig())

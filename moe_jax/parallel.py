@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import gin
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -88,6 +89,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_group(mesh: Mesh) -> NamedSharding:
     """Leading axis over the data axes of the mesh."""
     return NamedSharding(mesh, P(GROUP_AXES))
+
+
+def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array that every process holds, as one array over all devices."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:

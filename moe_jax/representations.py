@@ -126,13 +126,15 @@ class Representations:
         return cls(tuple(tasks), rows_TxK, found["raw"], projection, settings)
 
 
-def read_representations(path: str | os.PathLike, names: Sequence[str], dim: int) -> np.ndarray:
+def read_representations(
+    path: str | os.PathLike, names: Sequence[str], dim: int | None
+) -> np.ndarray:
     """The representations of some tasks.
 
     Args:
         path: a .json or .npz file, see above.
         names: n tasks; the file may have more.
-        dim: K, `RouterConfig.representation_dim`.
+        dim: K, `RouterConfig.representation_dim`; None for whatever the file has.
 
     Returns:
         float32 [n, K].
@@ -154,7 +156,7 @@ def read_representations(path: str | os.PathLike, names: Sequence[str], dim: int
     if missing:
         more = f" (nor {len(missing) - 1} others)" if len(missing) > 1 else ""
         raise UserError(f"{path} has no task {missing[0]!r}{more}{nearest(missing[0], tasks)}")
-    if rows_TxK.shape[1] != dim:
+    if dim is not None and rows_TxK.shape[1] != dim:
         raise UserError(
             f"{path}: representations have {rows_TxK.shape[1]} numbers, but"
             f" RouterConfig.representation_dim is {dim}"

@@ -70,6 +70,7 @@ def with_tasks(run: Run, names: Sequence[str], representations: str | None = Non
 
     Args:
         representations: file with the rows of those that are new; without one, they get the mean.
+            A dense model has no use for rows, but the names are looked up all the same.
 
     Raises:
         UserError: the file has no such row, see `read_representations`.
@@ -86,6 +87,8 @@ def with_tasks(run: Run, names: Sequence[str], representations: str | None = Non
         else:
             new_NxK = read_representations(representations, new, table_TxK.shape[1])
         params["representations"] = jnp.asarray(np.concatenate([table_TxK, new_NxK]))
+    elif representations is not None:
+        read_representations(representations, new, None)
     return Run(dataclasses.replace(run.model, tasks=len(ids)), params, ids, run.step)
 
 

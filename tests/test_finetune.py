@@ -1,15 +1,17 @@
 """Few-shot adaptation: where a new task starts, what is trained, what is scored and written."""
 
+import dataclasses
 import itertools
 import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_run import bindings, finish, flags_of, random_batch, start, tiny_model, tiny_params
 
-from moe_jax import files
+from moe_jax import cli, files, run_dir
 from moe_jax import finetune as program
 from moe_jax.config import DataConfig, FinetuneConfig
 from moe_jax.errors import UserError
@@ -63,9 +65,23 @@ def test_nearest_has_the_lowest_loss():
         chosen = np.take_along_axis(log_p, group["targets"][..., None], -1)[..., 0]
         losses.append(-chosen[group["target_segments"] > 0].sum())
     new = start_of(representation="nearest")
-    np.testing.assert_allclose(new._losses(RUN.params, BATCH), losses, rtol=1e-4)
+    tasks, routes = new._choices
+    assert tasks.tolist() == list(range(len(losses)))
+    found = new._losses(RUN.params["backbone"], routes, BATCH)
+    np.testing.assert_allclose(found, losses, rtol=1e-4)
     row = new.params("new", BATCH)["representations"][0]
     np.testing.assert_array_equal(row, RUN.params["representations"][int(np.argmin(losses))])
+
+
+def test_tasks_of_one_route_are_tried_once():
+    table_TxK = np.asarray(RUN.params["representations"])
+    alike = np.concatenate([table_TxK[:2] + 1e-6, table_TxK, table_TxK])
+    params = {**RUN.params, "representations": jnp.asarray(alike)}
+    model = dataclasses.replace(MODEL, tasks=len(alike))
+    run = dataclasses.replace(RUN, model=model, params=params)
+    tasks, routes = Start("moe", run, FinetuneConfig(), 0)._choices
+    assert tasks.tolist() == [0, 1, *range(4, 2 + len(table_TxK))]
+    np.testing.assert_allclose(routes, MODEL.routes(RUN.params, RUN.step), atol=1e-5)
 
 
 @pytest.mark.parametrize("tune", FROZEN)
@@ -175,6 +191,30 @@ def test_only_the_best_on_dev_is_scored_on_test(done, monkeypatch):
 
 
 # ------------------------------------------------------------------------------ the program
+
+
+@pytest.mark.parametrize("rows", [{"a": [0.0] * 8, "bx": [0.0] * 8}, {"a": [0.0], "b": [0.0]}])
+def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path, monkeypatch):
+    """And before MODEL_DIR holds the run, which would refuse another file later."""
+    mixture = types.SimpleNamespace(names=("a", "b"), vocabulary=types.SimpleNamespace(size=24))
+    monkeypatch.setattr(program, "prepare_mixtures", lambda data: {"a_mixture": mixture})
+    monkeypatch.setattr(
+        program, "read_starts", lambda *_: pytest.fail("training is about to start")
+    )
+    run_dir.write_config(tmp_path / "moe", [MODEL.config, MODEL.router_config])
+    files.write_json(tmp_path / "rows.json", rows)
+    settings = {
+        "MODEL_DIR": str(tmp_path / "few_shot"),
+        "MIXTURE_OR_TASK_NAME": "a_mixture",
+        "DENSE_DIR": str(tmp_path / "dense"),
+        "MOE_DIR": str(tmp_path / "moe"),
+        "FinetuneConfig.representation": "file",
+        "FinetuneConfig.representations_path": str(tmp_path / "rows.json"),
+    }
+    cli.parse_gin([], [f"{name} = {value!r}" for name, value in settings.items()], [])
+    with pytest.raises(UserError, match=r"no task 'b'; did you mean 'bx'|representation_dim is 8"):
+        program.finetune()
+    assert not (tmp_path / "few_shot").exists()
 
 
 @pytest.mark.slow

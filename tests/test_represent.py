@@ -4,17 +4,31 @@ import json
 from functools import partial
 from pathlib import Path
 
+import gin
 import jax
 import numpy as np
 import pytest
-from toy_run import bindings, finish, flags_of, pack_rows, random_examples, start, tiny_model
+from toy import toy_mixtures
+from toy_run import (
+    bindings,
+    finish,
+    flags_of,
+    pack_rows,
+    random_backbone,
+    random_examples,
+    start,
+    tiny_model,
+)
 from toy_run import tiny_params as fresh_params
 
-from moe_jax import cli, represent
+from moe_jax import cli, embedding, represent
+from moe_jax.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.hf.read import from_hf
+from moe_jax.parallel import MeshConfig, make_mesh, replicated
 from moe_jax.representations import Representations
 from moe_jax.runs import read_run
+from moe_jax.training import groups
 from moe_jax.training.checkpoints import load_params
 
 DATA = Path(__file__).with_name("data") / "hf"
@@ -108,7 +122,7 @@ def test_fisher_diagonal_is_that_of_pytorch(name, tmp_path):
     )
     # A row of padding, as the last batch of a task has, adds nothing.
     batch = {k: np.concatenate([a, np.zeros_like(a[:1])]) for k, a in batch.items()}
-    ours = jax.jit(partial(represent.fisher_sum, run.model))(run.params["backbone"], batch) / 3
+    ours = jax.jit(partial(embedding.fisher_sum, run.model))(run.params["backbone"], batch) / 3
     assert ours.shape == wanted.shape
     error = np.abs(ours - wanted).max() / wanted.max()
     print(f"Fisher diagonal of {name}: {len(wanted)} units, largest {wanted.max():.2e},"
@@ -123,7 +137,7 @@ def test_text_embedding_ignores_padding():
     model = tiny_model(experts=1)
     backbone = fresh_params(model)["backbone"]
     examples = [random_examples(rng, 1) for _ in range(3)]
-    embed = jax.jit(partial(represent.text_sum, model))
+    embed = jax.jit(partial(embedding.text_sum, model))
     short = pack_rows([*examples, []], 5, 5)
     found = np.asarray(embed(backbone, short))
 
@@ -139,6 +153,46 @@ def test_text_embedding_ignores_padding():
         states = encode(ids, np.ones_like(ids), np.arange(ids.shape[1])[None], None)
         means.append(np.asarray(states[0], np.float64).mean(0))
     np.testing.assert_allclose(found, np.sum(means, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["text", "fisher"])
+def test_many_devices_share_the_rows_and_agree_with_one(kind, monkeypatch):
+    """Four shards of a mesh that also splits the model; 6 rows are no multiple of them."""
+    gin.bind_parameter("OptimizerConfig.learning_rate", 1e-4)
+    mixture, _ = toy_mixtures()
+    size = mixture.vocabulary.size
+    model = tiny_model(experts=1, max_positions=48, vocabulary_size=size)
+    params = {"backbone": random_backbone(model)}
+    data = DataConfig(lengths={"inputs": 40, "targets": 20})
+    settings = {"kind": kind, "split": "train", "examples": 14, "seed": 0}
+    settings |= {"steps": 3, "batch_size": 6}
+    seen = {"summed": set(), "tuned": set()}  # rows that one device does at a time
+
+    def watch(module, name, key, place):
+        function = getattr(module, name)
+
+        def watched(*args, **settings):
+            seen[key].add(args[place]["inputs"].shape[0])
+            return function(*args, **settings)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(embedding, f"{kind}_sum", "summed", 2)
+    watch(groups, "group_loss", "tuned", 3)
+    found, shares = [], []
+    for mesh in (
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        make_mesh(MeshConfig(data=2, fsdp=2, model=2)),
+    ):
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, replicated(mesh))
+            embed = embedding.Embedder(model, placed, data, settings, 6, mesh)
+            found.append(embed(mixture, "toy_sum"))
+        shares.append({key: rows.copy() for key, rows in seen.items()})
+        [rows.clear() for rows in seen.values()]
+    tuned = {"text": (set(), set()), "fisher": ({6}, {2})}[kind]
+    assert shares == [{"summed": {6}, "tuned": tuned[0]}, {"summed": {2}, "tuned": tuned[1]}]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5 * np.abs(found[0]).max())
 
 
 # ------------------------------------------------------------------------------ commands

@@ -1,0 +1,124 @@
+"""Answers as one task: of the task table, or of another by its row in a file or by the mean."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from toy import toy_mixtures
+from toy_run import bindings, random_backbone, tiny_model, tiny_params
+
+from moe_jax import cli, files, infer, run_dir
+from moe_jax import eval as eval_program
+from moe_jax.config import DataConfig, RunConfig
+from moe_jax.errors import UserError
+from moe_jax.hf.streaming import Promise, save_params
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.training.checkpoints import parameter_shapes
+
+TASKS = ["toy_copy", "toy_sum"]
+
+
+def write_run(model_dir, experts: int):
+    """A model directory with random parameters; (model, parameters)."""
+    settings = {"ModelConfig__experts": experts, "RouterConfig__selection": "argmax"}
+    cli.parse_gin([], bindings(model_dir, **settings), [])
+    run_dir.write_config(model_dir, [RunConfig(), DataConfig(), ModelConfig(), RouterConfig()])
+    model = tiny_model(
+        tasks=2, experts=experts, max_positions=48, selection="argmax",
+        vocabulary_size=toy_mixtures()[0].vocabulary.size,
+    )  # fmt: skip
+    params = tiny_params(model) | {"backbone": random_backbone(model)}
+    shapes = parameter_shapes(params)
+    promises = jax.tree.map(lambda p: Promise(p.shape, lambda: np.asarray(p)), params)
+    save_params(model_dir, 3, promises, {"tasks": TASKS, "step": 3, "shapes": shapes})
+    return model, params
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory):
+    """(MODEL_DIR, model, parameters)."""
+    model_dir = tmp_path_factory.mktemp("routed") / "run"
+    return model_dir, *write_run(model_dir, experts=2)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    model_dir = tmp_path_factory.mktemp("dense") / "run"
+    write_run(model_dir, experts=1)
+    return model_dir
+
+
+@pytest.fixture(scope="module")
+def rows(routed, tmp_path_factory):
+    """A file with the row of toy_reverse, routed otherwise than by the mean; (path, row)."""
+    _, model, params = routed
+    rng = np.random.default_rng(0)
+    mean = np.asarray(params["representations"]).mean(0)
+    candidates = np.stack([mean, *rng.normal(size=(20, 8))]).astype(np.float32)
+    routes = model.routes({**params, "representations": candidates}, 3)
+    other = next(i for i, route in enumerate(routes) if not np.any(route * routes[0]))
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    files.write_json(path, {"toy_reverse": candidates[other].tolist(), "toy_other": [0.0] * 8})
+    return path, candidates[other]
+
+
+def call(program, model_dir, **settings):
+    """A program in this process; a setting is one of its arguments or a macro."""
+    prefix = "infer" if program is infer.infer else "eval"
+    values = {"MODEL_DIR": str(model_dir)} | {
+        name if name.isupper() else f"{prefix}.{name}": value for name, value in settings.items()
+    }
+    cli.parse_gin([], [f"{k} = {v!r}" for k, v in values.items()], [], from_model_dir=True)
+    program()
+
+
+def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, monkeypatch):
+    """Its row in the file decides, or else the mean; routes as the router gives them."""
+    model_dir, model, params = routed
+    path, row = rows
+    said = {}
+    for kind, given in (("file", {"representations": str(path)}), ("mean", {})):
+        call(
+            eval_program.evaluate, model_dir, MIXTURE_OR_TASK_NAME="toy_unseen", examples=6, **given
+        )
+        lines = model_dir / "eval" / "toy_unseen_test" / "predictions.jsonl"
+        wanted = [json.loads(line) for line in lines.read_text().splitlines()]
+        # The mixture that was trained on does not have the task: only the file does.
+        mixture = {} if given else {"MIXTURE_OR_TASK_NAME": "toy_unseen"}
+        output = tmp_path / f"{kind}.jsonl"
+        text = "".join(line["input"] + "\n" for line in wanted)
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        call(infer.infer, model_dir, task="toy_reverse", output=str(output), **given, **mixture)
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+        keys = ("input", "prediction", "route")
+        assert found == [{key: line[key] for key in keys} for line in wanted]
+        vector = row if given else np.asarray(params["representations"]).mean(0)
+        route = np.asarray(model.routes({**params, "representations": vector[None]}, 3))[0]
+        assert found[0]["route"] == np.argmax(route, -1).tolist()
+        said[kind] = [line["prediction"] for line in found]
+    assert said["file"] != said["mean"]
+
+
+def test_a_dense_model_has_no_routes(dense, rows, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("red blue\n"))
+    call(infer.infer, dense, task="toy_reverse", representations=str(rows[0]))
+    unseen = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("sys.stdin", io.StringIO("red blue\n"))
+    call(infer.infer, dense, task="toy_copy")
+    assert json.loads(capsys.readouterr().out) == unseen
+    assert unseen["input"] == "red blue" and unseen["route"] is None
+
+
+@pytest.mark.parametrize("model_dir", ["routed", "dense"])
+def test_a_misspelt_task_is_refused_with_the_nearest(model_dir, rows, request):
+    model_dir = request.getfixturevalue(model_dir)
+    model_dir = model_dir[0] if isinstance(model_dir, tuple) else model_dir
+    with pytest.raises(UserError, match=r"no 'toy_copi'; .* infer\.rep.*; did you mean 'toy_copy'"):
+        call(infer.infer, model_dir, task="toy_copi")
+    with pytest.raises(UserError, match=r"has no task 'toy_revers'; did you mean 'toy_reverse'"):
+        call(infer.infer, model_dir, task="toy_revers", representations=str(rows[0]))
+    # Not of the mixture, however well known it is.
+    with pytest.raises(UserError, match="no 'toy_reverse'"):
+        call(infer.infer, model_dir, task="toy_reverse")

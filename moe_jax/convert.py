@@ -1,12 +1,16 @@
-"""Weights of Hugging Face's BART and T5 1.1 in, and a task's plain model out.
+"""Weights of Hugging Face's BART and T5 1.1, or of T5X's T5 1.1, in; a task's plain model out.
 
     python -m moe_jax.convert from-hf DIR OUT
+    python -m moe_jax.convert from-t5x CHECKPOINT_DIR OUT [--sentencepiece FILE]
     python -m moe_jax.convert to-hf MODEL_DIR OUT --task NAME [--average] [--approximate]
 
 `from-hf` writes a model directory for INITIAL_CHECKPOINT_PATH, the tokenizer with it:
 
     python -m moe_jax.train --gin_file=OUT/config.gin --gin_file=runs/skills_gym_stage1.gin \
         --gin.ModelConfig.experts=3 --gin.INITIAL_CHECKPOINT_PATH=OUT --gin.MODEL_DIR=...
+
+`from-t5x` does the same with a checkpoint of T5X, which holds no tokenizer: give its SentencePiece
+model, or name its vocabulary to `train` (VocabularyConfig).
 
 `to-hf` takes a task's expert in every layer, which leaves a BART or T5 that `transformers` loads.
 """
@@ -20,6 +24,7 @@ import jax
 from moe_jax.errors import UserError
 from moe_jax.hf.read import from_hf
 from moe_jax.hf.write import to_hf
+from moe_jax.t5x import from_t5x
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader = commands.add_parser("from-hf", help="weights and tokenizer in")
     reader.add_argument("source", metavar="DIR", help="Hugging Face directory, or name on the Hub")
     reader.add_argument("out", metavar="OUT", help="model directory to write")
+    t5x = commands.add_parser("from-t5x", help="weights of a T5X checkpoint of T5 1.1 in")
+    t5x.add_argument(
+        "source", metavar="CHECKPOINT_DIR", help="local directory, such as checkpoint_1000000"
+    )
+    t5x.add_argument("out", metavar="OUT", help="model directory to write")
+    t5x.add_argument("--sentencepiece", metavar="FILE", help="the model's tokenizer")
     writer = commands.add_parser("to-hf", help="a task's plain model out")
     writer.add_argument("checkpoint", metavar="MODEL_DIR", help="or one of its checkpoints")
     writer.add_argument("out", metavar="OUT", help="Hugging Face directory to write")
@@ -51,13 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to who trains on it
     try:
-        if args.command == "from-hf":
-            config = from_hf(args.source, args.out)
-            print(f"{args.out}: {config.architecture}, d_model {config.d_model},"
-                  f" {config.encoder_layers} + {config.decoder_layers} layers")  # fmt: skip
-        else:
+        if args.command == "to-hf":
             flags = {"average": args.average, "approximate": args.approximate}
             print(to_hf(args.checkpoint, args.out, args.task, **flags))
+        else:
+            if args.command == "from-hf":
+                config, note = from_hf(args.source, args.out), ""
+            else:
+                config = from_t5x(args.source, args.out, args.sentencepiece)
+                note = (
+                    "" if args.sentencepiece else "; no tokenizer: train needs a VocabularyConfig"
+                )
+            print(f"{args.out}: {config.architecture}, d_model {config.d_model},"
+                  f" {config.encoder_layers} + {config.decoder_layers} layers{note}")  # fmt: skip
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -1,33 +1,26 @@
 """Reads BART or T5 1.1 from Hugging Face files into a model directory, without PyTorch."""
 
-import itertools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
-from moe_jax import files, run_dir
+from moe_jax import files
 from moe_jax.data import vocabulary
-from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.errors import UserError, nearest
 from moe_jax.hf import config as hf_config
 from moe_jax.hf import directory as hf_directory
 from moe_jax.hf import weights as hf_weights
 from moe_jax.hf.directory import Weights
-from moe_jax.hf.streaming import Promise, save_params
+from moe_jax.hf.initial import check_parts, write_initial
 from moe_jax.hf.weights import Part
-from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.config import ModelConfig
 
 # Of a converted model directory: what a Hugging Face directory holds besides, for the way back.
 ORIGIN = "huggingface"
 TENSORS = "tensors.json"  # name -> dtype
 UNUSED = "unused.safetensors"
-_LENGTHS = {"inputs": 512, "targets": 64}  # a run may choose others
 
 
 def from_hf(source: str, out: str | Path) -> ModelConfig:
@@ -47,29 +40,12 @@ def from_hf(source: str, out: str | Path) -> ModelConfig:
     tied = _is_tied(weights, names)
     config = hf_config.read_config(config_json, tied, directory / hf_directory.CONFIG)
     parts = hf_weights.parts(config)
-    shapes = TaskMoE(config, RouterConfig(), 0).shapes()
-    _check_names(weights, names, parts, shapes, directory)
+    _check_names(config, weights, names, parts, directory)
     own = vocabulary.read_tokenizers(directory)
-    if own.size > config.vocabulary_size:
-        raise UserError(
-            f"{directory}: the tokenizer has {own.size} tokens, the model {config.vocabulary_size}"
-        )
     with files.new_directory(out) as new:
-        bar = tqdm(total=len(parts), desc=f"read {directory.name}", unit=" tensors", disable=None)
-        params: dict[str, Any] = {}
-        for path, group in itertools.groupby(parts, lambda part: part.path):
-            *parents, leaf = f"backbone/{path}".split("/")
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            shape = tuple(shapes[f"backbone/{path}"])
-            node[leaf] = Promise(shape, _reader(weights, names, list(group), shape, bar))
-        meta = {"tasks": [], "step": 0, "shapes": shapes}
-        save_params(new, 0, params, meta)
-        bar.close()
-        run_dir.write_task_table(new, [])
-        vocabulary.write_vocabulary(new / vocabulary.DIRECTORY, own.settings, own.contents)
-        _write_config(new, config, VocabularyConfig(kind="tokenizers", path=os.path.abspath(out)))
+        write_initial(
+            new, out, config, parts, lambda part: weights.read(names[part.name]), own, directory
+        )
         _write_origin(new / ORIGIN, directory, weights, names)
     return config
 
@@ -94,22 +70,15 @@ def _equal(weights: Weights, name: str, other: str) -> bool:
 
 
 def _check_names(
+    config: ModelConfig,
     weights: Weights,
     names: dict[str, str],
     parts: Sequence[Part],
-    shapes: dict[str, list[int]],
     directory: Path,
 ) -> None:
     """Every tensor is there, has its shape, and none is left over that does something."""
-    for part in parts:
-        if part.name not in names:
-            raise UserError(f"{directory}: the weights have no {part.name}")
-        wanted = part.shape(tuple(shapes[f"backbone/{part.path}"]))
-        if weights.shapes[names[part.name]] != wanted:
-            raise UserError(
-                f"{directory}: {names[part.name]} has shape"
-                f" {list(weights.shapes[names[part.name]])}, config.json says {list(wanted)}"
-            )
+    found = {name: weights.shapes[file_name] for name, file_name in names.items()}
+    check_parts(config, parts, found, directory, "config.json says")
     known = {part.name for part in parts}
     for name in sorted(set(names) - known):
         if name in hf_weights.ALIASES or name == hf_weights.HEAD:
@@ -121,34 +90,6 @@ def _check_names(
         elif name != hf_weights.UNUSED:
             hint = nearest(name, known)
             raise UserError(f"{directory}: {names[name]} belongs to no BART or T5 1.1{hint}")
-
-
-def _reader(
-    weights: Weights, names: dict[str, str], parts: list[Part], shape: tuple[int, ...], bar: tqdm
-) -> Callable[[], np.ndarray]:
-    """Makes one parameter from its tensors."""
-
-    def make() -> np.ndarray:
-        bar.update(len(parts))
-        if parts[0].form == "table":  # the largest of all: not copied
-            return weights.read(names[parts[0].name]).astype(np.float32, copy=False)
-        parameter = np.empty(shape, np.float32)
-        for part in parts:
-            part.put(parameter, weights.read(names[part.name]))
-        return parameter
-
-    return make
-
-
-def _write_config(path: Path, config: ModelConfig, own: VocabularyConfig) -> None:
-    """A config.gin that says the model and its tokenizer, to be given to `train` as --gin_file."""
-    lines = {
-        "TASK_FEATURE_LENGTHS": _LENGTHS,
-        "DataConfig.vocabulary": f"@{VocabularyConfig.__name__}()",
-        **run_dir.config_lines([own, config]),
-    }
-    text = "".join(f"{name} = {value}\n" for name, value in lines.items())
-    files.write_text(path / run_dir.CONFIG, text)
 
 
 def _write_origin(path: Path, directory: Path, weights: Weights, names: dict[str, str]) -> None:

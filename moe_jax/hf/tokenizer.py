@@ -12,18 +12,18 @@ from moe_jax.hf.config import special_ids
 from moe_jax.hf.directory import CONFIG
 
 TOKENIZER = "tokenizer.json"
-_SETTINGS = "tokenizer_config.json"
+SETTINGS = "tokenizer_config.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
-_SENTENCEPIECE = "spiece.model"
+SENTENCEPIECE = "spiece.model"
 # All that belongs to a tokenizer, so that it can be handed on as it came.
 FILES = (
     TOKENIZER,
-    _SETTINGS,
+    SETTINGS,
     "special_tokens_map.json",
     "added_tokens.json",
     _VOCABULARY,
     _MERGES,
-    _SENTENCEPIECE,
+    SENTENCEPIECE,
 )
 
 
@@ -42,17 +42,17 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
     config = files.read_json(directory / CONFIG)
     ids = special_ids(config, directory / CONFIG)
     settings = {}
-    if (directory / _SETTINGS).is_file():
-        settings = files.read_json(directory / _SETTINGS)
+    if (directory / SETTINGS).is_file():
+        settings = files.read_json(directory / SETTINGS)
     try:
         if (directory / TOKENIZER).is_file():
             tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
         elif (directory / _MERGES).is_file():
             tokenizer = _byte_level(directory, settings)
-        elif (directory / _SENTENCEPIECE).is_file():
+        elif (directory / SENTENCEPIECE).is_file():
             tokenizer = _unigram(directory, settings)
         else:
-            names = f"{TOKENIZER}, {_MERGES} and {_SENTENCEPIECE}"
+            names = f"{TOKENIZER}, {_MERGES} and {SENTENCEPIECE}"
             raise UserError(f"{directory} has no tokenizer: none of {names}")
     except UserError:
         raise
@@ -82,7 +82,7 @@ def _unigram(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     """T5's: SentencePiece's pieces, then the sentinels, the last of them first."""
     from sentencepiece import sentencepiece_model_pb2  # protobuf, which readers do without
 
-    content = (directory / _SENTENCEPIECE).read_bytes()
+    content = (directory / SENTENCEPIECE).read_bytes()
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)
     sentinels = [f"<extra_id_{i}>" for i in range(settings.get("extra_ids", 100))]
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]

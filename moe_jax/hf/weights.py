@@ -26,17 +26,17 @@ class Part(NamedTuple):
     """One tensor of `transformers`, and the part of one of our parameters that it is.
 
     Attributes:
-        name: in `transformers`, without the prefix `model.`.
+        name: in `transformers`, without the prefix `model.`; or that of another library.
         path: of the parameter in the backbone, `encoder/layers/routed/...`.
         place: index into the parameter.
-        form: `kernel`, [out, in] there and [in..., out...] here; `vector`; or `table`, the same
-            on both sides.
+        form: `kernel`, [out, in] there and [in..., out...] here; `matrix`, [in, out] there (T5X);
+            `vector`; or `table`, the same on both sides.
     """
 
     name: str
     path: str
     place: Place
-    form: Literal["kernel", "vector", "table"]
+    form: Literal["kernel", "matrix", "vector", "table"]
 
     def shape(self, parameter_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor."""
@@ -51,7 +51,8 @@ class Part(NamedTuple):
             return own.reshape(-1)
         # The output projection of an attention sums over heads and their width.
         inputs = 2 if self.path.endswith("attention/out_kernel") else 1
-        return own.reshape(int(np.prod(own.shape[:inputs])), -1).T
+        matrix = own.reshape(int(np.prod(own.shape[:inputs])), -1)
+        return matrix if self.form == "matrix" else matrix.T
 
     def put(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
         """Writes the tensor into our parameter, in its dtype."""

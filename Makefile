@@ -9,8 +9,9 @@ RUN := $(VENV)/bin/python
 quickstart: $(VENV)/.installed
 	$(RUN) -m moe_jax.experiment --gin_file=experiments/quickstart.gin --gin.MODEL_DIR=runs/quickstart
 
+# A process per core, up to four; a file's tests share what they have compiled.
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow

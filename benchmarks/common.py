@@ -55,7 +55,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     result.add_argument("--tiny", action="store_true", help="only to see that it runs")
     result.add_argument("--json", metavar="FILE", help="also write the results here")
     result.add_argument(
-        "--rounds", type=int, help="measurements of each, for their median (5, --quick 3)"
+        "--rounds",
+        type=int,
+        help="measurements of each, for their median (5, --quick 3); of short ones three times",
     )
     return result
 

@@ -51,7 +51,8 @@ class DataConfig:
     A batch has `batch_size` rows in groups of `rows_per_group` rows of one task. With `pack`, a
     row holds as many examples as fit into `lengths`; without, one. With `row_shapes` above 1,
     packed rows have up to so many shapes, each task's the one that leaves it the least padding; the
-    step is compiled for each, and a batch holds tasks of one shape.
+    step is compiled for each, a batch holds tasks of one shape, and the logits of one with long
+    targets take up to three times the memory.
 
     `mixing` draws tasks in proportion to their `examples` (at most `cap` each), all `equal`ly,
     by `temperature` (rate ** (1 / mixing_temperature)), or by the rates of the SeqIO mixture.
@@ -94,6 +95,11 @@ class DataConfig:
             name = self.mixture_or_task_name or ""
             trained = dataclasses.replace(vocabulary, trained_on=name)
             object.__setattr__(self, "vocabulary", trained)
+        if self.row_shapes > 1 and not self.pack:
+            raise UserError(
+                f"DataConfig.row_shapes is {self.row_shapes}, but rows are not packed: "
+                "DataConfig.pack is False"
+            )
         if self.batch_size % self.rows_per_group:
             raise UserError(
                 f"BATCH_SIZE {self.batch_size} is no multiple of "

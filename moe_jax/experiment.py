@@ -34,7 +34,7 @@ def experiment(
     finetune: str = gin.REQUIRED,
     unseen: str = gin.REQUIRED,
     stage2_from_dense: bool = False,
-    test_examples: int | None = None,
+    eval_examples: int | None = None,
 ) -> None:
     """Runs all stages.
 
@@ -43,7 +43,8 @@ def experiment(
         dense, stage1, stage2, finetune: gin files of the stages.
         unseen: the mixture of unseen tasks.
         stage2_from_dense: stage 2 starts its experts from the dense model, not afresh.
-        test_examples: at most this many of each task are scored, evenly spaced; None for all.
+        eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
+            the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
     """
     run = RunConfig()
     run.require("model_dir")
@@ -61,8 +62,8 @@ def experiment(
     stages.run("stage2", "train", stage2, bindings)
     for name in ("dense", "stage2"):
         both = {"MODEL_DIR": at[name], "eval.mixtures": repr((unseen,))}
-        if test_examples is not None:
-            both["eval.examples"] = str(test_examples)
+        if eval_examples is not None:
+            both["eval.examples"] = str(eval_examples)
         stages.run(f"scores of {name}", "eval", None, both)
     stages.run(
         "few_shot",

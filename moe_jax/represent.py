@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import gin
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from moe_jax import cli, files
@@ -167,7 +168,8 @@ def represent(
             bar.set_postfix_str(name)
             task = places[name].task(name)
             key = [settings, task.split(split).fingerprint, places[name].vocabulary_dir.name, name]
-            raw.append(_cached(parts / f"{digest(key)}.npy", partial(embed, places[name], name)))
+            part = parts / f"{digest(key)}.npy"
+            raw.append(_cached(part, partial(embed, places[name], name), lead))
     if not lead:
         return
     raw_TxD = np.stack(raw)
@@ -195,12 +197,15 @@ def represent(
         )
 
 
-def _cached(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """What an interrupted command has left at `path`, or else computes it and leaves it there."""
-    if path.exists():
-        return np.load(path, allow_pickle=False)
+def _cached(path: Path, compute: Callable[[], np.ndarray], lead: bool) -> np.ndarray | None:
+    """What an interrupted command has left at `path`, or else computes it and leaves it there.
+
+    All processes compute together or none: the lead, which alone needs the value, decides.
+    """
+    if multihost_utils.broadcast_one_to_all(np.int32(lead and path.exists())):
+        return np.load(path, allow_pickle=False) if lead else None
     value = compute()
-    if jax.process_index() == 0:
+    if lead:
         buffer = io.BytesIO()
         np.save(buffer, value)
         files.write_bytes(path, buffer.getvalue())

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import run_dir
-from moe_jax.data.cache import PreparedMixture
-from moe_jax.errors import UserError, nearest
+from moe_jax.errors import UserError
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params
 from moe_jax.model.moe import TaskMoE, parameter_shapes
@@ -90,17 +89,6 @@ def with_tasks(run: Run, names: Sequence[str], representations: str | None = Non
     elif representations is not None:
         read_representations(representations, new, None)
     return Run(dataclasses.replace(run.model, tasks=len(ids)), params, ids, run.step)
-
-
-def find_task(mixture: PreparedMixture, name: str) -> str:
-    """`name`, if the mixture has it.
-
-    Raises:
-        UserError: it has not; the nearest names are given.
-    """
-    if name not in mixture.names:
-        raise UserError(f"{mixture.name} has no task {name!r}{nearest(name, mixture.names)}")
-    return name
 
 
 def read_run(model_dir: str, vocabulary_size: int) -> Run:

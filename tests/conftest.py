@@ -22,6 +22,27 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parent.parent
+# Tables that tests have made, to be printed at the end, whichever process made them.
+TABLES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config):
+    config.stash[TABLES] = []
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tables"] = session.config.stash[TABLES]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node):
+    node.config.stash[TABLES] += getattr(node, "workeroutput", {}).get("tables", [])
+
+
+def pytest_terminal_summary(terminalreporter):
+    for table in terminalreporter.config.stash[TABLES]:
+        terminalreporter.write_line(f"\n{table}")
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def run(config, gradients, frozen=()):
     state = optimizer.init(params)
     for step, grads in enumerate(gradients):
         grads = {k: jax.tree.map(jnp.zeros_like, g) if k in frozen else g for k, g in grads.items()}
-        grads = clip(config, grads, jnp.int32(step))
+        grads, _ = clip(config, grads, jnp.int32(step))
         with jax.numpy_dtype_promotion("standard"):
             directions, state = optimizer.update(grads, state, params)
         share = schedule(config, jnp.int32(step), len(gradients))
@@ -160,7 +160,7 @@ def test_alternation():
 
     @jax.jit
     def step(params, state, grads, i):
-        grads = clip(config, grads, i)
+        grads, _ = clip(config, grads, i)
         with jax.numpy_dtype_promotion("standard"):
             directions, state = optimizer.update(grads, state, params)
         return apply(params, directions, config.learning_rates), state

@@ -60,7 +60,7 @@ def test_every_task_fits_into_its_shape(tasks, limits, count):
     assert len(shapes) == len(tasks) and len(set(shapes)) <= count
     for task, shape in zip(lengths, shapes, strict=True):
         assert (np.minimum(task, limits).max(0) <= shape).all()
-        assert shape[0] <= max(8, limits[0] + 4)  # rounded to 8
+        assert shape[0] <= limits[0]
     if count == 1:
         assert set(shapes) == {limits}
 
@@ -81,6 +81,13 @@ def test_more_shapes_leave_less_padding():
     found = [padding(packing.choose_shapes(tasks, [1.0] * 6, limits, n)) for n in (1, 2, 3, 4)]
     assert found == sorted(found, reverse=True)
     assert found[2] < 0.6 * found[0]
+
+
+def test_a_task_of_the_longest_inputs_has_rows_of_their_length():
+    """Also where the limit is no multiple of what shapes are rounded to."""
+    tasks = [np.array([[500, 3]] * 20), np.array([[30, 60]] * 20)]
+    shapes = packing.choose_shapes(tasks, [1.0, 1.0], (500, 64), 3)
+    assert shapes[0] == (500, 8)
 
 
 def test_shuffling_deals_examples_of_equal_length_anew():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
+from conftest import TABLES
 
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
@@ -62,9 +63,7 @@ class Table:
 def table(request):
     table = Table()
     yield table
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n{table}")
+    request.config.stash[TABLES].append(str(table))
 
 
 class Fixture:

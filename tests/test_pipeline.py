@@ -73,16 +73,15 @@ def test_rows_hold_their_tasks_examples_whole(train, pack):
 @pytest.mark.parametrize("pack", [True, False])
 def test_an_epoch_holds_every_example_once_and_the_next_is_in_another_order(train, pack):
     task = train.task("toy_copy")
-    stream = TaskRows(
-        task, "train", lengths=LENGTHS, vocabulary=train.vocabulary, pack=pack, seed=3
-    )
+    settings = {"lengths": LENGTHS, "shape": (48, 24), "vocabulary": train.vocabulary, "pack": pack}
+    stream = TaskRows(task, "train", **settings, seed=3)
     rows = stream.plan.rows
     epochs = [[tuple(stream.examples(e * rows + r)) for r in range(rows)] for e in range(3)]
     for epoch in epochs:
         assert sorted(itertools.chain(*epoch)) == list(range(60))
     assert epochs[0] != epochs[1] != epochs[2]
     assert stream.examples(rows + 1) == pytest.approx(epochs[1][1])  # random access
-    other = TaskRows(task, "train", lengths=LENGTHS, vocabulary=train.vocabulary, pack=pack, seed=4)
+    other = TaskRows(task, "train", **settings, seed=4)
     assert [tuple(other.examples(r)) for r in range(rows)] != epochs[0]
 
 

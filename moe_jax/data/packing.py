@@ -142,9 +142,8 @@ def choose_shapes(
     if count == 1:
         return [limits] * len(lengths_by_task)
     shares = itertools.product((1, 0.75, 0.5, 0.375, 0.25), (3, 2, 1.5, 1, 0.75, 0.5, 0.25, 0.125))
-    shapes_Sx2 = np.maximum(8, np.round(np.array([*shares]) * limits / 8).astype(int) * 8)
-    # Every task fits into the first, whatever the rounding.
-    shapes_Sx2 = np.unique([(limits[0], max(limits[1], shapes_Sx2[0, 1])), *shapes_Sx2], axis=0)
+    shapes_Sx2 = 8 * np.ceil(np.array([*shares]) * limits / 8).astype(int)
+    shapes_Sx2[:, 0] = np.minimum(shapes_Sx2[:, 0], limits[0])
     costs_TxS = np.empty((len(lengths_by_task), len(shapes_Sx2)))
     for costs_S, lengths_Nx2, weight in zip(costs_TxS, lengths_by_task, weights, strict=True):
         lengths_Nx2 = np.minimum(lengths_Nx2, limits)

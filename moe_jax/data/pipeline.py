@@ -50,13 +50,12 @@ class TaskRows:
         split: str,
         *,
         lengths: Mapping[str, int],
-        shape: tuple[int, int] | None = None,
+        shape: tuple[int, int],
         vocabulary: Vocabulary,
         pack: bool,
         seed: int,
     ):
         sizes_Nx2 = np.minimum(task.lengths(split), (lengths["inputs"], lengths["targets"]))
-        shape = shape or (lengths["inputs"], lengths["targets"])
         self.plan = packing.pack(sizes_Nx2, shape) if pack else packing.one_per_row(len(sizes_Nx2))
         self._records: Records = task.records(split)
         self._lengths, self._shape = lengths, shape

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 Params = Any
-# Experts mixed one after the other; more would compile for long.
-UNROLLED = 4
+# Experts mixed one after the other at most; more would compile for long.
+UNROLLED = 3
 
 
 def init_experts(

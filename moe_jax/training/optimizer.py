@@ -98,21 +98,21 @@ def _labels(params: Any, config: OptimizerConfig) -> Any:
     }
 
 
-def clip(config: OptimizerConfig, grads: Any, step: jax.Array) -> Any:
-    """Gradients scaled down to the norm `clip_norm`, where they are longer.
+def clip(config: OptimizerConfig, grads: Any, step: jax.Array) -> tuple[Any, jax.Array]:
+    """(gradients scaled down to the norm `clip_norm`, where they are longer; their norm before).
 
     Args:
         grads: by part; zero where a part is frozen (see `step.gradients`).
         step: says which parts rest in an alternation: they have no share in the norm.
     """
-    if not config.clip_norm:
-        return grads
     squares = {part: optax.tree.norm(g, squared=True) for part, g in grads.items()}
     if config.alternate_every:
         squares = {p: jnp.where(_has_turn(config, p, step), s, 0.0) for p, s in squares.items()}
     norm = jnp.sqrt(sum(squares.values()))
+    if not config.clip_norm:
+        return grads, norm
     scale = config.clip_norm / jnp.maximum(norm, config.clip_norm)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
 
 
 def _has_turn(config: OptimizerConfig, part: str, step: jax.Array) -> jax.Array:

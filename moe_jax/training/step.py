@@ -201,7 +201,7 @@ def make_train_step(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
             frozen=optimizer_config.frozen, lazy=optimizer_config.lazy,
         )  # fmt: skip
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        grads, metrics["gradient_norm"] = clip(optimizer_config, grads, state.step)
         share = padding_share(batch)  # of the whole batch, whichever process holds which part
         metrics |= {f"padding/{name}": share[name] for name in ("all", "unpacked")}
         height = schedule(optimizer_config, state.step, total_steps)
@@ -213,7 +213,7 @@ def make_train_step(
                 directions, opt_state = optimizer.update(grads, opt_state, params)
             return apply(params, directions, rates), opt_state
 
-        old = (state.params, state.opt_state, clip(optimizer_config, grads, state.step))
+        old = (state.params, state.opt_state, grads)
         params, opt_state = update(*old) if slots is None else update_used(update, *old, slots)
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -6,9 +6,11 @@ A VALUE that is no gin literal is taken as a string, so paths need no quotes.
 """
 
 import ast
+import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -79,11 +81,14 @@ def run(main: Callable[[], None], from_model_dir: bool = False) -> None:
 
 def fail(error: Exception) -> None:
     """Ends the process: one line on standard error, exit code 1."""
+    # Threads of a failed save have their say too: what they have begun is let end, more is dropped.
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    time.sleep(0.1)
     # Gin appends where a configurable was called from; the first line is ours.
-    print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
+    print(f"error: {str(error).strip().splitlines()[0]}", file=stderr)
+    for stream in (sys.stdout, stderr):
         stream.flush()
-    # Not `sys.exit`: threads of a failed save would go on, and have their own say.
+    # Not `sys.exit`: those threads would go on.
     os._exit(1)
 
 

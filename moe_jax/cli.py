@@ -228,6 +228,9 @@ def _explain(error: Exception) -> str:
 def _start_jax() -> None:
     import jax
 
+    from moe_jax import memory
+
+    memory.share_heap()
     if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

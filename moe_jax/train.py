@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import cli, run_dir
+from moe_jax import cli, memory, run_dir
 from moe_jax.config import DataConfig, RunConfig
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import train_batches
@@ -145,6 +145,8 @@ def train() -> None:
             )
             # 2. The step is dispatched; its metrics are read while the next one runs.
             state, metrics = train_step(state, arrays, rates)
+            if step == start + 1:
+                memory.keep_freed()
             window.add(metrics)
             bar.update()
             last = step == run.train_steps

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.training.optimizer import OptimizerConfig, apply, clip, make_optimizer, schedule
+from moe_jax.training.optimizer import OptimizerConfig, apply, clip_scale, make_optimizer, schedule
 
 CONFIG = OptimizerConfig(
     learning_rate=0.03, router_learning_rate=0.2, representation_learning_rate=0.5,
@@ -44,7 +44,8 @@ def run(config, gradients, frozen=()):
     state = optimizer.init(params)
     for step, grads in enumerate(gradients):
         grads = {k: jax.tree.map(jnp.zeros_like, g) if k in frozen else g for k, g in grads.items()}
-        grads, _ = clip(config, grads, jnp.int32(step))
+        scale, _ = clip_scale(config, grads, jnp.int32(step))
+        grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.numpy_dtype_promotion("standard"):
             directions, state = optimizer.update(grads, state, params)
         share = schedule(config, jnp.int32(step), len(gradients))
@@ -160,7 +161,8 @@ def test_alternation():
 
     @jax.jit
     def step(params, state, grads, i):
-        grads, _ = clip(config, grads, i)
+        scale, _ = clip_scale(config, grads, i)
+        grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.numpy_dtype_promotion("standard"):
             directions, state = optimizer.update(grads, state, params)
         return apply(params, directions, config.learning_rates), state

@@ -53,6 +53,7 @@ def local_gradients(
     batch: Batch,
     assignment: Assignment | None,
     slots: Slots | None,
+    scale: jax.Array,
     key: jax.Array,
     *,
     label_smoothing: float,
@@ -60,12 +61,13 @@ def local_gradients(
     shards: int,
     weighted: bool,
 ) -> tuple[jax.Array, Params, jax.Array]:
-    """Sums over this device's G groups, then over devices.
+    """Scaled sums over this device's G groups, then over devices.
 
     Args:
         batch: [G, R, L] arrays.
         assignment: of the groups; None for a dense model.
         slots: see `lazy`; None for the gradient by all experts.
+        scale: of the loss, and so of its gradients.
         groups_at_once: see `StepConfig`.
         shards: devices that share the batch.
         weighted: whether the gradient by the routes is wanted.
@@ -103,13 +105,15 @@ def local_gradients(
             weights_NxKxR = None
             if weights_WxNxK is not None:
                 weights_NxKxR = jnp.repeat(jnp.moveaxis(weights_WxNxK, 0, -1), each, axis=-1)
-            return group_loss(model, backbone, weights_NxKxR, rows, keys_W[0], label_smoothing)
+            key = keys_W[0]
+            return scale * group_loss(model, backbone, weights_NxKxR, rows, key, label_smoothing)
 
         return differentiate(loss, backbone, weights_WxNxK)
 
     def gathered(group, index_NxK, _, weights_NxK, group_key):
         def loss(chosen, weights_NxK):
-            return group_loss(model, chosen, weights_NxK, group, group_key, label_smoothing)
+            total = group_loss(model, chosen, weights_NxK, group, group_key, label_smoothing)
+            return scale * total
 
         return differentiate(loss, gather(backbone, index_NxK), weights_NxK)
 

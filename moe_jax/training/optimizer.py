@@ -98,8 +98,10 @@ def _labels(params: Any, config: OptimizerConfig) -> Any:
     }
 
 
-def clip(config: OptimizerConfig, grads: Any, step: jax.Array) -> tuple[Any, jax.Array]:
-    """(gradients scaled down to the norm `clip_norm`, where they are longer; their norm before).
+def clip_scale(
+    config: OptimizerConfig, grads: Any, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(what scales gradients longer than `clip_norm` down to it, and others by 1; their norm).
 
     Args:
         grads: by part; zero where a part is frozen (see `step.gradients`).
@@ -110,9 +112,8 @@ def clip(config: OptimizerConfig, grads: Any, step: jax.Array) -> tuple[Any, jax
         squares = {p: jnp.where(_has_turn(config, p, step), s, 0.0) for p, s in squares.items()}
     norm = jnp.sqrt(sum(squares.values()))
     if not config.clip_norm:
-        return grads, norm
-    scale = config.clip_norm / jnp.maximum(norm, config.clip_norm)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
+        return jnp.ones_like(norm), norm
+    return config.clip_norm / jnp.maximum(norm, config.clip_norm), norm
 
 
 def _has_turn(config: OptimizerConfig, part: str, step: jax.Array) -> jax.Array:

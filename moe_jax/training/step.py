@@ -24,7 +24,7 @@ from moe_jax.model.selection import temperature_at
 from moe_jax.parallel import GROUP_AXES, group_shards, replicated, shardings
 from moe_jax.training.groups import Batch, local_gradients
 from moe_jax.training.lazy import Slots, find_slots, update_used
-from moe_jax.training.optimizer import OptimizerConfig, apply, clip, make_optimizer, schedule
+from moe_jax.training.optimizer import OptimizerConfig, apply, clip_scale, make_optimizer, schedule
 from moe_jax.training.regularisation import penalty, route_entropy
 
 # Drawing with these keys compiles faster than with threefry's.
@@ -129,6 +129,7 @@ def gradients(
         metrics["temperature"] = temperature_at(model.router_config, step)
 
     target_tokens = jnp.sum(batch["target_segments"] > 0).astype(jnp.float32)
+    scale = 1.0 / jnp.maximum(target_tokens, 1.0)
     local = partial(
         local_gradients, model, label_smoothing=config.label_smoothing,
         groups_at_once=config.groups_at_once, shards=group_shards(mesh), weighted=free_router,
@@ -145,17 +146,17 @@ def gradients(
             P(GROUP_AXES),
             Slots(P(), P(), P(GROUP_AXES)) if slots else P(),
             P(),
+            P(),
         ),
         out_specs=(P(), P(), P(GROUP_AXES)),
         axis_names=set(GROUP_AXES),
         check_vma=False,
-    )(params["backbone"], batch, assignment, slots, dropout_key)
+    )(params["backbone"], batch, assignment, slots, scale, dropout_key)
 
-    scale = 1.0 / jnp.maximum(target_tokens, 1.0)
     grads = jax.tree.map(jnp.zeros_like, routing_params)
     if pull_back is not None:
-        grads = pull_back(weight_grads * scale)[0]
-    grads = {"backbone": jax.tree.map(lambda g: g * scale, backbone_grads), **grads}
+        grads = pull_back(weight_grads)[0]
+    grads = {"backbone": backbone_grads, **grads}
     if model.routed and (config.expert_distance or config.route_entropy or config.route_load):
         if slots is not None and config.expert_distance:
             raise UserError(
@@ -172,7 +173,7 @@ def gradients(
     for part in frozen:
         if part in grads:
             grads[part] = jax.tree.map(jnp.zeros_like, grads[part])
-    return grads, {"loss": loss * scale, "target_tokens": target_tokens, **metrics}, slots
+    return grads, {"loss": loss, "target_tokens": target_tokens, **metrics}, slots
 
 
 def make_train_step(
@@ -201,7 +202,7 @@ def make_train_step(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
             frozen=optimizer_config.frozen, lazy=optimizer_config.lazy,
         )  # fmt: skip
-        grads, metrics["gradient_norm"] = clip(optimizer_config, grads, state.step)
+        clip, metrics["gradient_norm"] = clip_scale(optimizer_config, grads, state.step)
         share = padding_share(batch)  # of the whole batch, whichever process holds which part
         metrics |= {f"padding/{name}": share[name] for name in ("all", "unpacked")}
         height = schedule(optimizer_config, state.step, total_steps)
@@ -209,6 +210,8 @@ def make_train_step(
         metrics["learning_rate"] = rates["backbone"]
 
         def update(params, opt_state, grads):
+            # Here, not before: all gradients would be read and written once more.
+            grads = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to int32 powers
                 directions, opt_state = optimizer.update(grads, opt_state, params)
             return apply(params, directions, rates), opt_state

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax import memory
 from moe_jax.model.experts import Params
 from moe_jax.model.moe import TaskMoE
 from moe_jax.training.groups import Batch
@@ -41,4 +42,5 @@ class Tuner:
         rates = {part: jnp.float32(rate) for part, rate in learning_rates.items()}
         for batch in batches:
             state, _ = self._step(state, batch, rates)
+        memory.keep_freed()
         return state.params

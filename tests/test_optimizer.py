@@ -37,6 +37,11 @@ def tree(seed, scale=1.0):
     )
 
 
+def clipped(config, grads, step):
+    scale, _ = clip_scale(config, grads, step)
+    return jax.tree.map(lambda g: g * scale, grads)
+
+
 def run(config, gradients, frozen=()):
     """Parameters after one update per gradient, as the train step makes them."""
     optimizer = make_optimizer(config)
@@ -44,8 +49,7 @@ def run(config, gradients, frozen=()):
     state = optimizer.init(params)
     for step, grads in enumerate(gradients):
         grads = {k: jax.tree.map(jnp.zeros_like, g) if k in frozen else g for k, g in grads.items()}
-        scale, _ = clip_scale(config, grads, jnp.int32(step))
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        grads = clipped(config, grads, jnp.int32(step))
         with jax.numpy_dtype_promotion("standard"):
             directions, state = optimizer.update(grads, state, params)
         share = schedule(config, jnp.int32(step), len(gradients))
@@ -161,8 +165,7 @@ def test_alternation():
 
     @jax.jit
     def step(params, state, grads, i):
-        scale, _ = clip_scale(config, grads, i)
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        grads = clipped(config, grads, i)
         with jax.numpy_dtype_promotion("standard"):
             directions, state = optimizer.update(grads, state, params)
         return apply(params, directions, config.learning_rates), state

@@ -126,11 +126,12 @@ def main() -> None:
     peer = {"bfloat16": True, "compiled": True}
     if args.scale != "tiny":
         mixture, batches = training.read(args, report)
-        training.on_mixture(
+        shapes = training.ROW_SHAPES
+        ours = training.on_mixture(
             report, args.scale, args.rounds, training.EXPERTS, mixture,
-            batches(shapes=training.ROW_SHAPES), **peer,
+            batches(shapes=shapes), **peer,
         )  # fmt: skip
-        training.fed(report, args.scale, 3 * args.rounds, mixture, batches())
+        training.fed(report, args.scale, 3 * args.rounds, ours, batches(shapes=shapes))
     decoding.against_generate(args, report, bfloat16=True)
     decoding.mixed_tasks(args, report, **BFLOAT16)
     report.finish()

@@ -98,9 +98,7 @@ def _labels(params: Any, config: OptimizerConfig) -> Any:
     }
 
 
-def clip_scale(
-    config: OptimizerConfig, grads: Any, step: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def clip_scale(config: OptimizerConfig, grads: Any, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(what scales gradients longer than `clip_norm` down to it, and others by 1; their norm).
 
     Args:

@@ -35,16 +35,30 @@ def config_lines(configs: Sequence[Any]) -> dict[str, str]:
     """Every setting of a run, defaults included: `ModelConfig.d_model` -> `64`."""
     lines = {}
     for config in configs:
-        name = type(config).__name__
         for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if dataclasses.is_dataclass(value):
-                lines |= config_lines([value])
-                value = f"@{type(value).__name__}()"
-            else:
-                value = repr(dict(value) if hasattr(value, "items") else value)
-            lines[f"{name}.{field.name}"] = value
+            lines |= _lines(type(config), field, getattr(config, field.name))
     return lines
+
+
+def _default_lines(configs: Sequence[Any]) -> dict[str, str]:
+    """What `config_lines` would be of the defaults."""
+    lines = {}
+    for config in configs:
+        for field in dataclasses.fields(config):
+            missing = field.default is dataclasses.MISSING
+            default = field.default_factory() if missing else field.default
+            lines |= _lines(type(config), field, default)
+    return lines
+
+
+def _lines(cls: type, field: dataclasses.Field, value: Any) -> dict[str, str]:
+    lines = {}
+    if dataclasses.is_dataclass(value):
+        lines = config_lines([value])
+        text = f"@{type(value).__name__}()"
+    else:
+        text = repr(dict(value) if hasattr(value, "items") else value)
+    return {**lines, f"{cls.__name__}.{field.name}": text}
 
 
 def write_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
@@ -103,18 +117,20 @@ def _read_lines(model_dir: str | Path) -> dict[str, str]:
 def check_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
     """Refuses to go on in a directory that holds another configuration's run.
 
+    A setting that was not there yet when the run began had its default.
+
     Raises:
         UserError: naming the first setting that differs.
     """
     old = _read_lines(model_dir)
     if not old:
         return
-    new = config_lines(configs)
-    for name in new:
-        if not _FREE.fullmatch(name) and old.get(name) != new[name]:
+    old = _default_lines(configs) | old
+    for name, value in config_lines(configs).items():
+        if not _FREE.fullmatch(name) and old[name] != value:
             raise UserError(
                 f"{model_dir} holds another run: there {_MACROS.get(name, name)} is "
-                f"{old.get(name, 'unset')}, here {new[name]}; give another MODEL_DIR"
+                f"{old[name]}, here {value}; give another MODEL_DIR"
             )
 
 

@@ -72,6 +72,19 @@ def test_another_configurations_run_is_refused(line, message, tmp_path):
         run_dir.check_config(tmp_path, configs(*SETTINGS, line))
 
 
+def test_a_setting_newer_than_the_run_had_its_default(tmp_path):
+    run_dir.write_config(tmp_path, configs(*SETTINGS))
+    path = tmp_path / "config.gin"
+    newer = ("DataConfig.row_shapes", "OptimizerConfig.lazy", "VocabularyConfig.size")
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(newer)]
+    assert len(kept) == len(lines) - len(newer)
+    path.write_text("".join(kept))
+    run_dir.check_config(tmp_path, configs(*SETTINGS))
+    with pytest.raises(UserError, match=r"there DataConfig\.row_shapes is 1, here 3"):
+        run_dir.check_config(tmp_path, configs(*SETTINGS, "DataConfig.row_shapes = 3"))
+
+
 def test_the_task_table_keeps_its_order(tmp_path):
     run_dir.write_task_table(tmp_path, ["b", "a", "c"])
     assert run_dir.read_task_table(tmp_path) == ["b", "a", "c"]

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import functools
 import importlib.metadata
 import os
 import platform
@@ -228,8 +227,11 @@ class Training:
         with jax.set_mesh(self.mesh):
             optimizer = make_optimizer(config)
             places = state_shardings(model, optimizer, self.mesh)
-            init = functools.partial(_fresh, model, optimizer)
-            self.state = jax.jit(init, out_shardings=places)(jax.random.key(0, impl=PRNG))
+            params = jax.jit(
+                lambda key: nn.meta.unbox(model.init(key)), out_shardings=places.params
+            )(jax.random.key(0, impl=PRNG))
+            # Apart: the moments take no memory while the parameters are drawn.
+            self.state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
             step_config = step_config or StepConfig()
             self.step = make_train_step(model, config, step_config, self.mesh, 1_000_000, seed=0)
 
@@ -243,10 +245,6 @@ class Training:
             self.state, metrics = self.step(self.state, batch, self.rates)
             jax.block_until_ready(self.state)
         return float(metrics["loss"])
-
-
-def _fresh(model: TaskMoE, optimizer, key: jax.Array):
-    return init_state(nn.meta.unbox(model.init(key)), optimizer)
 
 
 def real_tokens(batch: Mapping[str, np.ndarray]) -> int:

@@ -37,8 +37,10 @@ def init_experts(
 
 def add_noise(params: Params, key: jax.Array, scale: float) -> Params:
     """Adds independent Gaussian noise of standard deviation `scale` to every parameter."""
-    flat, unravel = ravel_pytree(params)  # one draw for all: it compiles faster than many
-    return unravel(flat + scale * jax.random.normal(key, flat.shape, flat.dtype))
+    flat, unravel = ravel_pytree(params)
+    # One draw for all compiles faster than many. Under jit, `flat` itself is never made.
+    noise = unravel(jax.random.normal(key, flat.shape, flat.dtype))
+    return jax.tree.map(lambda p, n: p + scale * n, params, noise)
 
 
 def gather(backbone: Params, index_NxK: jax.Array) -> Params:

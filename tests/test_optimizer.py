@@ -101,6 +101,23 @@ def test_updates_are_adamw(frozen):
         np.testing.assert_allclose(found, wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+def test_a_first_moment_of_two_bytes():
+    config = dataclasses.replace(CONFIG, warmup_fraction=0.4, first_moment_dtype="bfloat16")
+    gradients = [tree(i, scale) for i, scale in enumerate([3.0, 0.02, 1.0, 0.05, 2.0], 1)]
+    params, state = run(config, gradients)
+    wanted = numpy_adamw(config, gradients)
+    start = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree(0))}
+    for path, found in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        moved, should = found - start[name], wanted[name] - start[name]
+        np.testing.assert_allclose(moved, should, atol=0.01 * np.abs(should).max(), err_msg=name)
+    sizes = {"bfloat16": 0, "float32": 0}
+    for moment in jax.tree.leaves(state):
+        if moment.ndim:
+            sizes[moment.dtype.name] += moment.size
+    assert sizes["bfloat16"] == sizes["float32"] == sum(x.size for x in jax.tree.leaves(params))
+
+
 def test_frozen_parts_stay_bit_identical_and_have_no_state():
     config = dataclasses.replace(CONFIG, frozen=("router", "representations"))
     params, state = run(config, [tree(1), tree(2)], config.frozen)

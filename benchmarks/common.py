@@ -124,6 +124,7 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
             begin = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - begin)
+    memory.give_back()
     return seconds
 
 

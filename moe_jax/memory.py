@@ -28,7 +28,16 @@ def keep_freed() -> None:
         _set(_TRIM_THRESHOLD, -1)
 
 
+def give_back() -> None:
+    """Ends `keep_freed`, before a model of another size: what is free goes to the kernel."""
+    _set(_MMAP_MAX, 65536)
+    _set(_TRIM_THRESHOLD, 128 * 1024)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _set(parameter: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(parameter, value)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(parameter, value)

@@ -6,11 +6,13 @@ there are many experts. Elsewhere than on CPU with glibc, nothing happens here.
 """
 
 import ctypes
+import platform
 
 import jax
 
 # Of glibc's <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def share_heap() -> None:
@@ -32,12 +34,10 @@ def give_back() -> None:
     """Ends `keep_freed`, before a model of another size: what is free goes to the kernel."""
     _set(_MMAP_MAX, 65536)
     _set(_TRIM_THRESHOLD, 128 * 1024)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if _libc is not None:
+        _libc.malloc_trim(0)
 
 
 def _set(parameter: int, value: int) -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(parameter, value)
+    if _libc is not None:
+        _libc.mallopt(parameter, value)

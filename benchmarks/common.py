@@ -66,7 +66,8 @@ def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     args = arguments.parse_args()
     args.scale = "tiny" if args.tiny else "quick" if args.quick else "full"
     args.rounds = args.rounds or (5 if args.scale == "full" else 3)
-    memory.share_heap()
+    if args.scale != "tiny":
+        memory.share_heap(memory.LARGEST_KEPT)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

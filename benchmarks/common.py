@@ -56,7 +56,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--rounds",
         type=int,
-        help="measurements of each, for their median (5, --quick 3); of short ones three times",
+        help="measurements of each, for their median (5, --quick 3); of short ones more",
     )
     return result
 

@@ -231,9 +231,7 @@ def _start_jax() -> None:
     from moe_jax import memory
     from moe_jax.model.config import ModelConfig
 
-    c = ModelConfig()
-    weights = c.d_model * (4 * c.d_model + 2 * c.d_ff) * (c.encoder_layers + c.decoder_layers)
-    memory.share_heap(4 * c.experts * weights)  # gradients alone
+    memory.share_heap(4 * ModelConfig().weights_at_least)  # the gradients alone
     if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

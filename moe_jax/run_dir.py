@@ -31,34 +31,23 @@ def root(path: str | Path) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
-def config_lines(configs: Sequence[Any]) -> dict[str, str]:
-    """Every setting of a run, defaults included: `ModelConfig.d_model` -> `64`."""
+def config_lines(configs: Sequence[Any], defaults: bool = False) -> dict[str, str]:
+    """Every setting of a run, as `ModelConfig.d_model` -> `64`; or the defaults of all of them."""
     lines = {}
     for config in configs:
         for field in dataclasses.fields(config):
-            lines |= _lines(type(config), field, getattr(config, field.name))
+            value = _default(field) if defaults else getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                lines |= config_lines([value], defaults)
+                text = f"@{type(value).__name__}()"
+            else:
+                text = repr(dict(value) if hasattr(value, "items") else value)
+            lines[f"{type(config).__name__}.{field.name}"] = text
     return lines
 
 
-def _default_lines(configs: Sequence[Any]) -> dict[str, str]:
-    """What `config_lines` would be of the defaults."""
-    lines = {}
-    for config in configs:
-        for field in dataclasses.fields(config):
-            missing = field.default is dataclasses.MISSING
-            default = field.default_factory() if missing else field.default
-            lines |= _lines(type(config), field, default)
-    return lines
-
-
-def _lines(cls: type, field: dataclasses.Field, value: Any) -> dict[str, str]:
-    lines = {}
-    if dataclasses.is_dataclass(value):
-        lines = config_lines([value])
-        text = f"@{type(value).__name__}()"
-    else:
-        text = repr(dict(value) if hasattr(value, "items") else value)
-    return {**lines, f"{cls.__name__}.{field.name}": text}
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
 
 
 def write_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
@@ -125,7 +114,7 @@ def check_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
     old = _read_lines(model_dir)
     if not old:
         return
-    old = _default_lines(configs) | old
+    old = config_lines(configs, defaults=True) | old
     for name, value in config_lines(configs).items():
         if not _FREE.fullmatch(name) and old[name] != value:
             raise UserError(

@@ -7,6 +7,7 @@ those of `seqio.SentencePieceVocabulary` and `seqio.ByteVocabulary` on the same 
 `tokenizers` are those of `transformers`.
 """
 
+import abc
 import dataclasses
 import hashlib
 import io
@@ -84,7 +85,7 @@ class VocabularyConfig:
         return sorted(str(path) for path in directory.glob("*.*") if path.suffix in _TEXTS)
 
 
-class Vocabulary:
+class Vocabulary(abc.ABC):
     """What all kinds share. Subclasses give `encode` and `_text`.
 
     Attributes:
@@ -103,17 +104,17 @@ class Vocabulary:
     def decoder_start_id(self) -> int:
         return self.pad_id
 
+    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without EOS."""
-        raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text up to the first EOS; padding is dropped."""
         kept = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
         return self._text([i for i in kept if i != self.pad_id])
 
-    def _text(self, ids: list[int]) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _text(self, ids: list[int]) -> str: ...
 
 
 class ByteVocabulary(Vocabulary):

@@ -90,11 +90,15 @@ def local_gradients(
     keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(first + jnp.arange(groups))
 
     def differentiate(loss, chosen, weights):
-        """(loss, its gradient by the backbone chosen, its gradient by the routes)."""
+        """(scaled loss, its gradient by the backbone chosen, its gradient by the routes)."""
+
+        def scaled(chosen, weights):
+            return scale * loss(chosen, weights)
+
         if weighted:
-            value, grads = jax.value_and_grad(loss, (0, 1))(chosen, weights)
+            value, grads = jax.value_and_grad(scaled, (0, 1))(chosen, weights)
             return value, *grads
-        value, grads = jax.value_and_grad(loss)(chosen, weights)
+        value, grads = jax.value_and_grad(scaled)(chosen, weights)
         return value, grads, jnp.zeros(at_once) if weights is None else jnp.zeros_like(weights)
 
     def merged(tokens_W, weights_WxNxK, keys_W):
@@ -105,15 +109,13 @@ def local_gradients(
             weights_NxKxR = None
             if weights_WxNxK is not None:
                 weights_NxKxR = jnp.repeat(jnp.moveaxis(weights_WxNxK, 0, -1), each, axis=-1)
-            key = keys_W[0]
-            return scale * group_loss(model, backbone, weights_NxKxR, rows, key, label_smoothing)
+            return group_loss(model, backbone, weights_NxKxR, rows, keys_W[0], label_smoothing)
 
         return differentiate(loss, backbone, weights_WxNxK)
 
     def gathered(group, index_NxK, _, weights_NxK, group_key):
         def loss(chosen, weights_NxK):
-            total = group_loss(model, chosen, weights_NxK, group, group_key, label_smoothing)
-            return scale * total
+            return group_loss(model, chosen, weights_NxK, group, group_key, label_smoothing)
 
         return differentiate(loss, gather(backbone, index_NxK), weights_NxK)
 

@@ -56,7 +56,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--rounds",
         type=int,
-        help="measurements of each, for their median (5, --quick 3); of short ones more",
+        help="measurements of each, for their median (5, --quick 3); of short ones twice",
     )
     return result
 
@@ -66,8 +66,7 @@ def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     args = arguments.parse_args()
     args.scale = "tiny" if args.tiny else "quick" if args.quick else "full"
     args.rounds = args.rounds or (5 if args.scale == "full" else 3)
-    if args.scale != "tiny":
-        memory.share_heap(memory.LARGEST_KEPT)
+    memory.run_in_main_thread()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

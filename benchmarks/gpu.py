@@ -131,7 +131,7 @@ def main() -> None:
             report, args.scale, args.rounds, training.EXPERTS, mixture,
             batches(shapes=shapes), **peer,
         )  # fmt: skip
-        training.fed(report, args.scale, 3 * args.rounds, ours, batches(shapes=shapes))
+        training.fed(report, args.scale, 2 * args.rounds, ours, batches(shapes=shapes))
     decoding.against_generate(args, report, bfloat16=True)
     decoding.mixed_tasks(args, report, **BFLOAT16)
     report.finish()

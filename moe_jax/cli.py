@@ -229,9 +229,8 @@ def _start_jax() -> None:
     import jax
 
     from moe_jax import memory
-    from moe_jax.model.config import ModelConfig
 
-    memory.share_heap(4 * ModelConfig().weights_at_least)  # the gradients alone
+    memory.run_in_main_thread()
     if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -2,7 +2,7 @@
 
 XLA allocates a step's temporaries anew in every step. Blocks so large glibc maps afresh and unmaps
 when they are freed, and the kernel must clear each page again: a tenth of a step, or a third where
-there are many experts. Where the C library is not glibc, nothing happens here.
+there are many experts. Where the C library is not glibc, nothing is kept.
 """
 
 import ctypes
@@ -10,33 +10,24 @@ import platform
 
 import jax
 
-# Of glibc's <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-# What glibc keeps by itself at most (DEFAULT_MMAP_THRESHOLD_MAX).
-LARGEST_KEPT = 32 << 20
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 _libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-_shared = False
 
 
-def share_heap(temporaries: int) -> None:
-    """All threads take memory from one heap, which `keep_freed` needs; call before JAX starts any.
+def run_in_main_thread() -> None:
+    """Lets the thread that calls a computation run it, on one CPU device; before JAX starts.
 
-    Args:
-        temporaries: bytes that a step takes at least. Less than 32 MB glibc keeps by itself, and
-            with small models threads would wait for each other: then nothing happens.
+    `keep_freed` needs it: the heap of the main thread is the only one that grows to any size.
     """
-    global _shared
-    if temporaries >= LARGEST_KEPT:
-        _shared = True
-        _set(_ARENA_MAX, 1)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def keep_freed() -> None:
-    """From now on, what is freed stays with the process, to be used again, if the heap is shared.
+    """From now on, what is freed stays with the process, to be used again.
 
     Call after the first step: what initialising and compiling have freed is not kept.
     """
-    if _shared and jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu":
         _set(_MMAP_MAX, 0)
         _set(_TRIM_THRESHOLD, -1)
 

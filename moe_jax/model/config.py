@@ -75,12 +75,6 @@ class ModelConfig:
         return 1.0 if self.architecture == "t5" else self.head_dim**-0.5
 
     @property
-    def weights_at_least(self) -> int:
-        """The weights of self-attention and feed-forward in all routed layers: most of a model."""
-        attention = 4 * self.d_model * self.heads * self.head_dim
-        return self.experts * len(self.routed_layers) * (attention + 2 * self.d_model * self.d_ff)
-
-    @property
     def routed_layers(self) -> tuple[str, ...]:
         """Names of the N routed layers, encoder first: `encoder.0` ... `decoder.5`."""
         return tuple(

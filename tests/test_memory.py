@@ -15,20 +15,24 @@ import jax.numpy as jnp
 from moe_jax import memory
 
 memory.run_in_main_thread()
-x = jnp.ones((8192, 16))
-step = jax.jit(lambda x: (x @ x.T) @ x)  # 268 MB of temporaries
 
-def faults():
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    step(x).block_until_ready()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+@jax.jit
+def step(n):  # 268 MB of temporaries
+    return jax.lax.fori_loop(0, n, lambda i, x: x * 2 + 1, jnp.zeros(2**26)).sum()
 
-before = [faults() for _ in range(3)][-1]
+def faults(steps):
+    counts = []
+    for _ in range(steps):
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step(1).block_until_ready()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+    return min(counts)
+
+before = faults(3)
 memory.keep_freed()
-kept = min([faults() for _ in range(4)][1:])
+kept = faults(12)  # the first ones where small blocks lie in the way still bring some
 memory.give_back()
-after = faults()
-print(before, kept, after)
+print(before, kept, faults(3))
 """
 
 

@@ -1,5 +1,7 @@
 """Gathering, scattering and mixing of experts against plain NumPy indexing."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,13 +43,14 @@ INDICES = [
 ]
 
 
+@pytest.mark.parametrize("unroll", [1, 2, 3])
 @pytest.mark.parametrize("index", INDICES)
-def test_gather_and_scatter_add(index):
+def test_gather_and_scatter_add(index, unroll):
     rng = np.random.default_rng(0)
     index_NxK = np.array(index, np.int32)
     total, addend = tree(rng, E), tree(rng, index_NxK.shape[1])
-    gathered = jax.jit(gather)(total, index_NxK)
-    scattered = jax.jit(scatter_add)(total, addend, index_NxK)
+    gathered = jax.jit(partial(gather, unroll=unroll))(total, index_NxK)
+    scattered = jax.jit(partial(scatter_add, unroll=unroll))(total, addend, index_NxK)
 
     expected = jax.tree.map(lambda t, a: t + a if t.shape == a.shape else t, total, addend)
     for side, rows in (("encoder", index_NxK[:3]), ("decoder", index_NxK[3:])):

@@ -43,7 +43,7 @@ def add_noise(params: Params, key: jax.Array, scale: float) -> Params:
     return jax.tree.map(lambda p, n: p + scale * n, params, noise)
 
 
-def gather(backbone: Params, index_NxK: jax.Array) -> Params:
+def gather(backbone: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
     """The backbone with only K experts per routed layer: the weights are routed, not the tokens.
 
     With K = 1 this is a plain dense model (the mixture *squeezed* for one task).
@@ -51,22 +51,27 @@ def gather(backbone: Params, index_NxK: jax.Array) -> Params:
     Args:
         backbone: parameters of `EncoderDecoder` with E experts.
         index_NxK: int, which experts to take in each of the N routed layers, encoder first.
+        unroll: slices per iteration of the loop. Where it is `unroll_layers` of a model that runs
+            all layers in one iteration, each reads its slice, and XLA never makes the stack.
     """
     result = backbone
     for side, stack, index in routed(backbone, index_NxK):
 
-        def take(at, stack=stack):
-            return jax.tree.map(lambda p: p[at[0], at[1]], stack)
+        def take(_, at, stack=stack):
+            return None, jax.tree.map(lambda p: p[at[0], at[1]], stack)
 
         # A loop of slices: XLA's gather is slower on CPU.
-        taken_P = jax.lax.map(take, places(index))
+        _, taken_P = jax.lax.scan(take, None, places(index), unroll=unroll)
         taken = jax.tree.map(lambda p, i=index: p.reshape(*i.shape, *p.shape[1:]), taken_P)
         result = replace_routed(result, side, taken)
     return result
 
 
-def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array) -> Params:
-    """Adds gradients of a gathered backbone to those of the whole one; transpose of `gather`."""
+def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
+    """Adds gradients of a gathered backbone to those of the whole one; transpose of `gather`.
+
+    `unroll` as there: each layer's gradients are added where they go without being stacked.
+    """
     sums, rest = {}, [total, gathered]
     for side, stack, index in routed(total, index_NxK):
 
@@ -76,7 +81,7 @@ def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array) -> Params
 
         values = gathered[side]["layers"]["routed"]
         values_P = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), values)
-        sums[side], _ = jax.lax.scan(add_one, stack, (places(index), values_P))
+        sums[side], _ = jax.lax.scan(add_one, stack, (places(index), values_P), unroll=unroll)
         rest = [replace_routed(tree, side, ()) for tree in rest]
     result = jax.tree.map(jnp.add, *rest)
     for side, stack in sums.items():

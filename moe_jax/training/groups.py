@@ -81,6 +81,7 @@ def local_gradients(
     index = None if assignment is None else assignment.index_GxNxK
     weights = None if assignment is None else assignment.weights_GxNxK
     shared = index is None
+    unroll = model.config.unroll_layers
     at_once = min(groups_at_once or (_most_at_once(tokens) if shared else 1), groups)
     if groups % at_once:
         raise UserError(
@@ -117,7 +118,7 @@ def local_gradients(
         def loss(chosen, weights_NxK):
             return group_loss(model, chosen, weights_NxK, group, group_key, label_smoothing)
 
-        return differentiate(loss, gather(backbone, index_NxK), weights_NxK)
+        return differentiate(loss, gather(backbone, index_NxK, unroll), weights_NxK)
 
     def add(carry, xs):
         """Adds W groups."""
@@ -131,7 +132,8 @@ def local_gradients(
             found = jax.vmap(gathered)(*xs)
         losses_W, grads_W, d_weights = found
         for w in range(at_once):
-            total = scatter_add(total, jax.tree.map(lambda g, w=w: g[w], grads_W), xs[2][w])
+            grads = jax.tree.map(lambda g, w=w: g[w], grads_W)
+            total = scatter_add(total, grads, xs[2][w], unroll)
         return (total_loss + losses_W.sum(), total), d_weights
 
     xs = (tokens, weights, keys_G)

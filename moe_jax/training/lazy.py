@@ -68,9 +68,10 @@ def update_used(
 
     result = update(*_map_params(without_experts, whole), without_experts(grads))
     for side, _, experts, used in sides:
+        grads_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), _only_experts(grads, side))
 
-        def update_one(stacks, slot):
-            at, used, grad = slot
+        def update_one(stacks, slot, grads_P=grads_P):
+            at, used, place = slot
 
             def old(stacks):
                 return _map_params(lambda t: jax.tree.map(lambda a: a[at[0], at[1]], t), stacks)
@@ -78,14 +79,17 @@ def update_used(
             def put(stack, value):
                 return jax.tree.map(lambda a, v: a.at[at[0], at[1]].set(v), stack, value)
 
+            def updated(stacks):
+                return update(*old(stacks), jax.tree.map(lambda g: g[place], grads_P))
+
             # The condition also keeps XLA from fusing the slices into the writes, several of which
             # would then read an array that another one changes, and each iteration copy all.
-            new = jax.lax.cond(used, lambda s: update(*old(s), grad), old, stacks)
+            new = jax.lax.cond(used, updated, old, stacks)
             return _map_params(put, stacks, new), None
 
-        grads_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), _only_experts(grads, side))
         stacks = _map_params(partial(_only_experts, side=side), whole)
-        stacks, _ = jax.lax.scan(update_one, stacks, (places(experts), used.ravel(), grads_P))
+        slots_P = (places(experts), used.ravel(), jnp.arange(experts.size))
+        stacks, _ = jax.lax.scan(update_one, stacks, slots_P)
         result = _map_params(
             lambda tree, stack, side=side: _with_experts(tree, side, _experts(stack, side)),
             result, stacks,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.training.loss import token_losses
+from moe_jax.training import loss as losses
+from moe_jax.training.loss import token_losses, token_losses_in_chunks
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -33,3 +34,49 @@ def test_the_gradient_vanishes_at_the_smoothed_distribution():
     wanted = np.array([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3], np.float32)
     grad = jax.grad(lambda x: token_losses(x, jnp.int32(0), 0.1))(jnp.log(wanted))
     np.testing.assert_allclose(grad, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [1000, 7 * 31, 100, 31])
+def test_chunks_give_the_losses_and_gradients_of_the_whole(monkeypatch, most):
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 7, 5), (5, 31)))
+    targets = jnp.asarray(rng.integers(0, 31, (2, 7)))
+    weights = jnp.asarray(rng.normal(size=(2, 7)), jnp.float32)
+    seen = []
+
+    def total(function, hidden, kernel):
+        def logits(x):
+            seen.append(x.shape[:-1])
+            return x @ kernel
+
+        found = function(logits, hidden, targets, 0.1)
+        assert found.shape == targets.shape
+        return jnp.sum(weights * found)
+
+    def whole(logits, hidden, targets, smoothing):
+        return token_losses(logits(hidden), targets, smoothing)
+
+    wanted = jax.value_and_grad(lambda *x: total(whole, *x), (0, 1))(hidden, kernel)
+    seen.clear()
+    monkeypatch.setattr(losses, "MOST_LOGITS", most)
+    in_chunks = jax.jit(jax.value_and_grad(lambda *x: total(token_losses_in_chunks, *x), (0, 1)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        in_chunks(hidden, kernel), wanted,
+    )  # fmt: skip
+    made = [np.prod(shape) * 31 for shape in seen[1:]]  # the first only for its shape
+    assert made and max(made) <= max(most, 31)
+
+
+def test_chunks_take_less_memory(monkeypatch):
+    hidden, kernel = jax.ShapeDtypeStruct((8, 64, 16), "float32"), jnp.zeros((16, 2**15))
+    targets = jnp.zeros((8, 64), jnp.int32)
+
+    def memory(most):
+        monkeypatch.setattr(losses, "MOST_LOGITS", most)
+        grad = jax.grad(
+            lambda h: token_losses_in_chunks(lambda x: x @ kernel, h, targets, 0.1).sum()
+        )
+        return jax.jit(grad).lower(hidden).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(2**20) < memory(2**25) / 4

@@ -12,6 +12,7 @@ from toy_run import pack_rows, random_batch, random_examples, stack_groups, tiny
 
 from moe_jax.errors import UserError
 from moe_jax.parallel import LOGICAL_AXES, MeshConfig, by_group, make_mesh
+from moe_jax.training import loss as losses
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import (
     StepConfig,
@@ -46,17 +47,17 @@ AT_ONCE = {"gumbel_softmax": 2, "gumbel_softmax_st, all": 8, "top_k, 2": 4}
 
 
 @functools.cache
-def jitted(name, at_once, frozen=(), terms=()):
+def jitted(name, at_once, frozen=(), terms=(), **changes):
     config = StepConfig(label_smoothing=SMOOTHING, groups_at_once=at_once, **dict(terms))
-    model = tiny_model(**SELECTIONS[name])
+    model = tiny_model(**SELECTIONS[name], **changes)
     settings = {"config": config, "mesh": one_device(), "frozen": frozen}
     return jax.jit(lambda *args, **named: gradients(model, *args, **named, **settings)[:2])
 
 
-def ours(name, batch, at_once=None, frozen=(), terms=()):
+def ours(name, batch, at_once=None, frozen=(), terms=(), **changes):
     """The step's gradients and metrics."""
     with jax.set_mesh(one_device()):
-        function = jitted(name, at_once or AT_ONCE.get(name, 1), frozen, terms)
+        function = jitted(name, at_once or AT_ONCE.get(name, 1), frozen, terms, **changes)
         return function(PARAMS, batch, step=jnp.int32(STEP), key=KEY)
 
 
@@ -164,6 +165,15 @@ def test_groups_of_one_task_use_one_expert_per_layer(batch):
 def test_groups_at_once_changes_nothing(name, at_once, batch):
     loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)
     found, metrics = ours(name, batch, at_once)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert_close(found, grads)
+
+
+@pytest.mark.parametrize("name", ["gumbel_softmax_st, 1", "top_k, 2"])
+def test_unrolled_layers_and_logits_in_chunks_change_nothing(name, batch, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_LOGITS", 24 * 5)
+    loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)
+    found, metrics = ours(name, batch, unroll_layers=2)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert_close(found, grads)
 

@@ -224,14 +224,17 @@ class EncoderDecoder(nn.Module):
         kernel = self.logits_kernel() if kernel is None else kernel
         return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
 
-    def __call__(self, batch, weights_NxK, deterministic=True) -> jax.Array:
-        """Logits [R, L_out, V] of one group of a training batch (see `data.pipeline`)."""
+    def hidden(self, batch, weights_NxK, deterministic=True) -> jax.Array:
+        """[R, L_out, D] of one group of a training batch (see `data.pipeline`)."""
         encoded = self.encode(
             batch["inputs"], batch["input_segments"], batch["input_positions"], weights_NxK,
             deterministic,
         )  # fmt: skip
-        hidden = self.decode(
+        return self.decode(
             encoded, batch["input_segments"], batch["decoder_inputs"], batch["target_segments"],
             batch["target_positions"], weights_NxK, deterministic,
         )  # fmt: skip
-        return self.logits(hidden)
+
+    def __call__(self, batch, weights_NxK, deterministic=True) -> jax.Array:
+        """Logits [R, L_out, V] of one group of a training batch."""
+        return self.logits(self.hidden(batch, weights_NxK, deterministic))

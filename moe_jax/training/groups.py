@@ -7,6 +7,8 @@ Where all groups share all weights (the dense model, or all experts computed), t
 merged into one batch.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ from moe_jax.model.experts import Params, gather, scatter_add
 from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.parallel import GROUP_AXES
 from moe_jax.training.lazy import Slots
-from moe_jax.training.loss import token_losses
+from moe_jax.training.loss import token_losses_in_chunks
 
 Batch = dict[str, jax.Array]
 # Tokens that are merged at most: matrix products reach their speed before, and the activations of
@@ -39,11 +41,11 @@ def group_loss(
         group: [R, L] arrays.
     """
     experts = 1 if weights_NxK is None else weights_NxK.shape[1]
-    logits = model.backbone(experts).apply(
-        {"params": backbone}, group, weights_NxK, key is None,
-        rngs=None if key is None else {"dropout": key},
-    )  # fmt: skip
-    losses = token_losses(logits, group["targets"], label_smoothing)
+    rngs = None if key is None else {"dropout": key}
+    call = partial(model.backbone(experts).apply, {"params": backbone}, rngs=rngs)
+    hidden_RxLxD = call(group, weights_NxK, key is None, method="hidden")
+    logits = partial(call, kernel=call(method="logits_kernel"), method="logits")
+    losses = token_losses_in_chunks(logits, hidden_RxLxD, group["targets"], label_smoothing)
     return jnp.sum(jnp.where(group["target_segments"] > 0, losses, 0.0))
 
 

@@ -2,8 +2,9 @@
 
 With E experts per layer, K of them per route and G groups, a batch uses at most G K, yet AdamW
 passes over all: at E = 24 that costs more than the model. Here gradients live in `slots`, S =
-min(E, G K) experts per layer, and the experts in use are updated in place. The others stay exactly
-as they are, their moments too, where AdamW would move them on by momentum and weight decay.
+min(E, G K) experts per layer, and the experts in use are updated in place; the others stay exactly
+as they are, their moments too.
+With AdamW, an unused expert would go on moving by its momentum and weight decay.
 """
 
 from collections.abc import Callable
@@ -68,10 +69,9 @@ def update_used(
 
     result = update(*_map_params(without_experts, whole), without_experts(grads))
     for side, _, experts, used in sides:
-        grads_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), _only_experts(grads, side))
 
-        def update_one(stacks, slot, grads_P=grads_P):
-            at, used, place = slot
+        def update_one(stacks, slot):
+            at, used, grad = slot
 
             def old(stacks):
                 return _map_params(lambda t: jax.tree.map(lambda a: a[at[0], at[1]], t), stacks)
@@ -79,17 +79,14 @@ def update_used(
             def put(stack, value):
                 return jax.tree.map(lambda a, v: a.at[at[0], at[1]].set(v), stack, value)
 
-            def updated(stacks):
-                return update(*old(stacks), jax.tree.map(lambda g: g[place], grads_P))
-
             # The condition also keeps XLA from fusing the slices into the writes, several of which
             # would then read an array that another one changes, and each iteration copy all.
-            new = jax.lax.cond(used, updated, old, stacks)
+            new = jax.lax.cond(used, lambda s: update(*old(s), grad), old, stacks)
             return _map_params(put, stacks, new), None
 
+        grads_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), _only_experts(grads, side))
         stacks = _map_params(partial(_only_experts, side=side), whole)
-        slots_P = (places(experts), used.ravel(), jnp.arange(experts.size))
-        stacks, _ = jax.lax.scan(update_one, stacks, slots_P)
+        stacks, _ = jax.lax.scan(update_one, stacks, (places(experts), used.ravel(), grads_P))
         result = _map_params(
             lambda tree, stack, side=side: _with_experts(tree, side, _experts(stack, side)),
             result, stacks,

@@ -2,9 +2,8 @@
 
 With E experts per layer, K of them per route and G groups, a batch uses at most G K, yet AdamW
 passes over all: at E = 24 that costs more than the model. Here gradients live in `slots`, S =
-min(E, G K) experts per layer, and the experts in use are updated in place; the others stay exactly
-as they are, their moments too.
-With AdamW, an unused expert would go on moving by its momentum and weight decay.
+min(E, G K) experts per layer, and the experts in use are updated in place. The others stay exactly
+as they are, their moments too, where AdamW would move them on by momentum and weight decay.
 """
 
 from collections.abc import Callable

@@ -45,21 +45,16 @@ def token_losses_in_chunks(
     Returns:
         float32 [R, L], nats.
     """
-    tokens = targets_RxL.size
-    chunks = -(-jax.eval_shape(logits, hidden_RxLxD).size // MOST_LOGITS)
-    if chunks == 1:
+    most = max(1, MOST_LOGITS // jax.eval_shape(logits, hidden_RxLxD).shape[-1])
+    chunks = -(-targets_RxL.size // most)
+    if chunks <= 1:
         return token_losses(logits(hidden_RxLxD), targets_RxL, label_smoothing)
-    each = -(-tokens // chunks)
-
-    def split(x_RxLx):
-        x_Tx = x_RxLx.reshape(tokens, *x_RxLx.shape[2:])
-        padding = [(0, chunks * each - tokens)] + [(0, 0)] * (x_Tx.ndim - 1)
-        return jnp.pad(x_Tx, padding).reshape(chunks, each, *x_Tx.shape[1:])
 
     @jax.checkpoint
-    def chunk(xs):
-        hidden_TxD, targets_T = xs
-        return token_losses(logits(hidden_TxD), targets_T, label_smoothing)
+    def one(token):
+        hidden_D, target = token
+        return token_losses(logits(hidden_D), target, label_smoothing)
 
-    losses = jax.lax.map(chunk, (split(hidden_RxLxD), split(targets_RxL)))
-    return losses.reshape(-1)[:tokens].reshape(targets_RxL.shape)
+    tokens = (hidden_RxLxD.reshape(targets_RxL.size, -1), targets_RxL.ravel())
+    at_once = -(-targets_RxL.size // chunks)  # equal parts: one that is left over takes memory too
+    return jax.lax.map(one, tokens, batch_size=at_once).reshape(targets_RxL.shape)

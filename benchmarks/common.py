@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import files, memory
-from moe_jax.errors import UserError
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, by_group, make_mesh
+from moe_jax.kernels import memory
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
-from moe_jax.parallel import MeshConfig, by_group, make_mesh
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import PRNG, StepConfig, init_state, make_train_step, state_shardings
 

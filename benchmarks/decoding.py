@@ -28,7 +28,7 @@ from benchmarks.common import (
     random_batch,
     run,
 )
-from moe_jax.model.decoding import DecodingConfig, DecodingIds, decode
+from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.model.rows import RowModel, row_routes
 
 IDS = DecodingIds(start=2, eos=2, pad=1)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from benchmarks import decoding, gym, routing, training
 from benchmarks.common import Report, Training, build, parse, parser, random_batch, run
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig
 
 BFLOAT16 = {"dtype": "bfloat16"}

@@ -6,10 +6,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from benchmarks.common import CACHE
-from moe_jax import files
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedMixture, digest, read_mixture
 from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.errors import UserError
 from moe_jax.prepare import ensure_prepared
 
 MIXTURE = "crossfit_train"

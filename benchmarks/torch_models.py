@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch.nn import functional
 
-from moe_jax.hf.config import write_config
-from moe_jax.hf.weights import parts
+from moe_jax.interop.hf_config import write_config
+from moe_jax.interop.hf_weights import parts
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.moe import TaskMoE
 

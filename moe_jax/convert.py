@@ -21,10 +21,10 @@ from collections.abc import Sequence
 
 import jax
 
-from moe_jax.errors import UserError
-from moe_jax.hf.read import from_hf
-from moe_jax.hf.write import to_hf
-from moe_jax.t5x import from_t5x
+from moe_jax.core.errors import UserError
+from moe_jax.interop.hf_read import from_hf
+from moe_jax.interop.hf_write import to_hf
+from moe_jax.interop.t5x import from_t5x
 
 
 def main(argv: Sequence[str] | None = None) -> int:

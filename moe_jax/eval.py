@@ -14,12 +14,12 @@ from pathlib import Path
 import gin
 import jax
 
-from moe_jax import cli
-from moe_jax.config import DataConfig, RunConfig
-from moe_jax.evaluation import Evaluator, TaskScore, mean_score, write_scores
+from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.evaluation.evaluator import Evaluator, TaskScore, mean_score, write_scores
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.parallel import MeshConfig, make_mesh
-from moe_jax.runs import load_run, with_tasks
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig, RunConfig
+from moe_jax.runs.load import load_run, with_tasks
 from moe_jax.train import prepare_mixtures
 
 

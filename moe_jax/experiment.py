@@ -18,9 +18,10 @@ from pathlib import Path
 
 import gin
 
-from moe_jax import cli, files
-from moe_jax.config import RunConfig
-from moe_jax.errors import UserError
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import RunConfig
 
 DONE = "done.json"
 

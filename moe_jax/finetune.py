@@ -20,24 +20,26 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import cli, files, run_dir
-from moe_jax.config import DataConfig, FinetuneConfig, RunConfig
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import task_batches
-from moe_jax.errors import UserError
-from moe_jax.evaluation import Evaluator, TaskScore
+from moe_jax.evaluation import gains as gain
+from moe_jax.evaluation.evaluator import Evaluator, TaskScore
 from moe_jax.model.experts import Params
 from moe_jax.model.moe import TaskMoE
 from moe_jax.model.selection import temperature_at
-from moe_jax.parallel import MeshConfig, make_mesh, replicated
-from moe_jax.report import gain
-from moe_jax.representations import read_representations
-from moe_jax.runs import Run, read_run
+from moe_jax.runs import directory as run_dir
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig, FinetuneConfig, RunConfig
+from moe_jax.runs.load import Run, read_run
 from moe_jax.train import initial_params, prepare_mixtures
-from moe_jax.training.groups import group_loss
+from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 from moe_jax.training.tuning import Tuner
+from moe_jax.unseen.representations import read_representations
 
 RUNS = "runs.jsonl"
 # A line of runs.jsonl is of one run, named by these.

@@ -17,14 +17,15 @@ import gin
 import jax
 import numpy as np
 
-from moe_jax import cli, files
-from moe_jax.config import DataConfig, RunConfig
+from moe_jax.core import files
+from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.data.packing import encode_inputs
-from moe_jax.errors import UserError, nearest
-from moe_jax.evaluation import Evaluator, route_json
+from moe_jax.evaluation.evaluator import Evaluator, route_json
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.parallel import MeshConfig, make_mesh
-from moe_jax.runs import load_run, with_tasks
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig, RunConfig
+from moe_jax.runs.load import load_run, with_tasks
 from moe_jax.train import prepare_mixtures
 
 

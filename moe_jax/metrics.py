@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 
 Answers = Sequence[str] | str
 

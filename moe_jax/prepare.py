@@ -15,12 +15,13 @@ from pathlib import Path
 
 import gin
 
-from moe_jax import cli, files
-from moe_jax.config import DataConfig
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
 from moe_jax.data import cache
 from moe_jax.data.cache import PreparedMixture, Request
 from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.errors import UserError
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig
 
 
 def prepare(

@@ -28,19 +28,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from moe_jax import cli, files
-from moe_jax.config import DataConfig, RunConfig
+from moe_jax.core import files
+from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
 from moe_jax.data.cache import digest
-from moe_jax.embedding import Embedder
-from moe_jax.errors import UserError, nearest
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params
-from moe_jax.parallel import MeshConfig, make_mesh, replicated
-from moe_jax.representations import Representations, fit, unit_length
-from moe_jax.runs import load_run
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig, RunConfig
+from moe_jax.runs.load import load_run
 from moe_jax.train import prepare_mixtures
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
+from moe_jax.unseen.embedding import Embedder
+from moe_jax.unseen.representations import Representations, fit, unit_length
 
 Kind = Literal["text", "fisher"]
 SHUFFLES = 10_000

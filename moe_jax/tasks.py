@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import metrics
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 
 # `moe_jax.data.registry` imports TensorFlow (5 s): only inside functions, not for --help.
 

@@ -15,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import cli, memory, run_dir
-from moe_jax.config import DataConfig, RunConfig
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, by_group, group_shards, make_mesh
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import train_batches
-from moe_jax.errors import UserError
-from moe_jax.evaluation import Evaluator, mean_score, tasks_with_split, write_routes
+from moe_jax.evaluation.evaluator import Evaluator, mean_score, tasks_with_split, write_routes
+from moe_jax.kernels import memory
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
-from moe_jax.parallel import MeshConfig, by_group, group_shards, make_mesh
 from moe_jax.prepare import ensure_prepared
-from moe_jax.representations import read_representations
-from moe_jax.runs import build_model
+from moe_jax.runs import directory as run_dir
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig, RunConfig
+from moe_jax.runs.load import build_model
 from moe_jax.training.checkpoints import (
     Checkpoints,
     fit_backbone,
@@ -37,6 +38,7 @@ from moe_jax.training.checkpoints import (
 from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import PRNG, StepConfig, init_state, make_train_step, state_shardings
+from moe_jax.unseen.representations import read_representations
 
 
 def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: Any) -> Any:

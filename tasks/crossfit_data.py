@@ -19,8 +19,8 @@ from pathlib import Path
 
 import gin
 
-from moe_jax.errors import UserError, nearest
-from moe_jax.files import read_json
+from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.files import read_json
 
 TASKS: dict[str, dict[str, str]] = read_json(Path(__file__).with_name("crossfit_tasks.json"))
 PUBLISHED = {

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.special import log_softmax
 from toy_run import EOS, PAD
 
-from moe_jax.model.decoding import DecodingConfig
+from moe_jax.decoding.search import DecodingConfig
 
 Answer = tuple[int, ...]
 Logits = Callable[[Answer], np.ndarray]  # of a row's next token, given those decoded

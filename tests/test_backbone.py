@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.decoding.cache import CachedDecoder
 from moe_jax.model.attention import relative_buckets, segment_mask
 from moe_jax.model.backbone import EncoderDecoder
-from moe_jax.model.cached import CachedDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import gather
 from moe_jax.model.moe import TaskMoE

@@ -9,8 +9,8 @@ import pytest
 from searches import Logits, beams, padded
 from toy_run import EOS, PAD, START
 
-from moe_jax.model.beam import beam_search
-from moe_jax.model.decoding import DecodingConfig, constrain
+from moe_jax.decoding.beam import beam_search
+from moe_jax.decoding.search import DecodingConfig, constrain
 
 LENGTH = 8
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from toy import NAMES, TASKS, VOCABULARY, toy_cache, toy_mixtures
 
+from moe_jax.core.errors import UserError
 from moe_jax.data import cache
 from moe_jax.data.cache import Example, Request
 from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.errors import UserError
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_source_files_are_the_users_own(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "a.py").write_text(
-        "import numpy, moe_jax.errors\nfrom . import b\nfrom userpack.c import f\n"
+        "import numpy, moe_jax.core.errors\nfrom . import b\nfrom userpack.c import f\n"
     )
     (package / "b.py").write_text("def late():\n  import userpack.d\n")
     (package / "c.py").write_text("def f(): pass\n")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.training.checkpoints import (
     Checkpoints,
     fit_backbone,
@@ -162,7 +162,7 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_checkpoints import META, Checkpoints, UserError, state
-from moe_jax import cli
+from moe_jax.runs import flags as cli
 checkpoints = Checkpoints(Path(sys.argv[2]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
 try:

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moe_jax import convert, files
-from moe_jax.errors import UserError
-from moe_jax.hf import directory
-from moe_jax.hf.read import from_hf
-from moe_jax.hf.write import to_hf
+from moe_jax import convert
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.interop import hf_directory as directory
+from moe_jax.interop.hf_read import from_hf
+from moe_jax.interop.hf_write import to_hf
 from moe_jax.model.config import RouterConfig
 from moe_jax.model.moe import TaskMoE
-from moe_jax.runs import read_run
+from moe_jax.runs.load import read_run
 from moe_jax.training.checkpoints import fit_backbone, split_layers
 
 DATA = Path(__file__).with_name("data") / "hf"
@@ -200,7 +201,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
 
 _CONVERT = """
 import re, sys
-from moe_jax.hf.read import from_hf
+from moe_jax.interop.hf_read import from_hf
 
 def peak():  # getrusage's would begin with that of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
@@ -234,8 +235,8 @@ def test_conversion_streams_and_needs_no_torch(tmp_path):
     shutil.copytree(DATA / "bart", tmp_path / "source")
     config = files.read_json(DATA / "bart" / "config.json") | sizes
     files.write_json(tmp_path / "source" / "config.json", config)
-    from moe_jax.hf import config as hf_config
-    from moe_jax.hf import weights
+    from moe_jax.interop import hf_config
+    from moe_jax.interop import hf_weights as weights
 
     ours = hf_config.read_config(config, True, "test")
     shapes = TaskMoE(ours, RouterConfig(), 0).shapes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import gin
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.metrics import METRICS
 from tasks import crossfit_data as data
 
@@ -238,7 +238,7 @@ def test_registration(layout):
         """
         import seqio
         from tasks import crossfit
-        from moe_jax.errors import UserError
+        from moe_jax.core.errors import UserError
         out["tasks"] = sorted(seqio.TaskRegistry.names())
         out["own"] = {n: sorted(t.name for t in seqio.MixtureRegistry.get(n).tasks)
                       for n in seqio.MixtureRegistry.names() if "own" in n}

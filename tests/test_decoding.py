@@ -17,13 +17,13 @@ from toy_run import (
     tiny_model,
 )
 
-from moe_jax.errors import UserError
-from moe_jax.evaluation import INPUTS
-from moe_jax.hf.weights import parts
-from moe_jax.hf.write import squeeze
-from moe_jax.model import decoding
-from moe_jax.model.cached import CachedDecoder
-from moe_jax.model.decoding import DecodingConfig, DecodingIds
+from moe_jax.core.errors import UserError
+from moe_jax.decoding import search as decoding
+from moe_jax.decoding.cache import CachedDecoder
+from moe_jax.decoding.search import DecodingConfig, DecodingIds
+from moe_jax.evaluation.evaluator import INPUTS
+from moe_jax.interop.hf_weights import parts
+from moe_jax.interop.hf_write import squeeze
 from moe_jax.model.rows import row_routes
 
 LENGTH = 8

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax import cli
-from moe_jax.run_dir import config_lines
+from moe_jax.runs import flags as cli
+from moe_jax.runs.directory import config_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +55,7 @@ def test_command_resolves(command):
 def test_gin_file_parses(path):
     """Each file alone, as the last of a command, gives a configuration that can be built."""
     import moe_jax.experiment
-    from moe_jax.configurables import RUN_CONFIGS
+    from moe_jax.runs.configurables import RUN_CONFIGS
 
     assert moe_jax.experiment
     cli.parse_gin([str(path)], [], [str(cli.GIN_CONFIGS)])

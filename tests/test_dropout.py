@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.dropout import dropout
+from moe_jax.kernels.dropout import dropout
 
 N = 1 << 18
 

@@ -12,8 +12,9 @@ import pytest
 from toy import toy_mixtures
 from toy_run import EOS, PAD, START, pack_rows, stack_groups, tiny_model
 
-from moe_jax.errors import UserError
-from moe_jax.evaluation import (
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.evaluation.evaluator import (
     Evaluator,
     mean_score,
     route_json,
@@ -21,7 +22,6 @@ from moe_jax.evaluation import (
     write_routes,
     write_scores,
 )
-from moe_jax.parallel import MeshConfig, make_mesh
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
 

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from toy_run import bindings, finish, flags_of, random_batch, start, tiny_model, tiny_params
 
-from moe_jax import cli, files, run_dir
 from moe_jax import finetune as program
-from moe_jax.config import DataConfig, FinetuneConfig
-from moe_jax.errors import UserError
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.finetune import FROZEN, Adapter, Start, search
-from moe_jax.parallel import MeshConfig, make_mesh
-from moe_jax.runs import Run
+from moe_jax.runs import directory as run_dir
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig, FinetuneConfig
+from moe_jax.runs.load import Run
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_jax import files
-from moe_jax.errors import UserError
-from moe_jax.report import gain
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.evaluation import gains as gain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -234,7 +234,7 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
 
 def test_needs_neither_jax_nor_tensorflow_nor_matplotlib():
     code = (
-        "import sys, moe_jax.report.gain\n"
+        "import sys, moe_jax.evaluation.gains\n"
         "print([m for m in ('jax', 'tensorflow', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.hf import weights
-from moe_jax.hf.read import from_hf
+from moe_jax.interop import hf_weights as weights
+from moe_jax.interop.hf_read import from_hf
 from moe_jax.model.attention import relative_buckets
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig
-from moe_jax.runs import read_run
+from moe_jax.runs.load import read_run
 from moe_jax.training.loss import token_losses
 
 DATA = Path(__file__).with_name("data") / "hf"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from toy_run import SETTINGS, finish, flags_of, start
 
-from moe_jax.hf.read import from_hf
-from moe_jax.hf.write import to_hf
+from moe_jax.interop.hf_read import from_hf
+from moe_jax.interop.hf_write import to_hf
 
 DATA = Path(__file__).with_name("data") / "hf"
 TASKS = ["toy_copy", "toy_reverse", "toy_sum"]

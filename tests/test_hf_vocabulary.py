@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from moe_jax.core.errors import UserError
 from moe_jax.data import packing, vocabulary
 from moe_jax.data.cache import Example
 from moe_jax.data.vocabulary import VocabularyConfig, read_tokenizers
-from moe_jax.errors import UserError
 
 DATA = Path(__file__).with_name("data") / "hf"
 BART = read_tokenizers(DATA / "bart")

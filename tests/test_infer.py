@@ -9,12 +9,15 @@ import pytest
 from toy import toy_mixtures
 from toy_run import bindings, random_backbone, tiny_model, tiny_params
 
-from moe_jax import cli, files, infer, run_dir
 from moe_jax import eval as eval_program
-from moe_jax.config import DataConfig, RunConfig
-from moe_jax.errors import UserError
-from moe_jax.hf.streaming import Promise, save_params
+from moe_jax import infer
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.interop.streaming import Promise, save_params
 from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.runs import directory as run_dir
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig, RunConfig
 from moe_jax.training.checkpoints import parameter_shapes
 
 TASKS = ["toy_copy", "toy_sum"]

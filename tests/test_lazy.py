@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toy_run import random_batch, tiny_model, tiny_params
 
-from moe_jax.parallel import MeshConfig, make_mesh
+from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.training.lazy import find_slots
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings

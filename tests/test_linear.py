@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.linear import linear
+from moe_jax.kernels.linear import linear
 
 
 @pytest.mark.parametrize("spec, x_shape, kernel_shape, contracted", [

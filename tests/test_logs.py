@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.training.logs import MetricsLog, Window
 
 

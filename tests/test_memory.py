@@ -12,7 +12,7 @@ SCRIPT = """
 import resource
 import jax
 import jax.numpy as jnp
-from moe_jax import memory
+from moe_jax.kernels import memory
 
 memory.run_in_main_thread()
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import metrics
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 
 texts = st.text(alphabet="abcT he.,!\n'é1", max_size=20)
 examples = st.lists(st.tuples(st.lists(texts, min_size=1, max_size=3), texts), min_size=1)

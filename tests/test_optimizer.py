@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.training.optimizer import OptimizerConfig, apply, clip_scale, make_optimizer, schedule
 
 CONFIG = OptimizerConfig(

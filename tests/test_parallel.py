@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
-from moe_jax.parallel import (
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import (
     LOGICAL_AXES,
     MESH_AXES,
     MeshConfig,

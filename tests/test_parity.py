@@ -10,14 +10,14 @@ import published
 import pytest
 from conftest import TABLES
 
+from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.decoding import DecodingConfig, DecodingIds, decode
 from moe_jax.model.experts import gather, scatter_add
 from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.rows import RowModel, row_routes
 from moe_jax.model.selection import select
-from moe_jax.parallel import MeshConfig, make_mesh
 from moe_jax.training.loss import token_losses
 from moe_jax.training.step import StepConfig, gradients
 

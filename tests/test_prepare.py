@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from toy import NAMES, TASKS
 
-from moe_jax import files, prepare
-from moe_jax.config import DataConfig
+from moe_jax import prepare
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
 from moe_jax.data import cache, vocabulary
 from moe_jax.data.cache import Request
 from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.errors import UserError
+from moe_jax.runs.config import DataConfig
 
 BYTES = VocabularyConfig(kind="bytes")
 MODULE = """

@@ -8,8 +8,8 @@ import pytest
 import seqio
 import tensorflow as tf
 
+from moe_jax.core.errors import UserError
 from moe_jax.data import registry
-from moe_jax.errors import UserError
 from moe_jax.metrics import exact_match
 
 SIZES = {"train": 300, "test": 7}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from toy_run import tiny_model
 
-from moe_jax.errors import UserError
-from moe_jax.training.regularisation import expert_distance, penalty, route_entropy, route_load
+from moe_jax.core.errors import UserError
+from moe_jax.training.penalties import expert_distance, penalty, route_entropy, route_load
 from moe_jax.training.step import StepConfig
 
 # Matrices that lie side by side: (axis behind layer and expert, how many) as PyTorch has them.

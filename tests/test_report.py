@@ -12,8 +12,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from moe_jax import files
-from moe_jax.errors import UserError
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
 from moe_jax.report import plots
 from moe_jax.report.__main__ import main
 from moe_jax.report.build import report

@@ -21,15 +21,17 @@ from toy_run import (
 )
 from toy_run import tiny_params as fresh_params
 
-from moe_jax import cli, embedding, represent
-from moe_jax.config import DataConfig
-from moe_jax.errors import UserError
-from moe_jax.hf.read import from_hf
-from moe_jax.parallel import MeshConfig, make_mesh, replicated
-from moe_jax.representations import Representations
-from moe_jax.runs import read_run
-from moe_jax.training import groups
+from moe_jax import represent
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
+from moe_jax.interop.hf_read import from_hf
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import DataConfig
+from moe_jax.runs.load import read_run
+from moe_jax.training import grouped_loss as groups
 from moe_jax.training.checkpoints import load_params
+from moe_jax.unseen import embedding
+from moe_jax.unseen.representations import Representations
 
 DATA = Path(__file__).with_name("data") / "hf"
 

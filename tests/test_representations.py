@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax import represent
-from moe_jax.errors import UserError
-from moe_jax.representations import Representations, fit, read_representations, unit_length
+from moe_jax.core.errors import UserError
+from moe_jax.unseen.representations import Representations, fit, read_representations, unit_length
 
 DATA = Path(__file__).with_name("data") / "hf"
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from toy_run import tiny_model, tiny_params
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh, shardings
 from moe_jax.model.config import RouterConfig
 from moe_jax.model.router import Router
-from moe_jax.parallel import MeshConfig, make_mesh, shardings
 
 T, K, N, E, H = 3, 8, 5, 4, 12
 KINDS = [

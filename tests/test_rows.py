@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from toy_run import decoder, pack_rows, random_backbone, random_examples, tiny_model
 
-from moe_jax.model import cached, rows
-from moe_jax.model.decoding import DecodingConfig
+from moe_jax.decoding import cache as cached
+from moe_jax.decoding.scoring import log_likelihoods
+from moe_jax.decoding.search import DecodingConfig
+from moe_jax.model import rows
 from moe_jax.model.rows import RowModel, by_expert, row_routes
-from moe_jax.model.scoring import log_likelihoods
 
 R, T, E, LENGTH = 14, 5, 4, 6
 LAYERS = {"encoder_layers": 2, "encoder_vanilla_layers": (0,), "decoder_layers": 2,

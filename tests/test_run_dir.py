@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from moe_jax import cli, run_dir
-from moe_jax.configurables import RUN_CONFIGS
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
+from moe_jax.runs import directory as run_dir
+from moe_jax.runs import flags as cli
+from moe_jax.runs.configurables import RUN_CONFIGS
 
 SETTINGS = [
     "MODEL_DIR = '/somewhere'",

@@ -19,8 +19,8 @@ from toy_run import (
     tiny_model,
 )
 
-from moe_jax.model.decoding import DecodingConfig
-from moe_jax.model.sampling import sample
+from moe_jax.decoding.sampling import sample
+from moe_jax.decoding.search import DecodingConfig
 
 V, DRAWS = 24, 20_000
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax import cli
-from moe_jax.config import FinetuneConfig
-from moe_jax.configurables import RUN_CONFIGS
-from moe_jax.run_dir import config_lines
-from moe_jax.runs import build_model
+from moe_jax.runs import flags as cli
+from moe_jax.runs.config import FinetuneConfig
+from moe_jax.runs.configurables import RUN_CONFIGS
+from moe_jax.runs.directory import config_lines
+from moe_jax.runs.load import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE1 = ["models/tiny.gin", "runs/skills_gym_stage1.gin"]

@@ -6,8 +6,8 @@ import pytest
 from scipy.special import log_softmax
 from toy_run import pack_rows, random_backbone, random_examples, tiny_model
 
+from moe_jax.decoding.scoring import ROWS_AT_ONCE, log_likelihoods
 from moe_jax.model.rows import RowModel, row_routes
-from moe_jax.model.scoring import ROWS_AT_ONCE, log_likelihoods
 
 
 @pytest.mark.parametrize("architecture", ["bart", "t5"])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
 from moe_jax.model.selection import explore, random_route, select, temperature_at

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from moe_jax import cli
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
+from moe_jax.runs import flags as cli
 
 # Published models: parameters, vocabulary, and what `transformers` calls the sizes.
 SIZES = {

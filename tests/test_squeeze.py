@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import files, run_dir
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import read_tokenizers
-from moe_jax.errors import UserError
-from moe_jax.hf import directory
-from moe_jax.hf.read import from_hf
-from moe_jax.hf.streaming import Promise, save_params
-from moe_jax.hf.write import squeeze, to_hf
+from moe_jax.interop import hf_directory as directory
+from moe_jax.interop.hf_read import from_hf
+from moe_jax.interop.hf_write import squeeze, to_hf
+from moe_jax.interop.streaming import Promise, save_params
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
-from moe_jax.runs import read_run
+from moe_jax.runs import directory as run_dir
+from moe_jax.runs.load import read_run
 
 DATA = Path(__file__).with_name("data") / "hf"
 TASKS = ["count", "sort", "spell"]

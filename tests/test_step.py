@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from toy_run import pack_rows, random_batch, random_examples, stack_groups, tiny_model, tiny_params
 
-from moe_jax.errors import UserError
-from moe_jax.parallel import LOGICAL_AXES, MeshConfig, by_group, make_mesh
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import LOGICAL_AXES, MeshConfig, by_group, make_mesh
 from moe_jax.training import loss as losses
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import (

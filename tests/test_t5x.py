@@ -15,14 +15,16 @@ from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 from t5x_layout import arrays_of, nested, write_t5x
 
-from moe_jax import convert, files, t5x
+from moe_jax import convert
+from moe_jax.core import files
 from moe_jax.data.vocabulary import load_vocabulary
-from moe_jax.hf import weights
-from moe_jax.hf.read import from_hf
-from moe_jax.hf.write import to_hf
+from moe_jax.interop import hf_weights as weights
+from moe_jax.interop import t5x
+from moe_jax.interop.hf_read import from_hf
+from moe_jax.interop.hf_write import to_hf
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.moe import TaskMoE
-from moe_jax.runs import read_run
+from moe_jax.runs.load import read_run
 
 DATA = Path(__file__).with_name("data") / "hf" / "t5"
 
@@ -288,7 +290,7 @@ def test_damaged_files_are_named(tmp_path, capsys):
 
 _CONVERT = """
 import re, sys
-from moe_jax.t5x import from_t5x
+from moe_jax.interop.t5x import from_t5x
 
 def peak():  # getrusage's would begin with that of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -18,7 +18,7 @@ MODULE = """
 import functools
 import seqio
 import tensorflow as tf
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.metrics import accuracy, answers_or_target, exact_match
 from seqio.preprocessors import append_eos, tokenize
 

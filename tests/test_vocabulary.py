@@ -7,9 +7,9 @@ import seqio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.errors import UserError
 
 TEXTS = [f"The {c} cat no. {n} sat,\nthen  left." for c in ("red", "old") for n in range(300)]
 MODEL = vocabulary.train_sentencepiece(TEXTS, 420)

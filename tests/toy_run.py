@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from toy import NAMES, TASKS, VOCABULARY, toy_cache
 
-from moe_jax.evaluation import INPUTS
+from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
+from moe_jax.evaluation.evaluator import INPUTS
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.decoding import DecodingConfig, DecodingIds, decode
 from moe_jax.model.moe import TaskMoE
 from moe_jax.model.rows import RowModel
 

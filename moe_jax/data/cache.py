@@ -23,11 +23,11 @@ import grain
 import msgpack
 import numpy as np
 
-from moe_jax import files
+from moe_jax.core import files
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.data.modules import resolve
 from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
 from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
-from moe_jax.errors import UserError, nearest
 
 FORMAT = 1  # of every file of the cache; a change makes all caches stale
 SPEC = "spec.json"

@@ -22,12 +22,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from moe_jax import files
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
 from moe_jax.data import cache, registry, vocabulary
 from moe_jax.data.cache import Example, Request
 from moe_jax.data.modules import source_files
 from moe_jax.data.registry import seqio  # through it, so that importing TensorFlow is quiet
-from moe_jax.errors import UserError
 
 SHARD_BYTES = 1 << 27
 

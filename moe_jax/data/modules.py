@@ -18,7 +18,7 @@ from typing import Any
 import gin
 
 import moe_jax
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 
 
 def load_module(name: str) -> ModuleType:

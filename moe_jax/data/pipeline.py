@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar
 import grain
 import numpy as np
 
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import packing
 from moe_jax.data.cache import Example, PreparedMixture, PreparedTask, Records
 from moe_jax.data.packing import Batch, Plan
 from moe_jax.data.vocabulary import Vocabulary
-from moe_jax.errors import UserError, nearest
 
 MIXING = ("examples", "equal", "temperature", "seqio")
 _PERIOD = 1024  # groups that are scheduled together

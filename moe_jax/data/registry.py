@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.data.modules import load_module, quiet, resolve
 from moe_jax.data.vocabulary import TokenizersVocabulary
-from moe_jax.errors import UserError, nearest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with quiet():  # a dozen lines on CUDA and oneDNN

@@ -22,8 +22,8 @@ import gin
 import sentencepiece
 import tokenizers
 
-from moe_jax import files
-from moe_jax.errors import UserError, nearest
+from moe_jax.core import files
+from moe_jax.core.errors import UserError, nearest
 
 DIRECTORY = "vocabulary"  # of a model directory: a copy of the prepared vocabulary
 FILE = "vocabulary.json"
@@ -252,7 +252,7 @@ def read_tokenizers(path: str | Path) -> TokenizersVocabulary:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    from moe_jax.hf import tokenizer  # which reads vocabularies too
+    from moe_jax.interop import hf_tokenizer as tokenizer  # which reads vocabularies too
 
     directory = _tokenizer_directory(path)
     if (directory / FILE).is_file():

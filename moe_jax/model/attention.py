@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.model.dropout import dropout
+from moe_jax.kernels.dropout import dropout
 
 
 def segment_mask(query_segments_RxLq: jax.Array, key_segments_RxLk: jax.Array) -> jax.Array:

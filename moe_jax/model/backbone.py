@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels.dropout import Dropout
 from moe_jax.model.attention import causal_mask, relative_buckets, segment_mask
+from moe_jax.model.blocks import DecoderLayer, EncoderLayer, Norm
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.dropout import Dropout
 from moe_jax.model.experts import init_experts, mix
-from moe_jax.model.layers import DecoderLayer, EncoderLayer, Norm
 
 # BART's position table starts with two unused rows.
 POSITION_OFFSET = 2
@@ -50,7 +50,7 @@ class Stack(nn.Module):
         # Not a submodule: its parameters are a plain tree that experts can be taken from.
         self.layer = (DecoderLayer if decoder else EncoderLayer)(c, parent=None)
         normal = nn.initializers.normal(c.init_std)
-        if c.architecture == "bart":
+        if c.family.positions == "learned":
             init = nn.with_logical_partitioning(normal, ("position", "embed"))
             shape = (c.max_positions + POSITION_OFFSET, c.d_model)
             self.position = self.param("position", init, shape)
@@ -87,19 +87,22 @@ class Stack(nn.Module):
 
     def embed(self, x: jax.Array, positions: jax.Array, deterministic: bool) -> jax.Array:
         """What goes into the first layer."""
-        if self.config.architecture == "bart":
-            x = self.norm(x + self.position[positions + POSITION_OFFSET].astype(x.dtype))
+        family = self.config.family
+        if family.positions == "learned":
+            x = x + self.position[positions + POSITION_OFFSET].astype(x.dtype)
+        if not family.norm_first:
+            x = self.norm(x)
         return self.dropout(x, deterministic=deterministic)
 
     def finish(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """What comes out of the last layer."""
-        if self.config.architecture == "t5":
+        if self.config.family.norm_first:
             x = self.dropout(self.norm(x), deterministic=deterministic)
         return x
 
     def bias(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array | None:
-        """T5's relative position bias [1, H, L_q, L_k]; None for BART."""
-        if self.config.architecture == "bart":
+        """Relative position bias [1, H, L_q, L_k]; None where positions are learned."""
+        if self.config.family.positions == "learned":
             return None
         buckets = relative_buckets(
             query_positions,
@@ -155,7 +158,7 @@ class Stack(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """BART or T5 1.1 whose routed layers hold `experts` experts each.
+    """An encoder-decoder whose routed layers hold `experts` experts each.
 
     Every method takes `weights_NxK`, the route of the one task that all R rows belong to: for
     each routed layer (encoder first) the weights of its experts; or [N, K, R], the route of each
@@ -167,7 +170,8 @@ class EncoderDecoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = nn.initializers.normal(1.0 if c.architecture == "t5" else c.init_std)
+        std = c.init_std if c.family.embedding_std is None else c.family.embedding_std
+        init = nn.initializers.normal(std)
         self.embedding = self.param(
             "embedding",
             nn.with_logical_partitioning(init, ("vocab", "embed")),

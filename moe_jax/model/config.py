@@ -5,7 +5,8 @@ from typing import Literal
 
 import gin
 
-from moe_jax.errors import UserError, check_fields
+from moe_jax.core.errors import UserError, check_fields
+from moe_jax.model.family import Family, family_of
 
 ROUTER_HEADS = 4  # of the transformer router's attention
 # Selections that need no trained router.
@@ -17,12 +18,12 @@ BASELINES = ("average", "random_task", "random_instance")
 class ModelConfig:
     """An encoder-decoder transformer whose routed layers have `experts` copies.
 
-    `architecture` fixes what the two families do differently: BART is post-norm with learned
-    positions, biases and GELU; T5 1.1 is pre-norm (RMS) with relative position bias, no biases
-    and gated GELU. `vocabulary_size` 0 takes the size of the data's vocabulary.
+    `architecture` names a `family`, which fixes how its layers compute: `bart`, `t5` (T5 1.1),
+    `t5_1_0`, `mt5`, or one registered elsewhere. `vocabulary_size` 0 takes the size of the data's
+    vocabulary; `tie_embeddings` and `scale_tied_logits` are the family's unless they are set.
     """
 
-    architecture: Literal["bart", "t5"] = "bart"
+    architecture: str = "bart"
     vocabulary_size: int = 0
     d_model: int = 768
     d_ff: int = 3072
@@ -30,11 +31,11 @@ class ModelConfig:
     head_dim: int = 0  # 0: d_model / heads
     encoder_layers: int = 6
     decoder_layers: int = 6
-    max_positions: int = 1024  # BART only
-    relative_buckets: int = 32  # T5 only
-    relative_max_distance: int = 128  # T5 only
-    tie_embeddings: bool = True
-    scale_tied_logits: bool = False  # T5 1.0 with tied embeddings: multiply by d_model**-0.5
+    max_positions: int = 1024  # learned positions
+    relative_buckets: int = 32  # relative positions
+    relative_max_distance: int = 128  # likewise
+    tie_embeddings: bool | None = None
+    scale_tied_logits: bool | None = None  # divide tied logits by sqrt(d_model)
     init_std: float = 0.02
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.0
@@ -51,6 +52,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("tie_embeddings", "scale_tied_logits"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.family, name))
         for name in ("encoder", "decoder"):
             depth = getattr(self, f"{name}_layers")
             vanilla = tuple(sorted(set(getattr(self, f"{name}_vanilla_layers"))))
@@ -70,9 +74,14 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.d_model // self.heads)
 
     @property
+    def family(self) -> Family:
+        """How the layers compute."""
+        return family_of(self.architecture)
+
+    @property
     def attention_scale(self) -> float:
-        """Of attention scores. T5 has none: it is in the initialisation of the query."""
-        return 1.0 if self.architecture == "t5" else self.head_dim**-0.5
+        """What attention scores are multiplied with."""
+        return self.head_dim**-0.5 if self.family.scale_attention else 1.0
 
     @property
     def routed_layers(self) -> tuple[str, ...]:

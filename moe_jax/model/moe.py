@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params

@@ -17,9 +17,9 @@ import numpy as np
 
 from moe_jax.model.attention import causal_mask, segment_mask
 from moe_jax.model.backbone import EncoderDecoder, layer_runs
+from moe_jax.model.blocks import DecoderLayer, EncoderLayer
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params
-from moe_jax.model.layers import DecoderLayer, EncoderLayer
 from moe_jax.model.moe import TaskMoE
 
 # Tokens of whole inputs that an expert computes at once where rows are mixed: the fewest that

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.report import build
 
 

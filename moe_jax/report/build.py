@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax import files
-from moe_jax.errors import UserError, nearest
+from moe_jax.core import files
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.report import inputs, page, plots, route_sections, sections
 from moe_jax.report.inputs import Run
 from moe_jax.report.sections import Section

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import files
-from moe_jax.errors import UserError
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
 
 NO_CATEGORY = "(no category)"
 

@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 
+from moe_jax.evaluation.gains import count
 from moe_jax.report import page, route_plots, statistics
-from moe_jax.report.gain import count
 from moe_jax.report.inputs import NO_CATEGORY, Run
 from moe_jax.report.plots import fixed
 from moe_jax.report.sections import Section

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_jax.errors import UserError
-from moe_jax.report import gain, page, plots
+from moe_jax.core.errors import UserError
+from moe_jax.evaluation import gains as gain
+from moe_jax.report import page, plots
 from moe_jax.report.inputs import NO_CATEGORY, Run
 
 

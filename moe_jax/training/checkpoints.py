@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moe_jax.errors import UserError
+from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params, add_noise
 from moe_jax.model.moe import parameter_shapes

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from moe_jax import files
-from moe_jax.errors import UserError
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
 
 METRICS = "metrics.jsonl"
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.errors import UserError, check_fields
+from moe_jax.core.errors import UserError, check_fields
 
 PARTS = ("backbone", "router", "representations")
 

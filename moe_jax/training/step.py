@@ -16,16 +16,16 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.sharding import GROUP_AXES, group_shards, replicated, shardings
 from moe_jax.data.packing import padding_share
-from moe_jax.errors import UserError, check_fields
 from moe_jax.model.experts import Params
 from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.selection import temperature_at
-from moe_jax.parallel import GROUP_AXES, group_shards, replicated, shardings
-from moe_jax.training.groups import Batch, local_gradients
+from moe_jax.training.grouped_loss import Batch, local_gradients
 from moe_jax.training.lazy import Slots, find_slots, update_used
 from moe_jax.training.optimizer import OptimizerConfig, apply, clip_scale, make_optimizer, schedule
-from moe_jax.training.regularisation import penalty, route_entropy
+from moe_jax.training.penalties import penalty, route_entropy
 
 # Drawing with these keys compiles faster than with threefry's.
 PRNG = "rbg"

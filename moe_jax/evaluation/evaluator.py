@@ -1,0 +1,333 @@
+"""Scores of a model on tasks: decoding, then each task's own metric."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from moe_jax.core import files
+from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
+from moe_jax.data.cache import PreparedMixture, PreparedTask
+from moe_jax.data.pipeline import eval_batches
+from moe_jax.data.vocabulary import Vocabulary
+from moe_jax.decoding.scoring import log_likelihoods
+from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
+from moe_jax.model.experts import Params
+from moe_jax.model.moe import TaskMoE
+from moe_jax.model.rows import RowModel, RowRoutes, experts_per_row, row_routes
+
+INPUTS = ("inputs", "input_segments", "input_positions")
+TARGETS = ("decoder_inputs", "targets", "target_segments", "target_positions")
+Batch = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """One task's score and what it was computed from."""
+
+    task: PreparedTask
+    split: str
+    metric: str
+    score: float
+    metrics: dict[str, float]
+    predictions: list[dict[str, Any]]
+
+
+class Evaluator:
+    """Decodes and scores; compiles once per bucket of lengths, whatever the tasks.
+
+    Args:
+        lengths: {"inputs", "targets"}: longest input read and longest target decoded.
+        rows: examples decoded together.
+        decoding: how; None takes gin's `DecodingConfig`.
+
+    Raises:
+        UserError: `DecodingConfig.max_length` is beyond the model's positions.
+    """
+
+    def __init__(
+        self,
+        model: TaskMoE,
+        vocabulary: Vocabulary,
+        lengths: Mapping[str, int],
+        rows: int,
+        mesh: Mesh,
+        decoding: DecodingConfig | None = None,
+    ):
+        self.model = model
+        self.vocabulary = vocabulary
+        self.lengths = lengths
+        self.rows = rows
+        decoding = DecodingConfig() if decoding is None else decoding
+        length = decoding.max_length or lengths["targets"]
+        if model.config.family.positions == "learned" and length > model.config.max_positions:
+            raise UserError(
+                f"DecodingConfig.max_length is {length}, but ModelConfig.max_positions "
+                f"{model.config.max_positions}"
+            )
+        ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
+        spread = rows % group_shards(mesh) == 0
+        self._by_row = NamedSharding(mesh, P(GROUP_AXES) if spread else P())
+        self._decode = self._by_rows(
+            lambda rows_model, batch, row: decode(
+                rows_model, *(batch[name] for name in INPUTS), row,
+                length=length, config=decoding, ids=ids,
+            )
+        )  # fmt: skip
+        self._score = self._by_rows(lambda rows_model, batch, _: log_likelihoods(rows_model, batch))
+        self.routes = jax.jit(model.routes, out_shardings=replicated(mesh))
+
+    def _by_rows(self, function: Callable[[RowModel, Batch, jax.Array], Any]) -> Callable[..., Any]:
+        """`function` compiled; each device does the rows that it holds."""
+        mesh, rows = self._by_row.mesh, self._by_row.spec
+        by_layer = P(None, *rows)
+        routes = RowRoutes(P(), by_layer, by_layer) if self.model.routed else None
+
+        def local(backbone, routes, batch, row):
+            return function(RowModel(self.model, backbone, routes), batch, row)
+
+        spread = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(), routes, rows, rows), out_specs=rows,
+            axis_names=set(GROUP_AXES), check_vma=False,
+        )  # fmt: skip
+        return jax.jit(spread, out_shardings=replicated(mesh))
+
+    def _arguments(self, params, routes_TxNxE, task_id, arrays, names) -> tuple:
+        """What the compiled functions take, inputs cut to the bucket that holds them."""
+        count, longest = arrays["inputs"].shape
+        bucket = input_bucket(int(np.count_nonzero(arrays["input_segments"], 1).max()), longest)
+        batch = {}
+        for name in names:
+            array = arrays[name][:, :bucket] if name in INPUTS else arrays[name]
+            batch[name] = global_array(array, self._by_row)
+        if not self.model.routed:
+            return params["backbone"], None, batch
+        tasks_R = np.broadcast_to(np.asarray(task_id), (count,))
+        count = experts_per_row(self.model)
+        return params["backbone"], row_routes(np.asarray(routes_TxNxE), tasks_R, count), batch
+
+    def predict(
+        self,
+        params: Params,
+        routes_TxNxE: jax.Array | np.ndarray | None,
+        task_id: int | np.ndarray,
+        arrays: Mapping[str, np.ndarray],
+        row_ids: np.ndarray | None = None,
+    ) -> list[str]:
+        """Texts decoded for the rows [R, L] of one task, or of many.
+
+        Args:
+            task_id: of all rows, or int [R].
+            row_ids: int [R], numbers of the rows, which samples are drawn from; 0, 1, ... if None.
+        """
+        row_ids = np.arange(self.rows) if row_ids is None else row_ids
+        row_ids = global_array(np.asarray(row_ids, np.int32), self._by_row)
+        arguments = self._arguments(params, routes_TxNxE, task_id, arrays, INPUTS)
+        tokens = self._decode(*arguments, row_ids)
+        return [self.vocabulary.decode(row) for row in np.asarray(tokens).tolist()]
+
+    def log_likelihoods(
+        self,
+        params: Params,
+        routes_TxNxE: jax.Array | np.ndarray | None,
+        task_id: int | np.ndarray,
+        arrays: Mapping[str, np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of the targets of rows [R, L]: float32 [R] sum over tokens, int32 [R] tokens."""
+        row_ids = global_array(np.zeros(self.rows, np.int32), self._by_row)
+        arguments = self._arguments(params, routes_TxNxE, task_id, arrays, (*INPUTS, *TARGETS))
+        return tuple(np.asarray(a) for a in self._score(*arguments, row_ids))
+
+    def task(
+        self,
+        params: Params,
+        routes_TxNxE: jax.Array | np.ndarray | None,
+        mixture: PreparedMixture,
+        name: str,
+        task_id: int,
+        split: str,
+        limit: int | None = None,
+        likelihoods: bool = False,
+    ) -> TaskScore:
+        """Scores one task on a split.
+
+        Args:
+            limit: at most this many examples, evenly spaced.
+            likelihoods: also of each target its `log_likelihood` and `target_tokens`; the metric
+                `log_likelihood_per_token` comes after the task's own.
+        """
+        task = mixture.task(name)
+        postprocess = task.postprocess_fn()
+        routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
+        route = None if routes is None else route_json(routes[task_id])
+        lines: dict[int, dict[str, Any]] = {}
+        batches = eval_batches(
+            mixture, name, split, lengths=self.lengths, rows=self.rows, limit=limit
+        )
+        for arrays, examples in _by_length(batches, self.rows):
+            row_ids = np.zeros(self.rows, np.int32)
+            row_ids[: len(examples)] = [index for index, _ in examples]
+            texts = self.predict(params, routes, task_id, arrays, row_ids)
+            for (index, example), text in zip(examples, texts, strict=False):
+                lines[index] = {
+                    "task": name,
+                    "split": split,
+                    "index": int(index),
+                    "input": example.inputs_text,
+                    "prediction": postprocess(text, is_target=False) if postprocess else text,
+                    "references": example.references,
+                    "route": route,
+                }
+            if likelihoods:
+                sums, tokens = self.log_likelihoods(params, routes, task_id, arrays)
+                for (index, _), total, count in zip(examples, sums, tokens, strict=False):
+                    lines[index] |= {"log_likelihood": float(total), "target_tokens": int(count)}
+        rows = [lines[index] for index in sorted(lines)]
+        references = [row["references"] for row in rows]
+        predictions = [row["prediction"] for row in rows]
+        metrics = {}
+        for function in task.metric_fns().values():
+            metrics |= {k: float(v) for k, v in function(references, predictions).items()}
+        metric = next(iter(metrics))
+        if likelihoods:
+            total, tokens = (
+                sum(row[key] for row in rows) for key in ("log_likelihood", "target_tokens")
+            )
+            metrics["log_likelihood_per_token"] = total / max(1, tokens)
+        return TaskScore(task, split, metric, metrics[metric], metrics, rows)
+
+    def tasks(
+        self,
+        params: Params,
+        step: int,
+        mixture: PreparedMixture,
+        task_ids: Mapping[str, int],
+        split: str,
+        limit: int | None = None,
+        show: bool = True,
+        likelihoods: bool = False,
+    ) -> list[TaskScore]:
+        """Scores every task of `mixture` that has the split; see `tasks_with_split`."""
+        routes = self.routes(params, jnp.int32(step)) if self.model.routed else None
+        names = tasks_with_split(mixture, split)
+        bar = tqdm(names, desc=f"evaluating {split}", unit="task", leave=False, disable=not show)
+        return [
+            self.task(params, routes, mixture, name, task_ids[name], split, limit, likelihoods)
+            for name in bar
+        ]
+
+
+def input_bucket(length: int, longest: int) -> int:
+    """The width that an input of `length` is decoded at: `longest` halved, down to 32."""
+    bucket = longest
+    while bucket % 2 == 0 and bucket // 2 >= max(length, 32):
+        bucket //= 2
+    return bucket
+
+
+def _by_length(
+    batches: Iterable[tuple[Batch, list]], rows: int, window: int = 64
+) -> Iterator[tuple[Batch, list]]:
+    """Batches [R, L] of examples of like length, from `window` batches [1, R, L] at a time."""
+    batches = iter(batches)
+    while taken := list(islice(batches, window)):
+        examples = [example for _, of_batch in taken for example in of_batch]
+        names = (*INPUTS, *TARGETS)
+        arrays = {name: np.concatenate([batch[name][0] for batch, _ in taken]) for name in names}
+        order = np.argsort(np.count_nonzero(arrays["input_segments"], 1), kind="stable")
+        # Empty rows come last: they fill the last batch up.
+        order = np.concatenate([order[-len(examples) :], order[: -len(examples)]])
+        for start in range(0, len(examples), rows):
+            chosen = order[start : start + rows]
+            batch = {name: array[chosen] for name, array in arrays.items()}
+            yield batch, [examples[i] for i in chosen if i < len(examples)]
+
+
+def route_json(route_NxE: np.ndarray) -> list:
+    """A route for JSON: N expert numbers where it is one-hot, else N x E weights."""
+    if np.all(np.max(route_NxE, -1) == 1.0):
+        return np.argmax(route_NxE, -1).tolist()
+    return np.round(route_NxE.astype(float), 6).tolist()
+
+
+def tasks_with_split(mixture: PreparedMixture, split: str) -> list[str]:
+    """Names of the tasks that can be evaluated on `split`.
+
+    Raises:
+        UserError: no task has it.
+    """
+    names = [task.name for task in mixture.tasks if split in task.splits]
+    if not names:
+        known = sorted({name for task in mixture.tasks for name in task.splits})
+        raise UserError(
+            f"no task of {mixture.name} has a split {split!r}{nearest(split, known)} "
+            f"(there are {', '.join(known)})"
+        )
+    return names
+
+
+def mean_score(scores: Iterable[TaskScore]) -> float:
+    """Mean over tasks of each task's first metric."""
+    return float(np.mean([score.score for score in scores]))
+
+
+def write_scores(directory: str | Path, scores: list[TaskScore]) -> None:
+    """Writes scores.jsonl and predictions.jsonl, the latter first: scores mean all is there."""
+    directory = Path(directory)
+    files.write_jsonl(
+        directory / "predictions.jsonl", (row for score in scores for row in score.predictions)
+    )
+    rows = []
+    for score in scores:
+        route = score.predictions[0]["route"] if score.predictions else None
+        experts = None if route is None else [int(np.argmax(r)) if np.ndim(r) else r for r in route]
+        rows += [
+            {
+                "task": score.task.name,
+                "split": score.split,
+                "metric": metric,
+                "score": value,
+                "examples": len(score.predictions),
+                "category": score.task.category,
+                "subcategory": score.task.subcategory,
+                "experts": experts,
+            }
+            for metric, value in score.metrics.items()
+        ]
+    files.write_jsonl(directory / "scores.jsonl", rows)
+
+
+def write_routes(
+    path: str | Path,
+    model: TaskMoE,
+    routes_TxNxE: np.ndarray,
+    step: int,
+    mixture: PreparedMixture,
+    task_ids: Mapping[str, int],
+) -> None:
+    """Writes routes.json: every task's route with its human category."""
+    files.write_json(
+        path,
+        {
+            "step": step,
+            "experts": model.config.experts,
+            "layers": list(model.config.routed_layers),
+            "tasks": {
+                task.name: {
+                    "route": np.round(routes_TxNxE[task_ids[task.name]].astype(float), 6).tolist(),
+                    "category": task.category,
+                    "subcategory": task.subcategory,
+                }
+                for task in mixture.tasks
+            },
+        },
+    )

@@ -1,1 +1,0 @@
-"""Hugging Face directories: configuration, weights and tokenizers, without PyTorch."""

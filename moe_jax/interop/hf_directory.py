@@ -1,0 +1,135 @@
+"""Weights of a Hugging Face directory: safetensors, single or in shards, a tensor at a time."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  so that NumPy knows bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+CONFIGS = (CONFIG, GENERATION_CONFIG)
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+# What is downloaded of a model on the Hub.
+_WANTED = ["*.json", "*.safetensors", "*.model", "merges.txt"]
+
+
+def find(name: str) -> Path:
+    """The directory `name`, or that of a model on the Hub, downloaded where it is not yet.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{name} is no directory")
+    import huggingface_hub  # its own import takes a second, most calls do without
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as e:  # many kinds, for one thing: it could not be had
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"{name} is no directory, nor to be had from the Hub: {reason}") from e
+
+
+class Weights:
+    """The tensors of a directory, by name.
+
+    Attributes:
+        dtypes: name -> dtype.
+        shapes: name -> shape.
+    """
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        self._files: dict[str, Path] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in _weight_files(directory):
+            try:
+                with safe_open(path, framework="numpy") as f:
+                    for name in f.keys():  # noqa: SIM118  it is no mapping
+                        part = f.get_slice(name)
+                        self._files[name] = path
+                        self.dtypes[name] = _dtype(part.get_dtype(), path, name)
+                        self.shapes[name] = tuple(part.get_shape())
+            except (SafetensorError, OSError) as e:
+                raise UserError(f"cannot read {path}: {e}") from e
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor.
+
+        The file is opened anew each time: an open one stays mapped, and what was read of it
+        counts as this process's memory.
+        """
+        with safe_open(self._files[name], framework="numpy") as f:
+            return f.get_tensor(name)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / INDEX).is_file():
+        names = sorted(set(files.read_json(directory / INDEX)["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise UserError(f"{directory} has no {missing[0]}, which {INDEX} names")
+        return [directory / name for name in names]
+    if not (directory / SINGLE).is_file():
+        raise UserError(
+            f"{directory} has neither {SINGLE} nor {INDEX}; a model in PyTorch's own format is"
+            " rewritten by transformers' save_pretrained"
+        )
+    return [directory / SINGLE]
+
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def _dtype(code: str, path: Path, name: str) -> np.dtype:
+    if code not in _DTYPES:
+        raise UserError(f"{path}: {name} has dtype {code}, not one of {', '.join(_DTYPES)}")
+    return np.dtype(_DTYPES[code])
+
+
+def write_weights(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes tensors as `model.safetensors`, or as shards of SHARD_BYTES with an index.
+
+    Args:
+        tensors: (name, value); only one shard's are held at a time.
+    """
+    shards: list[list[str]] = []
+    waiting: dict[str, np.ndarray] = {}
+    total = 0
+
+    def write() -> None:
+        save_file(waiting, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for name, value in tensors:
+        value = np.ascontiguousarray(value)
+        if waiting and sum(v.nbytes for v in waiting.values()) + value.nbytes > SHARD_BYTES:
+            write()
+        waiting[name] = value
+        total += value.nbytes
+    write()
+    if len(shards) == 1:
+        (directory / "shard-0").rename(directory / SINGLE)
+        return
+    weight_map: dict[str, Any] = {}
+    for i, names in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{i}").rename(directory / name)
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    files.write_json(directory / INDEX, index)

@@ -1,0 +1,105 @@
+"""Tokenizer files of a Hugging Face directory as one `tokenizer.json` with its special ids."""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.interop.hf_config import special_ids
+from moe_jax.interop.hf_directory import CONFIG
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+SENTENCEPIECE = "spiece.model"
+# All that belongs to a tokenizer, so that it can be handed on as it came.
+FILES = (
+    TOKENIZER,
+    SETTINGS,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    _VOCABULARY,
+    _MERGES,
+    SENTENCEPIECE,
+)
+
+
+def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
+    """The tokenizer that `transformers` makes of a directory, and its special ids.
+
+    From `tokenizer.json`; else byte-level BPE from `vocab.json` and `merges.txt` (BART), or the
+    SentencePiece unigram model `spiece.model` (T5).
+
+    Returns:
+        The tokenizer, and `special_ids` with `unk`.
+
+    Raises:
+        UserError: the directory lacks them, or one cannot be read.
+    """
+    config = files.read_json(directory / CONFIG)
+    ids = special_ids(config, directory / CONFIG)
+    settings = {}
+    if (directory / SETTINGS).is_file():
+        settings = files.read_json(directory / SETTINGS)
+    try:
+        if (directory / TOKENIZER).is_file():
+            tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
+        elif (directory / _MERGES).is_file():
+            tokenizer = _byte_level(directory, settings)
+        elif (directory / SENTENCEPIECE).is_file():
+            tokenizer = _unigram(directory, settings)
+        else:
+            names = f"{TOKENIZER}, {_MERGES} and {SENTENCEPIECE}"
+            raise UserError(f"{directory} has no tokenizer: none of {names}")
+    except UserError:
+        raise
+    except Exception as e:  # `tokenizers` and protobuf raise plain ones
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"cannot read the tokenizer of {directory}: {reason}") from e
+    unk = tokenizer.token_to_id("<unk>")
+    return tokenizer, {**ids, "unk": ids["pad"] if unk is None else unk}
+
+
+def _byte_level(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    """BART's: GPT-2's byte pairs between `<s>` and `</s>`."""
+    model = models.BPE.from_file(str(directory / _VOCABULARY), str(directory / _MERGES))
+    tokenizer = tokenizers.Tokenizer(model)
+    space = settings.get("add_prefix_space", False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [tokenizers.AddedToken(t, special=True) for t in ("<s>", "<pad>", "</s>", "<unk>")]
+    mask = tokenizers.AddedToken("<mask>", lstrip=True, special=True)
+    tokenizer.add_special_tokens([*special, mask])
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("</s>", "<s>")]
+    tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=space)
+    return tokenizer
+
+
+def _unigram(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    """T5's: SentencePiece's pieces, then the sentinels, the last of them first."""
+    from sentencepiece import sentencepiece_model_pb2  # protobuf, which readers do without
+
+    content = (directory / SENTENCEPIECE).read_bytes()
+    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+    sentinels = [f"<extra_id_{i}>" for i in range(settings.get("extra_ids", 100))]
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    pieces += [(sentinel, 0.0) for sentinel in reversed(sentinels)]
+    unk = proto.trainer_spec.unk_id
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unk, byte_fallback=False))
+    if proto.normalizer_spec.precompiled_charsmap:
+        tokenizer.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
+    space = {"replacement": "▁", "prepend_scheme": "always"}
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
+    )
+    tokenizer.decoder = decoders.Metaspace(**space)
+    special = ["</s>", "<unk>", "<pad>", *sentinels]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
+    eos = ("</s>", tokenizer.token_to_id("</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[eos]
+    )
+    return tokenizer

@@ -1,0 +1,128 @@
+"""Writes a model directory to start from: weights of elsewhere, parameter by parameter."""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.data import vocabulary
+from moe_jax.data.vocabulary import TokenizersVocabulary, VocabularyConfig
+from moe_jax.interop.hf_weights import Part
+from moe_jax.interop.streaming import Promise, save_params
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.moe import TaskMoE
+from moe_jax.runs import directory as run_dir
+
+_LENGTHS = {"inputs": 512, "targets": 64}  # a run may choose others
+
+
+def check_parts(
+    config: ModelConfig,
+    parts: Sequence[Part],
+    found: Mapping[str, tuple[int, ...]],
+    source: Path,
+    says: str,
+) -> None:
+    """Every tensor of a dense model is there and has its shape.
+
+    Args:
+        found: name -> shape.
+        source: named in errors.
+        says: what the shapes are known from, as `config.json says`.
+
+    Raises:
+        UserError: naming the first that is missing or has another shape.
+    """
+    shapes = _shapes(config)
+    for part in parts:
+        if part.name not in found:
+            raise UserError(f"{source}: the weights have no {part.name}")
+        wanted = part.shape(tuple(shapes[f"backbone/{part.path}"]))
+        if found[part.name] != wanted:
+            raise UserError(
+                f"{source}: {part.name} has shape {list(found[part.name])}, {says} {list(wanted)}"
+            )
+
+
+@functools.cache
+def _shapes(config: ModelConfig) -> dict[str, list[int]]:
+    return TaskMoE(config, RouterConfig(), 0).shapes()
+
+
+def write_initial(
+    new: Path,
+    out: Path,
+    config: ModelConfig,
+    parts: Sequence[Part],
+    read: Callable[[Part], np.ndarray],
+    own: TokenizersVocabulary | None,
+    source: Path,
+) -> None:
+    """Writes checkpoint 0, a task table without tasks, the tokenizer and config.gin.
+
+    Args:
+        new: directory to write to.
+        out: the name that it gets when it is complete.
+        config: of a dense model.
+        parts: all its tensors, grouped by parameter.
+        read: the tensor of a part; called for one after another, so that at most one of them and
+            one of our parameters are in memory.
+        own: its tokenizer; without one, config.gin leaves the vocabulary to the run.
+        source: where it all comes from; named by the progress bar and in errors.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model; and what `read` raises.
+    """
+    if own is not None and own.size > config.vocabulary_size:
+        raise UserError(
+            f"{source}: the tokenizer has {own.size} tokens, the model {config.vocabulary_size}"
+        )
+    shapes = _shapes(config)
+    params: dict[str, Any] = {}
+    title = f"read {source.name}"
+    with tqdm(total=len(parts), desc=title, unit=" tensors", disable=None) as bar:
+        for path, group in itertools.groupby(parts, lambda part: part.path):
+            *parents, leaf = f"backbone/{path}".split("/")
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            shape = tuple(shapes[f"backbone/{path}"])
+            node[leaf] = Promise(shape, _maker(list(group), shape, read, bar))
+        save_params(new, 0, params, {"tasks": [], "step": 0, "shapes": shapes})
+    run_dir.write_task_table(new, [])
+    lines: dict[str, Any] = {"TASK_FEATURE_LENGTHS": _LENGTHS}
+    configs: list[Any] = [config]
+    if own is not None:
+        vocabulary.write_vocabulary(new / vocabulary.DIRECTORY, own.settings, own.contents)
+        lines["DataConfig.vocabulary"] = f"@{VocabularyConfig.__name__}()"
+        configs.insert(0, VocabularyConfig(kind="tokenizers", path=os.path.abspath(out)))
+    lines |= run_dir.config_lines(configs)
+    text = "".join(f"{name} = {value}\n" for name, value in lines.items())
+    files.write_text(new / run_dir.CONFIG, text)
+
+
+def _maker(
+    parts: Sequence[Part],
+    shape: tuple[int, ...],
+    read: Callable[[Part], np.ndarray],
+    bar: tqdm,
+) -> Callable[[], np.ndarray]:
+    """Makes one parameter from its tensors."""
+
+    def make() -> np.ndarray:
+        bar.update(len(parts))
+        if parts[0].form == "table":  # the largest of all: not copied
+            return read(parts[0]).astype(np.float32, copy=False)
+        parameter = np.empty(shape, np.float32)
+        for part in parts:
+            part.put(parameter, read(part))
+        return parameter
+
+    return make

@@ -1,0 +1,1 @@
+"""Code written for speed, each piece beside its plain reference."""

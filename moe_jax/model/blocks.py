@@ -1,0 +1,216 @@
+"""One encoder layer and one decoder layer: what an expert is."""
+
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.kernels.dropout import Dropout
+from moe_jax.kernels.linear import linear
+from moe_jax.model.attention import attend
+from moe_jax.model.config import ModelConfig
+
+# By the name in `Family.activation`.
+ACTIVATIONS = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one attention, each [R, L, H, D]."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def _weights(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std):
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return module.param(name, init, shape).astype(module.config.dtype)
+
+
+def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
+    """A bias, or 0 where the family has none."""
+    if not module.config.family.biases:
+        return jnp.zeros((), module.config.dtype)
+    init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    return module.param(name, init, shape).astype(module.config.dtype)
+
+
+class Norm(nn.Module):
+    """LayerNorm, or RMS norm without mean and bias; computed in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dim = x.shape[-1]
+        axes = ("norm",)
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, axes), (dim,)
+        )
+        x32 = x.astype(jnp.float32)
+        epsilon = self.config.family.norm_epsilon
+        if self.config.family.norm == "rms":
+            inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + epsilon)
+            return (x32 * inverse * scale).astype(x.dtype)
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), (dim,))
+        centred = x32 - jnp.mean(x32, -1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
+        return (centred * inverse * scale + bias).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections around `attend`. Self-attention projects q, k, v with one matrix product."""
+
+    config: ModelConfig
+    cross: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        D, H, K = c.d_model, c.heads, c.head_dim
+        axes = ("embed", "qkv", "heads", "head_dim")
+        if self.cross:
+            self.q_kernel = _weights(self, "q_kernel", (D, 1, H, K), axes, c.init_std)
+            self.q_bias = _bias(self, "q_bias", (1, H, K), axes[1:])
+            self.kv_kernel = _weights(self, "kv_kernel", (D, 2, H, K), axes, c.init_std)
+            self.kv_bias = _bias(self, "kv_bias", (2, H, K), axes[1:])
+        else:
+            self.qkv_kernel = _weights(self, "qkv_kernel", (D, 3, H, K), axes, c.init_std)
+            self.qkv_bias = _bias(self, "qkv_bias", (3, H, K), axes[1:])
+        out_axes = ("heads", "head_dim", "embed")
+        self.out_kernel = _weights(self, "out_kernel", (H, K, D), out_axes, c.init_std)
+        self.out_bias = _bias(self, "out_bias", (D,), ("norm",))
+
+    def project(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Query, and key with value, of self-attention."""
+        y = linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias
+        return y[:, :, 0], KeyValue(y[:, :, 1], y[:, :, 2])
+
+    def project_query(self, x_RxLxD: jax.Array) -> jax.Array:
+        """Query of cross-attention."""
+        return (linear(x_RxLxD, self.q_kernel) + self.q_bias)[:, :, 0]
+
+    def project_key_value(self, encoded_RxLxD: jax.Array) -> KeyValue:
+        """Key and value of cross-attention."""
+        y = linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias
+        return KeyValue(y[:, :, 0], y[:, :, 1])
+
+    def attend(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
+        """What every head reads: [R, L_q, H, K]."""
+        rate = 0.0 if deterministic else self.config.attention_dropout_rate
+        key = self.make_rng("dropout") if rate else None
+        return attend(
+            q, kv.key, kv.value, mask, bias=bias, scale=self.config.attention_scale,
+            dropout_rate=rate, dropout_key=key,
+        )  # fmt: skip
+
+    def output(self, y_RxLxHxK: jax.Array) -> jax.Array:
+        """Projects what the heads read back to [R, L, D]."""
+        return linear(y_RxLxHxK, self.out_kernel, 2) + self.out_bias
+
+
+class FeedForward(nn.Module):
+    """One hidden layer, gated or not."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_RxLxD: jax.Array, deterministic: bool) -> jax.Array:
+        c = self.config
+        gates = 2 if c.family.gated else 1
+        kernel = _weights(
+            self, "in_kernel", (c.d_model, gates, c.d_ff), ("embed", "gate", "mlp"), c.init_std
+        )
+        bias = _bias(self, "in_bias", (gates, c.d_ff), ("gate", "mlp"))
+        h = linear(x_RxLxD, kernel) + bias
+        y = ACTIVATIONS[c.family.activation](h[:, :, 0])
+        h = y * h[:, :, 1] if c.family.gated else y
+        h = Dropout(c.activation_dropout_rate)(h, deterministic=deterministic)
+        kernel = _weights(self, "out_kernel", (c.d_ff, c.d_model), ("mlp", "embed"), c.init_std)
+        return linear(h, kernel) + _bias(self, "out_bias", (c.d_model,), ("norm",))
+
+
+class _Layer(nn.Module):
+    """Residual blocks: norm before the block (pre-norm) or after the sum (post-norm)."""
+
+    config: ModelConfig
+
+    def before(self, norm: nn.Module, x: jax.Array) -> jax.Array:
+        return norm(x) if self.config.family.norm_first else x
+
+    def after(self, norm: nn.Module, x: jax.Array, y: jax.Array, deterministic: bool) -> jax.Array:
+        y = x + self.dropout(y, deterministic=deterministic)
+        return y if self.config.family.norm_first else norm(y)
+
+
+class EncoderLayer(_Layer):
+    """Self-attention and feed-forward."""
+
+    def setup(self) -> None:
+        self.self_attention = Attention(self.config)
+        self.self_attention_norm = Norm(self.config)
+        self.feed_forward = FeedForward(self.config)
+        self.feed_forward_norm = Norm(self.config)
+        self.dropout = Dropout(self.config.dropout_rate)
+
+    def __call__(self, x_RxLxD, mask, bias, deterministic: bool = True) -> jax.Array:
+        """[R, L, D] -> [R, L, D]; `mask` and `bias` as in `attend`."""
+        q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
+        y = self.self_attention.output(self.self_attention.attend(q, kv, mask, bias, deterministic))
+        x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
+        y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
+        return self.after(self.feed_forward_norm, x, y, deterministic)
+
+
+class DecoderLayer(_Layer):
+    """Causal self-attention, cross-attention and feed-forward.
+
+    `start`, `middle` and `end` are what lies around the two attentions; decoding with a cache has
+    its own attention between them (`model.cached`).
+    """
+
+    def setup(self) -> None:
+        self.self_attention = Attention(self.config)
+        self.self_attention_norm = Norm(self.config)
+        self.cross_attention = Attention(self.config, cross=True)
+        self.cross_attention_norm = Norm(self.config)
+        self.feed_forward = FeedForward(self.config)
+        self.feed_forward_norm = Norm(self.config)
+        self.dropout = Dropout(self.config.dropout_rate)
+
+    def __call__(
+        self, x_RxLxD, encoded_RxLinxD, mask, cross_mask, bias, deterministic: bool = True
+    ) -> jax.Array:
+        """A whole target at once: [R, L, D] -> [R, L, D]."""
+        q, kv = self.start(x_RxLxD)
+        cross = self.cross_key_value(encoded_RxLinxD)
+        y = self.self_attention.attend(q, kv, mask, bias, deterministic)
+        x, q = self.middle(x_RxLxD, y, deterministic)
+        y = self.cross_attention.attend(q, cross, cross_mask, None, deterministic)
+        return self.end(x, y, deterministic)
+
+    def cross_key_value(self, encoded_RxLinxD: jax.Array) -> KeyValue:
+        """Computed once per input, read at every step."""
+        return self.cross_attention.project_key_value(encoded_RxLinxD)
+
+    def start(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Query, and key with value, of self-attention."""
+        return self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
+
+    def middle(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True):
+        """From what self-attention read: (x, query of cross-attention)."""
+        y = self.self_attention.output(y_RxLxHxK)
+        x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
+        return x, self.cross_attention.project_query(self.before(self.cross_attention_norm, x))
+
+    def end(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True) -> jax.Array:
+        """From what cross-attention read: the layer's output [R, L, D]."""
+        y = self.cross_attention.output(y_RxLxHxK)
+        x = self.after(self.cross_attention_norm, x_RxLxD, y, deterministic)
+        y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
+        return self.after(self.feed_forward_norm, x, y, deterministic)

@@ -1,0 +1,1 @@
+"""A run: its flags, configuration, directory and loading."""

@@ -1,0 +1,206 @@
+"""Settings of a run that belong to no single part: where, what data, how long."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import gin
+
+from moe_jax.core.errors import UserError, check_fields
+from moe_jax.data.vocabulary import VocabularyConfig
+
+# Every binary starts from these; gin files and flags set the macros (T5X's names).
+BASE_BINDINGS = """
+MODEL_DIR = None
+MIXTURE_OR_TASK_NAME = None
+TASK_MODULES = ('tasks.skills_gym', 'tasks.crossfit')
+TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 64}
+CACHE_DIR = 'cache'
+TRAIN_STEPS = None
+BATCH_SIZE = 32
+EVAL_PERIOD = 1000
+CHECKPOINT_PERIOD = 1000
+INITIAL_CHECKPOINT_PATH = None
+ROUTER_CHECKPOINT_PATH = None
+DENSE_DIR = None
+MOE_DIR = None
+SEED = 0
+
+DataConfig.mixture_or_task_name = %MIXTURE_OR_TASK_NAME
+DataConfig.task_modules = %TASK_MODULES
+DataConfig.lengths = %TASK_FEATURE_LENGTHS
+DataConfig.cache_dir = %CACHE_DIR
+DataConfig.batch_size = %BATCH_SIZE
+RunConfig.model_dir = %MODEL_DIR
+RunConfig.train_steps = %TRAIN_STEPS
+RunConfig.eval_period = %EVAL_PERIOD
+RunConfig.checkpoint_period = %CHECKPOINT_PERIOD
+RunConfig.initial_checkpoint_path = %INITIAL_CHECKPOINT_PATH
+RunConfig.router_checkpoint_path = %ROUTER_CHECKPOINT_PATH
+RunConfig.seed = %SEED
+FinetuneConfig.dense_dir = %DENSE_DIR
+FinetuneConfig.moe_dir = %MOE_DIR
+"""
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which examples, tokenised how, in batches of which shape.
+
+    A batch has `batch_size` rows in groups of `rows_per_group` rows of one task. With `pack`, a
+    row holds as many examples as fit into `lengths`; without, one. With `row_shapes` above 1,
+    packed rows have up to so many shapes, each task's the one that leaves it the least padding; the
+    step is compiled for each, a batch holds tasks of one shape, and the logits of one with long
+    targets take up to three times the memory.
+
+    `mixing` draws tasks in proportion to their `examples` (at most `cap` each), all `equal`ly,
+    by `temperature` (rate ** (1 / mixing_temperature)), or by the rates of the SeqIO mixture.
+
+    `environment` holds variables that the task modules read (see `tasks/crossfit_data.py`).
+    """
+
+    mixture_or_task_name: str | None = None
+    task_modules: Sequence[str] = ()
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    cache_dir: str = "cache"
+    vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    batch_size: int = 32
+    rows_per_group: int = 4
+    pack: bool = True
+    row_shapes: int = 1
+    mixing: Literal["examples", "equal", "temperature", "seqio"] = "examples"
+    cap: int | None = None
+    mixing_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        lengths = self.lengths
+        if (
+            not isinstance(lengths, Mapping)
+            or set(lengths) != {"inputs", "targets"}
+            or not all(isinstance(n, int) and n > 1 for n in lengths.values())
+        ):
+            raise UserError(
+                "TASK_FEATURE_LENGTHS must be {'inputs': N, 'targets': N}, lengths of at least 2, "
+                f"not {lengths!r}"
+            )
+        check_fields(self)
+        for name in ("batch_size", "rows_per_group", "row_shapes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"DataConfig.{name} must be at least 1, not {getattr(self, name)}")
+        vocabulary = self.vocabulary
+        if vocabulary.kind == "sentencepiece" and not (vocabulary.path or vocabulary.trained_on):
+            # Written down, so that other mixtures are tokenised alike.
+            name = self.mixture_or_task_name or ""
+            trained = dataclasses.replace(vocabulary, trained_on=name)
+            object.__setattr__(self, "vocabulary", trained)
+        if self.row_shapes > 1 and not self.pack:
+            raise UserError(
+                f"DataConfig.row_shapes is {self.row_shapes}, but rows are not packed: "
+                "DataConfig.pack is False"
+            )
+        if self.batch_size % self.rows_per_group:
+            raise UserError(
+                f"BATCH_SIZE {self.batch_size} is no multiple of "
+                f"DataConfig.rows_per_group {self.rows_per_group}"
+            )
+
+    @property
+    def groups(self) -> int:
+        """G, groups per batch over all processes."""
+        return self.batch_size // self.rows_per_group
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, how long it takes, what it starts from.
+
+    Attributes:
+        model_dir: the run's directory.
+        train_steps: optimizer steps in all.
+        eval_period: steps between evaluations on the dev split; 0 for none.
+        checkpoint_period: steps between checkpoints; the last step is always saved.
+        log_period: steps between lines of metrics.jsonl.
+        initial_checkpoint_path: model directory (or checkpoint) whose backbone this one starts
+            from; a dense one fills every expert, plus `ModelConfig.expert_noise`.
+        router_checkpoint_path: likewise for router and task representations, by task name.
+        representations_path: file of task representations to start from (`representations.py`);
+            it goes before those of `router_checkpoint_path`.
+        eval_split: the split evaluated while training.
+        eval_examples: examples per task then; evenly spaced.
+        keep_checkpoints: latest checkpoints kept, besides the best by mean dev score.
+        seed: of initialisation, dropout, routes and data order.
+    """
+
+    model_dir: str | None = None
+    train_steps: int | None = None
+    eval_period: int = 1000
+    checkpoint_period: int = 1000
+    log_period: int = 10
+    initial_checkpoint_path: str | None = None
+    router_checkpoint_path: str | None = None
+    representations_path: str | None = None
+    eval_split: str = "validation"
+    eval_examples: int | None = 32
+    eval_batch_rows: int = 32
+    keep_checkpoints: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("train_steps", "checkpoint_period", "log_period", "eval_batch_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"RunConfig.{name} must be at least 1, not {value}")
+
+    def require(self, *names: str) -> None:
+        """Raises a UserError for the first of these settings that is missing."""
+        for name in names:
+            if getattr(self, name) is None:
+                macro = {"model_dir": "MODEL_DIR", "train_steps": "TRAIN_STEPS"}[name]
+                raise UserError(f"{macro} is not set: give --gin.{macro}=...")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """The grid, and what to start from.
+
+    Attributes:
+        dense_dir: model directory of the dense multi-task model. The start `untrained` is that
+            model before its first step (so, its INITIAL_CHECKPOINT_PATH, if it had one).
+        moe_dir: model directory of the mixture of experts.
+        learning_rates, batch_sizes: the grid searched on dev. The learning rate is the
+            backbone's, or the representation's where the backbone is not trained.
+        seeds: few-shot samples; of each, the splits `fewshot_SEED_train` and `..._validation`.
+        steps: optimizer steps of every run.
+        test_examples: at most this many test examples.
+        representation: of a new task in the mixture of experts: the `mean` of the training
+            tasks', that of the `nearest` one (whose route has the lowest loss on the few
+            examples), `random` (standard normal, as before training), or that of
+            `representations_path`, a `file` (see `representations.py`).
+        tune: what of the mixture of experts is trained: `all`; with a `frozen_router`, its experts
+            and the task's representation; `route_only`, that representation alone; `free_route`,
+            the route logits [N, E] in place of it. The dense starts are always trained whole.
+    """
+
+    dense_dir: str | None = None
+    moe_dir: str | None = None
+    learning_rates: Sequence[float] = (1e-5, 2e-5, 5e-5)
+    batch_sizes: Sequence[int] = (2, 4, 8)
+    seeds: Sequence[int] = (13, 21, 42, 87, 100)
+    steps: int = 1000
+    test_examples: int | None = None
+    representation: Literal["mean", "nearest", "random", "file"] = "nearest"
+    representations_path: str | None = None
+    tune: Literal["all", "frozen_router", "route_only", "free_route"] = "all"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if (self.representation == "file") != (self.representations_path is not None):
+            raise UserError(
+                f"FinetuneConfig.representation is {self.representation!r} and representations_path"
+                f" {self.representations_path!r}: 'file' and a path go together"
+            )

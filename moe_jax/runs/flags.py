@@ -1,0 +1,243 @@
+"""Flags, gin files, processes, and errors as one line: what every binary starts with.
+
+    python -m moe_jax.train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]
+
+A VALUE that is no gin literal is taken as a string, so paths need no quotes.
+"""
+
+import ast
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gin
+from absl import app, flags, logging
+
+from moe_jax.core.errors import UserError, nearest
+from moe_jax.runs.config import BASE_BINDINGS
+
+GIN_CONFIGS = Path(__file__).resolve().parents[2] / "gin_configs"
+
+_GIN_FILE = flags.DEFINE_multi_string(
+    "gin_file", [], "Gin file; repeatable, later ones override earlier ones."
+)
+_GIN_BINDINGS = flags.DEFINE_multi_string(
+    "gin_bindings", [], "One gin binding. --gin.NAME=VALUE is short for it and overrides files."
+)
+_GIN_SEARCH_PATHS = flags.DEFINE_list(
+    "gin_search_paths", [".", str(GIN_CONFIGS)], "Directories in which gin files are looked up."
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache_dir",
+    os.path.join(os.path.expanduser("~"), ".cache", "moe_jax", "xla"),
+    "Compiled programs are kept here from run to run; empty for none. "
+    "JAX_COMPILATION_CACHE_DIR overrides it.",
+)
+_MULTIPROCESS = flags.DEFINE_bool(
+    "multiprocess_gpu", False, "One of several processes (GPU or CPU) that train together."
+)
+_MULTIPROCESS_TPU = flags.DEFINE_bool(
+    "multiprocess_tpu", False, "One process per host of a TPU slice; they find each other."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0; needed with --multiprocess_gpu."
+)
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
+
+
+def run(main: Callable[[], None], from_model_dir: bool = False) -> None:
+    """Parses flags and gin, calls `main`, and ends the process.
+
+    A `UserError` or gin error ends in one line on standard error and exit code 1.
+
+    Args:
+        from_model_dir: starts from the config.gin of the run in MODEL_DIR, so that flags need say
+            only what differs.
+    """
+
+    def start(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.ERROR)
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
+            parse_gin(_GIN_FILE.value, _GIN_BINDINGS.value, _GIN_SEARCH_PATHS.value, from_model_dir)
+            _start_jax()
+            main()
+        except UserError as e:
+            fail(e)
+
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
+    try:
+        app.run(start, argv=rewrite_gin_flags(sys.argv))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
+
+
+def fail(error: Exception) -> None:
+    """Ends the process: one line on standard error, exit code 1."""
+    # Threads of a failed save have their say too: what they have begun is let end, more is dropped.
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    time.sleep(0.1)
+    # Gin appends where a configurable was called from; the first line is ours.
+    print(f"error: {str(error).strip().splitlines()[0]}", file=stderr)
+    for stream in (sys.stdout, stderr):
+        stream.flush()
+    # Not `sys.exit`: those threads would go on.
+    os._exit(1)
+
+
+def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
+    """Turns `--gin.NAME=VALUE` into `--gin_bindings=NAME=VALUE`, quoting plain strings."""
+    result = []
+    for argument in argv:
+        match = re.fullmatch(r"--?gin\.([^=]+)=(.*)", argument, re.DOTALL)
+        if match:
+            name, value = match.groups()
+            argument = f"--gin_bindings={name} = {_literal(value)}"
+        result.append(argument)
+    return result
+
+
+def _literal(value: str) -> str:
+    try:
+        gin.config.parse_value(value)
+    except (SyntaxError, ValueError):
+        return repr(value)
+    return value
+
+
+def parse_gin(
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    search_paths: Sequence[str],
+    from_model_dir: bool = False,
+) -> None:
+    """Parses base bindings, files, then bindings; later ones win.
+
+    Raises:
+        UserError: a file is missing, a line is no gin, a macro is set that nothing reads, or a
+            configurable or parameter is unknown.
+    """
+    import moe_jax.runs.configurables  # noqa: F401  every configurable, so that all names resolve
+
+    texts = [(path, path.read_text()) for path in (_find(f, search_paths) for f in gin_files)]
+    texts.append(("the command line", "\n".join(bindings)))
+    _check_macros(texts)
+    _parse(texts)
+    if from_model_dir:
+        model_dir = gin.query_parameter("MODEL_DIR/macro.value")
+        if model_dir is None:
+            raise UserError("MODEL_DIR is not set: give --gin.MODEL_DIR=...")
+        path = Path(model_dir) / "config.gin"
+        if not path.is_file():
+            raise UserError(f"{model_dir} holds no run: it has no config.gin")
+        _parse([(path, path.read_text()), *texts])
+    try:
+        gin.finalize()
+    except ValueError as e:  # a macro that is read but not set
+        raise UserError(_explain(e)) from e
+
+
+def _parse(texts: Sequence[tuple[object, str]]) -> None:
+    gin.clear_config()
+    gin.parse_config(BASE_BINDINGS)
+    for source, text in texts:
+        try:
+            gin.parse_config(text)
+        except (SyntaxError, ValueError, TypeError, AttributeError, ImportError) as e:
+            line = getattr(e, "lineno", None)
+            where = f"{source}:{line}" if line else str(source)
+            raise UserError(f"{where}: {_explain(e)}") from e
+
+
+def given_bindings() -> list[tuple[str, str]]:
+    """(name, value) of the bindings on this command line, in order; strings without quotes."""
+    pairs = (binding.partition("=") for binding in _GIN_BINDINGS.value)
+    return [(name.strip(), _unquoted(value.strip())) for name, _, value in pairs]
+
+
+def _unquoted(value: str) -> str:
+    try:
+        literal = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
+    return literal if isinstance(literal, str) and _literal(literal) == value else value
+
+
+def process_flags() -> list[str]:
+    """The flags, besides gin's files and bindings, that a child process should get too."""
+    return [
+        f"--gin_search_paths={','.join(_GIN_SEARCH_PATHS.value)}",
+        f"--compilation_cache_dir={_COMPILATION_CACHE.value}",
+    ]
+
+
+def find_gin_file(name: str) -> Path:
+    """The gin file of this name in the search paths."""
+    return _find(name, _GIN_SEARCH_PATHS.value)
+
+
+def _find(name: str, search_paths: Sequence[str]) -> Path:
+    for directory in ["", *search_paths]:
+        path = Path(directory, name)
+        if path.is_file():
+            return path
+    known = [
+        str(path.relative_to(directory))
+        for directory in search_paths
+        for path in Path(directory).glob("**/*.gin")
+    ]
+    raise UserError(f"no gin file {name!r} in {', '.join(search_paths)}{nearest(name, known)}")
+
+
+def _check_macros(texts: Sequence[tuple[object, str]]) -> None:
+    everything = "\n".join([BASE_BINDINGS, *(text for _, text in texts)])
+    read = set(re.findall(r"%([A-Za-z_]\w*)", everything))
+    for source, text in texts:
+        for name in re.findall(r"^([A-Za-z_]\w*)\s*=(?!=)", text, re.MULTILINE):
+            if name not in read:
+                raise UserError(f"{source}: nothing reads the macro {name!r}{nearest(name, read)}")
+
+
+def _explain(error: Exception) -> str:
+    """Gin's message in one line, with the nearest names."""
+    from moe_jax.runs.configurables import CONFIGURABLES
+
+    message = str(error).strip().splitlines()[0]
+    unset = re.search(r"No bindings specified for '(\w+)/gin.macro'", message)
+    if unset:
+        known = re.findall(r"^(\w+) =", BASE_BINDINGS, re.MULTILINE)
+        return f"the macro {unset[1]!r} is read but not set{nearest(unset[1], known)}"
+    unknown = re.search(r"No configurable matching '([\w./]+)'", message)
+    if unknown:
+        return message + nearest(unknown[1], CONFIGURABLES)
+    parameter = re.search(r"configurable '?([\w.]+)'? doesn't have a parameter named '(\w+)'",
+                          message, re.IGNORECASE)  # fmt: skip
+    if parameter:
+        names = CONFIGURABLES.get(parameter[1].split(".")[-1], ())
+        return message.rstrip(".") + nearest(parameter[2], names)
+    return message
+
+
+def _start_jax() -> None:
+    import jax
+
+    from moe_jax.kernels import memory
+
+    memory.run_in_main_thread()
+    if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if _MULTIPROCESS.value:
+        for flag in ("coordinator_address", "process_count", "process_index"):
+            if flags.FLAGS[flag].value is None:
+                raise UserError(f"--multiprocess_gpu needs --{flag}")
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value)
+    elif _MULTIPROCESS_TPU.value:
+        jax.distributed.initialize()

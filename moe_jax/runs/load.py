@@ -1,0 +1,97 @@
+"""A trained run, loaded: its configuration, task table, vocabulary and parameters."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.core.errors import UserError
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.experts import Params
+from moe_jax.model.moe import TaskMoE, parameter_shapes
+from moe_jax.runs import directory as run_dir
+from moe_jax.training.checkpoints import check_shapes, load_params
+from moe_jax.unseen.representations import read_representations
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a checkpoint holds and what is needed to use it.
+
+    Attributes:
+        task_ids: task name -> row of the task table.
+        step: of the checkpoint; the temperature depends on it.
+    """
+
+    model: TaskMoE
+    params: Params
+    task_ids: dict[str, int]
+    step: int
+
+
+def build_model(
+    model_config: ModelConfig, router_config: RouterConfig, vocabulary_size: int, tasks: int
+) -> TaskMoE:
+    """The model for a vocabulary and a task table.
+
+    Raises:
+        UserError: the vocabulary has ids that the model's embedding has not.
+    """
+    if model_config.vocabulary_size == 0:
+        model_config = dataclasses.replace(model_config, vocabulary_size=vocabulary_size)
+    if model_config.vocabulary_size < vocabulary_size:
+        raise UserError(
+            f"ModelConfig.vocabulary_size is {model_config.vocabulary_size}, "
+            f"but the vocabulary has {vocabulary_size} tokens"
+        )
+    return TaskMoE(model_config, router_config, tasks)
+
+
+def load_run(
+    model_dir: str, model_config: ModelConfig, router_config: RouterConfig, vocabulary_size: int
+) -> Run:
+    """Loads the latest checkpoint of `model_dir` (or the one it names).
+
+    Raises:
+        UserError: there is none, or it is of another shape.
+    """
+    params, meta = load_params(model_dir)
+    tasks = meta["tasks"]
+    model = build_model(model_config, router_config, vocabulary_size, len(tasks))
+    check_shapes(parameter_shapes(params), model.shapes(), model_dir)
+    return Run(model, params, {name: i for i, name in enumerate(tasks)}, meta["step"])
+
+
+def with_tasks(run: Run, names: Sequence[str], representations: str | None = None) -> Run:
+    """A run whose table also has `names`.
+
+    Args:
+        representations: file with the rows of those that are new; without one, they get the mean.
+            A dense model has no use for rows, but the names are looked up all the same.
+
+    Raises:
+        UserError: the file has no such row, see `read_representations`.
+    """
+    new = [name for name in dict.fromkeys(names) if name not in run.task_ids]
+    if not new:
+        return run
+    ids = {**run.task_ids, **{name: len(run.task_ids) + i for i, name in enumerate(new)}}
+    params: dict[str, Any] = {**run.params}
+    if run.model.routed:
+        table_TxK = np.asarray(params["representations"])
+        if representations is None:
+            new_NxK = np.repeat(table_TxK.mean(0, keepdims=True), len(new), axis=0)
+        else:
+            new_NxK = read_representations(representations, new, table_TxK.shape[1])
+        params["representations"] = jnp.asarray(np.concatenate([table_TxK, new_NxK]))
+    elif representations is not None:
+        read_representations(representations, new, None)
+    return Run(dataclasses.replace(run.model, tasks=len(ids)), params, ids, run.step)
+
+
+def read_run(model_dir: str, vocabulary_size: int) -> Run:
+    """`load_run` with the configuration that the directory itself holds."""
+    configs = run_dir.read_config(run_dir.root(model_dir))
+    return load_run(model_dir, configs["ModelConfig"], configs["RouterConfig"], vocabulary_size)

@@ -1,0 +1,105 @@
+"""Terms that a run may add to its loss: distance between experts, entropy and load of routes.
+
+Each is off by default; `StepConfig` holds their coefficients. They are functions of the whole
+parameters, so their gradients are exact, whichever experts the groups of a batch gather.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.core.errors import UserError
+from moe_jax.model.config import BASELINES
+from moe_jax.model.experts import Params
+from moe_jax.model.moe import TaskMoE
+from moe_jax.model.selection import temperature_at
+
+# The axis of an array in which several matrices lie side by side, by the start of its name.
+_PARTS = {"q_": -3, "kv_": -3, "qkv_": -3, "in_": -2}
+
+
+def expert_distance(backbone: Params) -> jax.Array:
+    """How far the experts of a layer are apart, summed over routed layers; 0 with one expert.
+
+    The distance of two experts is the sum over their matrices and vectors of the Euclidean norm
+    of the difference (queries, keys and values each count by themselves, as in the published
+    code); of a layer, the mean over pairs of experts. Where two are equal, the gradient is 0.
+    """
+    total = jnp.float32(0)
+    for side in ("encoder", "decoder"):
+        stack = backbone[side]["layers"].get("routed", {})
+        for path, array_LxEx in jax.tree_util.tree_leaves_with_path(stack):
+            if array_LxEx.shape[1] > 1:
+                total += _mean_distance(array_LxEx.astype(jnp.float32), path[-1].key)
+    return total
+
+
+def _mean_distance(array_LxEx: jax.Array, name: str) -> jax.Array:
+    """Mean over pairs, summed over layers and over what lies side by side in the array."""
+    experts = array_LxEx.shape[1]
+    side_by_side = next((axis for start, axis in _PARTS.items() if name.startswith(start)), 0)
+    kept = (0, 1, side_by_side % array_LxEx.ndim)
+    summed = tuple(axis for axis in range(2, array_LxEx.ndim) if axis not in kept)
+
+    # Each expert and the one that comes `offset` later, in a ring: every pair once, but those
+    # that face each other twice. One offset at a time, and nothing is kept for the gradient.
+    @jax.checkpoint
+    def add(total, offset):
+        other = jnp.take(array_LxEx, (jnp.arange(experts) + offset) % experts, axis=1)
+        squares = jnp.sum(jnp.square(array_LxEx - other), summed)
+        norms = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
+        twice = 2 * offset == experts
+        found = jnp.sum(jnp.where(squares > 0, norms, 0.0))
+        return total + jnp.where(twice, 0.5, 1.0) * found, None
+
+    total, _ = jax.lax.scan(add, jnp.float32(0), jnp.arange(1, experts // 2 + 1))
+    return total / (experts * (experts - 1) / 2)
+
+
+def route_entropy(routes_xNxE: jax.Array) -> jax.Array:
+    """Entropy in nats, mean over layers, and over groups or tasks."""
+    return jnp.mean(-jnp.sum(jax.scipy.special.xlogy(routes_xNxE, routes_xNxE), -1))
+
+
+def route_load(probabilities_GxNxE: jax.Array) -> jax.Array:
+    """Squared coefficient of variation of the experts' loads, mean over layers; 0 where even.
+
+    The load of an expert is its mean probability over the groups of a batch (the importance loss
+    of Shazeer et al. 2017, arXiv 1701.06538, with tasks for tokens).
+    """
+    load_NxE = jnp.mean(probabilities_GxNxE, 0)
+    return jnp.mean(jnp.var(load_NxE, -1) / jnp.square(jnp.mean(load_NxE, -1)))
+
+
+def penalty(
+    model: TaskMoE, params: Params, task_id_G: jax.Array, step: jax.Array, config: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The terms of `config` (a `StepConfig`), weighted and summed, and each as it is.
+
+    Those of routes read the router's softmax at the temperature of `step`, without noise and
+    before anything is cut: a hard route has no entropy that could be changed.
+
+    Raises:
+        UserError: a term of the routes where the router does not choose them.
+    """
+    terms = {}
+    if config.expert_distance:
+        terms["expert_distance"] = expert_distance(params["backbone"])
+    if config.route_entropy or config.route_load:
+        selection = model.router_config.selection
+        if selection in BASELINES:
+            name = "route_entropy" if config.route_entropy else "route_load"
+            raise UserError(
+                f"StepConfig.{name} is for routes that the router chooses, not for selection "
+                f"'{selection}'"
+            )
+        logits_TxNxE = model.router.apply({"params": params["router"]}, params["representations"])
+        soft_TxNxE = jax.nn.softmax(logits_TxNxE / temperature_at(model.router_config, step))
+        soft_GxNxE = soft_TxNxE[task_id_G]
+        if config.route_entropy:
+            terms["route_entropy"] = route_entropy(soft_GxNxE)
+        if config.route_load:
+            terms["route_load"] = route_load(soft_GxNxE)
+    total = sum((getattr(config, name) * term for name, term in terms.items()), jnp.float32(0))
+    return total, {f"regularisation/{name}": term for name, term in terms.items()}

@@ -1,0 +1,1 @@
+"""Tasks that the model was not trained on: representations and adaptation."""

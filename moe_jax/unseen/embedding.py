@@ -1,0 +1,182 @@
+"""One task's embedding: numbers that a dense model makes of its examples."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import GROUP_AXES, by_group, global_array, group_shards, replicated
+from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.packing import Batch
+from moe_jax.data.pipeline import eval_batches, task_batches
+from moe_jax.evaluation.evaluator import INPUTS, TARGETS, input_bucket
+from moe_jax.model.experts import Params
+from moe_jax.model.moe import TaskMoE
+from moe_jax.runs.config import DataConfig
+from moe_jax.training.grouped_loss import group_loss
+from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.training.step import StepConfig
+from moe_jax.training.tuning import Tuner
+
+
+def text_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
+    """Sum over examples of the encoder's last states, averaged over the tokens of each.
+
+    Args:
+        batch: arrays [R, L], one example to a row; an empty row adds nothing.
+
+    Returns:
+        float32 [d_model].
+    """
+    segments_RxL = batch["input_segments"]
+    states_RxLxD = model.backbone(1).apply(
+        {"params": backbone}, batch["inputs"], segments_RxL, batch["input_positions"], None,
+        method="encode",
+    )  # fmt: skip
+    real_RxL = (segments_RxL > 0).astype(jnp.float32)
+    weights_RxL = real_RxL / jnp.maximum(real_RxL.sum(-1, keepdims=True), 1.0)
+    return jnp.einsum("rl,rld->d", weights_RxL, states_RxLxD.astype(jnp.float32))
+
+
+def fisher_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
+    """Sum over examples of the squared gradient of the log-likelihood of their targets.
+
+    Divided by the number of examples: the diagonal of the empirical Fisher information (Vu et al.
+    2020, arXiv 2005.00770), averaged over the inputs of every unit as Task2Vec averages over a
+    filter (Achille et al. 2019, arXiv 1902.03545), because the weights of a unit depend on each
+    other. Of the layers' matrices only: both architectures have them, and the embedding would tell
+    which words a task uses rather than what is done with them.
+
+    Args:
+        batch: arrays [R, L], one example to a row; an empty row adds nothing.
+
+    Returns:
+        float32 [D], one number per unit: see `unit_means`.
+    """
+    layers = {side: backbone[side]["layers"] for side in ("encoder", "decoder")}
+
+    def log_likelihood(layers, example):
+        sides = {side: {**backbone[side], "layers": tree} for side, tree in layers.items()}
+        return -group_loss(model, {**backbone, **sides}, None, example, None)
+
+    def add_one(total, row):
+        example = {name: array[None] for name, array in row.items()}
+        gradient = jax.grad(log_likelihood)(layers, example)
+        return total + unit_means(jax.tree.map(jnp.square, gradient)), None
+
+    # One by one: the gradients of one example are alive at a time.
+    zero = jnp.zeros(jax.eval_shape(unit_means, layers).shape)
+    return jax.lax.scan(add_one, zero, batch)[0]
+
+
+def unit_means(layers: Params) -> jax.Array:
+    """Every matrix of {side: {"routed" | "vanilla": stack}} averaged over its units' inputs.
+
+    Returns:
+        float32 [D], in the order of the tree's leaves; of each [layer, expert, unit].
+    """
+    parts = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+        if path[-1].key == "out_kernel":  # [layer, expert, inputs..., output]
+            parts.append(leaf.mean(tuple(range(2, leaf.ndim - 1))).ravel())
+        elif path[-1].key.endswith("_kernel"):  # [layer, expert, input, outputs...]
+            parts.append(leaf.mean(2).ravel())
+    return jnp.concatenate(parts)
+
+
+class Embedder:
+    """One task's embedding; compiles once per bucket of input lengths, whatever the task.
+
+    Each device does the rows that it holds. Empty rows, which count for nothing, make their number
+    a multiple of the devices'.
+    """
+
+    def __init__(
+        self,
+        model: TaskMoE,
+        params: Params,
+        data: DataConfig,
+        settings: dict[str, Any],
+        rows: int,
+        mesh: Mesh,
+    ):
+        self._params, self._data, self._settings = params, data, settings
+        self._shards = group_shards(mesh)
+        self._rows = rows + -rows % self._shards
+        self._place = partial(global_array, sharding=by_group(mesh))
+        self._tune: Tuner | None = None
+        self._sum = _over_devices(partial(text_sum, model), mesh)
+        if settings["kind"] == "fisher":
+            self._sum = _over_devices(partial(fisher_sum, model), mesh)
+            steps, seed = max(1, settings["steps"]), settings["seed"]
+            self._tune = Tuner(model, OptimizerConfig(), StepConfig(), mesh, steps, seed)
+
+    def __call__(self, mixture: PreparedMixture, task: str) -> np.ndarray:
+        """float32 [D].
+
+        Raises:
+            UserError: it is not finite.
+        """
+        s, data = self._settings, self._data
+        backbone = self._params["backbone"]
+        if self._tune is not None:
+            batches = task_batches(
+                mixture, task, s["split"], lengths=data.lengths, rows=s["batch_size"],
+                seed=s["seed"],
+            )  # fmt: skip
+            few = (
+                jax.tree.map(self._place, _split(batch, self._shards))
+                for batch in itertools.islice(batches, s["steps"])
+            )
+            rates = OptimizerConfig().learning_rates
+            backbone = self._tune(self._params, few, rates)["backbone"]
+        total, count = 0.0, 0
+        for batch, examples in eval_batches(
+            mixture, task, s["split"], lengths=data.lengths, rows=self._rows, limit=s["examples"]
+        ):
+            total = total + self._sum(backbone, jax.tree.map(self._place, _cut(batch)))
+            count += len(examples)
+        raw_D = np.asarray(total) / np.float32(count)
+        if not np.isfinite(raw_D).all():
+            raise UserError(f"the embedding of {task!r} is not finite; lower the learning rate")
+        return raw_D
+
+
+def _over_devices(
+    function: Callable[[Params, Batch], jax.Array], mesh: Mesh
+) -> Callable[[Params, Batch], jax.Array]:
+    """A sum over the rows of a batch, compiled; each device adds those that it holds."""
+
+    def local(backbone, batch):
+        return jax.lax.psum(function(backbone, batch), GROUP_AXES)
+
+    spread = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P(GROUP_AXES)), out_specs=P(),
+        axis_names=set(GROUP_AXES), check_vma=False,
+    )  # fmt: skip
+    return jax.jit(spread, out_shardings=replicated(mesh))
+
+
+def _cut(batch: Batch) -> Batch:
+    """[1, R, L] -> [R, L], inputs no longer than the bucket that holds them."""
+    longest = int(np.count_nonzero(batch["input_segments"], -1).max())
+    bucket = input_bucket(longest, batch["inputs"].shape[-1])
+    cut = {name: batch[name][0, :, :bucket] for name in INPUTS}
+    return cut | {name: batch[name][0] for name in TARGETS}
+
+
+def _split(batch: Batch, groups: int) -> Batch:
+    """[1, R, L] -> [G, R / G, L], after empty rows that make R a multiple of G."""
+    empty = -batch["inputs"].shape[1] % groups
+    split = {"task_id": np.zeros(groups, np.int32)}
+    for name in (*INPUTS, *TARGETS):
+        filled_RxL = np.pad(batch[name][0], ((0, empty), (0, 0)))
+        split[name] = filled_RxL.reshape(groups, -1, filled_RxL.shape[1])
+    return split

@@ -146,7 +146,8 @@ def test_batches_are_what_transformers_trains_on(own):
 
 @pytest.mark.parametrize("own", [BART, T5])
 def test_seqio_sees_the_same_ids(own):
-    from moe_jax.data.registry import SeqioTokenizers, tf
+    from moe_jax.data.registry import tf
+    from moe_jax.data.seqio_tokenizers import SeqioTokenizers
 
     theirs = SeqioTokenizers(own)
     assert (theirs.vocab_size, theirs.pad_id, theirs.eos_id) == (own.size, own.pad_id, own.eos_id)

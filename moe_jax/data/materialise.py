@@ -28,6 +28,7 @@ from moe_jax.data import cache, registry, vocabulary
 from moe_jax.data.cache import Example, Request
 from moe_jax.data.modules import source_files
 from moe_jax.data.registry import seqio  # through it, so that importing TensorFlow is quiet
+from moe_jax.data.seqio_tokenizers import SeqioTokenizers
 
 SHARD_BYTES = 1 << 27
 
@@ -280,7 +281,7 @@ def _prepare_vocabulary(
             vocabulary.read_sentencepiece(config.path)  # one clear error for a bad model
             found = seqio.SentencePieceVocabulary(config.path, config.extra_ids)
         case "tokenizers":
-            found = registry.SeqioTokenizers(vocabulary.read_tokenizers(config.path))
+            found = SeqioTokenizers(vocabulary.read_tokenizers(config.path))
         case "seqio":
             settings = {"factory": config.factory}
             found = registry.load_vocabulary(settings)
@@ -339,7 +340,7 @@ def _save_vocabulary(
     elif type(found) is seqio.SentencePieceVocabulary:
         settings = {"kind": "sentencepiece"}
         contents = {vocabulary.MODEL: found.sp_model}
-    elif type(found) is registry.SeqioTokenizers:
+    elif type(found) is SeqioTokenizers:
         settings, contents = found.own.settings, found.own.contents
     else:
         settings = {"kind": "seqio", **settings}

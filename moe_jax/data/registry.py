@@ -1,7 +1,7 @@
 """The SeqIO side: task modules, tasks, mixtures and their examples as NumPy.
 
-The only module that imports SeqIO and TensorFlow (5 s and 1 GB): `prepare` and `tasks` use it, a
-training process does not. A task module registers tasks when imported, and may define
+Importing it imports SeqIO and TensorFlow (5 s and 1 GB): `prepare` and `tasks` do, a training
+process does not. A task module registers tasks when imported, and may define
 
     ONTOLOGY = {category: {subcategory: [task names]}}
     ENVIRONMENT = ("VARIABLE", ...)           variables it reads
@@ -26,7 +26,6 @@ from absl import logging
 
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data.modules import load_module, quiet, resolve
-from moe_jax.data.vocabulary import TokenizersVocabulary
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with quiet():  # a dozen lines on CUDA and oneDNN
@@ -207,56 +206,6 @@ def check_features(task: seqio.Task) -> None:
     missing = [name for name in FEATURES if name not in task.output_features]
     if missing:
         raise UserError(f"task {task.name!r} has no output feature {' nor '.join(missing)}")
-
-
-class SeqioTokenizers(seqio.Vocabulary):
-    """A Hugging Face tokenizer as SeqIO's tasks use it; same ids as `own`."""
-
-    def __init__(self, own: TokenizersVocabulary):
-        super().__init__()
-        self.own = own
-
-    bos_id = property(lambda self: self.own.bos_id)
-    eos_id = property(lambda self: self.own.eos_id)
-    pad_id = property(lambda self: self.own.pad_id)
-    unk_id = property(lambda self: self.own.unk_id)
-    _base_vocab_size = property(lambda self: self.own.size)
-
-    def _encode(self, s: str) -> list[int]:
-        return self.own.encode(s)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.own.decode(ids)
-
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        """int32 [n] of a string scalar; ragged [..., n] of more."""
-        if s.shape.rank:
-            signature = tf.RaggedTensorSpec([None] * s.shape.rank, tf.int32, s.shape.rank - 1)
-            return tf.map_fn(self._encode_tf, s, fn_output_signature=signature)
-
-        def encode(text: bytes | np.ndarray) -> np.ndarray:
-            text = text if isinstance(text, bytes) else text.item()  # bytes only in graphs
-            return np.array(self.own.encode(text.decode(errors="replace")), np.int32)
-
-        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
-        ids.set_shape([None])
-        return ids
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        """A string scalar of int32 [n]; more of more."""
-        if ids.shape.rank > 1:
-            return tf.map_fn(self._decode_tf, ids, fn_output_signature=tf.string)
-        text = tf.numpy_function(self.own.decode, [ids], tf.string, stateful=False)
-        text.set_shape([])
-        return text
-
-    def __eq__(self, other: Any) -> bool:
-        if type(other) is not SeqioTokenizers:
-            return False
-        mine, theirs = self.own, other.own
-        return (mine.settings, mine.contents) == (theirs.settings, theirs.contents)
-
-    __hash__ = None
 
 
 def load_vocabulary(settings: Mapping[str, Any]) -> seqio.Vocabulary:

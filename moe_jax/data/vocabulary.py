@@ -24,11 +24,12 @@ import tokenizers
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
+from moe_jax.data import tokenizer_files
+from moe_jax.data.tokenizer_files import TOKENIZER
 
 DIRECTORY = "vocabulary"  # of a model directory: a copy of the prepared vocabulary
 FILE = "vocabulary.json"
 MODEL = "sentencepiece.model"
-TOKENIZER = "tokenizer.json"
 KINDS = ("sentencepiece", "tokenizers", "bytes", "seqio", "task")
 # Training text is capped so that `prepare` stays quick; BPE takes about 0.4 s per megabyte.
 MAX_TEXTS = 200_000
@@ -252,18 +253,17 @@ def read_tokenizers(path: str | Path) -> TokenizersVocabulary:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    from moe_jax.interop import hf_tokenizer as tokenizer  # which reads vocabularies too
-
     directory = _tokenizer_directory(path)
     if (directory / FILE).is_file():
         vocabulary = load_vocabulary(directory)
         if not isinstance(vocabulary, TokenizersVocabulary):
             raise UserError(f"{directory} is a vocabulary of another kind than 'tokenizers'")
         return vocabulary
-    found, ids = tokenizer.read_tokenizer(directory)
-    names = [name for name in tokenizer.FILES if (directory / name).is_file()]
-    contents = {name: (directory / name).read_bytes() for name in names}
-    return TokenizersVocabulary(ids, {TOKENIZER: found.to_str(pretty=True).encode(), **contents})
+    tokenizer, ids = tokenizer_files.read_tokenizer(directory)
+    names = [name for name in tokenizer_files.FILES if (directory / name).is_file()]
+    contents = {TOKENIZER: tokenizer.to_str(pretty=True).encode()}
+    contents |= {name: (directory / name).read_bytes() for name in names}
+    return TokenizersVocabulary(ids, contents)
 
 
 def _tokenizer_directory(path: str | Path) -> Path:

@@ -19,11 +19,6 @@ _FIXED = {
     },
     "t5": {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6},
 }
-# Ids where config.json leaves them out, as `transformers` has them.
-_IDS = {
-    "bart": {"pad": 1, "bos": 0, "eos": 2, "decoder_start": 2},
-    "t5": {"pad": 0, "bos": None, "eos": 1, "decoder_start": 0},
-}
 
 
 def _architecture(config: Mapping[str, Any], source: Any) -> str:
@@ -105,18 +100,6 @@ def _read_t5(c: Mapping[str, Any], tied: bool) -> ModelConfig:
 
 
 _READERS = {"bart": _read_bart, "t5": _read_t5}
-
-
-def special_ids(config: Mapping[str, Any], source: Any) -> dict[str, int | None]:
-    """`pad`, `bos` (None: none), `eos` and `decoder_start` as a `config.json` has them."""
-    ids = dict(_IDS[_architecture(config, source)])
-    for name in ids:
-        value = config.get(f"{name}_token_id")
-        if isinstance(value, list):
-            value = value[0]
-        if value is not None:
-            ids[name] = value
-    return ids
 
 
 def write_config(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:

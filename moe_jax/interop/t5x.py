@@ -23,9 +23,9 @@ from flax import serialization
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
-from moe_jax.data import vocabulary
+from moe_jax.data import tokenizer_files, vocabulary
 from moe_jax.data.vocabulary import TokenizersVocabulary
-from moe_jax.interop import hf_config, hf_directory, hf_tokenizer, hf_weights
+from moe_jax.interop import hf_config, hf_directory, hf_weights
 from moe_jax.interop.hf_weights import Part
 from moe_jax.interop.initial import check_parts, write_initial
 from moe_jax.model.config import ModelConfig
@@ -81,8 +81,8 @@ def _read_vocabulary(path: Path) -> TokenizersVocabulary:
         directory = Path(name)
         files.write_json(directory / hf_directory.CONFIG, {"model_type": "t5"})
         settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": extra_ids}
-        files.write_json(directory / hf_tokenizer.SETTINGS, settings)
-        files.write_bytes(directory / hf_tokenizer.SENTENCEPIECE, path.read_bytes())
+        files.write_json(directory / tokenizer_files.SETTINGS, settings)
+        files.write_bytes(directory / tokenizer_files.SENTENCEPIECE, path.read_bytes())
         return vocabulary.read_tokenizers(directory)
 
 

@@ -1,5 +1,6 @@
 """Tokenizer files of a Hugging Face directory as one `tokenizer.json` with its special ids."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError
-from moe_jax.interop.hf_config import special_ids
-from moe_jax.interop.hf_directory import CONFIG
+from moe_jax.core.errors import UserError, nearest
 
+CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
@@ -25,6 +25,40 @@ FILES = (
     _MERGES,
     SENTENCEPIECE,
 )
+
+# Ids where config.json leaves them out, by its model_type, as `transformers` has them.
+_T5_IDS = {"pad": 0, "bos": None, "eos": 1, "decoder_start": 0}
+_IDS = {
+    "bart": {"pad": 1, "bos": 0, "eos": 2, "decoder_start": 2},
+    "t5": _T5_IDS,
+    "mt5": _T5_IDS,
+}
+
+
+def special_ids(config: Mapping[str, Any], source: Any) -> dict[str, int | None]:
+    """`pad`, `bos` (None: none), `eos` and `decoder_start` as a `config.json` has them.
+
+    Args:
+        config: its content.
+        source: named in errors.
+
+    Raises:
+        UserError: it is of another model_type than those whose tokenizers are known.
+    """
+    kind = config.get("model_type")
+    if kind not in _IDS:
+        raise UserError(
+            f"{source}: model_type is {kind!r}; its tokenizer can be read for one of"
+            f" {', '.join(_IDS)}{nearest(str(kind), _IDS)}"
+        )
+    ids = dict(_IDS[kind])
+    for name in ids:
+        value = config.get(f"{name}_token_id")
+        if isinstance(value, list):
+            value = value[0]
+        if value is not None:
+            ids[name] = value
+    return ids
 
 
 def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:

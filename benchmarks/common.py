@@ -21,7 +21,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, by_group, make_mesh
 from moe_jax.kernels import memory
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import PRNG, StepConfig, init_state, make_train_step, state_shardings
 
@@ -230,7 +230,7 @@ class Training:
             optimizer = make_optimizer(config)
             places = state_shardings(model, optimizer, self.mesh)
             params = jax.jit(
-                lambda key: nn.meta.unbox(model.init(key)), out_shardings=places.params
+                lambda key: nn.meta.unbox(init_params(model, key)), out_shardings=places.params
             )(jax.random.key(0, impl=PRNG))
             # Apart: the moments take no memory while the parameters are drawn.
             self.state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)

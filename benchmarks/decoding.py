@@ -28,8 +28,8 @@ from benchmarks.common import (
     random_batch,
     run,
 )
+from moe_jax.decoding.rows import RowModel, row_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
-from moe_jax.model.rows import RowModel, row_routes
 
 IDS = DecodingIds(start=2, eos=2, pad=1)
 # scale: (model size, rows, (input, output) length, the same with short answers)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from moe_jax.interop.hf_config import write_config
 from moe_jax.interop.hf_weights import parts
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE
 
 IGNORED = -100  # labels of padding
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from moe_jax.data.pipeline import task_batches
 from moe_jax.evaluation import gains as gain
 from moe_jax.evaluation.evaluator import Evaluator, TaskScore
 from moe_jax.model.experts import Params
-from moe_jax.model.moe import TaskMoE
 from moe_jax.model.selection import temperature_at
+from moe_jax.model.task_moe import TaskMoE, routes_of
 from moe_jax.runs import directory as run_dir
 from moe_jax.runs import flags as cli
 from moe_jax.runs.config import DataConfig, FinetuneConfig, RunConfig
@@ -66,19 +67,17 @@ class Start:
         # One new task, routed as the trained model is at its last temperature, without noise.
         router = dataclasses.replace(
             run.model.router_config,
-            selection={"gumbel_softmax_st": "argmax", "gumbel_softmax": "softmax"}.get(
-                run.model.router_config.selection, run.model.router_config.selection
-            ),
+            selection=run.model.selection.settled or run.model.selection.name,
             exploration_epsilon=0.0,
             temperature=float(temperature_at(run.model.router_config, run.step)),
             temperature_rate=0.0,
             temperature_floor=0.0,
         )
-        self._trained = dataclasses.replace(run.model, router_config=router)
+        self._trained = run.model.clone(router_config=router)
         if self.tune == "free_route":
             numbers = run.model.layers * run.model.config.experts
             router = dataclasses.replace(router, kind="free", representation_dim=numbers)
-        self.model = dataclasses.replace(run.model, router_config=router, tasks=1)
+        self.model = run.model.clone(router_config=router, tasks=1)
         self._losses = jax.jit(self._losses_under)
 
     def params(self, task: str, batch: Mapping[str, np.ndarray]) -> Params:
@@ -105,14 +104,14 @@ class Start:
                 row_K = read_representations(self.config.representations_path, [task], dim)[0]
         row_1xK = jnp.asarray(row_K[None], jnp.float32)
         if self.tune == "free_route":
-            logits_1xNxE = self._trained.router.apply({"params": params["router"]}, row_1xK)
+            logits_1xNxE = self._trained.new_router().apply({"params": params["router"]}, row_1xK)
             return {**params, "router": {}, "representations": logits_1xNxE.reshape(1, -1)}
         return {**params, "representations": row_1xK}
 
     @functools.cached_property
     def _choices(self) -> tuple[np.ndarray, np.ndarray]:
         """(training tasks [C] whose routes differ, those routes [C, N, E])."""
-        routes_TxNxE = np.asarray(jax.jit(self._trained.routes)(self.run.params, 0))
+        routes_TxNxE = np.asarray(jax.jit(partial(routes_of, self._trained))(self.run.params, 0))
         # Tasks that agree to a thousandth stand for each other: many do.
         _, tasks_C = np.unique(np.round(routes_TxNxE, 3), axis=0, return_index=True)
         return np.sort(tasks_C), routes_TxNxE[np.sort(tasks_C)]

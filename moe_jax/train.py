@@ -22,7 +22,7 @@ from moe_jax.data.pipeline import train_batches
 from moe_jax.evaluation.evaluator import Evaluator, mean_score, tasks_with_split, write_routes
 from moe_jax.kernels import memory
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.prepare import ensure_prepared
 from moe_jax.runs import directory as run_dir
 from moe_jax.runs import flags as cli
@@ -50,7 +50,7 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
     4. Representations from RunConfig.representations_path, if given.
     """
     key = jax.random.key(run.seed, impl=PRNG)
-    params = jax.jit(lambda k: nn.meta.unbox(model.init(k)), out_shardings=sharding)(key)
+    params = jax.jit(lambda k: nn.meta.unbox(init_params(model, k)), out_shardings=sharding)(key)
     if run.initial_checkpoint_path:
         loaded, _ = load_params(run.initial_checkpoint_path)
         params["backbone"] = fit_backbone(

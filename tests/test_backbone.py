@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from moe_jax.decoding.cache import CachedDecoder
+from moe_jax.decoding.rows import RowModel, row_routes
 from moe_jax.model.attention import relative_buckets, segment_mask
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import gather
-from moe_jax.model.moe import TaskMoE
-from moe_jax.model.rows import RowModel, row_routes
+from moe_jax.model.task_moe import TaskMoE
 
 E, L_IN, L_OUT, VOCABULARY = 3, 12, 10, 17
 # (input length, target length) of the examples of one row; they leave padding at its end.
@@ -41,7 +41,7 @@ def model(architecture):
         experts=E,
         dropout_rate=0.0,
     )
-    module = EncoderDecoder(config, E)
+    module = EncoderDecoder(config)
     batch = {k: jnp.ones((1, 1), jnp.int32) for k in BATCH}
     init = functools.partial(module.init, jax.random.key(0), batch, jnp.ones((3, E)))
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def packed_and_separate():
 @functools.cache
 def forward(architecture, experts):
     config, _, _ = model(architecture)
-    module = EncoderDecoder(config, experts)
+    module = EncoderDecoder(config)
     return jax.jit(lambda params, batch, weights: module.apply({"params": params}, batch, weights))
 
 

@@ -13,7 +13,8 @@ import pytest
 from test_router import KINDS
 from toy_run import tiny_model
 
-from moe_jax.model.experts import gather, mix
+from moe_jax.model.dispatch import Gather, Mix
+from moe_jax.model.task_moe import init_params, routes_of
 
 T, G, E, D = 3, 4, 4, 5
 N = 2  # one layer in the encoder, one in the decoder
@@ -63,12 +64,23 @@ def model_of(kind, selection, count):
 @functools.cache
 def routing_params(kind):
     model = model_of(kind, "softmax", 0)
-    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
+    params = nn.meta.unbox(jax.eval_shape(functools.partial(init_params, model), jax.random.key(0)))
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32),
         {part: params[part] for part in ("router", "representations")},
     )
+
+
+class Layer(nn.Module):
+    """tanh(x w)."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tanh(x @ self.param("w", nn.initializers.zeros, (D, D)))
+
+
+LAYER = Layer()
 
 
 @jax.jit
@@ -81,10 +93,11 @@ def run_layers(assignment):
     }
 
     def one_group(x, index, weights):
-        chosen = backbone if index is None else gather(backbone, index)
         for n, side in enumerate(("encoder", "decoder")):
-            w_KxDxD = chosen[side]["layers"]["routed"]["w"][0]
-            x = mix(lambda w, x=x: jnp.tanh(x @ w), w_KxDxD, weights[n])
+            params = jax.tree.map(lambda p: p[0], backbone[side]["layers"]["routed"])
+            dispatch = Mix(weights[n]) if index is None else Gather(index[n], weights[n])
+            apply = nn.apply(lambda layer, x, d=dispatch: d(layer, x, (), (), None, ""), LAYER)
+            x = apply({"params": params}, x)
         return x
 
     def loss(weights):
@@ -103,7 +116,7 @@ def found(kind):
         model = model_of(kind, selection, count)
 
         def assign(representations):
-            routes = model.routes({**params, "representations": representations}, STEP, KEY)
+            routes = routes_of(model, {**params, "representations": representations}, STEP, KEY)
             assignment = model.assign(routes, jnp.asarray(TASK_ID), KEY)
             return assignment.weights_GxNxK, (assignment, routes)
 
@@ -144,7 +157,7 @@ def router_of(kind):
     """(logits [T, N, E], function from their gradient to that of the representations)."""
     params = routing_params(kind)
     apply = jax.jit(
-        lambda r: model_of(kind, "softmax", 0).router.apply({"params": params["router"]}, r)
+        lambda r: model_of(kind, "softmax", 0).new_router().apply({"params": params["router"]}, r)
     )
     logits, pull_back = jax.vjp(apply, params["representations"])
     return np.asarray(logits, np.float64), lambda d: pull_back(jnp.asarray(d, jnp.float32))[0]

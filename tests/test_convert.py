@@ -22,7 +22,7 @@ from moe_jax.interop import hf_directory as directory
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.interop.hf_write import to_hf
 from moe_jax.model.config import RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, init_params, shapes_of
 from moe_jax.runs.load import read_run
 from moe_jax.training.checkpoints import fit_backbone, split_layers
 
@@ -124,7 +124,8 @@ def test_every_expert_starts_from_the_converted_model(tmp_path):
     from_hf(str(DATA / "bart"), tmp_path / "ours")
     dense = read_run(str(tmp_path / "ours"), 0)
     config = dataclasses.replace(dense.model.config, experts=3, encoder_vanilla_layers=(0,))
-    like = jax.eval_shape(TaskMoE(config, RouterConfig(), 2).init, jax.random.key(0))
+    model = TaskMoE(config, RouterConfig(), 2)
+    like = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     split = split_layers(dense.params["backbone"], config)
     like = nn.meta.unbox(like)["backbone"]
     filled = fit_backbone(split, like, 0.01, jax.random.key(0), "test")
@@ -239,7 +240,7 @@ def test_conversion_streams_and_needs_no_torch(tmp_path):
     from moe_jax.interop import hf_weights as weights
 
     ours = hf_config.read_config(config, True, "test")
-    shapes = TaskMoE(ours, RouterConfig(), 0).shapes()
+    shapes = shapes_of(TaskMoE(ours, RouterConfig(), 0))
     rng = np.random.default_rng(0)
     tensors = {
         part.name: rng.random(part.shape(tuple(shapes[f"backbone/{part.path}"])), np.float32)

@@ -20,11 +20,12 @@ from toy_run import (
 from moe_jax.core.errors import UserError
 from moe_jax.decoding import search as decoding
 from moe_jax.decoding.cache import CachedDecoder
+from moe_jax.decoding.rows import row_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds
 from moe_jax.evaluation.evaluator import INPUTS
 from moe_jax.interop.hf_weights import parts
 from moe_jax.interop.hf_write import squeeze
-from moe_jax.model.rows import row_routes
+from moe_jax.model.backbone import EncoderDecoder
 
 LENGTH = 8
 ROWS, TASKS, E, EMPTY = 12, 3, 4, 5
@@ -84,7 +85,7 @@ def test_whole_models(name):
     by_row = None if kind is None else row_routes(route_TxNxE, TASK_OF_ROW, used)
     found = np.asarray(decoder(model, config, LENGTH)(backbone, by_row, inputs()))
 
-    whole = jax.jit(model.backbone(model.config.experts).apply)
+    whole = jax.jit(EncoderDecoder(model.config).apply)
 
     def logits_of(row: int) -> Logits:
         weights = None if kind is None else route_TxNxE[TASK_OF_ROW[row]]

@@ -22,6 +22,8 @@ from moe_jax.evaluation.evaluator import (
     write_routes,
     write_scores,
 )
+from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.task_moe import init_params
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
 
@@ -62,7 +64,7 @@ def learned():
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
         state = jax.jit(
-            lambda key: init_state(nn.meta.unbox(model.init(key)), optimizer),
+            lambda key: init_state(nn.meta.unbox(init_params(model, key)), optimizer),
             out_shardings=state_shardings(model, optimizer, mesh),
         )(jax.random.key(0, impl="rbg"))
         step = make_train_step(model, config, StepConfig(label_smoothing=0.0), mesh, STEPS, seed=0)
@@ -97,7 +99,7 @@ def test_what_was_learned_is_decoded_exactly(task, learned, evaluator):
     wanted = [target + [PAD] * (6 - len(target)) for target in TARGETS[task]]
     assert found == [*wanted, [PAD] * 6]
     # Without a cache: the whole target so far goes through the model for every next token.
-    module, route = model.backbone(2), np.asarray(routes)[task]
+    module, route = EncoderDecoder(model.config), np.asarray(routes)[task]
     forward = jax.jit(lambda batch: module.apply({"params": params["backbone"]}, batch, route))
     tokens = np.full((4, 7), PAD, np.int32)
     tokens[:, 0] = START
@@ -117,7 +119,7 @@ def test_routes_at_evaluation_have_no_noise(learned):
         model.router_config, selection="gumbel_softmax_st", exploration_epsilon=0.5
     )
     model = dataclasses.replace(model, router_config=router)
-    logits = model.router.apply({"params": params["router"]}, params["representations"])
+    logits = model.new_router().apply({"params": params["router"]}, params["representations"])
     with jax.set_mesh(mesh):
         evaluator = Evaluator(model, Tokens(), {"inputs": 6, "targets": 6}, 5, mesh)
         routes = np.asarray(evaluator.routes(params, jnp.int32(9)))

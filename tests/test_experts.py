@@ -1,4 +1,4 @@
-"""Gathering, scattering and mixing of experts against plain NumPy indexing."""
+"""Trees of experts, and how a layer uses them, against plain NumPy indexing."""
 
 from functools import partial
 
@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_run import tiny_model
 
-from moe_jax.model.experts import gather, init_experts, mix, scatter_add
+from moe_jax.model.dispatch import Gather, Mix
+from moe_jax.model.experts import gather, scatter_add
+from moe_jax.model.task_moe import init_params
 
 E = 4
 # Encoder: 3 routed layers; decoder: 2 routed and 1 vanilla.
@@ -82,41 +85,81 @@ def test_scatter_add_is_the_transpose_of_gather():
     jax.tree.map(np.testing.assert_allclose, grad, scatter_add(zeros, cotangent, index_NxK))
 
 
+# ----------------------------------------------------------------------------- dispatch
+
 X = np.random.default_rng(2).normal(size=(7, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("experts", [1, 3])
-def test_mix(experts):
+class Affine(nn.Module):
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.zeros, (3, 2))
+        return x @ kernel.astype(self.dtype) + self.param("bias", nn.initializers.zeros, (2,))
+
+
+def dispatched(dispatch, params, x, dtype="float32"):
+    """The layer's output as a dispatch uses its experts."""
+    use = nn.apply(lambda layer, x: dispatch(layer, x, (), (), None, ""), Affine(dtype))
+    return use({"params": params}, x)
+
+
+@pytest.mark.parametrize("experts", [2, 3, 5])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_mix(experts, by_row):
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda p: p[0], tree(rng, experts)["encoder"]["layers"]["routed"])
-    weights = rng.dirichlet(np.ones(experts)).astype(np.float32) * 0.9
+    size = (experts, len(X)) if by_row else (experts,)
+    weights = rng.uniform(size=size).astype(np.float32)
     expected = sum(
-        weights[e] * (X @ params["kernel"][e] + params["bias"][e]) for e in range(experts)
+        np.reshape(weights[e], (-1, 1)) * (X @ params["kernel"][e] + params["bias"][e])
+        for e in range(experts)
     )
-    y = mix(lambda p: X @ p["kernel"] + p["bias"], params, jnp.asarray(weights))
-    np.testing.assert_allclose(y, expected, atol=1e-6)
+    y = dispatched(Mix(jnp.asarray(weights)), params, X)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_mix_of_one_expert():
+    """Whose parameters have no axis of experts."""
+    params = {"kernel": np.eye(3, 2, dtype=np.float32), "bias": np.ones(2, np.float32)}
+    y = dispatched(Mix(jnp.array([0.9])), params, X)
+    np.testing.assert_allclose(y, 0.9 * (X[:, :2] + 1.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [[2], [3, 0], [1, 1]])
+def test_gather_in_a_layer(index):
+    rng = np.random.default_rng(4)
+    params = jax.tree.map(lambda p: p[0], tree(rng, E)["encoder"]["layers"]["routed"])
+    weights = rng.uniform(size=len(index)).astype(np.float32)
+    expected = sum(
+        w * (X @ params["kernel"][e] + params["bias"][e])
+        for e, w in zip(index, weights, strict=True)
+    )
+    y = dispatched(Gather(jnp.array(index), jnp.asarray(weights)), params, X)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 def test_mix_keeps_bfloat16():
     params = {"kernel": jnp.ones((2, 3, 2), jnp.bfloat16), "bias": jnp.zeros((2, 2), jnp.bfloat16)}
     x = jnp.ones((1, 3), jnp.bfloat16)
-    y = mix(lambda p: x @ p["kernel"] + p["bias"], params, jnp.array([0.5, 0.5], jnp.float32))
+    y = dispatched(Mix(jnp.array([0.5, 0.5], jnp.float32)), params, x, "bfloat16")
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(y, np.float32), 3.0)
 
 
-def test_init_experts_adds_noise_to_copies():
-    box = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("embed", "mlp"))
-
-    def init(key):
-        return {"kernel": box(key, (40, 50))}
-
-    experts = init_experts(init, jax.random.key(0), layers=2, count=3, noise=0.01)["kernel"]
-    assert experts.names == ("layer", "expert", "embed", "mlp")
-    value = np.asarray(experts.value)
+def test_fresh_experts_are_copies_with_noise():
+    model = tiny_model(
+        experts=3, d_model=40, d_ff=50, encoder_layers=2, expert_noise=0.01, init_std=1.0
+    )
+    boxed = init_params(model, jax.random.key(0))["backbone"]["encoder"]["layers"]["routed"]
+    kernel = boxed["feed_forward"]["in_kernel"]
+    assert kernel.names == ("layer", "expert", "embed", "gate", "mlp")
+    value = np.asarray(kernel.value)[:, :, :, 0]
     assert value.shape == (2, 3, 40, 50)
-    single = init_experts(init, jax.random.key(0), layers=2, count=1, noise=0.01)["kernel"].value
-    difference = value - single
-    np.testing.assert_allclose(difference.std(axis=(2, 3)), 0.01, rtol=0.1)
-    assert abs(np.corrcoef(difference.reshape(6, -1)) - np.eye(6)).max() < 0.15
+    # The noise of two copies is independent, so their difference has twice its variance.
+    difference = value - value[:, [1, 2, 0]]
+    np.testing.assert_allclose(difference.std(axis=(2, 3)), 0.01 * 2**0.5, rtol=0.1)
+    np.testing.assert_allclose(value.std(), 1.0, rtol=0.1)
+    assert abs(np.corrcoef(difference[0, 0].ravel(), difference[1, 0].ravel())[0, 1]) < 0.15
     assert abs(np.corrcoef(value[:, 0].reshape(2, -1))[0, 1]) < 0.15  # layers are independent

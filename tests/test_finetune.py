@@ -16,6 +16,8 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.finetune import FROZEN, Adapter, Start, search
+from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.task_moe import routes_of
 from moe_jax.runs import directory as run_dir
 from moe_jax.runs import flags as cli
 from moe_jax.runs.config import DataConfig, FinetuneConfig
@@ -55,10 +57,12 @@ def test_representations(tmp_path):
 
 def test_nearest_has_the_lowest_loss():
     """Each training task's loss on the few examples, written out."""
-    routes_TxNxE = np.asarray(MODEL.routes(RUN.params, RUN.step))
+    routes_TxNxE = np.asarray(routes_of(MODEL, RUN.params, RUN.step))
     group = {name: array[0] for name, array in BATCH.items() if name != "task_id"}
     logits = jax.jit(
-        lambda route: MODEL.backbone(4).apply({"params": RUN.params["backbone"]}, group, route)
+        lambda route: EncoderDecoder(MODEL.config).apply(
+            {"params": RUN.params["backbone"]}, group, route
+        )
     )
     losses = []
     for route in routes_TxNxE:
@@ -83,7 +87,7 @@ def test_tasks_of_one_route_are_tried_once():
     run = dataclasses.replace(RUN, model=model, params=params)
     tasks, routes = Start("moe", run, FinetuneConfig(), 0)._choices
     assert tasks.tolist() == [0, 1, *range(4, 2 + len(table_TxK))]
-    np.testing.assert_allclose(routes, MODEL.routes(RUN.params, RUN.step), atol=1e-5)
+    np.testing.assert_allclose(routes, routes_of(MODEL, RUN.params, RUN.step), atol=1e-5)
 
 
 @pytest.mark.parametrize("tune", FROZEN)
@@ -91,9 +95,9 @@ def test_a_new_task_is_routed_as_the_training_tasks_were(tune):
     """At the last temperature, without noise, whether by the router or by logits of its own."""
     new = start_of(representation="mean", tune=tune)
     params = new.params("new", BATCH)
-    found = new.model.routes(params, 0)
+    found = routes_of(new.model, params, 0)
     mean = RUN.params["representations"].mean(0, keepdims=True)
-    wanted = MODEL.routes({**RUN.params, "representations": mean}, RUN.step)
+    wanted = routes_of(MODEL, {**RUN.params, "representations": mean}, RUN.step)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     if tune == "free_route":
         assert params["representations"].shape == (1, MODEL.layers * 4) and params["router"] == {}

@@ -31,7 +31,7 @@ def load(source, out):
 
 def compute(config: ModelConfig, backbone, batch) -> dict[str, np.ndarray]:
     """What `hf_models.reference` gives, by our model."""
-    module = EncoderDecoder(config, config.experts)
+    module = EncoderDecoder(config)
 
     def loss(params):
         encoded = module.apply(

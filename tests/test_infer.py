@@ -15,6 +15,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.interop.streaming import Promise, save_params
 from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.task_moe import routes_of
 from moe_jax.runs import directory as run_dir
 from moe_jax.runs import flags as cli
 from moe_jax.runs.config import DataConfig, RunConfig
@@ -60,7 +61,7 @@ def rows(routed, tmp_path_factory):
     rng = np.random.default_rng(0)
     mean = np.asarray(params["representations"]).mean(0)
     candidates = np.stack([mean, *rng.normal(size=(20, 8))]).astype(np.float32)
-    routes = model.routes({**params, "representations": candidates}, 3)
+    routes = routes_of(model, {**params, "representations": candidates}, 3)
     other = next(i for i, route in enumerate(routes) if not np.any(route * routes[0]))
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     files.write_json(path, {"toy_reverse": candidates[other].tolist(), "toy_other": [0.0] * 8})
@@ -98,7 +99,7 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
         keys = ("input", "prediction", "route")
         assert found == [{key: line[key] for key in keys} for line in wanted]
         vector = row if given else np.asarray(params["representations"]).mean(0)
-        route = np.asarray(model.routes({**params, "representations": vector[None]}, 3))[0]
+        route = np.asarray(routes_of(model, {**params, "representations": vector[None]}, 3))[0]
         assert found[0]["route"] == np.argmax(route, -1).tolist()
         said[kind] = [line["prediction"] for line in found]
     assert said["file"] != said["mean"]

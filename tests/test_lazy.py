@@ -17,7 +17,11 @@ E = 4
 MODEL = tiny_model(experts=E, selection="gumbel_softmax_st", experts_per_layer=1)
 PARAMS = tiny_params(MODEL)
 BATCHES = [random_batch(groups=2, seed=seed) for seed in range(2)]
-MESHES = {"1 device": (1, MeshConfig()), "2 data, 4 expert": (8, MeshConfig(data=2, expert=4))}
+MESHES = {
+    "1 device": (1, MeshConfig()),
+    "2 data": (2, MeshConfig(data=2)),
+    "2 expert, 2 model": (4, MeshConfig(expert=2, model=2)),
+}
 
 
 @functools.cache

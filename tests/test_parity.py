@@ -11,13 +11,13 @@ import pytest
 from conftest import TABLES
 
 from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.decoding.rows import RowModel, row_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import gather, scatter_add
-from moe_jax.model.moe import Assignment, TaskMoE
-from moe_jax.model.rows import RowModel, row_routes
 from moe_jax.model.selection import select
+from moe_jax.model.task_moe import Assignment, TaskMoE
 from moe_jax.training.loss import token_losses
 from moe_jax.training.step import StepConfig, gradients
 
@@ -120,7 +120,7 @@ class Fixture:
     @functools.cache  # noqa: B019
     def runner(self, experts, config=None, with_gradients=False):
         """Jitted `(backbone, weights_GxNxK, index_GxNxK, batch) -> dict` of all groups."""
-        module = EncoderDecoder(config or self.config, experts)
+        module = EncoderDecoder(config or self.config)
 
         def one(params, weights_NxK, group):
             bound = module.bind({"params": params})
@@ -186,7 +186,9 @@ SELECTIONS = {
 def routes_of(fixture, kind, tau, params, tasks, gumbel):
     """Logits and routes of every selection from published weights: {name: [T, N, E]}."""
     model = TaskMoE(fixture.config, RouterConfig(kind=kind, **fixture.router), 4)
-    logits = model.router.apply({"params": published.router(params, kind, model.layers)}, tasks)
+    logits = model.new_router().apply(
+        {"params": published.router(params, kind, model.layers)}, tasks
+    )
     routes = {"logits": logits}
     for name, (selection, temperature, options) in SELECTIONS.items():
         config = RouterConfig(selection=selection, **options)

@@ -9,6 +9,7 @@ import pytest
 from toy_run import tiny_model
 
 from moe_jax.core.errors import UserError
+from moe_jax.model.task_moe import shapes_of
 from moe_jax.training.penalties import expert_distance, penalty, route_entropy, route_load
 from moe_jax.training.step import StepConfig
 
@@ -20,7 +21,7 @@ def backbone(experts, architecture="bart", seed=0):
     """Random parameters of a tiny model."""
     rng = np.random.default_rng(seed)
     tree = {}
-    for name, shape in tiny_model(experts=experts, architecture=architecture).shapes().items():
+    for name, shape in shapes_of(tiny_model(experts=experts, architecture=architecture)).items():
         *path, last = name.split("/")
         at = tree
         for key in path:

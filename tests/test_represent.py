@@ -25,6 +25,8 @@ from moe_jax import represent
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
 from moe_jax.interop.hf_read import from_hf
+from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.task_moe import routes_of
 from moe_jax.runs import flags as cli
 from moe_jax.runs.config import DataConfig
 from moe_jax.runs.load import read_run
@@ -148,7 +150,7 @@ def test_text_embedding_ignores_padding():
     long["inputs"][padding] = rng.integers(2, 24, padding.sum())
     np.testing.assert_allclose(embed(backbone, long), found, rtol=1e-5, atol=1e-5)
 
-    encode = partial(model.backbone(1).apply, {"params": backbone}, method="encode")
+    encode = partial(EncoderDecoder(model.config).apply, {"params": backbone}, method="encode")
     means = []
     for ((source, _),) in examples:
         ids = np.array([source], np.int32)
@@ -331,7 +333,7 @@ def test_trained_from_a_file_and_routed_without_training(fisher, tmp_path):
     route = json.loads(predictions.read_text().splitlines()[0])["route"]
     model = tiny_model(tasks=2, experts=2)
     both = np.stack([rows[1], rows[[0, 2]].mean(0)])
-    wanted, mean = model.routes({**params, "representations": both}, 3)
+    wanted, mean = routes_of(model, {**params, "representations": both}, 3)
     np.testing.assert_allclose(route, wanted, atol=2e-6)
     assert np.abs(wanted - mean).max() > 1e-3
     with pytest.raises(UserError, match="mixture of experts"):

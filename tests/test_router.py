@@ -11,7 +11,8 @@ from toy_run import tiny_model, tiny_params
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh, shardings
 from moe_jax.model.config import RouterConfig
-from moe_jax.model.router import Router
+from moe_jax.model.router import PublishedRouter
+from moe_jax.model.task_moe import routes_of
 
 T, K, N, E, H = 3, 8, 5, 4, 12
 KINDS = [
@@ -96,7 +97,7 @@ def reference(p, kind, x_K):
 @pytest.mark.parametrize("kind", KINDS)
 def test_router(kind):
     config = RouterConfig(kind=kind, hidden_dim=H, representation_dim=K)
-    router = Router(config, N, E)
+    router = PublishedRouter(config, N, E)
     x_TxK = np.random.default_rng(0).normal(size=(T, K)).astype(np.float32)
     boxed = jax.jit(router.init)(jax.random.key(0), x_TxK)["params"]
     shardings(boxed, make_mesh(MeshConfig(), jax.devices()))  # refuses unknown logical axes
@@ -132,7 +133,7 @@ def test_free_logits():
     model = tiny_model(kind="free", representation_dim=8, tasks=T)
     params = tiny_params(model)
     assert params["router"] == {}
-    routes = model.routes(params, 0)
+    routes = routes_of(model, params, 0)
     logits = np.asarray(params["representations"]).reshape(T, 2, 4)
     np.testing.assert_allclose(
         routes, np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), atol=1e-6

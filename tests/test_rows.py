@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from toy_run import decoder, pack_rows, random_backbone, random_examples, tiny_model
 
 from moe_jax.decoding import cache as cached
+from moe_jax.decoding import rows
+from moe_jax.decoding.rows import RowModel, by_expert, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig
-from moe_jax.model import rows
-from moe_jax.model.rows import RowModel, by_expert, row_routes
 
 R, T, E, LENGTH = 14, 5, 4, 6
 LAYERS = {"encoder_layers": 2, "encoder_vanilla_layers": (0,), "decoder_layers": 2,
@@ -67,17 +67,14 @@ def test_row_routes(data):
 @functools.cache
 def routed_layer(experts: int, block: int):
     """Compiled: y = sum over a row's experts of weight * (a * x + other), through `by_expert`."""
-    model = tiny_model(experts=experts)
 
     def expert(params, x_VxD, other_V):
         return {"y": params["a"] * x_VxD + other_V[:, None], "even": other_V * 2}
 
     @jax.jit
     def run(stack, routes, x_RxD, other_R):
-        row_model = RowModel(model, {"encoder": {"layers": {"routed": stack}}}, routes)
-        ((stack, _, places),) = row_model.runs("encoder")
-        places = jax.tree.map(lambda a: a[0], places)
-        params_S = row_model.experts(stack, 0, places)
+        places = jax.tree.map(lambda a: a[0], rows.all_places(routes))
+        params_S = places.experts(jax.tree.map(lambda p: p[0], stack))
         entered = (places.enter(x_RxD), places.enter(other_R))
         result = by_expert(expert, params_S, places, block, *entered)
         return jax.tree.map(places.leave, result)

@@ -21,6 +21,7 @@ from toy_run import (
 
 from moe_jax.decoding.sampling import sample
 from moe_jax.decoding.search import DecodingConfig
+from moe_jax.model.backbone import EncoderDecoder
 
 V, DRAWS = 24, 20_000
 
@@ -140,7 +141,7 @@ def test_two_steps():
     arrays = take(pack_rows([random_examples(np.random.default_rng(4), 1)], 6, 6), [0] * rows)
     tokens = sampler(2, min_length=2, **settings)(arrays, np.arange(rows))
     backbone = random_backbone(MODEL)
-    whole = jax.jit(MODEL.backbone(1).apply)
+    whole = jax.jit(EncoderDecoder(MODEL.config).apply)
 
     def following(*decoded) -> np.ndarray:
         batch = take(arrays, [0])

@@ -6,8 +6,9 @@ import pytest
 from scipy.special import log_softmax
 from toy_run import pack_rows, random_backbone, random_examples, tiny_model
 
+from moe_jax.decoding.rows import RowModel, row_routes
 from moe_jax.decoding.scoring import ROWS_AT_ONCE, log_likelihoods
-from moe_jax.model.rows import RowModel, row_routes
+from moe_jax.model.backbone import EncoderDecoder
 
 
 @pytest.mark.parametrize("architecture", ["bart", "t5"])
@@ -30,7 +31,7 @@ def test_log_likelihoods(architecture):
     sums_R, tokens_R = score(backbone, row_routes(route_TxNxE, task_R, experts))
 
     weights_NxExR = route_TxNxE[task_R].transpose(1, 2, 0)
-    logits = jax.jit(model.backbone(experts).apply)({"params": backbone}, batch, weights_NxExR)
+    logits = jax.jit(EncoderDecoder(model.config).apply)({"params": backbone}, batch, weights_NxExR)
     scores = log_softmax(np.asarray(logits, np.float64), -1)
     expected = [
         sum(scores[row, place, token] for place, token in enumerate(tokens))

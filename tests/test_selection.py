@@ -8,8 +8,8 @@ import pytest
 
 from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
 from moe_jax.model.selection import explore, random_route, select, temperature_at
+from moe_jax.model.task_moe import TaskMoE, routes_of
 
 T, N, E = 40, 6, 4
 LOGITS = np.random.default_rng(0).normal(size=(T, N, E)).astype(np.float32)
@@ -109,7 +109,7 @@ def moe(**options):
 
 def routing_params(model):
     representations = jax.random.normal(jax.random.key(1), (T, 8))
-    router = jax.jit(model.router.init)(jax.random.key(0), representations)["params"]
+    router = jax.jit(model.new_router().init)(jax.random.key(0), representations)["params"]
     return {"router": nn.meta.unbox(router), "representations": representations}
 
 
@@ -126,11 +126,11 @@ def routing_params(model):
 def test_noise_is_drawn_in_training_only(options):
     model = moe(**options)
     params = routing_params(model)
-    first, second = (model.routes(params, 0, jax.random.key(k)) for k in (0, 1))
+    first, second = (routes_of(model, params, 0, jax.random.key(k)) for k in (0, 1))
     assert np.mean(np.any(first != second, axis=-1)) > 0.2
-    np.testing.assert_array_equal(first, model.routes(params, 0, jax.random.key(0)))
-    evaluation = model.routes(params, 0)
-    logits = model.router.apply({"params": params["router"]}, params["representations"])
+    np.testing.assert_array_equal(first, routes_of(model, params, 0, jax.random.key(0)))
+    evaluation = routes_of(model, params, 0)
+    logits = model.new_router().apply({"params": params["router"]}, params["representations"])
     expected = softmax(np.asarray(logits))
     if options["selection"] == "gumbel_softmax_st":
         expected = one_hot(expected)
@@ -141,19 +141,19 @@ def test_noise_is_drawn_in_training_only(options):
 def test_random_baselines(count):
     """Random experts per task are fixed by the seed; per instance they are drawn anew."""
     model = moe(selection="random_task", experts_per_layer=count)
-    routes = model.routes({}, 0)
-    np.testing.assert_array_equal(routes, model.routes({}, 5, jax.random.key(3)))
+    routes = routes_of(model, {}, 0)
+    np.testing.assert_array_equal(routes, routes_of(model, {}, 5, jax.random.key(3)))
     chosen = count or 1
     np.testing.assert_allclose(np.sort(routes, -1)[..., -chosen:], 1 / chosen)
     np.testing.assert_allclose(np.sum(routes, -1), 1.0)
     assert np.any(
-        routes != moe(selection="random_task", seed=1, experts_per_layer=count).routes({}, 0)
+        routes != routes_of(moe(selection="random_task", seed=1, experts_per_layer=count), {}, 0)
     )
     index, weights = model.assign(routes, jnp.array([3, 3]))
     assert index.shape == (2, N, chosen)
     np.testing.assert_allclose(weights, 1 / chosen)
     model = moe(selection="random_instance", experts_per_layer=count)
-    index, _ = model.assign(model.routes({}, 0), jnp.array([3, 3]), jax.random.key(0))
+    index, _ = model.assign(routes_of(model, {}, 0), jnp.array([3, 3]), jax.random.key(0))
     assert np.any(index[0] != index[1])
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, shapes_of
 from moe_jax.runs import flags as cli
 
 # Published models: parameters, vocabulary, and what `transformers` calls the sizes.
@@ -27,7 +27,7 @@ def count(name: str, experts: int) -> int:
     config = ModelConfig()
     assert config.experts == 3
     config = dataclasses.replace(config, experts=experts, vocabulary_size=SIZES[name][1])
-    shapes = TaskMoE(config, RouterConfig(), tasks=1).shapes()
+    shapes = shapes_of(TaskMoE(config, RouterConfig(), tasks=1))
     return sum(math.prod(s) for path, s in shapes.items() if path.startswith("backbone/"))
 
 

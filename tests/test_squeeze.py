@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ from moe_jax.interop.hf_write import squeeze, to_hf
 from moe_jax.interop.streaming import Promise, save_params
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, init_params, routes_of, shapes_of
 from moe_jax.runs import directory as run_dir
 from moe_jax.runs.load import read_run
 
@@ -51,9 +52,11 @@ def routed_run(path: Path, architecture: str, selection: str):
     router = RouterConfig(selection=selection, hidden_dim=8, representation_dim=8, temperature=0.5)
     own = read_tokenizers(DATA / architecture)
     sized = dataclasses.replace(config, vocabulary_size=own.size)
-    params = nn.meta.unbox(jax.jit(TaskMoE(sized, router, 3).init)(jax.random.key(1)))
+    params = nn.meta.unbox(
+        jax.jit(partial(init_params, TaskMoE(sized, router, 3)))(jax.random.key(1))
+    )
     promises = jax.tree.map(lambda p: Promise(p.shape, lambda: np.asarray(p)), params)
-    shapes = TaskMoE(sized, router, 3).shapes()
+    shapes = shapes_of(TaskMoE(sized, router, 3))
     save_params(path, 7, promises, {"tasks": TASKS, "step": 7, "shapes": shapes})
     lines = {
         "TASK_FEATURE_LENGTHS": {"inputs": 9, "targets": 7},
@@ -77,7 +80,7 @@ def batch(size: int) -> dict[str, np.ndarray]:
 
 
 def logits(config: ModelConfig, params, weights, arrays) -> np.ndarray:
-    apply = jax.jit(EncoderDecoder(config, config.experts).apply)
+    apply = jax.jit(EncoderDecoder(config).apply)
     return np.asarray(apply({"params": params}, arrays, weights))
 
 
@@ -87,7 +90,7 @@ def test_a_tasks_plain_model_is_the_mixture(architecture, tmp_path):
     run = routed_run(tmp_path / "run", architecture, "argmax")
     config = run.model.config
     arrays = batch(config.vocabulary_size)
-    routes = np.asarray(jax.jit(run.model.routes)(run.params, run.step))
+    routes = np.asarray(jax.jit(partial(routes_of, run.model))(run.params, run.step))
     assert len(np.unique(routes.argmax(-1), axis=0)) > 1  # the tasks differ
     for task, index in run.task_ids.items():
         said = to_hf(tmp_path / "run" / "checkpoints" / "7", tmp_path / task, task)
@@ -127,7 +130,7 @@ def generate(run, route_NxE, arrays, length) -> np.ndarray:
     config = run.model.config
     start, eos, pad = {"bart": (2, 2, 1), "t5": (0, 1, 0)}[config.architecture]
     rows = len(arrays["inputs"])
-    apply = jax.jit(EncoderDecoder(config, config.experts).apply)
+    apply = jax.jit(EncoderDecoder(config).apply)
     tokens = np.full((rows, length + 1), pad, np.int32)
     tokens[:, 0] = start
     ended = np.zeros(rows, bool)
@@ -149,7 +152,10 @@ def test_soft_routes_are_refused_or_measured(tmp_path):
     with pytest.raises(UserError, match=r"(?s)soft: .*coder\.\d.*--approximate.*--average"):
         to_hf(tmp_path / "run", tmp_path / "out", "sort")
     assert not (tmp_path / "out").exists()
-    route = np.asarray(jax.jit(run.model.routes)(run.params, run.step))[run.task_ids["sort"]]
+    routes = jax.jit(partial(routes_of, run.model))(run.params, run.step)
+    route = np.asarray(routes)[run.task_ids["sort"]]
+        run.task_ids["sort"]
+    ]
     config, backbone = run.model.config, run.params["backbone"]
     dense = dataclasses.replace(config, experts=1, encoder_vanilla_layers=())
     said = {

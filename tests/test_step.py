@@ -11,7 +11,8 @@ import pytest
 from toy_run import pack_rows, random_batch, random_examples, stack_groups, tiny_model, tiny_params
 
 from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import LOGICAL_AXES, MeshConfig, by_group, make_mesh
+from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.training import loss as losses
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import (
@@ -67,7 +68,7 @@ def ours(name, batch, at_once=None, frozen=(), terms=(), **changes):
 def plain_routes(routing_params, model):
     """Routes [T, N, E], written out for each selection."""
     c = model.router_config
-    logits = model.router.apply({"params": routing_params["router"]},
+    logits = model.new_router().apply({"params": routing_params["router"]},
                                 routing_params["representations"])  # fmt: skip
     temperature = max(c.temperature_floor, c.temperature * np.exp(-c.temperature_rate * STEP))
     if c.selection == "average":
@@ -92,7 +93,7 @@ def plain_routes(routing_params, model):
 @functools.cache
 def plain_gradient():
     """Jitted (backbone, weights_GxNxE, batch) -> loss and gradients, all experts, all groups."""
-    module = tiny_model().backbone(4)
+    module = EncoderDecoder(tiny_model().config)
 
     def loss(backbone, weights_GxNxE, batch):
         logits = jax.vmap(lambda group, w: module.apply({"params": backbone}, group, w))(
@@ -205,7 +206,9 @@ def test_regularisation_is_exact_where_groups_gather(batch):
                 x = jnp.split(x[0], parts, -3) if parts > 1 else [x[0]]
                 for a, b in itertools.combinations(range(4), 2):
                     distance += sum(jnp.linalg.norm((y[a] - y[b]).ravel()) for y in x) / 6
-        logits = tiny_model().router.apply({"params": params["router"]}, params["representations"])
+        logits = (
+            tiny_model().new_router().apply({"params": params["router"]}, params["representations"])
+        )
         p = jax.nn.softmax(logits / 2.0)[jnp.asarray(batch["task_id"])]
         entropy = -jnp.sum(p * jnp.log(p), -1).mean()
         return terms["expert_distance"] * distance + terms["route_entropy"] * entropy
@@ -231,58 +234,10 @@ def test_packing_changes_nothing():
     assert_close(grads, grads_alone, 1e-5)
 
 
-# ------------------------------------------------------------------------------ meshes
+# ------------------------------------------------------------------------------ steps
 
-MESHES = {
-    "8 data": MeshConfig(data=8),
-    "4 data, 2 fsdp": MeshConfig(data=4, fsdp=2),
-    "2 data, 2 fsdp, 2 model": MeshConfig(data=2, fsdp=2, model=2),
-    "2 data, 4 expert": MeshConfig(data=2, expert=4),
-}
 # Adam's usual epsilon would blow up gradients that are zero but for rounding (key biases).
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.5, clip_norm=0.5, epsilon=1e-2)
-
-
-def steps(model, mesh, batches):
-    """State after one step per batch, metrics of each, and the jitted step."""
-    with jax.set_mesh(mesh):
-        optimizer = make_optimizer(OPTIMIZER)
-        places = state_shardings(model, optimizer, mesh)
-        params = jax.device_put(PARAMS, places.params)
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
-        step = make_train_step(model, OPTIMIZER, StepConfig(), mesh, total_steps=10, seed=0)
-        rates = {k: jnp.float32(v) for k, v in OPTIMIZER.learning_rates.items()}
-        seen = []
-        for batch in batches:
-            state, metrics = step(state, jax.device_put(batch, by_group(mesh)), rates)
-            seen.append(jax.device_get(metrics))
-    return state, seen, step
-
-
-@pytest.fixture(scope="module")
-def routed():
-    return tiny_model(**SELECTIONS["gumbel_softmax_st, 1"], dropout_rate=0.1)
-
-
-@pytest.fixture(scope="module")
-def alone(routed, batch):
-    return steps(routed, one_device(), [batch, random_batch(seed=1), batch])
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_meshes_agree_with_one_device(name, routed, alone, batch):
-    state, seen, step = steps(routed, make_mesh(MESHES[name]), [batch, random_batch(seed=1), batch])
-    expected, expected_metrics, _ = alone
-    for metrics, wanted in zip(seen, expected_metrics, strict=True):
-        assert metrics.keys() == wanted.keys()
-        for key in metrics:
-            np.testing.assert_allclose(metrics[key], wanted[key], rtol=2e-5, err_msg=key)
-    assert_close(jax.device_get(state.params), jax.device_get(expected.params), 1e-4)
-    assert step._cache_size() == 1
-
-
-def test_one_device_compiles_once(alone):
-    assert alone[2]._cache_size() == 1
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -323,28 +278,14 @@ def test_alternation_needs_a_router():
         make_train_step(tiny_model(experts=1), config, StepConfig(), one_device(), 1, 0)
 
 
-def test_parameters_and_optimizer_state_are_sharded(routed):
-    def local(shape, name):
-        mesh = make_mesh(MESHES[name])
-        places = state_shardings(routed, make_optimizer(OPTIMIZER), mesh)
-        arrays = jax.device_put(PARAMS, places.params)
-        layers = arrays["backbone"]["decoder"]["layers"]["routed"]
-        kernel = layers["feed_forward"]["in_kernel"]
-        assert kernel.shape == (1, 4, 16, 1, 32)
-        assert {s.data.shape for s in kernel.addressable_shards} == {shape}
-        # Adam's moments lie beside their parameters.
-        wanted = {a.sharding for a in jax.tree.leaves(arrays)}
-        assert {a for a in jax.tree.leaves(places.opt_state) if a.spec} <= wanted
-        return arrays
-
-    local((1, 4, 16, 1, 32), "8 data")
-    local((1, 4, 8, 1, 32), "4 data, 2 fsdp")
-    local((1, 1, 16, 1, 32), "2 data, 4 expert")
-    arrays = local((1, 4, 8, 1, 16), "2 data, 2 fsdp, 2 model")
-    assert {s.data.shape for s in arrays["backbone"]["embedding"].addressable_shards} == {(12, 8)}
-
-
-def test_a_logical_axis_missing_from_the_table_is_an_error(routed, monkeypatch):
-    monkeypatch.delitem(LOGICAL_AXES, "mlp")
-    with pytest.raises(ValueError, match="logical axis 'mlp' is missing from LOGICAL_AXES"):
-        state_shardings(routed, make_optimizer(OPTIMIZER), one_device())
+def test_one_step_compiles_once(batch):
+    model, mesh = tiny_model(**SELECTIONS["gumbel_softmax_st, 1"], dropout_rate=0.1), one_device()
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(OPTIMIZER)
+        places = state_shardings(model, optimizer, mesh)
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(PARAMS)
+        step = make_train_step(model, OPTIMIZER, StepConfig(), mesh, total_steps=10, seed=0)
+        rates = {k: jnp.float32(v) for k, v in OPTIMIZER.learning_rates.items()}
+        for one in (batch, random_batch(seed=1)):
+            state, _ = step(state, one, rates)
+    assert step._cache_size() == 1

@@ -23,7 +23,7 @@ from moe_jax.interop import t5x
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.interop.hf_write import to_hf
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, shapes_of
 from moe_jax.runs.load import read_run
 
 DATA = Path(__file__).with_name("data") / "hf" / "t5"
@@ -168,7 +168,7 @@ def test_sizes_are_read_from_shapes(name):
         head_dim=64, encoder_layers=layers, decoder_layers=layers, tie_embeddings=False,
         attention_dropout_rate=0.1, activation_dropout_rate=0.1,
     )  # fmt: skip
-    own = TaskMoE(config, RouterConfig(), 0).shapes()
+    own = shapes_of(TaskMoE(config, RouterConfig(), 0))
 
     def shape(part) -> tuple[int, ...]:
         return part.shape(tuple(own[f"backbone/{part.path}"]))
@@ -309,7 +309,7 @@ def test_conversion_streams(layout, tmp_path):
         architecture="t5", vocabulary_size=512, d_model=512, d_ff=1024, heads=8,
         encoder_layers=6, decoder_layers=4, tie_embeddings=False,
     )  # fmt: skip
-    shapes = TaskMoE(config, RouterConfig(), 0).shapes()
+    shapes = shapes_of(TaskMoE(config, RouterConfig(), 0))
     rng = np.random.default_rng(0)
     block = rng.random(1000, np.float32)  # repeated: quickly compressed
     tensors = {

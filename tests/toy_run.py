@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -11,11 +12,11 @@ import jax
 import numpy as np
 from toy import NAMES, TASKS, VOCABULARY, toy_cache
 
+from moe_jax.decoding.rows import RowModel
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.evaluation.evaluator import INPUTS
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
-from moe_jax.model.rows import RowModel
+from moe_jax.model.task_moe import TaskMoE, init_params
 
 ROOT = Path(__file__).resolve().parent.parent
 PAD, EOS, START = 0, 1, 0
@@ -45,7 +46,9 @@ def tiny_model(tasks: int = 3, experts: int = 4, **settings) -> TaskMoE:
 
 def tiny_params(model: TaskMoE, seed: int = 0):
     """Fresh parameters; route logits of order one, so that selections differ."""
-    return jax.jit(lambda key: nn.meta.unbox(model.init(key)))(jax.random.key(seed, impl="rbg"))
+    return jax.jit(lambda key: nn.meta.unbox(init_params(model, key)))(
+        jax.random.key(seed, impl="rbg")
+    )
 
 
 def random_backbone(model: TaskMoE, seed: int = 0):
@@ -60,7 +63,9 @@ def random_backbone(model: TaskMoE, seed: int = 0):
         std = 0.1 if name.endswith("bias") else 0.5
         return rng.normal(name == "scale", std, p.shape).astype(np.float32)
 
-    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))["backbone"]
+    shapes = nn.meta.unbox(jax.eval_shape(partial(init_params, model), jax.random.key(0)))[
+        "backbone"
+    ]
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     output = params["embedding"] if model.config.tie_embeddings else params["head"].T
     output[EOS] *= 2.5

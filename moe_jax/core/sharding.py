@@ -1,4 +1,4 @@
-"""The device mesh and the one table that says where each logical axis lives."""
+"""The device mesh, and the one table that says where each logical axis lives."""
 
 import dataclasses
 import math
@@ -15,13 +15,18 @@ from moe_jax.core.errors import UserError, check_fields
 
 MESH_AXES = ("data", "fsdp", "expert", "model")
 # Groups, the leading axis of a batch, are spread over these.
-GROUP_AXES = ("data", "fsdp")
+GROUP_AXES = ("data", "fsdp", "expert")
+# Parameters are cut into as many parts as these have devices together. A layer's weights travel
+# over them when the layer is computed (`model.placement`).
+SHARD_AXES = ("fsdp", "expert")
 
-# logical axis -> mesh axis. A name missing here is an error: JAX would silently replicate it.
-LOGICAL_AXES = {
+# logical axis -> mesh axes. A name missing here is an error: JAX would silently replicate it.
+# The axis of experts is never cut: every device holds its part of every expert, so that what a
+# layer fetches is one expert's size, however many experts there are.
+LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "direction": None,
-    "embed": "fsdp",
-    "expert": "expert",
+    "embed": SHARD_AXES,
+    "expert": None,
     "gate": None,
     "head_dim": None,
     "heads": "model",
@@ -44,7 +49,14 @@ LOGICAL_AXES = {
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; `data` 0 takes all the devices that the others leave."""
+    """Sizes of the mesh axes.
+
+    Attributes:
+        data: replicas of the parameters; 0 takes all the devices that the others leave.
+        fsdp: parts that parameters, gradients and moments are cut into.
+        expert: multiplies `fsdp`.
+        model: parts that heads, hidden units and the vocabulary are cut into, in computing too.
+    """
 
     data: int = 0
     fsdp: int = 1
@@ -76,9 +88,15 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
+def size_of(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
+    """The number of devices along some axes together."""
+    axes = (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[a] for a in axes)
+
+
 def group_shards(mesh: Mesh) -> int:
     """How many parts the groups of a batch are spread over."""
-    return math.prod(mesh.shape[a] for a in GROUP_AXES)
+    return size_of(mesh, GROUP_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -87,7 +105,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_group(mesh: Mesh) -> NamedSharding:
-    """Leading axis over the data axes of the mesh."""
+    """Leading axis over the axes that groups are spread over."""
     return NamedSharding(mesh, P(GROUP_AXES))
 
 
@@ -99,7 +117,7 @@ def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def shardings(boxed: Any, mesh: Mesh) -> Any:
     """NamedSharding of every array, from the logical axes in its box; without a box: replicated.
 
-    An axis that its mesh axis does not divide is replicated.
+    An axis that its mesh axes do not divide is replicated.
 
     Raises:
         ValueError: a logical axis is missing from `LOGICAL_AXES`.
@@ -115,7 +133,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
             if name not in LOGICAL_AXES:
                 raise ValueError(f"logical axis {name!r} is missing from LOGICAL_AXES")
             axis = LOGICAL_AXES[name]
-            axes.append(axis if axis and size % mesh.shape[axis] == 0 else None)
+            axes.append(axis if axis and size % size_of(mesh, axis) == 0 else None)
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

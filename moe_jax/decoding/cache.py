@@ -8,14 +8,14 @@ they are transposed at every step, ten times the cost); the beams of a row are q
 attention, so that they read the row's encoded input once.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.blocks import DecoderLayer, KeyValue
-from moe_jax.model.experts import Params
-from moe_jax.model.rows import Places, RowModel, by_expert, input_block, step_block
+from moe_jax.decoding.rows import Params, Places, RowModel, by_expert, input_block, step_block
+from moe_jax.model.blocks import DecoderLayer, KeyValue, run_decoder_layer
 
 # For each layer, keys [V, H, K, C] and values [V, H, C, K]; column C = position * beams + beam.
 Cache = tuple[KeyValue, ...]
@@ -46,11 +46,9 @@ class CachedDecoder:
         self._shape = (length, beams)
         self._kernel = model.call(lambda m: m.logits_kernel())
         self._layers = [
-            self._prepare(stack, number, jax.tree.map(lambda a, i=i: a[i], places_run),
-                          encoded_RxLxD, input_segments_RxL)
-            for stack, at, places_run in model.runs("decoder")
-            for i, number in enumerate(range(at.start, at.stop))
-        ]  # fmt: skip
+            self._prepare(params_S, places, encoded_RxLxD, input_segments_RxL)
+            for params_S, places in model.decoder_layers()
+        ]
 
     def _apply(self, layer: _Layer, method: str, *xs, block: int | None = None):
         def apply(params, *xs):
@@ -60,11 +58,8 @@ class CachedDecoder:
             block = step_block(xs[0].shape[0], len(layer.params_S), self._shape[1])
         return by_expert(apply, layer.params_S, layer.places, block, *xs)
 
-    def _prepare(self, stack, number: int, places: Places, encoded, segments) -> _Layer:
-        layer = _Layer(
-            self._model.experts(stack, number, places), places, None,
-            places.enter(segments)[:, None] > 0,
-        )  # fmt: skip
+    def _prepare(self, params_S: list[Params], places: Places, encoded, segments) -> _Layer:
+        layer = _Layer(params_S, places, None, places.enter(segments)[:, None] > 0)
         block = input_block(encoded.shape[1])
         kv = self._apply(layer, "cross_key_value", places.enter(encoded), block=block)
         return layer._replace(cross=_columns(kv))
@@ -103,26 +98,30 @@ class CachedDecoder:
         column_position_C = jnp.arange(length * beams) // beams
 
         def embed(m):
-            x = m.embedding[token_RxQ].astype(model.config.dtype)
-            x = m.decoder.embed(x, jnp.full_like(token_RxQ, index), True)
+            x = m.decoder.embed(m.embed(token_RxQ), jnp.full_like(token_RxQ, index), False)
             return x, m.decoder.bias(index[None], column_position_C)
 
         x_RxQxD, bias = model.call(embed)
         new = []
         for layer, (keys, values) in zip(self._layers, cache, strict=True):
             enter = layer.places.enter
-            x = enter(x_RxQxD)
-            q, kv = self._apply(layer, "start", x)
-            kv = _columns(kv)
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, kv.key, index * beams, 3)
-            values = jax.lax.dynamic_update_slice_in_dim(values, kv.value, index * beams, 2)
-            new.append(KeyValue(keys, values))
             seen = seen_RxQxC if seen_RxQxC.shape[0] == 1 else enter(seen_RxQxC)
-            y = attend_columns(q, new[-1], seen, scale, bias)
-            x, q = self._apply(layer, "middle", x, y)
-            y = attend_columns(q, layer.cross, layer.cross_mask, scale)
-            x_RxQxD = layer.places.leave(self._apply(layer, "end", x, y))
-        hidden = model.call(lambda m: m.decoder.finish(x_RxQxD, True))
+
+            def read_past(q, kv, keys=keys, values=values, seen=seen):
+                kv = _columns(kv)
+                keys = jax.lax.dynamic_update_slice_in_dim(keys, kv.key, index * beams, 3)
+                values = jax.lax.dynamic_update_slice_in_dim(values, kv.value, index * beams, 2)
+                new.append(KeyValue(keys, values))
+                return attend_columns(q, new[-1], seen, scale, bias)
+
+            def read_input(q, layer=layer):
+                return attend_columns(q, layer.cross, layer.cross_mask, scale)
+
+            y = run_decoder_layer(
+                partial(self._apply, layer), enter(x_RxQxD), read_past, read_input
+            )
+            x_RxQxD = layer.places.leave(y)
+        hidden = model.call(lambda m: m.decoder.finish(x_RxQxD, False))
         return model.call(lambda m: m.logits(hidden, self._kernel)), tuple(new)
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.rows import RowModel
+from moe_jax.decoding.rows import RowModel
 
 ROWS_AT_ONCE = 8  # whose logits are alive together
 

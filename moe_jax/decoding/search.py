@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from moe_jax.core.errors import UserError
 from moe_jax.decoding.beam import beam_search
 from moe_jax.decoding.cache import CachedDecoder
+from moe_jax.decoding.rows import RowModel
 from moe_jax.decoding.sampling import sample
-from moe_jax.model.rows import RowModel
 
 
 class DecodingIds(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,15 @@ from tqdm import tqdm
 from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
+from moe_jax.data.batch import INPUTS, TARGETS, Batch
 from moe_jax.data.cache import PreparedMixture, PreparedTask
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
+from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.model.experts import Params
-from moe_jax.model.moe import TaskMoE
-from moe_jax.model.rows import RowModel, RowRoutes, experts_per_row, row_routes
-
-INPUTS = ("inputs", "input_segments", "input_positions")
-TARGETS = ("decoder_inputs", "targets", "target_segments", "target_positions")
-Batch = Mapping[str, Any]
+from moe_jax.model.task_moe import TaskMoE, routes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +82,19 @@ class Evaluator:
             )
         )  # fmt: skip
         self._score = self._by_rows(lambda rows_model, batch, _: log_likelihoods(rows_model, batch))
-        self.routes = jax.jit(model.routes, out_shardings=replicated(mesh))
+        self.routes = jax.jit(partial(routes_of, model), out_shardings=replicated(mesh))
 
     def _by_rows(self, function: Callable[[RowModel, Batch, jax.Array], Any]) -> Callable[..., Any]:
         """`function` compiled; each device does the rows that it holds."""
         mesh, rows = self._by_row.mesh, self._by_row.spec
         by_layer = P(None, *rows)
-        routes = RowRoutes(P(), by_layer, by_layer) if self.model.routed else None
+        spread_routes = RowRoutes(P(), by_layer, by_layer) if self.model.routed else None
 
         def local(backbone, routes, batch, row):
             return function(RowModel(self.model, backbone, routes), batch, row)
 
         spread = jax.shard_map(
-            local, mesh=mesh, in_specs=(P(), routes, rows, rows), out_specs=rows,
+            local, mesh=mesh, in_specs=(P(), spread_routes, rows, rows), out_specs=rows,
             axis_names=set(GROUP_AXES), check_vma=False,
         )  # fmt: skip
         return jax.jit(spread, out_shardings=replicated(mesh))

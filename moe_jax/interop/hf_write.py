@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,9 +18,11 @@ from moe_jax.data.vocabulary import TokenizersVocabulary, Vocabulary
 from moe_jax.interop import hf_config, hf_directory, hf_weights
 from moe_jax.interop.hf_read import ORIGIN, TENSORS, UNUSED
 from moe_jax.interop.hf_weights import Part
-from moe_jax.model.backbone import EncoderDecoder, layer_runs
+from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params
+from moe_jax.model.routed_stack import layer_runs
+from moe_jax.model.task_moe import routes_of
 from moe_jax.runs import directory as run_dir
 from moe_jax.runs.load import Run, read_run
 
@@ -123,7 +126,9 @@ def _weights(
 
 def _route(run: Run, task: str) -> np.ndarray:
     """float32 [N, E], as at evaluation."""
-    return np.asarray(jax.jit(run.model.routes)(run.params, run.step)[run.task_ids[task]])
+    return np.asarray(
+        jax.jit(partial(routes_of, run.model))(run.params, run.step)[run.task_ids[task]]
+    )
 
 
 def _is_hard(route_NxE: np.ndarray) -> bool:
@@ -169,7 +174,7 @@ def _error(
     batch |= {"input_positions": positions, "target_positions": positions}
 
     def logits(config, params, weights) -> np.ndarray:
-        apply = jax.jit(EncoderDecoder(config, config.experts).apply)
+        apply = jax.jit(EncoderDecoder(config).apply)
         return np.asarray(apply({"params": params}, batch, weights))
 
     mixed = logits(run.model.config, run.params["backbone"], jnp.asarray(route_NxE))

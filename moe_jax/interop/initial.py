@@ -17,7 +17,7 @@ from moe_jax.data.vocabulary import TokenizersVocabulary, VocabularyConfig
 from moe_jax.interop.hf_weights import Part
 from moe_jax.interop.streaming import Promise, save_params
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, shapes_of
 from moe_jax.runs import directory as run_dir
 
 _LENGTHS = {"inputs": 512, "targets": 64}  # a run may choose others
@@ -53,7 +53,7 @@ def check_parts(
 
 @functools.cache
 def _shapes(config: ModelConfig) -> dict[str, list[int]]:
-    return TaskMoE(config, RouterConfig(), 0).shapes()
+    return shapes_of(TaskMoE(config, RouterConfig(), 0))
 
 
 def write_initial(

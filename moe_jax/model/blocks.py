@@ -1,7 +1,8 @@
 """One encoder layer and one decoder layer: what an expert is."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax.kernels.dropout import Dropout
 from moe_jax.kernels.linear import linear
-from moe_jax.model.attention import attend
+from moe_jax.model.attention import attend, causal_mask, segment_mask
 from moe_jax.model.config import ModelConfig
 
 # By the name in `Family.activation`.
@@ -28,17 +29,28 @@ class KeyValue(NamedTuple):
     value: jax.Array
 
 
+def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]):
+    """A parameter with logical axes. Where the stream `experts` exists, its noise tells copies of
+    a layer apart (`ModelConfig.expert_noise`)."""
+
+    def noisy(key, shape):
+        value, scale = init(key, shape), module.config.expert_noise
+        if module.has_rng("experts") and scale:
+            value += scale * jax.random.normal(module.make_rng("experts"), shape)
+        return value
+
+    return module.param(name, nn.with_logical_partitioning(noisy, axes), shape)
+
+
 def _weights(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], std):
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-    return module.param(name, init, shape).astype(module.config.dtype)
+    return param(module, name, nn.initializers.normal(std), shape, axes).astype(module.config.dtype)
 
 
 def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
     """A bias, or 0 where the family has none."""
     if not module.config.family.biases:
         return jnp.zeros((), module.config.dtype)
-    init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-    return module.param(name, init, shape).astype(module.config.dtype)
+    return param(module, name, nn.initializers.zeros, shape, axes).astype(module.config.dtype)
 
 
 class Norm(nn.Module):
@@ -50,15 +62,13 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dim = x.shape[-1]
         axes = ("norm",)
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, axes), (dim,)
-        )
+        scale = param(self, "scale", nn.initializers.ones, (dim,), axes)
         x32 = x.astype(jnp.float32)
         epsilon = self.config.family.norm_epsilon
         if self.config.family.norm == "rms":
             inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + epsilon)
             return (x32 * inverse * scale).astype(x.dtype)
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), (dim,))
+        bias = param(self, "bias", nn.initializers.zeros, (dim,), axes)
         centred = x32 - jnp.mean(x32, -1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
         return (centred * inverse * scale + bias).astype(x.dtype)
@@ -158,8 +168,9 @@ class EncoderLayer(_Layer):
         self.feed_forward_norm = Norm(self.config)
         self.dropout = Dropout(self.config.dropout_rate)
 
-    def __call__(self, x_RxLxD, mask, bias, deterministic: bool = True) -> jax.Array:
-        """[R, L, D] -> [R, L, D]; `mask` and `bias` as in `attend`."""
+    def __call__(self, x_RxLxD, segments_RxL, bias, deterministic: bool = True) -> jax.Array:
+        """[R, L, D] -> [R, L, D]; a token sees those of its segment; `bias` as in `attend`."""
+        mask = segment_mask(segments_RxL, segments_RxL)
         q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
         y = self.self_attention.output(self.self_attention.attend(q, kv, mask, bias, deterministic))
         x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
@@ -167,11 +178,28 @@ class EncoderLayer(_Layer):
         return self.after(self.feed_forward_norm, x, y, deterministic)
 
 
+def run_decoder_layer(
+    part: Callable[..., Any],
+    x_RxLxD: jax.Array,
+    read_past: Callable[[jax.Array, KeyValue], jax.Array],
+    read_input: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """A decoder layer, whatever its attentions read and whoever applies its weights.
+
+    Args:
+        part: (`start`, `middle` or `end`, its arguments) -> what `DecoderLayer` makes of them.
+        read_past: (query, this call's keys and values) -> what self-attention reads.
+        read_input: query -> what cross-attention reads.
+    """
+    q, kv = part("start", x_RxLxD)
+    x, q = part("middle", x_RxLxD, read_past(q, kv))
+    return part("end", x, read_input(q))
+
+
 class DecoderLayer(_Layer):
     """Causal self-attention, cross-attention and feed-forward.
 
-    `start`, `middle` and `end` are what lies around the two attentions; decoding with a cache has
-    its own attention between them (`model.cached`).
+    `start`, `middle` and `end` are what lies around the two attentions: all that has weights.
     """
 
     def setup(self) -> None:
@@ -184,22 +212,32 @@ class DecoderLayer(_Layer):
         self.dropout = Dropout(self.config.dropout_rate)
 
     def __call__(
-        self, x_RxLxD, encoded_RxLinxD, mask, cross_mask, bias, deterministic: bool = True
-    ) -> jax.Array:
-        """A whole target at once: [R, L, D] -> [R, L, D]."""
-        q, kv = self.start(x_RxLxD)
+        self, x_RxLxD, encoded_RxLinxD, input_segments_RxLin, segments_RxL, bias,
+        deterministic: bool = True,
+    ) -> jax.Array:  # fmt: skip
+        """A whole target at once: [R, L, D] -> [R, L, D]; `bias` as in `attend`."""
+        mask = segment_mask(segments_RxL, segments_RxL) & causal_mask(segments_RxL.shape[1])
+        cross_mask = segment_mask(segments_RxL, input_segments_RxLin)
         cross = self.cross_key_value(encoded_RxLinxD)
-        y = self.self_attention.attend(q, kv, mask, bias, deterministic)
-        x, q = self.middle(x_RxLxD, y, deterministic)
-        y = self.cross_attention.attend(q, cross, cross_mask, None, deterministic)
-        return self.end(x, y, deterministic)
+
+        def part(name: str, *xs: jax.Array):
+            return getattr(self, name)(*xs, deterministic)
+
+        def read_past(q, kv):
+            return self.self_attention.attend(q, kv, mask, bias, deterministic)
+
+        def read_input(q):
+            return self.cross_attention.attend(q, cross, cross_mask, None, deterministic)
+
+        return run_decoder_layer(part, x_RxLxD, read_past, read_input)
 
     def cross_key_value(self, encoded_RxLinxD: jax.Array) -> KeyValue:
         """Computed once per input, read at every step."""
         return self.cross_attention.project_key_value(encoded_RxLinxD)
 
-    def start(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def start(self, x_RxLxD, deterministic: bool = True) -> tuple[jax.Array, KeyValue]:
         """Query, and key with value, of self-attention."""
+        del deterministic  # nothing is dropped here
         return self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
 
     def middle(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True):

@@ -7,10 +7,8 @@ import gin
 
 from moe_jax.core.errors import UserError, check_fields
 from moe_jax.model.family import Family, family_of
-
-ROUTER_HEADS = 4  # of the transformer router's attention
-# Selections that need no trained router.
-BASELINES = ("average", "random_task", "random_instance")
+from moe_jax.model.router import router_class
+from moe_jax.model.selection import selection_of
 
 
 @gin.configurable
@@ -84,6 +82,11 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.family.scale_attention else 1.0
 
     @property
+    def encoder_routed_layers(self) -> int:
+        """How many of the N routed layers are the encoder's."""
+        return self.encoder_layers - len(self.encoder_vanilla_layers)
+
+    @property
     def routed_layers(self) -> tuple[str, ...]:
         """Names of the N routed layers, encoder first: `encoder.0` ... `decoder.5`."""
         return tuple(
@@ -99,13 +102,14 @@ class ModelConfig:
 class RouterConfig:
     """How a task's representation becomes one distribution over experts per routed layer.
 
-    Kinds are the ten published routers, and `free`: no network, the representation (N * E numbers)
-    is the route logits.
+    Kinds (`model.router`) are the ten published routers, and `free`: no network, the representation
+    (N * E numbers) is the route logits.
 
-    Selections: `softmax`, `gumbel_softmax`, `gumbel_softmax_st` (straight-through), `argmax`
-    (straight-through, no noise), `top_k`, and the baselines `average`, `random_task` (random
-    experts per task and layer, fixed by `seed`) and `random_instance` (drawn anew for every
-    group; use one example per group). The random ones mix max(1, `experts_per_layer`) experts.
+    Selections (`model.selection`): `softmax`, `gumbel_softmax`, `gumbel_softmax_st`
+    (straight-through), `argmax` (straight-through, no noise), `top_k`, and the baselines `average`,
+    `random_task` (random experts per task and layer, fixed by `seed`) and `random_instance` (drawn
+    anew for every group; use one example per group). The random ones mix max(1,
+    `experts_per_layer`) experts.
 
     `experts_per_layer` = k gathers only each layer's k largest experts (0: all). With a hard
     selection and k < experts, the router's gradient comes from the selected experts only.
@@ -115,31 +119,10 @@ class RouterConfig:
     probability that a task's route in a layer is replaced by one of the kind `exploration_route`.
     """
 
-    kind: Literal[
-        "linear",
-        "rnn",
-        "lstm",
-        "gru",
-        "transformer",
-        "linear_layer_specific",
-        "rnn_layer_specific",
-        "lstm_layer_specific",
-        "gru_layer_specific",
-        "transformer_layer_specific",
-        "free",
-    ] = "linear"
+    kind: str = "linear"
     hidden_dim: int = 128
     representation_dim: int = 128
-    selection: Literal[
-        "softmax",
-        "gumbel_softmax",
-        "gumbel_softmax_st",
-        "argmax",
-        "top_k",
-        "average",
-        "random_task",
-        "random_instance",
-    ] = "softmax"
+    selection: str = "softmax"
     experts_per_layer: int = 0
     temperature: float = 1.0
     temperature_schedule: Literal["exponential", "linear", "constant"] = "exponential"
@@ -151,20 +134,20 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        uses_all = self.selection in ("softmax", "gumbel_softmax", "average")
-        if uses_all and self.experts_per_layer:
+        selection = selection_of(self.selection)
+        if self.experts_per_layer and not selection.gathers:
             raise UserError(
                 f"RouterConfig.selection '{self.selection}' uses every expert; experts_per_layer "
                 f"{self.experts_per_layer} needs 'top_k', 'argmax' or 'gumbel_softmax_st'"
             )
-        if self.selection == "top_k" and not self.experts_per_layer:
-            raise UserError("RouterConfig.selection 'top_k' needs experts_per_layer")
+        if selection.needs_k and not self.experts_per_layer:
+            raise UserError(f"RouterConfig.selection '{self.selection}' needs experts_per_layer")
         if not 0.0 <= self.exploration_epsilon <= 1.0:
             raise UserError(
                 f"RouterConfig.exploration_epsilon is {self.exploration_epsilon}; "
                 "it is a probability"
             )
-        if self.exploration_epsilon and self.selection in BASELINES:
+        if self.exploration_epsilon and not selection.learned:
             raise UserError(
                 f"RouterConfig.exploration_epsilon {self.exploration_epsilon} is for routes that "
                 f"the router chooses, not for selection '{self.selection}'"
@@ -178,10 +161,4 @@ class RouterConfig:
                 "RouterConfig.exploration_route 'uniform' uses every expert, but "
                 f"experts_per_layer is {self.experts_per_layer}; take 'one_hot'"
             )
-        specific = self.kind.endswith("_layer_specific")
-        name = "hidden_dim" if specific else "representation_dim"
-        if self.kind.startswith("transformer") and getattr(self, name) % ROUTER_HEADS:
-            raise UserError(
-                f"RouterConfig.{name} {getattr(self, name)} is no multiple of the "
-                f"{ROUTER_HEADS} heads of kind '{self.kind}'"
-            )
+        router_class(self.kind).check(self)

@@ -1,38 +1,12 @@
-"""Experts: whole layers stacked on leading axes [layer, expert]. Initialise, gather and mix."""
+"""Trees of experts: whole layers stacked on leading axes [layer, expert]."""
 
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 Params = Any
-# Experts mixed one after the other at most; more would compile for long.
-UNROLLED = 3
-
-
-def init_experts(
-    init: Callable[[jax.Array], Params], key: jax.Array, layers: int, count: int, noise: float
-) -> Params:
-    """Fresh layers, each with `count` copies told apart by Gaussian noise.
-
-    Args:
-        init: key -> parameters of one layer.
-        noise: standard deviation; a single expert gets none, so that E=1 is the dense model.
-
-    Returns:
-        The parameters of a layer with leading axes [layer, expert].
-    """
-    key, noise_key = jax.random.split(key)
-    params_LxP = jax.vmap(init)(jax.random.split(key, layers))
-    params_LxExP = jax.tree.map(lambda p: jnp.repeat(p[:, None], count, axis=1), params_LxP)
-    if count > 1 and noise:
-        params_LxExP = add_noise(params_LxExP, noise_key, noise)
-    for axis in ("expert", "layer"):
-        params_LxExP = nn.meta.add_axis(params_LxExP, 0, {nn.PARTITION_NAME: axis})
-    return params_LxExP
 
 
 def add_noise(params: Params, key: jax.Array, scale: float) -> Params:
@@ -111,26 +85,3 @@ def replace_routed(backbone: Params, side: str, routed: Params) -> Params:
     """`backbone` with other routed layers on one side."""
     layers = {**backbone[side]["layers"], "routed": routed}
     return {**backbone, side: {**backbone[side], "layers": layers}}
-
-
-def mix(apply: Callable[[Params], jax.Array], params_K: Params, weights_K: jax.Array) -> jax.Array:
-    """Sum over experts of weight times output (paper section 4, equation 1).
-
-    Args:
-        apply: parameters of one layer -> output.
-        params_K: parameters stacked on a leading axis of K experts.
-        weights_K: the route; or [K, R], that of each row.
-    """
-    count = weights_K.shape[0]
-    if count <= UNROLLED and jax.sharding.get_abstract_mesh().shape.get("expert", 1) == 1:
-        # A quarter faster on CPU than products with an axis of experts.
-        total = 0.0
-        for k in range(count):
-            y_x = apply(jax.tree.map(lambda p, k=k: p[k], params_K))
-            weight = weights_K[k].astype(y_x.dtype)
-            total = total + weight.reshape(-1, *[1] * (y_x.ndim - 1)) * y_x
-        return total
-    y_Kx = jax.vmap(apply)(params_K)  # where experts are sharded, each device computes its own
-    if weights_K.ndim == 1:
-        return jnp.tensordot(weights_K.astype(y_Kx.dtype), y_Kx, axes=1)
-    return jnp.einsum("kr,kr...->r...", weights_K.astype(y_Kx.dtype), y_Kx)

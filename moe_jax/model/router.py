@@ -1,44 +1,118 @@
-"""Routers: task representation -> one distribution over experts per routed layer.
+"""Routers: task representation -> route logits, over the experts of every routed layer.
 
 Ten kinds, as published (paper section 4.2): `linear`, `rnn`, `lstm`, `gru` and `transformer`,
 each in a shared form and a `_layer_specific` form. Gates follow PyTorch's formulas, so that
 published weights map one to one. No dropout.
+
+A router is a Flax module with the fields and the call of `Router`. One is added by registering its
+class, also from outside the package: `register("mine", MyRouter)`.
 """
+
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.model.attention import attend
-from moe_jax.model.config import ROUTER_HEADS, RouterConfig
 
+if TYPE_CHECKING:
+    from moe_jax.model.config import RouterConfig
+
+HEADS = 4  # of the transformer router's attention
 ROUTER_MLP = 64  # hidden size of the transformer router's feed-forward block
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
+_ROUTERS: dict[str, type["Router"]] = {}
+
+
+def register(kind: str, router: type["Router"]) -> None:
+    """Makes a router known as `RouterConfig.kind`; a second one of that name replaces the first."""
+    _ROUTERS[kind] = router
+
+
+def router_class(kind: str) -> type["Router"]:
+    """The router of this kind.
+
+    Raises:
+        UserError: there is none; the nearest names are given.
+    """
+    if kind not in _ROUTERS:
+        raise UserError(
+            f"RouterConfig.kind is {kind!r}; it is one of {', '.join(_ROUTERS)}"
+            f"{nearest(str(kind), _ROUTERS)}"
+        )
+    return _ROUTERS[kind]
+
+
 class Router(nn.Module):
-    """Route logits from task representations.
+    """A router: fields, call and checks.
+
+    Attributes:
+        layers: N, the number of routed layers.
+        experts: E.
+    """
+
+    config: "RouterConfig"
+    layers: int
+    experts: int
+
+    def __call__(self, representation_TxK: jax.Array) -> jax.Array:
+        """float32 [T, K] -> route logits float32 [T, N, E]."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: "RouterConfig") -> None:
+        """Raises a UserError where the settings do not fit this kind."""
+
+    @classmethod
+    def check_model(cls, config: "RouterConfig", layers: int, experts: int) -> None:
+        """Raises a UserError where the settings do not fit the model."""
+
+
+class FreeRouter(Router):
+    """No network: the representation [N * E] is the route logits."""
+
+    def __call__(self, representation_TxK: jax.Array) -> jax.Array:
+        return representation_TxK.reshape(-1, self.layers, self.experts)
+
+    @classmethod
+    def check_model(cls, config: "RouterConfig", layers: int, experts: int) -> None:
+        if config.representation_dim != layers * experts:
+            raise UserError(
+                f"RouterConfig.representation_dim is {config.representation_dim}, but the route "
+                f"logits of kind '{config.kind}' are {layers} layers x {experts} experts = "
+                f"{layers * experts} numbers"
+            )
+
+
+class PublishedRouter(Router):
+    """The ten published routers.
 
     Shared form: `linear` is a two-layer perceptron with one output for all layers; the others
     read the representation plus an embedding of the layer's position, as a sequence over layers.
     Layer-specific form: every routed layer has a projection (`linear`: a perceptron) of its own.
-    `free` is no network: the representation [N * E] is the route logits.
     """
 
-    config: RouterConfig
-    layers: int
-    experts: int
+    @classmethod
+    def check(cls, config: "RouterConfig") -> None:
+        specific = config.kind.endswith("_layer_specific")
+        name = "hidden_dim" if specific else "representation_dim"
+        if config.kind.startswith("transformer") and getattr(config, name) % HEADS:
+            raise UserError(
+                f"RouterConfig.{name} {getattr(config, name)} is no multiple of the "
+                f"{HEADS} heads of kind '{config.kind}'"
+            )
 
     @nn.compact
     def __call__(self, representation_TxK: jax.Array) -> jax.Array:
-        """float32 [T, K] -> route logits [T, N, E]."""
         c, N, E = self.config, self.layers, self.experts
         T, K = representation_TxK.shape
         family = c.kind.removesuffix("_layer_specific")
         own = c.kind != family  # each layer has weights of its own
         units = (N,) if own else ()
-        if family == "free":
-            return representation_TxK.reshape(T, N, E)
         x = representation_TxK
         if own:
             x = jnp.broadcast_to(x[:, None], (T, N, K))
@@ -134,7 +208,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x_TxNxD: jax.Array) -> jax.Array:
         T, N, D = x_TxNxD.shape
-        qkv = Affine(3 * D, name="qkv")(x_TxNxD).reshape(T, N, 3, ROUTER_HEADS, D // ROUTER_HEADS)
+        qkv = Affine(3 * D, name="qkv")(x_TxNxD).reshape(T, N, 3, HEADS, D // HEADS)
         y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=None).reshape(T, N, D)
         x = _norm("attention_norm")(x_TxNxD + Affine(D, name="out")(y))
         y = nn.relu(Affine(ROUTER_MLP, name="mlp_in")(x))
@@ -154,3 +228,9 @@ def _norm(name: str) -> nn.LayerNorm:
 
 def _param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]):
     return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+
+for _family in ("linear", "rnn", "lstm", "gru", "transformer"):
+    for _form in ("", "_layer_specific"):
+        register(_family + _form, PublishedRouter)
+register("free", FreeRouter)

@@ -1,12 +1,127 @@
-"""Selections: route logits -> routes. Noise only in training; deterministic at evaluation."""
+"""Selections: route logits -> routes. Noise only in training; deterministic at evaluation.
+
+A selection is one record. It is added by registering it, also from outside the package:
+
+    register(Selection("mine", lambda logits, temperature, noise, k: ..., hard=True))
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.config import RouterConfig
+from moe_jax.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from moe_jax.model.config import RouterConfig
+
+# (logits [T, N, E], temperature, standard Gumbel noise [T, N, E] or None, k) -> routes [T, N, E]:
+# float32, non-negative, summing to one over E.
+Route = Callable[[jax.Array, jax.Array | float, jax.Array | None, int], jax.Array]
 
 
-def temperature_at(config: RouterConfig, step: jax.Array | int) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How route logits become a distribution over the experts of each layer.
+
+    Attributes:
+        route: see `Route`; None where routes are drawn at random.
+        noisy: noise is drawn in training, once per task, so that a task takes one route in a
+            whole batch.
+        hard: one expert has all the weight.
+        gathers: fewer than all E experts can have weight, so that k < E may be computed.
+        needs_k: `RouterConfig.experts_per_layer` must be given.
+        learned: the router decides. If not, this is a baseline.
+        random: routes are drawn per `task`, once and for all, or per `group`, in every step.
+        settled: the selection of a trained model for a new task: the same without noise. Empty:
+            this one.
+    """
+
+    name: str
+    route: Route | None
+    noisy: bool = False
+    hard: bool = False
+    gathers: bool = False
+    needs_k: bool = False
+    learned: bool = True
+    random: Literal["", "task", "group"] = ""
+    settled: str = ""
+
+
+_SELECTIONS: dict[str, Selection] = {}
+
+
+def register(selection: Selection) -> Selection:
+    """Makes a selection known by its name; a second one of that name replaces the first."""
+    _SELECTIONS[selection.name] = selection
+    return selection
+
+
+def selection_of(name: str) -> Selection:
+    """The selection of this name.
+
+    Raises:
+        UserError: there is none; the nearest names are given.
+    """
+    if name not in _SELECTIONS:
+        raise UserError(
+            f"RouterConfig.selection is {name!r}; it is one of {', '.join(_SELECTIONS)}"
+            f"{nearest(str(name), _SELECTIONS)}"
+        )
+    return _SELECTIONS[name]
+
+
+def straight_through(soft: jax.Array) -> jax.Array:
+    """One-hot of the largest entry in value; the gradient of `soft`."""
+    hard = jax.nn.one_hot(jnp.argmax(soft, -1), soft.shape[-1], dtype=soft.dtype)
+    return hard + (soft - jax.lax.stop_gradient(soft))  # so that the value is exactly `hard`
+
+
+def top_k(logits: jax.Array, k: int) -> jax.Array:
+    """Softmax over the k largest logits, zero elsewhere."""
+    _, index = jax.lax.top_k(logits, k)
+    kept = jax.nn.one_hot(index, logits.shape[-1], dtype=bool).any(-2)
+    return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), -1)
+
+
+def _softmax(logits, temperature, noise, k):
+    del k
+    return jax.nn.softmax((logits if noise is None else logits + noise) / temperature)
+
+
+def _straight_through(logits, temperature, noise, k):
+    return straight_through(_softmax(logits, temperature, noise, k))
+
+
+def _top_k(logits, temperature, noise, k):
+    del noise
+    return top_k(logits / temperature, min(k, logits.shape[-1]))
+
+
+def _average(logits, temperature, noise, k):
+    del temperature, noise, k
+    return jnp.full_like(logits, 1.0 / logits.shape[-1])
+
+
+for _selection in (
+    Selection("softmax", _softmax),
+    Selection("gumbel_softmax", _softmax, noisy=True, settled="softmax"),
+    Selection(
+        "gumbel_softmax_st", _straight_through, noisy=True, hard=True, gathers=True,
+        settled="argmax",
+    ),
+    Selection("argmax", _straight_through, hard=True, gathers=True),
+    Selection("top_k", _top_k, gathers=True, needs_k=True),
+    Selection("average", _average, learned=False),
+    Selection("random_task", None, gathers=True, learned=False, random="task"),
+    Selection("random_instance", None, gathers=True, learned=False, random="group"),
+):  # fmt: skip
+    register(_selection)
+
+
+def temperature_at(config: "RouterConfig", step: jax.Array | int) -> jax.Array:
     """Temperature of the softmax after `step` steps (paper appendix; Jang et al. 2017).
 
     `exponential`: max(floor, temperature * exp(-rate * step)); `linear`: max(floor, temperature
@@ -23,54 +138,32 @@ def temperature_at(config: RouterConfig, step: jax.Array | int) -> jax.Array:
     return jnp.maximum(decayed, config.temperature_floor)
 
 
-def straight_through(soft: jax.Array) -> jax.Array:
-    """One-hot of the largest entry in value; the gradient of `soft`."""
-    hard = jax.nn.one_hot(jnp.argmax(soft, -1), soft.shape[-1], dtype=soft.dtype)
-    return hard + (soft - jax.lax.stop_gradient(soft))  # so that the value is exactly `hard`
-
-
-def top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Softmax over the k largest logits, zero elsewhere."""
-    _, index = jax.lax.top_k(logits, k)
-    kept = jax.nn.one_hot(index, logits.shape[-1], dtype=bool).any(-2)
-    return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), -1)
-
-
 def select(
     logits_TxNxE: jax.Array,
-    config: RouterConfig,
+    config: "RouterConfig",
     *,
     temperature: jax.Array | float,
     gumbel_TxNxE: jax.Array | None = None,
 ) -> jax.Array:
-    """Turns logits into routes.
+    """Turns logits into routes, as `config` says.
 
     Args:
-        gumbel_TxNxE: standard Gumbel noise, one draw per task, so that a task takes one route
-            in a whole batch; None at evaluation.
+        gumbel_TxNxE: standard Gumbel noise; None at evaluation.
 
     Returns:
         float32 [T, N, E], non-negative, summing to one over E.
+
+    Raises:
+        ValueError: the selection draws its routes at random.
     """
-    scaled = logits_TxNxE / temperature
-    match config.selection:
-        case "softmax":
-            return jax.nn.softmax(scaled)
-        case "gumbel_softmax" | "gumbel_softmax_st":
-            if gumbel_TxNxE is not None:
-                scaled = (logits_TxNxE + gumbel_TxNxE) / temperature
-            soft = jax.nn.softmax(scaled)
-            return soft if config.selection == "gumbel_softmax" else straight_through(soft)
-        case "argmax":
-            return straight_through(jax.nn.softmax(scaled))
-        case "top_k":
-            return top_k(scaled, min(config.experts_per_layer, logits_TxNxE.shape[-1]))
-        case "average":
-            return jnp.full_like(logits_TxNxE, 1.0 / logits_TxNxE.shape[-1])
-    raise ValueError(f"{config.selection} does not depend on route logits")
+    selection = selection_of(config.selection)
+    if selection.route is None:
+        raise ValueError(f"{selection.name} does not depend on route logits")
+    noise_TxNxE = gumbel_TxNxE if selection.noisy else None
+    return selection.route(logits_TxNxE, temperature, noise_TxNxE, config.experts_per_layer)
 
 
-def explore(routes_TxNxE: jax.Array, config: RouterConfig, key: jax.Array) -> jax.Array:
+def explore(routes_TxNxE: jax.Array, config: "RouterConfig", key: jax.Array) -> jax.Array:
     """Replaces each task's route in each layer with probability `exploration_epsilon`.
 
     By a random one-hot or by the uniform distribution; a replaced route has no gradient. One

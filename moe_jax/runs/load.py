@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params
-from moe_jax.model.moe import TaskMoE, parameter_shapes
+from moe_jax.model.task_moe import TaskMoE, parameter_shapes, shapes_of
 from moe_jax.runs import directory as run_dir
 from moe_jax.training.checkpoints import check_shapes, load_params
 from moe_jax.unseen.representations import read_representations
@@ -60,7 +60,7 @@ def load_run(
     params, meta = load_params(model_dir)
     tasks = meta["tasks"]
     model = build_model(model_config, router_config, vocabulary_size, len(tasks))
-    check_shapes(parameter_shapes(params), model.shapes(), model_dir)
+    check_shapes(parameter_shapes(params), shapes_of(model), model_dir)
     return Run(model, params, {name: i for i, name in enumerate(tasks)}, meta["step"])
 
 
@@ -88,7 +88,7 @@ def with_tasks(run: Run, names: Sequence[str], representations: str | None = Non
         params["representations"] = jnp.asarray(np.concatenate([table_TxK, new_NxK]))
     elif representations is not None:
         read_representations(representations, new, None)
-    return Run(dataclasses.replace(run.model, tasks=len(ids)), params, ids, run.step)
+    return Run(run.model.clone(tasks=len(ids)), params, ids, run.step)
 
 
 def read_run(model_dir: str, vocabulary_size: int) -> Run:

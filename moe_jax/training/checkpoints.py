@@ -14,7 +14,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params, add_noise
-from moe_jax.model.moe import parameter_shapes
+from moe_jax.model.task_moe import parameter_shapes
 from moe_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"

@@ -1,163 +1,308 @@
-"""Loss and gradients of the groups that one device holds, under their routes.
+"""The loss of many groups, each under its route, and what makes its gradient cheap.
 
-Where routes are hard, each group gathers the experts that its task uses and runs a dense model
-(DESIGN: route the weights, not the tokens): groups run one after the other in a scan, so that
-activations of one group at a time are alive, and gradients are added in place into the full tree.
-Where all groups share all weights (the dense model, or all experts computed), their rows are
-merged into one batch.
+`grouped_loss` is a plain function of parameters and routes. Its gradient is written out: groups run
+one after the other, forward and backward, so that activations of one group at a time are alive, and
+each group's gradient is added in place to that of the whole model.
+
+- Where parameters are whole on every device, a group gathers the experts that its task uses and
+  runs a dense model (DESIGN: route the weights, not the tokens).
+- Where they are cut over devices, each layer fetches the expert at hand (`model.placement`), and
+  gradients stay in their parts.
+- Where all groups use all weights (the dense model, or all experts computed), their rows are merged
+  into one batch.
 """
 
-from functools import partial
+import dataclasses
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import GROUP_AXES
+from moe_jax.core.sharding import (
+    GROUP_AXES,
+    SHARD_AXES,
+    group_shards,
+    shardings,
+    size_of,
+)
+from moe_jax.data.batch import Batch, of_rows
+from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.dispatch import Gather, Mix
 from moe_jax.model.experts import Params, gather, scatter_add
-from moe_jax.model.moe import Assignment, TaskMoE
+from moe_jax.model.placement import Placement
+from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.training.lazy import Slots
 from moe_jax.training.loss import token_losses_in_chunks
 
-Batch = dict[str, jax.Array]
 # Tokens that are merged at most: matrix products reach their speed before, and the activations of
 # more leave a CPU's caches.
 CPU_TOKENS, DEVICE_TOKENS = 2048, 8192
 
 
+@dataclasses.dataclass(frozen=True)
+class Grouping:
+    """How the groups of a batch are computed.
+
+    Attributes:
+        groups_at_once: see `StepConfig`.
+        backbone_free, routes_free: whether the gradient by the one and the other is wanted.
+    """
+
+    model: TaskMoE
+    mesh: Mesh
+    label_smoothing: float
+    groups_at_once: int
+    backbone_free: bool = True
+    routes_free: bool = True
+
+
+@cache
+def backbone_shardings(model: TaskMoE, mesh: Mesh) -> Params:
+    """NamedSharding of every array of the backbone."""
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return shardings(boxed["backbone"], mesh)
+
+
 def group_loss(
     model: TaskMoE,
     backbone: Params,
-    weights_NxK: jax.Array | None,
+    dispatch: Any,
     group: Batch,
     key: jax.Array | None,
     label_smoothing: float = 0.0,
+    placement: Placement | None = None,
 ) -> jax.Array:
-    """Summed loss of one group under its route; `key` drives dropout (None: none).
+    """Summed loss of one group; `key` drives dropout (None: none).
 
     Args:
-        backbone: with the K experts per routed layer that the weights are of.
-        weights_NxK: the route; or [N, K, R], that of each row; None for a dense model.
+        dispatch: how the experts of `backbone` are used (see `EncoderDecoder`).
         group: [R, L] arrays.
     """
-    experts = 1 if weights_NxK is None else weights_NxK.shape[1]
     rngs = None if key is None else {"dropout": key}
-    call = partial(model.backbone(experts).apply, {"params": backbone}, rngs=rngs)
-    hidden_RxLxD = call(group, weights_NxK, key is None, method="hidden")
+    module = EncoderDecoder(model.config, placement)
+    call = partial(module.apply, {"params": backbone}, rngs=rngs)
+    hidden_RxLxD = call(group, dispatch, key is not None, method="hidden")
     logits = partial(call, kernel=call(method="logits_kernel"), method="logits")
     losses = token_losses_in_chunks(logits, hidden_RxLxD, group["targets"], label_smoothing)
     return jnp.sum(jnp.where(group["target_segments"] > 0, losses, 0.0))
 
 
-def local_gradients(
-    model: TaskMoE,
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_loss(
+    grouping: Grouping,
+    into: Params,
+    weights_GxNxK: jax.Array | None,
     backbone: Params,
     batch: Batch,
-    assignment: Assignment | None,
+    index_GxNxK: jax.Array | None,
     slots: Slots | None,
     scale: jax.Array,
     key: jax.Array,
-    *,
-    label_smoothing: float,
-    groups_at_once: int,
-    shards: int,
-    weighted: bool,
-) -> tuple[jax.Array, Params, jax.Array]:
+) -> jax.Array:
+    """`scale` times the summed loss of all groups: float32 scalar.
+
+    Its gradient by the backbone arrives in `into`, which has the value of `backbone` or, with lazy
+    experts, the form of its slots (see `lazy`).
+
+    Args:
+        weights_GxNxK, index_GxNxK: an `Assignment`; None where dense.
+        batch: [G, R, L] arrays, groups spread over `GROUP_AXES`.
+        key: of dropout.
+    """
+    args = (into, weights_GxNxK, backbone, batch, index_GxNxK, slots, scale, key)
+    return _forward(grouping, *args)[0]
+
+
+def _forward(grouping, into, weights, backbone, batch, index, slots, scale, key):
+    mesh = grouping.mesh
+    places = backbone_shardings(grouping.model, mesh)
+    placement = Placement.of(places, grouping.model.config.dtype)
+    parts = jax.tree.map(_parts, places)
+    groups = P(GROUP_AXES)
+    loss, *gradients = jax.shard_map(
+        partial(_local_gradients, grouping, placement),
+        mesh=mesh,
+        in_specs=(parts, groups, groups, P(), Slots(P(), P(), P()) if slots else P(), P(), P()),
+        out_specs=(P(), parts if grouping.backbone_free else P(), groups),
+        axis_names=set(GROUP_AXES),
+        check_vma=False,
+    )(backbone, weights, batch, index, slots, scale, key)
+    return loss, gradients
+
+
+def _backward(grouping, gradients, d_loss):
+    d_into, d_weights = (jax.tree.map(lambda g: g * d_loss.astype(g.dtype), g) for g in gradients)
+    return d_into, d_weights, None, None, None, None, None, None
+
+
+grouped_loss.defvjp(_forward, _backward)
+
+
+def _parts(sharding: jax.sharding.NamedSharding) -> P:
+    """The axes that `shard_map` cuts an array along."""
+    return P(*(SHARD_AXES if names == SHARD_AXES else None for names in sharding.spec))
+
+
+def _local_gradients(
+    grouping: Grouping,
+    placement: Placement | None,
+    backbone: Params,
+    weights: jax.Array | None,
+    batch: Batch,
+    index: jax.Array | None,
+    slots: Slots | None,
+    scale: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, Params | None, jax.Array | None]:
     """Scaled sums over this device's G groups, then over devices.
 
     Args:
-        batch: [G, R, L] arrays.
-        assignment: of the groups; None for a dense model.
-        slots: see `lazy`; None for the gradient by all experts.
-        scale: of the loss, and so of its gradients.
-        groups_at_once: see `StepConfig`.
-        shards: devices that share the batch.
-        weighted: whether the gradient by the routes is wanted.
+        backbone: this device's parts of it.
+        weights, batch: of this device's groups.
+        index, slots: of all groups.
 
     Returns:
-        (loss, its gradient by the backbone, or by the slots of each routed layer, its gradient by
-        each group's weights [G, N, K]).
+        (loss, its gradient by the backbone or by the slots of each routed layer, its gradient by
+        each group's weights [G, N, K]); None where it is not wanted.
     """
+    model, mesh = grouping.model, grouping.mesh
     groups = batch["task_id"].shape[0]
-    tokens = {name: array for name, array in batch.items() if name != "task_id"}
-    index = None if assignment is None else assignment.index_GxNxK
-    weights = None if assignment is None else assignment.weights_GxNxK
-    shared = index is None
-    unroll = model.config.unroll_layers
-    at_once = min(groups_at_once or (_most_at_once(tokens) if shared else 1), groups)
+    tokens = of_rows(batch)
+    merge = index is None
+    at_once = min(grouping.groups_at_once or (_most_at_once(tokens, mesh) if merge else 1), groups)
     if groups % at_once:
         raise UserError(
             f"StepConfig.groups_at_once {at_once} does not divide the {groups} groups per device"
         )
-    first = jax.lax.axis_index(GROUP_AXES) * groups if shards > 1 else 0
-    keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(first + jnp.arange(groups))
+    place = jax.lax.axis_index(GROUP_AXES) if group_shards(mesh) > 1 else 0
+    keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(place * groups + jnp.arange(groups))
+    own = partial(_of_device, place, groups)
+    xs = {"tokens": tokens, "weights": weights, "key": keys_G}
+    whole = backbone if placement is None else placement.outside(backbone)
+    if not merge:
+        slots_GxNxK = index if slots is None else slots.slots_GxNxK
+        xs |= {"index": own(index), "slots": own(slots_GxNxK)}
+        if placement is not None:
+            xs["peers"] = _of_peers(mesh, groups, slots_GxNxK)
+            if slots is not None:
+                whole = gather(whole, slots.experts_NxS)
+    differentiate = partial(_differentiate, grouping, placement, scale)
 
-    def differentiate(loss, chosen, weights):
-        """(scaled loss, its gradient by the backbone chosen, its gradient by the routes)."""
-
-        def scaled(chosen, weights):
-            return scale * loss(chosen, weights)
-
-        if weighted:
-            value, grads = jax.value_and_grad(scaled, (0, 1))(chosen, weights)
-            return value, *grads
-        value, grads = jax.value_and_grad(scaled)(chosen, weights)
-        return value, grads, jnp.zeros(at_once) if weights is None else jnp.zeros_like(weights)
-
-    def merged(tokens_W, weights_WxNxK, keys_W):
-        rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tokens_W)
+    def merged(x_W):
+        """W groups that share all weights."""
+        rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), x_W["tokens"])
         each = rows["inputs"].shape[0] // at_once
 
-        def loss(backbone, weights_WxNxK):
-            weights_NxKxR = None
-            if weights_WxNxK is not None:
-                weights_NxKxR = jnp.repeat(jnp.moveaxis(weights_WxNxK, 0, -1), each, axis=-1)
-            return group_loss(model, backbone, weights_NxKxR, rows, keys_W[0], label_smoothing)
+        def dispatch(weights_WxNxE):
+            return Mix(jnp.repeat(jnp.moveaxis(weights_WxNxE, 0, -1), each, axis=-1))
 
-        return differentiate(loss, backbone, weights_WxNxK)
+        return differentiate(dispatch, whole, x_W["weights"], rows, x_W["key"][0])
 
-    def gathered(group, index_NxK, _, weights_NxK, group_key):
-        def loss(chosen, weights_NxK):
-            return group_loss(model, chosen, weights_NxK, group, group_key, label_smoothing)
+    def gathered(x):
+        """One group, with its experts taken from whole arrays."""
+        chosen = gather(whole, x["index"], model.config.unroll_layers)
+        return differentiate(Mix, chosen, x["weights"], x["tokens"], x["key"])
 
-        return differentiate(loss, gather(backbone, index_NxK, unroll), weights_NxK)
+    def fetched(x):
+        """One group, whose layers fetch their experts from all devices."""
 
-    def add(carry, xs):
+        def dispatch(weights_NxK):
+            return Gather(x["slots"], weights_NxK, x["peers"])
+
+        return differentiate(dispatch, whole, x["weights"], x["tokens"], x["key"])
+
+    def add(carry, x_W):
         """Adds W groups."""
         total_loss, total = carry
-        if shared:
-            loss, grads, d_weights = merged(*xs)
-            return (total_loss + loss, jax.tree.map(jnp.add, total, grads)), d_weights
+        if merge:
+            loss, grads, d_weights = merged(x_W)
+            return (total_loss + loss, _add(total, grads)), d_weights
+        one = gathered if placement is None else fetched
         if at_once == 1:
-            found = jax.tree.map(lambda a: a[None], gathered(*jax.tree.map(lambda a: a[0], xs)))
+            found = jax.tree.map(lambda a: a[None], one(jax.tree.map(lambda a: a[0], x_W)))
         else:
-            found = jax.vmap(gathered)(*xs)
+            found = jax.vmap(one)(x_W)
         losses_W, grads_W, d_weights = found
-        for w in range(at_once):
+        for w in range(at_once) if grouping.backbone_free else ():
             grads = jax.tree.map(lambda g, w=w: g[w], grads_W)
-            total = scatter_add(total, grads, xs[2][w], unroll)
+            if placement is None:
+                total = scatter_add(total, grads, x_W["slots"][w], model.config.unroll_layers)
+            else:
+                total = _add(total, grads)
         return (total_loss + losses_W.sum(), total), d_weights
 
-    xs = (tokens, weights, keys_G)
-    whole = backbone
-    if not shared:
-        xs = (tokens, index, index if slots is None else slots.slots_GxNxK, weights, keys_G)
-        whole = backbone if slots is None else jax.eval_shape(gather, backbone, slots.experts_NxS)
-    if shared and groups == at_once:
-        loss, total, d_weights = merged(*xs)
+    like = whole if grouping.backbone_free else None
+    if like is not None and slots is not None and placement is None:
+        like = jax.eval_shape(gather, whole, slots.experts_NxS)
+    nothing = (jnp.float32(0), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like))
+    xs = jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), xs)
+    if groups == at_once:
+        (loss, total), d_weights = add(nothing, jax.tree.map(lambda a: a[0], xs))
     else:
-        xs = jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), xs)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole)
-        (loss, total), d_weights = jax.lax.scan(add, (jnp.float32(0), zeros), xs)
-        d_weights = d_weights.reshape(groups, *d_weights.shape[2:])
-    if shards > 1:
-        loss, total = jax.lax.psum((loss, total), GROUP_AXES)
+        (loss, total), d_weights = jax.lax.scan(add, nothing, xs)
+        d_weights = jax.tree.map(lambda d: d.reshape(groups, *d.shape[2:]), d_weights)
+    if placement is not None:
+        total = placement.put_back(total)
+    if group_shards(mesh) > 1:
+        loss = jax.lax.psum(loss, GROUP_AXES)
+        total = _sum_over_devices(grouping, total)
     return loss, total, d_weights
 
 
-def _most_at_once(tokens: Batch) -> int:
+def _of_device(place: jax.Array | int, groups: int, array_Gx: jax.Array) -> jax.Array:
+    """The part of an array of all groups that this device's groups have."""
+    return jax.lax.dynamic_slice_in_dim(array_Gx, place * groups, groups)
+
+
+def _of_peers(mesh: Mesh, groups: int, array_GxNxK: jax.Array) -> jax.Array:
+    """Of each of this device's groups, what the devices along `SHARD_AXES` compute at the same
+    time: [groups, N, P, K]."""
+    shape = (mesh.shape["data"], size_of(mesh, SHARD_AXES), groups, *array_GxNxK.shape[1:])
+    array_PxgxNxK = array_GxNxK.reshape(shape)[jax.lax.axis_index("data")]
+    return array_PxgxNxK.transpose(1, 2, 0, 3)
+
+
+def _sum_over_devices(grouping: Grouping, total: Params) -> Params:
+    """Gradients summed over the devices that hold the same part of them."""
+
+    def one(sharding, gradient):
+        cut = any(_parts(sharding))
+        axes = ("data",) if cut else GROUP_AXES
+        return jax.lax.psum(gradient, axes) if size_of(grouping.mesh, axes) > 1 else gradient
+
+    return total and jax.tree.map(one, backbone_shardings(grouping.model, grouping.mesh), total)
+
+
+def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows, key):
+    """(scaled loss, its gradient by the backbone, its gradient by the weights), or None for it."""
+
+    def loss(free):
+        chosen, route = (free.get("backbone", backbone), free.get("weights", weights))
+        how = None if route is None else dispatch(route)
+        return scale * group_loss(
+            grouping.model, chosen, how, rows, key, grouping.label_smoothing, placement
+        )
+
+    free = {}
+    if grouping.backbone_free:
+        free["backbone"] = backbone
+    if grouping.routes_free and weights is not None:
+        free["weights"] = weights
+    value, grads = jax.value_and_grad(loss)(free)
+    return value, grads.get("backbone"), grads.get("weights")
+
+
+def _add(total: Params, addend: Params) -> Params:
+    return total and jax.tree.map(jnp.add, total, addend)
+
+
+def _most_at_once(tokens: Batch, mesh: Mesh) -> int:
     """The largest divisor of G whose groups make at most so many tokens; 1 at least."""
-    most = CPU_TOKENS if jax.default_backend() == "cpu" else DEVICE_TOKENS
+    most = CPU_TOKENS if mesh.devices.flat[0].platform == "cpu" else DEVICE_TOKENS
     groups = tokens["inputs"].shape[0]
     each = (tokens["inputs"].size + tokens["targets"].size) // groups
     fit = (w for w in range(2, groups + 1) if groups % w == 0 and w * each <= most)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.experts import Params, places, replace_routed, routed
+from moe_jax.model.experts import Params, gather, places, replace_routed, routed
+from moe_jax.model.task_moe import TaskMoE
 
 
 class Slots(NamedTuple):
@@ -39,6 +40,14 @@ def find_slots(index_GxNxK: jax.Array, experts: int) -> Slots:
     experts_NxS = order_NxE[:, : min(experts, groups * count)]
     slots_GxNxK = jnp.argsort(order_NxE, axis=1)[layer_GxNxK, index_GxNxK]
     return Slots(experts_NxS, jnp.take_along_axis(used_NxE, experts_NxS, 1), slots_GxNxK)
+
+
+def empty_slots(model: TaskMoE, backbone: Params, groups: int) -> Params:
+    """Zeros in the form of the backbone with the slots of a batch of G groups."""
+    count = min(model.config.experts, groups * model.experts_per_layer)
+    experts_NxS = jax.ShapeDtypeStruct((model.layers, count), jnp.int32)
+    form = jax.eval_shape(gather, backbone, experts_NxS)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), form)
 
 
 def update_used(

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core.errors import UserError
-from moe_jax.model.config import BASELINES
 from moe_jax.model.experts import Params
-from moe_jax.model.moe import TaskMoE
 from moe_jax.model.selection import temperature_at
+from moe_jax.model.task_moe import TaskMoE
 
 # The axis of an array in which several matrices lie side by side, by the start of its name.
 _PARTS = {"q_": -3, "kv_": -3, "qkv_": -3, "in_": -2}
@@ -87,14 +86,15 @@ def penalty(
     if config.expert_distance:
         terms["expert_distance"] = expert_distance(params["backbone"])
     if config.route_entropy or config.route_load:
-        selection = model.router_config.selection
-        if selection in BASELINES:
+        if not model.selection.learned:
             name = "route_entropy" if config.route_entropy else "route_load"
             raise UserError(
                 f"StepConfig.{name} is for routes that the router chooses, not for selection "
-                f"'{selection}'"
+                f"'{model.selection.name}'"
             )
-        logits_TxNxE = model.router.apply({"params": params["router"]}, params["representations"])
+        logits_TxNxE = model.new_router().apply(
+            {"params": params["router"]}, params["representations"]
+        )
         soft_TxNxE = jax.nn.softmax(logits_TxNxE / temperature_at(model.router_config, step))
         soft_GxNxE = soft_TxNxE[task_id_G]
         if config.route_entropy:

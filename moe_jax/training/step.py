@@ -1,11 +1,7 @@
-"""One training step: routes, gradients of the groups (`groups`), then the optimizer.
-
-Under a mesh, each device computes the groups it holds.
-"""
+"""One training step: the gradient of the loss of all groups, the optimizer, the update."""
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import gin
@@ -14,16 +10,16 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.errors import UserError, check_fields
-from moe_jax.core.sharding import GROUP_AXES, group_shards, replicated, shardings
+from moe_jax.core.sharding import replicated, shardings
+from moe_jax.data.batch import Batch
 from moe_jax.data.packing import padding_share
 from moe_jax.model.experts import Params
-from moe_jax.model.moe import Assignment, TaskMoE
 from moe_jax.model.selection import temperature_at
-from moe_jax.training.grouped_loss import Batch, local_gradients
-from moe_jax.training.lazy import Slots, find_slots, update_used
+from moe_jax.model.task_moe import Assignment, TaskMoE, init_params, routes_of
+from moe_jax.training.grouped_loss import Grouping, grouped_loss
+from moe_jax.training.lazy import Slots, empty_slots, find_slots, update_used
 from moe_jax.training.optimizer import OptimizerConfig, apply, clip_scale, make_optimizer, schedule
 from moe_jax.training.penalties import penalty, route_entropy
 
@@ -78,12 +74,13 @@ def state_shardings(
     Whatever makes a state places it so, and the step keeps it so: it is compiled once.
     """
     boxed = jax.eval_shape(
-        lambda key: init_state(model.init(key), optimizer), jax.random.key(0, impl=PRNG)
+        lambda: init_state(init_params(model, jax.random.key(0, impl=PRNG)), optimizer)
     )
     return shardings(boxed, mesh)
 
 
-def gradients(
+def loss_and_metrics(
+    free: Params,
     model: TaskMoE,
     params: Params,
     batch: Batch,
@@ -92,88 +89,82 @@ def gradients(
     key: jax.Array,
     config: StepConfig,
     mesh: Mesh,
-    frozen: tuple[str, ...] = (),
     lazy: bool = False,
-) -> tuple[Params, dict[str, jax.Array], Slots | None]:
-    """Gradient of the mean loss per target token, and metrics.
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Slots | None]]:
+    """Mean loss per target token, and what is added to it; metrics; the slots of lazy experts.
 
     Args:
-        batch: a batch of the pipeline, [G, R, L] arrays; groups sharded over the data axes.
+        free: the parts of `params` that are trained, to be differentiated by. With lazy experts,
+            the backbone among them has the form of its slots (see `lazy`).
+        params: all parts.
+        batch: a batch of the pipeline, [G, R, L] arrays; groups over `GROUP_AXES`.
         step: for the temperature.
         key: of this step; dropout, Gumbel noise and random routes are drawn from it.
-        frozen: parts of the parameters whose gradient is left zero (and not computed).
-        lazy: where groups gather experts, only those in use are differentiated (see `lazy`).
-
-    Returns:
-        (gradients like `params`, {"loss", "target_tokens", ...} scalars, None); with `lazy`,
-        (gradients with only the slots of every routed layer, scalars, slots).
     """
     route_key, dropout_key = jax.random.split(key)
-    free_router = model.routed and not {"router", "representations"} <= set(frozen)
-    routing_params = {k: v for k, v in params.items() if k != "backbone"}
-
-    def assign(routing_params: Params) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
-        routes_TxNxE = model.routes(routing_params, step, route_key)
-        assignment = model.assign(routes_TxNxE, batch["task_id"], route_key)
-        return assignment.weights_GxNxK, (assignment.index_GxNxK, routes_TxNxE)
-
-    metrics = {}
-    assignment = index = pull_back = None
+    trained = {part: tree for part, tree in free.items() if part != "backbone" or not lazy}
+    whole = params | trained
+    assignment, slots, metrics = Assignment(None, None), None, {}
     if model.routed:
-        if free_router:
-            weights, pull_back, (index, routes) = jax.vjp(assign, routing_params, has_aux=True)
-        else:
-            weights, (index, routes) = assign(routing_params)
-        assignment = Assignment(index, weights)
-        metrics["route_entropy"] = route_entropy(routes)
+        routes_TxNxE = routes_of(model, whole, step, route_key)
+        assignment = model.assign(routes_TxNxE, batch["task_id"], route_key)
+        metrics["route_entropy"] = route_entropy(routes_TxNxE)
         metrics["temperature"] = temperature_at(model.router_config, step)
+    if lazy:
+        slots = find_slots(assignment.index_GxNxK, model.config.experts)
 
     target_tokens = jnp.sum(batch["target_segments"] > 0).astype(jnp.float32)
-    scale = 1.0 / jnp.maximum(target_tokens, 1.0)
-    local = partial(
-        local_gradients, model, label_smoothing=config.label_smoothing,
-        groups_at_once=config.groups_at_once, shards=group_shards(mesh), weighted=free_router,
+    grouping = Grouping(
+        model, mesh, config.label_smoothing, config.groups_at_once, "backbone" in free,
+        routes_free=bool(free.keys() & {"router", "representations"}),
     )  # fmt: skip
-    slots = None
-    if lazy and index is not None and "backbone" not in frozen:
-        slots = find_slots(index, model.config.experts)
-    loss, backbone_grads, weight_grads = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(
-            P(),
-            P(GROUP_AXES),
-            P(GROUP_AXES),
-            Slots(P(), P(), P(GROUP_AXES)) if slots else P(),
-            P(),
-            P(),
-        ),
-        out_specs=(P(), P(), P(GROUP_AXES)),
-        axis_names=set(GROUP_AXES),
-        check_vma=False,
-    )(params["backbone"], batch, assignment, slots, scale, dropout_key)
-
-    grads = jax.tree.map(jnp.zeros_like, routing_params)
-    if pull_back is not None:
-        grads = pull_back(weight_grads)[0]
-    grads = {"backbone": backbone_grads, **grads}
+    loss = grouped_loss(
+        grouping, free.get("backbone", params["backbone"]), assignment.weights_GxNxK,
+        jax.lax.stop_gradient(params["backbone"]), batch, assignment.index_GxNxK, slots,
+        1.0 / jnp.maximum(target_tokens, 1.0), dropout_key,
+    )  # fmt: skip
+    terms = jnp.float32(0)
     if model.routed and (config.expert_distance or config.route_entropy or config.route_load):
-        if slots is not None and config.expert_distance:
+        if lazy and config.expert_distance:
             raise UserError(
                 "StepConfig.expert_distance moves every expert, OptimizerConfig.lazy only those "
                 "in use: take one of them"
             )
-        add_grads, terms = jax.grad(
-            lambda p: penalty(model, p, batch["task_id"], step, config), has_aux=True
-        )(params)
-        if slots is not None:  # no term depends on the experts
-            add_grads["backbone"] = jax.tree.map(jnp.zeros_like, grads["backbone"])
-        grads = jax.tree.map(jnp.add, grads, add_grads)
-        metrics |= terms
-    for part in frozen:
-        if part in grads:
-            grads[part] = jax.tree.map(jnp.zeros_like, grads[part])
-    return grads, {"loss": loss, "target_tokens": target_tokens, **metrics}, slots
+        terms, by_name = penalty(model, whole, batch["task_id"], step, config)
+        metrics |= by_name
+    metrics = {"loss": loss, "target_tokens": target_tokens, **metrics}
+    return loss + terms, (metrics, slots)
+
+
+def gradients(
+    model: TaskMoE,
+    params: Params,
+    batch: Batch,
+    *,
+    frozen: tuple[str, ...] = (),
+    lazy: bool = False,
+    **settings: Any,
+) -> tuple[Params, dict[str, jax.Array], Slots | None]:
+    """Gradient of `loss_and_metrics`, which takes the same arguments.
+
+    Args:
+        frozen: parts of the parameters whose gradient is left zero (and not computed).
+        lazy: where groups gather experts, only those in use are differentiated (see `lazy`).
+
+    Returns:
+        (gradients like `params`, metrics, None); with `lazy`, (gradients with only the slots of
+        every routed layer, metrics, slots).
+    """
+    free = {part: tree for part, tree in params.items() if part not in frozen}
+    gathers = model.routed and model.experts_per_layer < model.config.experts
+    lazy = lazy and gathers and "backbone" in free
+    if lazy:
+        groups = batch["task_id"].shape[0]
+        free["backbone"] = empty_slots(model, params["backbone"], groups)
+    differentiate = jax.value_and_grad(loss_and_metrics, has_aux=True)
+    (_, (metrics, slots)), grads = differentiate(free, model, params, batch, lazy=lazy, **settings)
+    zeros = {part: jax.tree.map(jnp.zeros_like, params[part]) for part in params if part in frozen}
+    return {**grads, **zeros}, metrics, slots
 
 
 def make_train_step(
@@ -197,6 +188,7 @@ def make_train_step(
     optimizer = make_optimizer(optimizer_config)
 
     def train_step(state: TrainState, batch: Batch, learning_rates: dict[str, jax.Array]):
+        # 1. The gradient.
         key = jax.random.fold_in(jax.random.key(seed, impl=PRNG), state.step)
         grads, metrics, slots = gradients(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
@@ -205,6 +197,7 @@ def make_train_step(
         clip, metrics["gradient_norm"] = clip_scale(optimizer_config, grads, state.step)
         share = padding_share(batch)  # of the whole batch, whichever process holds which part
         metrics |= {f"padding/{name}": share[name] for name in ("all", "unpacked")}
+        # 2. The update.
         height = schedule(optimizer_config, state.step, total_steps)
         rates = {part: height * rate for part, rate in learning_rates.items()}
         metrics["learning_rate"] = rates["backbone"]
@@ -216,6 +209,7 @@ def make_train_step(
                 directions, opt_state = optimizer.update(grads, opt_state, params)
             return apply(params, directions, rates), opt_state
 
+        # 3. Applied, in place.
         old = (state.params, state.opt_state, grads)
         params, opt_state = update(*old) if slots is None else update_used(update, *old, slots)
         return TrainState(state.step + 1, params, opt_state), metrics

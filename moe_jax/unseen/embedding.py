@@ -17,8 +17,9 @@ from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.packing import Batch
 from moe_jax.data.pipeline import eval_batches, task_batches
 from moe_jax.evaluation.evaluator import INPUTS, TARGETS, input_bucket
+from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.experts import Params
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE
 from moe_jax.runs.config import DataConfig
 from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.optimizer import OptimizerConfig
@@ -36,8 +37,8 @@ def text_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
         float32 [d_model].
     """
     segments_RxL = batch["input_segments"]
-    states_RxLxD = model.backbone(1).apply(
-        {"params": backbone}, batch["inputs"], segments_RxL, batch["input_positions"], None,
+    states_RxLxD = EncoderDecoder(model.config).apply(
+        {"params": backbone}, batch["inputs"], segments_RxL, batch["input_positions"],
         method="encode",
     )  # fmt: skip
     real_RxL = (segments_RxL > 0).astype(jnp.float32)

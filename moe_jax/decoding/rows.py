@@ -1,26 +1,26 @@
 """Rows of many tasks in one batch: each layer's experts, applied to the rows that use them.
 
-For evaluation only (no gradients). Training keeps a group's rows together (`experts.gather`); here
-a batch is whatever asks to be answered. In every layer the rows are sorted by their expert, so
+For evaluation only (no gradients). Training keeps a group's rows together; here a batch is whatever
+asks to be answered. In every layer the rows are sorted by their expert, so
 that each expert runs over its own rows and a mixed batch computes what a single-task batch does.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from moe_jax.model.attention import causal_mask, segment_mask
-from moe_jax.model.backbone import EncoderDecoder, layer_runs
-from moe_jax.model.blocks import DecoderLayer, EncoderLayer
+from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.experts import Params
-from moe_jax.model.moe import TaskMoE
+from moe_jax.model.routed_stack import layer_runs
+from moe_jax.model.task_moe import TaskMoE
+
+Params = Any
 
 # Tokens of whole inputs that an expert computes at once where rows are mixed: the fewest that
 # matrix products reach their speed with, since the last block of an expert is not full.
@@ -62,8 +62,7 @@ class RowRoutes(NamedTuple):
 
 def experts_per_row(model: TaskMoE) -> int:
     """K, how many experts a route has at evaluation, where selection is without noise."""
-    one_hot = model.router_config.selection in ("argmax", "gumbel_softmax_st")
-    return 1 if one_hot else model.experts_per_layer
+    return 1 if model.selection.hard else model.experts_per_layer
 
 
 def row_routes(routes_TxNxE: np.ndarray, task_id_R: np.ndarray, count: int) -> RowRoutes:
@@ -95,14 +94,31 @@ class Places(NamedTuple):
     """Where the rows stand in one layer: V = K x R of them, sorted by slot.
 
     `order_V`, `inverse_V` and `starts` [S + 1] are None where row r's c-th expert is slot c.
-    `weights_KxR` is None where nothing is routed.
+    `experts_S` is None where parameters are those of the slots already, or of the one expert there
+    is; `weights_KxR` is None where nothing is routed.
     """
 
-    experts_S: jax.Array
+    experts_S: jax.Array | None = None
     weights_KxR: jax.Array | None = None
     order_V: jax.Array | None = None
     inverse_V: jax.Array | None = None
     starts: jax.Array | None = None
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        if self.starts is not None:
+            return self.starts.shape[0] - 1
+        return 1 if self.weights_KxR is None else self.weights_KxR.shape[0]
+
+    def experts(self, params: Params) -> list[Params]:
+        """The parameters of each slot, of one layer's [E, ...]."""
+        if self.experts_S is not None:
+            chosen = [self.experts_S[s] for s in range(self.experts_S.shape[0])]
+            return [jax.tree.map(lambda p, e=e: p[e], params) for e in chosen]
+        if self.slots == 1:
+            return [params]
+        return [jax.tree.map(lambda p, s=s: p[s], params) for s in range(self.slots)]
 
     def enter(self, x_Rx: jax.Array) -> jax.Array:
         """[R, ...] -> [V, ...] in this layer's order."""
@@ -121,7 +137,7 @@ class Places(NamedTuple):
         return jnp.einsum("kr,kr...->r...", weights, y_KxRx)
 
 
-def _all_places(routes: RowRoutes) -> Places:
+def all_places(routes: RowRoutes) -> Places:
     """`Places` of all N layers, stacked."""
     experts_NxS, slots_NxRxK, weights_NxRxK = map(jnp.asarray, routes)
     weights_NxKxR = weights_NxRxK.swapaxes(1, 2)
@@ -189,6 +205,28 @@ def by_expert(
     return jax.tree.map(lambda y: y[:rows], ys)
 
 
+class ByExpert(struct.PyTreeNode):
+    """The dispatch of rows whose routes differ (see `model.dispatch`); without gradients.
+
+    Attributes:
+        places: of the rows in all N routed layers, stacked.
+    """
+
+    places: Places
+
+    def __call__(self, layer, x, rows, shared, placement, prefix) -> jax.Array:
+        del placement, prefix  # parameters are whole here
+        apart = layer.clone(parent=None)
+
+        def apply(params, x, *rows):
+            return apart.apply({"params": params}, x, *rows, *shared)
+
+        params_S = self.places.experts(layer.variables["params"])
+        entered = [self.places.enter(a) for a in (x, *rows)]
+        block = input_block(x.shape[1])
+        return self.places.leave(by_expert(apply, params_S, self.places, block, *entered))
+
+
 @dataclasses.dataclass(frozen=True)
 class RowModel:
     """A model and the routes of one batch: what `model(rows)` needs besides the rows.
@@ -206,90 +244,53 @@ class RowModel:
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+    def call(self, method: Callable[..., Any] | str, *args: Any) -> Any:
         """`method(backbone, *args)` with the parameters bound."""
-        backbone = self.model.backbone(self.config.experts)
-        return backbone.apply({"params": self.params}, *args, method=method)
+        return EncoderDecoder(self.config).apply({"params": self.params}, *args, method=method)
 
-    def runs(self, side: str) -> list[tuple[Params, slice, Places]]:
-        """For each run of layers: its stack, its place there, and its `Places`, stacked."""
-        c = self.config
-        n = 0 if side == "encoder" else c.encoder_layers - len(c.encoder_vanilla_layers)
-        all_places = None if self.routes is None else _all_places(self.routes)
-        result = []
-        for kind, at in layer_runs(c, side):
-            stack, count = self.params[side]["layers"][kind], at.stop - at.start
-            if kind == "vanilla" or all_places is None:
-                places = Places(jnp.zeros((count, 1), jnp.int32))
-            else:
-                here = slice(n + at.start, n + at.stop)
-                places = jax.tree.map(lambda a, here=here: a[here], all_places)
-            result.append((stack, at, places))
-        return result
-
-    def experts(self, stack: Params, layer: jax.Array | int, places: Places) -> list[Params]:
-        """The layer's parameters of each slot, in the type it computes in."""
-
-        def take(expert, path, p):
-            # Norms compute in float32.
-            norm = any(key.key.endswith("_norm") for key in path)
-            return p[layer, expert].astype(p.dtype if norm else self.config.dtype)
-
-        return [
-            jax.tree_util.tree_map_with_path(partial(take, places.experts_S[s]), stack)
-            for s in range(places.experts_S.shape[0])
-        ]
-
-    def _run_layers(self, side: str, apply: Callable[..., Any], x_RxLxD, *others_RxL) -> jax.Array:
-        """All layers of a side, one after the other; others are what `apply` needs besides x."""
-        block = input_block(x_RxLxD.shape[1])
-        for stack, at, places_run in self.runs(side):
-
-            def body(x, layer, stack=stack):
-                number, places = layer
-                entered = [places.enter(a) for a in (x, *others_RxL)]
-                params_S = self.experts(stack, number, places)
-                return places.leave(by_expert(apply, params_S, places, block, *entered)), None
-
-            layers = (jnp.arange(at.start, at.stop), places_run)
-            x_RxLxD, _ = jax.lax.scan(body, x_RxLxD, layers, unroll=self.config.unroll_layers)
-        return x_RxLxD
+    @property
+    def _dispatch(self) -> ByExpert | None:
+        return None if self.routes is None else ByExpert(all_places(self.routes))
 
     def encode(self, inputs_RxL, segments_RxL, positions_RxL) -> jax.Array:
         """int [R, L_in] tokens, segments (0: padding), positions -> [R, L_in, D]."""
-        layer = EncoderLayer(self.config, parent=None)
-        places = jnp.arange(inputs_RxL.shape[1])
-
-        def embed(m: EncoderDecoder):
-            x = m.embedding[inputs_RxL].astype(self.config.dtype)
-            return m.encoder.embed(x, positions_RxL, True), m.encoder.bias(places, places)
-
-        x, bias = self.call(embed)
-
-        def apply(params, x, segments):
-            return layer.apply({"params": params}, x, segment_mask(segments, segments), bias)
-
-        x = self._run_layers("encoder", apply, x, segments_RxL)
-        return self.call(lambda m: m.encoder.finish(x, True))
+        return self.call("encode", inputs_RxL, segments_RxL, positions_RxL, self._dispatch)
 
     def decode(
         self, encoded, input_segments, decoder_inputs_RxL, segments_RxL, positions_RxL
     ) -> jax.Array:
         """Whole targets at once (teacher forcing): int [R, L_out] -> hidden [R, L_out, D]."""
-        layer = DecoderLayer(self.config, parent=None)
-        length = decoder_inputs_RxL.shape[1]
-        places = jnp.arange(length)
+        args = (encoded, input_segments, decoder_inputs_RxL, segments_RxL, positions_RxL)
+        return self.call("decode", *args, self._dispatch)
 
-        def embed(m: EncoderDecoder):
-            x = m.embedding[decoder_inputs_RxL].astype(self.config.dtype)
-            return m.decoder.embed(x, positions_RxL, True), m.decoder.bias(places, places)
+    def decoder_layers(self) -> list[tuple[list[Params], Places]]:
+        """Of every decoder layer in order, each slot's parameters and the rows' places.
 
-        x, bias = self.call(embed)
+        Parameters are arrays of their own, in the type that they are computed with.
+        """
+        routed = None if self.routes is None else all_places(self.routes)
+        first = self.config.encoder_routed_layers
+        result = []
+        for kind, at in layer_runs(self.config, "decoder"):
+            stack = self.params["decoder"]["layers"][kind]
+            for layer in range(at.start, at.stop):
+                if kind == "vanilla" or routed is None:
+                    params, places = jax.tree.map(lambda p, i=layer: p[i, 0], stack), Places()
+                else:
+                    params = jax.tree.map(lambda p, i=layer: p[i], stack)
+                    places = jax.tree.map(lambda a, n=first + layer: a[n], routed)
+                    if places.experts_S is None and places.slots == 1:
+                        params = jax.tree.map(lambda p: p[0], params)
+                cast = [as_computed(p, self.config.dtype) for p in places.experts(params)]
+                result.append((cast, places))
+        return result
 
-        def apply(params, x, encoded, input_segments, segments):
-            mask = segment_mask(segments, segments) & causal_mask(length)
-            cross_mask = segment_mask(segments, input_segments)
-            return layer.apply({"params": params}, x, encoded, mask, cross_mask, bias)
 
-        x = self._run_layers("decoder", apply, x, encoded, input_segments, segments_RxL)
-        return self.call(lambda m: m.decoder.finish(x, True))
+def as_computed(params: Params, dtype: str) -> Params:
+    """A layer's parameters in `dtype`, but for norms, which compute in float32."""
+
+    def cast(path, p):
+        norm = any(key.key.endswith("_norm") for key in path)
+        return p if norm else p.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

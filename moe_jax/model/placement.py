@@ -1,0 +1,154 @@
+"""How a layer's weights reach the device that computes it, from the devices that hold their parts.
+
+Under `fsdp` and `expert`, a device holds one part of every array (`core.sharding`). Whole, it only
+ever has the layer at hand: fetched when the layer is computed, again in the backward pass, and
+dropped after. Functions here run inside `jax.shard_map`, where arrays are a device's own parts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+
+from moe_jax.core.sharding import SHARD_AXES
+
+Params = Any
+# The name of fetched weights, for `jax.checkpoint`: they are not kept for the backward pass.
+FETCHED = "fetched_weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Which axis of which array is cut.
+
+    Attributes:
+        cut: (name of a parameter such as `encoder/norm/scale`, axis) of every array that is cut.
+        dtype: weights travel in it.
+    """
+
+    cut: tuple[tuple[str, int], ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, shardings: Params, dtype: str) -> "Placement | None":
+        """The placement of a backbone; None where every device holds all of it.
+
+        Args:
+            shardings: its tree of NamedShardings.
+        """
+        cut = []
+        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
+            cut += [(_name(path), axis) for axis in _cut_axes(sharding)]
+        return cls(tuple(cut), dtype) if cut else None
+
+    def axes(self, prefix: str = "") -> dict[str, int]:
+        """Parameter -> axis, of those whose name starts with `prefix`, which is taken off."""
+        names = {name: axis for name, axis in self.cut if name.startswith(prefix)}
+        return {name.removeprefix(prefix): axis for name, axis in names.items()}
+
+    def gather(self, params: Params, prefix: str = "", stacked: int = 0) -> Params:
+        """Whole arrays from the parts of all devices (all-gather; backwards, reduce-scatter).
+
+        Args:
+            prefix: of the names of `params` in the backbone.
+            stacked: leading axes that were taken off the arrays.
+        """
+        axes = self.axes(prefix)
+
+        def whole(path, x):
+            axis = axes.get(_name(path))
+            return x if axis is None else _fetched(_all_gather(x, axis - stacked, self.dtype))
+
+        return jax.tree_util.tree_map_with_path(whole, params)
+
+    def outside(self, backbone: Params) -> Params:
+        """The backbone with everything whole but its layers, in float32."""
+        return self._map_outside(lambda x, axis: _all_gather(x, axis, "float32"), backbone)
+
+    def put_back(self, gradients: Params) -> Params:
+        """Gradients by what `outside` returned -> gradients by this device's parts."""
+        return self._map_outside(_sum_and_cut, gradients)
+
+    def _map_outside(self, function: Callable[[jax.Array, int], jax.Array], tree: Params) -> Params:
+        axes = {name: axis for name, axis in self.cut if "/layers/" not in name}
+
+        def one(path, x):
+            axis = axes.get(_name(path))
+            return x if axis is None else function(x, axis)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def exchange(self, params_E: Params, expert_P: jax.Array, prefix: str) -> Params:
+        """Every device's own expert, whole, by one all-to-all for each array.
+
+        A device sends each of its peers that peer's expert, as far as it holds it. What travels is
+        one layer's size, whatever E is. Backwards, gradients return the same way to their owners.
+
+        Args:
+            params_E: this device's parts of one layer's E experts.
+            expert_P: int, the expert that each of the P devices along `SHARD_AXES` wants.
+            prefix: of the layer's names in the backbone.
+        """
+        axes = self.axes(prefix)
+        own = expert_P[jax.lax.axis_index(SHARD_AXES)]
+
+        def whole(path, x_Ex):
+            axis = axes.get(_name(path))
+            if axis is None:
+                return jax.lax.dynamic_index_in_dim(x_Ex, own, keepdims=False)
+            # Cast after the choice, so that gradients are added up in float32.
+            parts_Px = _take(x_Ex, expert_P).astype(self.dtype)
+            # Of [layer, expert, ...], two axes are gone and one of peers has come.
+            y = jax.lax.all_to_all(parts_Px, SHARD_AXES, 0, axis - 1, tiled=True)
+            return _fetched(y[0])
+
+        return jax.tree_util.tree_map_with_path(whole, params_E)
+
+
+def _take(x_Ex: jax.Array, index_P: jax.Array) -> jax.Array:
+    return x_Ex.at[index_P].get(mode="promise_in_bounds")
+
+
+def _fetched(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, FETCHED)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(p.key for p in path)
+
+
+def _cut_axes(sharding: NamedSharding) -> list[int]:
+    sizes = sharding.mesh.shape
+    result = []
+    for axis, names in enumerate(sharding.spec):
+        names = (names,) if isinstance(names, str) else names or ()
+        if any(sizes[name] > 1 for name in names if name in SHARD_AXES):
+            result.append(axis)
+    return result
+
+
+def _sum_and_cut(x: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.psum_scatter(x, SHARD_AXES, scatter_dimension=axis, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_gather(x: jax.Array, axis: int, dtype: str) -> jax.Array:
+    return jax.lax.all_gather(x.astype(dtype), SHARD_AXES, axis=axis, tiled=True)
+
+
+def _all_gather_forward(x, axis, dtype):
+    return _all_gather(x, axis, dtype), None
+
+
+def _all_gather_backward(axis, dtype, _, dy):
+    del dtype
+    # Summed in float32, whatever the weights travelled in.
+    return (_sum_and_cut(dy.astype(jnp.float32), axis),)
+
+
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)

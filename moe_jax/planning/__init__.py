@@ -1,0 +1,1 @@
+"""What a training step would need on devices that are not at hand."""

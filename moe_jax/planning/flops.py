@@ -1,0 +1,46 @@
+"""Counts the matrix products of a traced function."""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+
+
+def flops(function: Any, *args: Any) -> float:
+    """Floating-point operations of all matrix products in one call, on one device.
+
+    Loops count as often as they run, what is computed again in the backward pass counts again.
+    Inside `shard_map`, shapes are one device's; axes left to the partitioner are divided by the
+    size of the mesh axis `model`.
+
+    Args:
+        args: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        match equation.primitive.name:
+            case "dot_general":
+                total += _of_product(equation)
+            case "scan":
+                total += equation.params["length"] * _of_jaxpr(equation.params["jaxpr"].jaxpr)
+            case "cond":
+                total += max(_of_jaxpr(branch.jaxpr) for branch in equation.params["branches"])
+            case "shard_map":
+                model = equation.params["mesh"].shape.get("model", 1)
+                total += _of_jaxpr(equation.params["jaxpr"]) / model
+            case _:
+                for inner in jaxprs_in_params(equation.params):
+                    total += _of_jaxpr(inner)
+    return total
+
+
+def _of_product(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    sums = math.prod(left[axis] for axis in contracted)
+    return 2.0 * sums * math.prod(equation.outvars[0].aval.shape)

@@ -1,0 +1,139 @@
+"""Training on meshes of 8 devices is training on one; no device holds more than its share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_run import random_batch, tiny_model, tiny_params
+
+from moe_jax.core.sharding import LOGICAL_AXES, MeshConfig, by_group, make_mesh
+from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.step import (
+    StepConfig,
+    gradients,
+    init_state,
+    make_train_step,
+    state_shardings,
+)
+
+MESHES = {
+    "8 data": MeshConfig(data=8),
+    "8 fsdp": MeshConfig(data=1, fsdp=8),
+    "2 fsdp, 4 expert": MeshConfig(data=1, fsdp=2, expert=4),
+    "2 data, 2 fsdp, 2 expert": MeshConfig(data=2, fsdp=2, expert=2),
+    "2 fsdp, 2 expert, 2 model": MeshConfig(data=1, fsdp=2, expert=2, model=2),
+}
+# Routed and vanilla layers in turn: hard routes of one and of two experts, soft routes, no routes.
+# Where groups share all weights they are merged, and dropout depends on which they are.
+LAYERS = {"encoder_layers": 2, "encoder_vanilla_layers": (0,)}
+ROUTES = {
+    "hard": {"selection": "gumbel_softmax_st", "experts_per_layer": 1, "dropout_rate": 0.1},
+    "two": {"selection": "top_k", "experts_per_layer": 2, "dropout_rate": 0.1},
+    "soft": {"selection": "gumbel_softmax"},
+    "dense": {"experts": 1},
+}
+# Adam's usual epsilon would blow up gradients that are zero but for rounding (key biases).
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.5, clip_norm=0.5, epsilon=1e-2)
+KEY = jax.random.key(5, impl="rbg")
+BATCHES = [random_batch(groups=16, rows=1, seed=seed) for seed in (0, 1, 0)]
+
+
+@functools.cache
+def trained(mesh_name: str, routes: str, remat: bool, differentiate: bool):
+    """(gradients of the first batch, if wanted, parameters after 3 steps, metrics of each)."""
+    model = tiny_model(**LAYERS, **ROUTES[routes], remat=remat)
+    one = mesh_name == "1 device"
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if one else make_mesh(MESHES[mesh_name])
+    params = tiny_params(model)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(OPTIMIZER)
+        places = state_shardings(model, optimizer, mesh)
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
+        batches = [jax.device_put(batch, by_group(mesh)) for batch in BATCHES]
+        grads = {}
+        if differentiate:
+            settings = {"step": jnp.int32(0), "key": KEY, "config": StepConfig(), "mesh": mesh}
+            compute = jax.jit(lambda params, batch: gradients(model, params, batch, **settings)[0])
+            grads = compute(state.params, batches[0])
+        step = make_train_step(model, OPTIMIZER, StepConfig(), mesh, total_steps=10, seed=0)
+        rates = {k: jnp.float32(v) for k, v in OPTIMIZER.learning_rates.items()}
+        seen = []
+        for batch in batches:
+            state, metrics = step(state, batch, rates)
+            seen.append(metrics)
+        assert step._cache_size() == 1
+        return jax.device_get((grads, state.params, seen))
+
+
+def assert_close(a, b, relative=1e-5):
+    """Equal trees, relative to the largest entry of each part of the model."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for part in a:
+        size = max(np.max(np.abs(x), initial=0) for x in jax.tree.leaves(b[part]))
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(a[part]), jax.tree.leaves(b[part]), strict=True
+        ):
+            where = part + jax.tree_util.keystr(path)
+            np.testing.assert_allclose(x, y, rtol=relative, atol=relative * size, err_msg=where)
+
+
+def check(mesh_name: str, routes: str, remat: bool, differentiate: bool) -> None:
+    grads, params, seen = trained(mesh_name, routes, remat, differentiate)
+    wanted_grads, wanted, wanted_seen = trained("1 device", routes, False, differentiate)
+    assert_close(grads, wanted_grads)
+    assert_close(params, wanted)
+    for found, expected in zip(seen, wanted_seen, strict=True):
+        assert found.keys() == expected.keys()
+        for key in found:  # among them the loss and the norm of the gradient
+            np.testing.assert_allclose(found[key], expected[key], rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize(("mesh", "routes", "remat"), [
+    ("8 data", "hard", False),
+    ("8 fsdp", "hard", True),
+    ("2 fsdp, 4 expert", "soft", False),
+    ("2 data, 2 fsdp, 2 expert", "hard", False),
+    ("2 fsdp, 2 expert, 2 model", "two", False),
+    ("8 fsdp", "dense", False),
+])  # fmt: skip
+def test_meshes_agree_with_one_device(mesh, routes, remat):
+    check(mesh, routes, remat, differentiate=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_all_meshes_agree_with_one_device(mesh, routes, remat):
+    check(mesh, routes, remat, differentiate=True)
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("8 data", (1, 4, 16, 1, 32)),
+    ("8 fsdp", (1, 4, 2, 1, 32)),
+    ("2 fsdp, 4 expert", (1, 4, 2, 1, 32)),
+    ("2 data, 2 fsdp, 2 expert", (1, 4, 4, 1, 32)),
+    ("2 fsdp, 2 expert, 2 model", (1, 4, 4, 1, 16)),
+])  # fmt: skip
+def test_parameters_and_optimizer_state_are_sharded(name, shape):
+    model = tiny_model(**ROUTES["hard"])
+    places = state_shardings(model, make_optimizer(OPTIMIZER), make_mesh(MESHES[name]))
+    arrays = jax.device_put(tiny_params(model), places.params)
+    kernel = arrays["backbone"]["decoder"]["layers"]["routed"]["feed_forward"]["in_kernel"]
+    assert kernel.shape == (1, 4, 16, 1, 32)
+    assert {s.data.shape for s in kernel.addressable_shards} == {shape}
+    # Adam's moments lie beside their parameters.
+    wanted = {a.sharding for a in jax.tree.leaves(arrays)}
+    assert {a for a in jax.tree.leaves(places.opt_state) if a.spec} <= wanted
+    if name == "2 fsdp, 2 expert, 2 model":
+        embedding = arrays["backbone"]["embedding"]
+        assert {s.data.shape for s in embedding.addressable_shards} == {(12, 4)}
+
+
+def test_a_logical_axis_missing_from_the_table_is_an_error(monkeypatch):
+    monkeypatch.delitem(LOGICAL_AXES, "mlp")
+    model = tiny_model(**ROUTES["hard"])
+    with pytest.raises(ValueError, match="logical axis 'mlp' is missing from LOGICAL_AXES"):
+        state_shardings(model, make_optimizer(OPTIMIZER), make_mesh(MESHES["8 data"]))

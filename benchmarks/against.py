@@ -55,7 +55,8 @@ def other_checkout(commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as parent:
         path = Path(parent) / "checkout"
         git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--detach", str(path), commit], check=True, capture_output=True)
+        add = [*git, "add", "--detach", str(path), commit]
+        subprocess.run(add, check=True, capture_output=True)
         try:
             yield path
         finally:

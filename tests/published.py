@@ -53,20 +53,18 @@ def _norm(params: Published, name: str) -> dict:
 
 
 def _layer(params: Published, name: str, config: ModelConfig) -> dict:
-    heads = (config.heads, config.head_dim)
-
     def project(attention: str, parts: str) -> tuple[jax.Array, jax.Array]:
-        """Kernel [D, parts, H, K] and bias [parts, H, K] of several projections."""
+        """Kernel [D, parts, H * K] and bias [parts, H * K] of several projections."""
         kernels = [params[f"{name}.{attention}.{p}_proj.weight"].T for p in parts]
         biases = [params[f"{name}.{attention}.{p}_proj.bias"] for p in parts]
         return (
-            jnp.stack([k.reshape(-1, *heads) for k in kernels], axis=1),
-            jnp.stack([b.reshape(heads) for b in biases]),
+            jnp.stack(kernels, axis=1),
+            jnp.stack(biases),
         )
 
     def attend(attention: str, groups: tuple[str, ...]) -> dict:
         result = {
-            "out_kernel": params[f"{name}.{attention}.out_proj.weight"].T.reshape(*heads, -1),
+            "out_kernel": params[f"{name}.{attention}.out_proj.weight"].T,
             "out_bias": params[f"{name}.{attention}.out_proj.bias"],
         }
         for parts in groups:

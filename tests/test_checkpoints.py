@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_run import tiny_model, tiny_params
 
 from moe_jax.core.errors import UserError
 from moe_jax.training.checkpoints import (
@@ -17,6 +18,7 @@ from moe_jax.training.checkpoints import (
     fit_backbone,
     fit_table,
     load_params,
+    merge_heads,
 )
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import TrainState, init_state
@@ -242,3 +244,24 @@ def test_the_table_is_matched_by_task_name():
     np.testing.assert_array_equal(found["representations"], table[::-1])
     with pytest.raises(UserError, match="here: its task table has no 'c'"):
         fit_table(params, state().params, ["b", "a"], ["a", "c"], "here")
+
+
+def test_heads_apart_are_merged():
+    """As checkpoints were written before heads and their width became one axis."""
+    model = tiny_model(experts=2, heads=2)
+    params = tiny_params(model)
+    heads, dim = model.config.heads, model.config.head_dim
+
+    def apart(path, p):
+        block, name = path[-2].key if len(path) > 1 else "", path[-1].key
+        if not block.endswith("_attention") or name == "out_bias":
+            return p
+        if name == "out_kernel":
+            return p.reshape(*p.shape[:2], heads, dim, -1)
+        return p.reshape(*p.shape[:-1], heads, dim)
+
+    before = jax.tree_util.tree_map_with_path(apart, params)
+    kernel = before["backbone"]["encoder"]["layers"]["routed"]["self_attention"]["qkv_kernel"]
+    assert kernel.shape == (1, 2, 16, 3, 2, 8)
+    jax.tree.map(np.testing.assert_array_equal, merge_heads(before), params)
+    jax.tree.map(np.testing.assert_array_equal, merge_heads(params), params)

@@ -154,8 +154,6 @@ def test_soft_routes_are_refused_or_measured(tmp_path):
     assert not (tmp_path / "out").exists()
     routes = jax.jit(partial(routes_of, run.model))(run.params, run.step)
     route = np.asarray(routes)[run.task_ids["sort"]]
-        run.task_ids["sort"]
-    ]
     config, backbone = run.model.config, run.params["backbone"]
     dense = dataclasses.replace(config, experts=1, encoder_vanilla_layers=())
     said = {

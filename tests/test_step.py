@@ -203,7 +203,7 @@ def test_regularisation_is_exact_where_groups_gather(batch):
             for path, x in jax.tree_util.tree_leaves_with_path(params["backbone"][side]["layers"]):
                 # Queries, keys and values lie side by side in one array; biases have no D axis.
                 parts = {"q_": 1, "kv": 2, "qk": 3}.get(path[-1].key[:2], 1)
-                x = jnp.split(x[0], parts, -3) if parts > 1 else [x[0]]
+                x = jnp.split(x[0], parts, -2) if parts > 1 else [x[0]]
                 for a, b in itertools.combinations(range(4), 2):
                     distance += sum(jnp.linalg.norm((y[a] - y[b]).ravel()) for y in x) / 6
         logits = (

@@ -49,9 +49,7 @@ class Part(NamedTuple):
             return own
         if self.form == "vector":
             return own.reshape(-1)
-        # The output projection of an attention sums over heads and their width.
-        inputs = 2 if self.path.endswith("attention/out_kernel") else 1
-        matrix = own.reshape(int(np.prod(own.shape[:inputs])), -1)
+        matrix = own.reshape(own.shape[0], -1)
         return matrix if self.form == "matrix" else matrix.T
 
     def put(self, parameter: np.ndarray, tensor: np.ndarray) -> None:

@@ -82,32 +82,32 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        D, H, K = c.d_model, c.heads, c.head_dim
-        axes = ("embed", "qkv", "heads", "head_dim")
+        # Heads and their width are one axis: as two, a TPU pads the last one to 128 in memory.
+        D, HK = c.d_model, c.heads * c.head_dim
+        axes = ("embed", "qkv", "heads")
         if self.cross:
-            self.q_kernel = _weights(self, "q_kernel", (D, 1, H, K), axes, c.init_std)
-            self.q_bias = _bias(self, "q_bias", (1, H, K), axes[1:])
-            self.kv_kernel = _weights(self, "kv_kernel", (D, 2, H, K), axes, c.init_std)
-            self.kv_bias = _bias(self, "kv_bias", (2, H, K), axes[1:])
+            self.q_kernel = _weights(self, "q_kernel", (D, 1, HK), axes, c.init_std)
+            self.q_bias = _bias(self, "q_bias", (1, HK), axes[1:])
+            self.kv_kernel = _weights(self, "kv_kernel", (D, 2, HK), axes, c.init_std)
+            self.kv_bias = _bias(self, "kv_bias", (2, HK), axes[1:])
         else:
-            self.qkv_kernel = _weights(self, "qkv_kernel", (D, 3, H, K), axes, c.init_std)
-            self.qkv_bias = _bias(self, "qkv_bias", (3, H, K), axes[1:])
-        out_axes = ("heads", "head_dim", "embed")
-        self.out_kernel = _weights(self, "out_kernel", (H, K, D), out_axes, c.init_std)
+            self.qkv_kernel = _weights(self, "qkv_kernel", (D, 3, HK), axes, c.init_std)
+            self.qkv_bias = _bias(self, "qkv_bias", (3, HK), axes[1:])
+        self.out_kernel = _weights(self, "out_kernel", (HK, D), ("heads", "embed"), c.init_std)
         self.out_bias = _bias(self, "out_bias", (D,), ("norm",))
 
     def project(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Query, and key with value, of self-attention."""
-        y = linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias
+        y = self._heads(linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias)
         return y[:, :, 0], KeyValue(y[:, :, 1], y[:, :, 2])
 
     def project_query(self, x_RxLxD: jax.Array) -> jax.Array:
         """Query of cross-attention."""
-        return (linear(x_RxLxD, self.q_kernel) + self.q_bias)[:, :, 0]
+        return self._heads(linear(x_RxLxD, self.q_kernel) + self.q_bias)[:, :, 0]
 
     def project_key_value(self, encoded_RxLxD: jax.Array) -> KeyValue:
         """Key and value of cross-attention."""
-        y = linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias
+        y = self._heads(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias)
         return KeyValue(y[:, :, 0], y[:, :, 1])
 
     def attend(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
@@ -121,7 +121,12 @@ class Attention(nn.Module):
 
     def output(self, y_RxLxHxK: jax.Array) -> jax.Array:
         """Projects what the heads read back to [R, L, D]."""
-        return linear(y_RxLxHxK, self.out_kernel, 2) + self.out_bias
+        y = y_RxLxHxK.reshape(*y_RxLxHxK.shape[:2], -1)
+        return linear(y, self.out_kernel) + self.out_bias
+
+    def _heads(self, y: jax.Array) -> jax.Array:
+        """[R, L, n, H * K] -> [R, L, n, H, K]."""
+        return y.reshape(*y.shape[:3], self.config.heads, self.config.head_dim)
 
 
 class FeedForward(nn.Module):

@@ -154,9 +154,24 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
         place = directory / str(step) / "params"
         tree = checkpointer.metadata(place).item_metadata.tree
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(place, restore_args=args), meta
+        return merge_heads(checkpointer.restore(place, restore_args=args)), meta
     except Exception as e:  # see `Checkpoints._restore`
         raise UserError(f"cannot restore {directory}/{step}: {_reason(e)}") from e
+
+
+def merge_heads(params: Params) -> Params:
+    """Parameters with heads and their width as one axis, as 0.1's first checkpoints did not."""
+
+    def merged(path, p):
+        *_, block, name = (key.key for key in path) if len(path) > 1 else ("", "")
+        if not block.endswith("_attention"):
+            return p
+        if name == "out_kernel":  # [layer, expert, H, K, D]
+            return p.reshape(*p.shape[:2], -1, p.shape[-1])
+        own = {"out_bias": 3}.get(name, 5 if name.endswith("_kernel") else 4)
+        return p.reshape(*p.shape[: own - 1], -1) if p.ndim > own else p
+
+    return jax.tree_util.tree_map_with_path(merged, params)
 
 
 def split_layers(backbone: Params, config: ModelConfig) -> Params:

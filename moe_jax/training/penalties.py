@@ -15,7 +15,7 @@ from moe_jax.model.selection import temperature_at
 from moe_jax.model.task_moe import TaskMoE
 
 # The axis of an array in which several matrices lie side by side, by the start of its name.
-_PARTS = {"q_": -3, "kv_": -3, "qkv_": -3, "in_": -2}
+_PARTS = {"q_": -2, "kv_": -2, "qkv_": -2, "in_": -2}
 
 
 def expert_distance(backbone: Params) -> jax.Array:

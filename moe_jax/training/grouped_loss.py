@@ -35,8 +35,8 @@ from moe_jax.model.dispatch import Gather, Mix
 from moe_jax.model.experts import Params, gather, scatter_add
 from moe_jax.model.placement import Placement
 from moe_jax.model.task_moe import TaskMoE, init_params
-from moe_jax.training.lazy import Slots
 from moe_jax.training.loss import token_losses_in_chunks
+from moe_jax.training.slots import Slots
 
 # Tokens that are merged at most: matrix products reach their speed before, and the activations of
 # more leave a CPU's caches.
@@ -105,8 +105,8 @@ def grouped_loss(
 ) -> jax.Array:
     """`scale` times the summed loss of all groups: float32 scalar.
 
-    Its gradient by the backbone arrives in `into`, which has the value of `backbone` or, with lazy
-    experts, the form of its slots (see `lazy`).
+    Its gradient by the backbone arrives in `into`, which has the value of `backbone` or, where
+    gradients are in slots, their form (see `slots`).
 
     Args:
         weights_GxNxK, index_GxNxK: an `Assignment`; None where dense.

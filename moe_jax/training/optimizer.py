@@ -24,7 +24,7 @@ class OptimizerConfig:
     task table, whose rows would otherwise shrink while their task is not in the batch.
 
     `lazy` leaves experts alone that no group of the batch uses, where groups gather experts: they
-    neither go on by their momentum nor decay, and cost nothing (see `training.lazy`).
+    neither go on by their momentum nor decay, and cost nothing (see `training.slots`).
 
     With `alternate_every` n, the backbone alone is trained for n steps, then router and
     representations alone for n steps, and so on. What rests stays as it is, with its moments, and
@@ -126,7 +126,7 @@ def _has_turn(config: OptimizerConfig, part: str, step: jax.Array) -> jax.Array:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW directions, to be scaled by `apply`. State is kept for parts that are not frozen.
 
-    Element by element: of any subset of the parameters (see `lazy`). Clip the gradients before.
+    Element by element: of any subset of the parameters (see `slots`). Clip the gradients before.
     """
     adamw = optax.chain(
         optax.scale_by_adam(

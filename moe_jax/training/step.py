@@ -19,9 +19,9 @@ from moe_jax.model.experts import Params
 from moe_jax.model.selection import temperature_at
 from moe_jax.model.task_moe import Assignment, TaskMoE, init_params, routes_of
 from moe_jax.training.grouped_loss import Grouping, grouped_loss
-from moe_jax.training.lazy import Slots, empty_slots, find_slots, update_used
 from moe_jax.training.optimizer import OptimizerConfig, apply, clip_scale, make_optimizer, schedule
 from moe_jax.training.penalties import penalty, route_entropy
+from moe_jax.training.slots import Slots, empty_slots, find_slots, slot_count, update_in_slots
 
 # Drawing with these keys compiles faster than with threefry's.
 PRNG = "rbg"
@@ -89,20 +89,20 @@ def loss_and_metrics(
     key: jax.Array,
     config: StepConfig,
     mesh: Mesh,
-    lazy: bool = False,
+    in_slots: bool = False,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Slots | None]]:
-    """Mean loss per target token, and what is added to it; metrics; the slots of lazy experts.
+    """Mean loss per target token, and what is added to it; metrics; slots, if they are used.
 
     Args:
-        free: the parts of `params` that are trained, to be differentiated by. With lazy experts,
-            the backbone among them has the form of its slots (see `lazy`).
+        free: the parts of `params` that are trained, to be differentiated by. With `in_slots`, the
+            backbone among them has the form of its slots (see `slots`).
         params: all parts.
         batch: a batch of the pipeline, [G, R, L] arrays; groups over `GROUP_AXES`.
         step: for the temperature.
         key: of this step; dropout, Gumbel noise and random routes are drawn from it.
     """
     route_key, dropout_key = jax.random.split(key)
-    trained = {part: tree for part, tree in free.items() if part != "backbone" or not lazy}
+    trained = {part: tree for part, tree in free.items() if part != "backbone" or not in_slots}
     whole = params | trained
     assignment, slots, metrics = Assignment(None, None), None, {}
     if model.routed:
@@ -110,7 +110,7 @@ def loss_and_metrics(
         assignment = model.assign(routes_TxNxE, batch["task_id"], route_key)
         metrics["route_entropy"] = route_entropy(routes_TxNxE)
         metrics["temperature"] = temperature_at(model.router_config, step)
-    if lazy:
+    if in_slots:
         slots = find_slots(assignment.index_GxNxK, model.config.experts)
 
     target_tokens = jnp.sum(batch["target_segments"] > 0).astype(jnp.float32)
@@ -125,11 +125,6 @@ def loss_and_metrics(
     )  # fmt: skip
     terms = jnp.float32(0)
     if model.routed and (config.expert_distance or config.route_entropy or config.route_load):
-        if lazy and config.expert_distance:
-            raise UserError(
-                "StepConfig.expert_distance moves every expert, OptimizerConfig.lazy only those "
-                "in use: take one of them"
-            )
         terms, by_name = penalty(model, whole, batch["task_id"], step, config)
         metrics |= by_name
     metrics = {"loss": loss, "target_tokens": target_tokens, **metrics}
@@ -142,27 +137,26 @@ def gradients(
     batch: Batch,
     *,
     frozen: tuple[str, ...] = (),
-    lazy: bool = False,
+    in_slots: bool = False,
     **settings: Any,
 ) -> tuple[Params, dict[str, jax.Array], Slots | None]:
     """Gradient of `loss_and_metrics`, which takes the same arguments.
 
     Args:
         frozen: parts of the parameters whose gradient is left zero (and not computed).
-        lazy: where groups gather experts, only those in use are differentiated (see `lazy`).
+        in_slots: only the experts in use are differentiated, where groups gather experts.
 
     Returns:
-        (gradients like `params`, metrics, None); with `lazy`, (gradients with only the slots of
-        every routed layer, metrics, slots).
+        (gradients like `params`, metrics, None); with `in_slots`, (gradients with only the slots
+        of every routed layer, metrics, slots).
     """
     free = {part: tree for part, tree in params.items() if part not in frozen}
-    gathers = model.routed and model.experts_per_layer < model.config.experts
-    lazy = lazy and gathers and "backbone" in free
-    if lazy:
+    if in_slots:
         groups = batch["task_id"].shape[0]
         free["backbone"] = empty_slots(model, params["backbone"], groups)
     differentiate = jax.value_and_grad(loss_and_metrics, has_aux=True)
-    (_, (metrics, slots)), grads = differentiate(free, model, params, batch, lazy=lazy, **settings)
+    settings |= {"in_slots": in_slots}
+    (_, (metrics, slots)), grads = differentiate(free, model, params, batch, **settings)
     zeros = {part: jax.tree.map(jnp.zeros_like, params[part]) for part in params if part in frozen}
     return {**grads, **zeros}, metrics, slots
 
@@ -181,18 +175,29 @@ def make_train_step(
     compile again. All randomness is folded from `seed` and the step: resuming is exact.
 
     Raises:
-        UserError: router and experts are to alternate, but there is no router.
+        UserError: router and experts are to alternate, but there is no router; or only experts in
+            use are updated, but a penalty moves all.
     """
     if optimizer_config.alternate_every and not model.routed:
         raise UserError("OptimizerConfig.alternate_every is set, but the model has no router")
+    gathers = model.routed and model.experts_per_layer < model.config.experts
+    gathers = gathers and "backbone" not in optimizer_config.frozen
+    lazy = gathers and optimizer_config.lazy
+    if lazy and config.expert_distance:
+        raise UserError(
+            "StepConfig.expert_distance moves every expert, OptimizerConfig.lazy only those "
+            "in use: take one of them"
+        )
     optimizer = make_optimizer(optimizer_config)
 
     def train_step(state: TrainState, batch: Batch, learning_rates: dict[str, jax.Array]):
         # 1. The gradient.
         key = jax.random.fold_in(jax.random.key(seed, impl=PRNG), state.step)
+        few = slot_count(model, batch["task_id"].shape[0]) < model.config.experts
         grads, metrics, slots = gradients(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
-            frozen=optimizer_config.frozen, lazy=optimizer_config.lazy,
+            frozen=optimizer_config.frozen,
+            in_slots=lazy or (gathers and few and not config.expert_distance),
         )  # fmt: skip
         clip, metrics["gradient_norm"] = clip_scale(optimizer_config, grads, state.step)
         share = padding_share(batch)  # of the whole batch, whichever process holds which part
@@ -211,7 +216,10 @@ def make_train_step(
 
         # 3. Applied, in place.
         old = (state.params, state.opt_state, grads)
-        params, opt_state = update(*old) if slots is None else update_used(update, *old, slots)
+        if slots is None:
+            params, opt_state = update(*old)
+        else:
+            params, opt_state = update_in_slots(update, *old, slots, lazy)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     placed = (state_shardings(model, optimizer, mesh), replicated(mesh))

@@ -1,4 +1,4 @@
-"""Lazy steps: the update of the experts in use is AdamW's, the others stay as they are."""
+"""Gradients in slots: AdamW as it is, and lazy, where experts not in use stay as they are."""
 
 import functools
 
@@ -9,8 +9,9 @@ import pytest
 from toy_run import random_batch, tiny_model, tiny_params
 
 from moe_jax.core.sharding import MeshConfig, make_mesh
-from moe_jax.training.lazy import find_slots
+from moe_jax.training import step as step_module
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.slots import find_slots
 from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
 
 E = 4
@@ -105,3 +106,13 @@ def test_slots():
         for group in range(3):
             slot = int(slots.slots_GxNxK[group, layer, 0])
             assert int(experts[slot]) == int(index_GxNxK[group, layer, 0])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_two_groups_of_four_experts_are_trained_as_ever(mesh, monkeypatch):
+    """Fewer slots than experts, not lazy: as with a gradient of all experts."""
+    states = two_steps(mesh, False)
+    monkeypatch.setattr(step_module, "slot_count", lambda model, groups: E)  # never in slots
+    plain = two_steps.__wrapped__("1 device", False)
+    for ours, theirs in zip(jax.tree.leaves(states[2]), jax.tree.leaves(plain[2]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -1,9 +1,10 @@
-"""Lazy optimizer steps: only the experts that a batch uses are differentiated and updated.
+"""Slots: gradients, and updates in place, of only the experts that a batch uses.
 
-With E experts per layer, K of them per route and G groups, a batch uses at most G K, yet AdamW
-passes over all: at E = 24 that costs more than the model. Here gradients live in `slots`, S =
-min(E, G K) experts per layer, and the experts in use are updated in place. The others stay exactly
-as they are, their moments too, where AdamW would move them on by momentum and weight decay.
+With E experts per layer, K of them per route and G groups, a batch uses at most G K of a layer's.
+Where that is less than E, gradients live in S = min(E, G K) slots per layer, not in all E. AdamW
+then still passes over all experts, layer by layer, since those not in use move on by their momentum
+and decay. With *lazy* experts it leaves them exactly as they are, their moments too, and they cost
+nothing: at E = 24 the pass over all takes longer than the model.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 
 from moe_jax.model.experts import Params, gather, places, replace_routed, routed
 from moe_jax.model.task_moe import TaskMoE
+
+# (params, opt_state, grads) -> (params, opt_state)
+Update = Callable[[Params, Any, Params], tuple[Params, Any]]
 
 
 class Slots(NamedTuple):
@@ -42,30 +46,32 @@ def find_slots(index_GxNxK: jax.Array, experts: int) -> Slots:
     return Slots(experts_NxS, jnp.take_along_axis(used_NxE, experts_NxS, 1), slots_GxNxK)
 
 
+def slot_count(model: TaskMoE, groups: int) -> int:
+    """S, slots per layer of a batch of G groups; E where groups do not gather experts."""
+    return min(model.config.experts, groups * model.experts_per_layer)
+
+
 def empty_slots(model: TaskMoE, backbone: Params, groups: int) -> Params:
     """Zeros in the form of the backbone with the slots of a batch of G groups."""
-    count = min(model.config.experts, groups * model.experts_per_layer)
+    count = slot_count(model, groups)
     experts_NxS = jax.ShapeDtypeStruct((model.layers, count), jnp.int32)
     form = jax.eval_shape(gather, backbone, experts_NxS)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), form)
 
 
-def update_used(
-    update: Callable[[Params, Any, Params], tuple[Params, Any]],
-    params: Params,
-    opt_state: Any,
-    grads: Params,
-    slots: Slots,
+def update_in_slots(
+    update: Update, params: Params, opt_state: Any, grads: Params, slots: Slots, lazy: bool
 ) -> tuple[Params, Any]:
-    """`update(params, opt_state, grads)`, leaving experts alone that are not in use.
+    """`update(params, opt_state, grads)` in place, of gradients in slots.
 
-    In place, one expert after the other: nothing of the size of all experts is read or made.
+    Nothing of the size of all experts is made.
 
     Args:
         update: element by element, so that it may be given any subset of the parameters; counters
             of `opt_state` must not depend on which.
         opt_state: with moments in the form of `params`.
         grads: gradients of `params`, with only the slots of every routed layer.
+        lazy: leaves experts alone that are not in use; without, their gradient is zero.
     """
     whole = (params, opt_state)
     sides = routed(params["backbone"], slots.experts_NxS, slots.used_NxS)
@@ -76,30 +82,58 @@ def update_used(
         return tree
 
     result = update(*_map_params(without_experts, whole), without_experts(grads))
-    for side, _, experts, used in sides:
-
-        def update_one(stacks, slot):
-            at, used, grad = slot
-
-            def old(stacks):
-                return _map_params(lambda t: jax.tree.map(lambda a: a[at[0], at[1]], t), stacks)
-
-            def put(stack, value):
-                return jax.tree.map(lambda a, v: a.at[at[0], at[1]].set(v), stack, value)
-
-            # The condition also keeps XLA from fusing the slices into the writes, several of which
-            # would then read an array that another one changes, and each iteration copy all.
-            new = jax.lax.cond(used, lambda s: update(*old(s), grad), old, stacks)
-            return _map_params(put, stacks, new), None
-
-        grads_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), _only_experts(grads, side))
+    for side, _, experts_LxS, used_LxS in sides:
         stacks = _map_params(partial(_only_experts, side=side), whole)
-        stacks, _ = jax.lax.scan(update_one, stacks, (places(experts), used.ravel(), grads_P))
+        pass_over = _update_used if lazy else _update_all
+        stacks = pass_over(update, stacks, _only_experts(grads, side), experts_LxS, used_LxS)
         result = _map_params(
             lambda tree, stack, side=side: _with_experts(tree, side, _experts(stack, side)),
             result, stacks,
         )  # fmt: skip
     return result
+
+
+def _update_used(update: Update, stacks: Any, grads: Params, experts_LxS, used_LxS) -> Any:
+    """One expert after the other, of those in use."""
+
+    def one(stacks, slot):
+        at, used, grad = slot
+
+        def old(stacks):
+            return _map_params(lambda t: jax.tree.map(lambda a: a[at[0], at[1]], t), stacks)
+
+        def put(stack, value):
+            return jax.tree.map(lambda a, v: a.at[at[0], at[1]].set(v), stack, value)
+
+        # The condition also keeps XLA from fusing the slices into the writes, several of which
+        # would then read an array that another one changes, and each iteration copy all.
+        new = jax.lax.cond(used, lambda s: update(*old(s), grad), old, stacks)
+        return _map_params(put, stacks, new), None
+
+    grads_P = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), grads)
+    return jax.lax.scan(one, stacks, (places(experts_LxS), used_LxS.ravel(), grads_P))[0]
+
+
+def _update_all(update: Update, stacks: Any, grads: Params, experts_LxS, used_LxS) -> Any:
+    """All experts of one layer after the other; the gradient of those not in use is zero."""
+    experts = jax.tree.leaves(stacks[0])[0].shape[1]
+
+    def one(stacks, xs):
+        layer, expert_S, used_S, grads_S = xs
+        old = _map_params(lambda t: jax.tree.map(lambda a: a[layer], t), stacks)
+
+        def spread(g_Sx):
+            mine = used_S.reshape(-1, *[1] * (g_Sx.ndim - 1))
+            zeros = jnp.zeros((experts, *g_Sx.shape[1:]), g_Sx.dtype)
+            return zeros.at[expert_S].add(jnp.where(mine, g_Sx, 0))
+
+        def put(stack, value):
+            return jax.tree.map(lambda a, v: a.at[layer].set(v), stack, value)
+
+        return _map_params(put, stacks, update(*old, jax.tree.map(spread, grads_S))), None
+
+    xs = (jnp.arange(experts_LxS.shape[0]), experts_LxS, used_LxS, grads)
+    return jax.lax.scan(one, stacks, xs)[0]
 
 
 def _experts(params: Params, side: str) -> Params:

@@ -9,6 +9,8 @@ import transformers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -37,28 +39,47 @@ def bart(**settings) -> BartForConditionalGeneration:
     return _random(BartForConditionalGeneration(BartConfig(**config | settings)))
 
 
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 8,
+    "d_kv": 6,
+    "d_ff": 12,
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 0,
+}
+
+
 def t5(*, tied: bool = False, **settings) -> T5ForConditionalGeneration:
     """T5 1.1; with `tied`, T5 1.0's output embedding and scaled logits."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "d_model": 8,
-        "d_kv": 6,
-        "d_ff": 12,
-        "num_layers": 2,
-        "num_decoder_layers": 1,
-        "num_heads": 2,
-        "relative_attention_num_buckets": 8,
-        "relative_attention_max_distance": 12,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": tied,
-        "decoder_start_token_id": 0,
-    }
-    model = T5ForConditionalGeneration(T5Config(**config | settings))
+    config = T5Config(**_T5 | {"tie_word_embeddings": tied} | settings)
+    return _random(_untied(T5ForConditionalGeneration(config), tied))
+
+
+def t5_1_0(**settings) -> T5ForConditionalGeneration:
+    """T5 1.0: ReLU without a gate, tied embeddings, scaled logits."""
+    return t5(tied=True, **{"feed_forward_proj": "relu"} | settings)
+
+
+def mt5(*, tied: bool = False, **settings) -> MT5ForConditionalGeneration:
+    """mT5, whose logits are not scaled; with `tied`, the embedding makes them."""
+    config = MT5Config(**_T5 | settings)
+    return _random(_untied(MT5ForConditionalGeneration(config), tied))
+
+
+def _untied(model, tied: bool):
+    """Version 5 ties all T5s until it reads files with both embeddings."""
     if not tied:
-        # Version 5 ties all T5s until it reads files with both embeddings.
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
         model.config.tie_word_embeddings = False
-    return _random(model)
+    return model
+
+
+MODELS = {"bart": bart, "t5": t5, "t5_1_0": t5_1_0, "mt5": mt5}
 
 
 def _random(model):

@@ -1,6 +1,6 @@
-"""Writes tests/data/hf: a tiny BART and T5 by `transformers`, and what it computes of them.
+"""Writes tests/data/hf: a tiny model of each family by `transformers`, and what it computes of it.
 
-    python tests/make_hf_fixture.py
+    python tests/make_hf_fixture.py [FAMILY ...]
 
 Needs the extra `hf`. The tests that read it do not, so that parity is checked everywhere.
 """
@@ -8,6 +8,7 @@ Needs the extra `hf`. The tests that read it do not, so that parity is checked e
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import hf_models
@@ -75,33 +76,51 @@ def unigram(size: int, **settings) -> bytes:
     return model.getvalue()
 
 
-def write(directory: Path, model) -> None:
-    """Adds what `transformers` computes."""
+def bart_tokenizer(directory: Path) -> None:
+    """The files of a fast tokenizer."""
+    (directory / "tokenizer.json").write_text(byte_level())
+    settings = {"tokenizer_class": "BartTokenizer"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
+
+
+def t5_tokenizer(directory: Path, extra_ids: int = 10, **settings) -> None:
+    """A SentencePiece model; its sentinels come after its pieces."""
+    model = unigram(90, normalization_rule_name="identity", **settings)
+    (directory / "spiece.model").write_bytes(model)
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": extra_ids}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+
+def mt5_tokenizer(directory: Path) -> None:
+    """A SentencePiece model that has the sentinels itself, as mT5's has."""
+    sentinels = [f"▁<extra_id_{i}>" for i in reversed(range(10))]
+    t5_tokenizer(directory, 0, user_defined_symbols=sentinels)
+
+
+TOKENIZERS = {
+    "bart": bart_tokenizer,
+    "t5": t5_tokenizer,
+    "t5_1_0": t5_tokenizer,
+    "mt5": mt5_tokenizer,
+}
+
+
+def write(name: str) -> None:
+    """One family's directory: the model, its tokenizer, and what `transformers` computes."""
+    directory = DATA / name
+    shutil.rmtree(directory, ignore_errors=True)
+    model = hf_models.MODELS[name]()
+    model.save_pretrained(directory)
+    TOKENIZERS[name](directory)
     arrays = hf_models.batch()
     reference = hf_models.reference(model, arrays)
-    arrays = {f"batch/{name}": array for name, array in arrays.items()}
+    arrays = {f"batch/{key}": array for key, array in arrays.items()}
     np.savez_compressed(directory / "reference.npz", **arrays, **reference)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     ids = [[text, tokenizer(text).input_ids] for text in TEXTS]
     (directory / "ids.json").write_text(json.dumps(ids) + "\n")
 
 
-def main() -> None:
-    shutil.rmtree(DATA, ignore_errors=True)
-    model = hf_models.bart()
-    model.save_pretrained(DATA / "bart")
-    (DATA / "bart" / "tokenizer.json").write_text(byte_level())
-    settings = {"tokenizer_class": "BartTokenizer"}
-    (DATA / "bart" / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
-    write(DATA / "bart", model)
-
-    model = hf_models.t5()
-    model.save_pretrained(DATA / "t5")
-    (DATA / "t5" / "spiece.model").write_bytes(unigram(90, normalization_rule_name="identity"))
-    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 10}
-    (DATA / "t5" / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
-    write(DATA / "t5", model)
-
-
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:] or TOKENIZERS:
+        write(name)

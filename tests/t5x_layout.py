@@ -35,7 +35,8 @@ def arrays_of(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                     found[f"{ours}/{attention}/{long}/kernel"] = kernel.T
             i = len(blocks)
             found[f"{ours}/pre_mlp_layer_norm/scale"] = t.pop(f"{theirs}.{i}.layer_norm.weight")
-            for which in ("wi_0", "wi_1", "wo"):
+            gated = f"{theirs}.{i}.DenseReluDense.wi_0.weight" in t
+            for which in ("wi_0", "wi_1", "wo") if gated else ("wi", "wo"):
                 kernel = t.pop(f"{theirs}.{i}.DenseReluDense.{which}.weight")
                 found[f"{ours}/mlp/{which}/kernel"] = kernel.T
             layer += 1

@@ -80,6 +80,9 @@ def left_over(tensors):
         ("bart", brain_floats, True),
         ("t5", plain, True),
         ("t5", left_over, False),
+        ("t5_1_0", plain, False),
+        ("t5_1_0", left_over, True),
+        ("mt5", brain_floats, True),
     ],
 )
 def test_there_and_back_is_bit_exact(name, change, sharded, tmp_path, monkeypatch):
@@ -151,7 +154,12 @@ def without(name):
         ("bart", plain, {"model_type": "mbart"}, "model_type is 'mbart'"),
         ("bart", plain, {"scale_embedding": True}, "scale_embedding is True"),
         ("bart", plain, {"decoder_ffn_dim": 16}, "decoder_ffn_dim is 16"),
-        ("t5", plain, {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'"),
+        ("t5", plain, {"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'"),
+        ("t5", plain, {"feed_forward_proj": "relu"}, "no decoder.*DenseReluDense.wi.weight"),
+        ("mt5", plain, {"feed_forward_proj": "relu"}, "is 'relu'; only 'gated-gelu'"),
+        ("t5", plain, {"scale_decoder_outputs": True}, "an output embedding of their own"),
+        ("t5", plain, {"model_type": "m5"}, "did you mean 'mt5'"),
+        ("t5", plain, {"num_heads": None}, "num_heads is missing"),
         ("bart", plain, {"d_model": 16}, "config.json says"),
         ("bart", plain, {"vocab_size": 200}, "config.json says"),
         ("t5", without("decoder.final_layer_norm.weight"), {}, "no decoder.final_layer_norm"),

@@ -1,4 +1,4 @@
-"""BART and T5 1.1 against `transformers`: states, logits, loss, gradients, buckets.
+"""All families against `transformers`: states, logits, loss, gradients, buckets.
 
 The numbers come from tests/data/hf (see make_hf_fixture.py), and, where `transformers` is
 installed, from models made on the spot.
@@ -77,28 +77,42 @@ def check(name, ours, theirs, batch) -> None:
     assert errors[worst] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("name", ["bart", "t5", "t5_1_0", "mt5"])
 def test_stored_numbers(name, tmp_path):
     config, backbone = load(DATA / name, tmp_path / "out")
-    assert config.tie_embeddings == (name == "bart")
+    assert config.architecture == name
+    assert config.tie_embeddings == (name in ("bart", "t5_1_0"))
     arrays = np.load(DATA / name / "reference.npz")
     batch = {k.removeprefix("batch/"): arrays[k] for k in arrays if k.startswith("batch/")}
     theirs = {k: arrays[k] for k in arrays if not k.startswith("batch/")}
     check(name, compute(config, backbone, batch), theirs, batch)
 
 
-@pytest.mark.parametrize("name", ["bart", "t5 tied and scaled"])
+# name -> (architecture, settings of the model of `transformers`)
+VARIANTS = {
+    "bart": (
+        "bart",
+        {"decoder_layers": 3, "d_model": 12, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20},
+    ),
+    "t5 tied and scaled": ("t5", {"tied": True, "num_decoder_layers": 3}),
+    # As in t5-3b and t5-11b, heads are wider than the model.
+    "t5 1.0": ("t5_1_0", {"num_decoder_layers": 3, "d_kv": 16, "d_ff": 40}),
+    "mt5": ("mt5", {"num_decoder_layers": 3}),
+    "mt5 tied": ("mt5", {"tied": True}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_transformers(name, tmp_path):
     pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
     import hf_models
 
-    if name == "bart":
-        model = hf_models.bart(decoder_layers=3, d_model=12, encoder_ffn_dim=20, decoder_ffn_dim=20)
-    else:
-        model = hf_models.t5(tied=True, num_decoder_layers=3)
+    architecture, settings = VARIANTS[name]
+    model = hf_models.MODELS[architecture](**settings)
     tokenizer = (DATA / "bart" / "tokenizer.json").read_text()
     config, backbone = load(hf_models.save(model, tmp_path / "hf", tokenizer), tmp_path / "out")
-    assert config.tie_embeddings
+    assert config.architecture == architecture
+    assert config.tie_embeddings == (name != "mt5")
     assert config.scale_tied_logits == name.startswith("t5")
     # Longer than the 12 positions within which this T5 tells distances apart.
     batch = hf_models.batch(inputs=20, targets=18)

@@ -22,8 +22,9 @@ T5 = read_tokenizers(DATA / "t5")
 # ---- ids ----
 
 
-@pytest.mark.parametrize("name, own", [("bart", BART), ("t5", T5)])
-def test_stored_ids(name, own):
+@pytest.mark.parametrize("name", ["bart", "t5", "t5_1_0", "mt5"])
+def test_stored_ids(name):
+    own = read_tokenizers(DATA / name)
     stored = json.loads((DATA / name / "ids.json").read_text())
     assert len(stored) > 10
     for text, ids in stored:
@@ -103,6 +104,21 @@ def test_t5_with_its_own_normalisation(tmp_path):
     again = read_tokenizers(tmp_path / "saved")
     for text in ("The old cat\tsat.", "ﬁ ① 日本", "a <extra_id_7> b", "é" * 3000):
         assert again.encode(text) == own.encode(text)
+
+
+def test_mt5_with_its_own_sentinels_and_bytes(tmp_path):
+    """A SentencePiece model as mT5's: bytes and sentinels are among its pieces."""
+    pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    import make_hf_fixture
+
+    sentinels = [f"▁<extra_id_{i}>" for i in reversed(range(10))]
+    model = make_hf_fixture.unigram(400, user_defined_symbols=sentinels, byte_fallback=True)
+    (tmp_path / "spiece.model").write_bytes(model)
+    for file in ("config.json", "tokenizer_config.json"):
+        shutil.copy(DATA / "mt5" / file, tmp_path)
+    own = read_tokenizers(tmp_path)
+    assert len(own.encode("<extra_id_3>")) == 1
+    _same_ids(own, _transformers(tmp_path))
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))

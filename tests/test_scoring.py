@@ -11,7 +11,7 @@ from moe_jax.decoding.scoring import ROWS_AT_ONCE, log_likelihoods
 from moe_jax.model.backbone import EncoderDecoder
 
 
-@pytest.mark.parametrize("architecture", ["bart", "t5"])
+@pytest.mark.parametrize("architecture", ["bart", "t5", "t5_1_0"])
 def test_log_likelihoods(architecture):
     """More rows than are scored at once; several tasks; rows of two examples, and an empty one."""
     rng = np.random.default_rng(0)

@@ -26,11 +26,12 @@ from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, shapes_of
 from moe_jax.runs.load import read_run
 
-DATA = Path(__file__).with_name("data") / "hf" / "t5"
+ALL = Path(__file__).with_name("data") / "hf"
+DATA = ALL / "t5"
 
 
 def stored() -> dict[str, np.ndarray]:
-    """T5X's parameters of the T5 that is kept for tests."""
+    """T5X's parameters of the T5 1.1 that is kept for tests."""
     return arrays_of(load_file(DATA / "model.safetensors"))
 
 
@@ -59,18 +60,20 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout, dtype",
+    "name, layout, dtype",
     [
-        ("published", "float32"),
-        ("published", "bfloat16"),
-        ("inline", "float32"),
-        ("inline", "bfloat16"),
-        ("orbax", "float32"),
-        ("early", "bfloat16"),
+        ("t5", "published", "float32"),
+        ("t5", "published", "bfloat16"),
+        ("t5", "inline", "float32"),
+        ("t5", "inline", "bfloat16"),
+        ("t5", "orbax", "float32"),
+        ("t5", "early", "bfloat16"),
+        ("t5_1_0", "published", "float32"),
+        ("t5_1_0", "orbax", "bfloat16"),
     ],
 )
-def test_same_as_from_hugging_face(layout, dtype, tmp_path, monkeypatch, capsys):
-    source = shutil.copytree(DATA, tmp_path / "hf")
+def test_same_as_from_hugging_face(name, layout, dtype, tmp_path, monkeypatch, capsys):
+    source = shutil.copytree(ALL / name, tmp_path / "hf")
     tensors = load_file(source / "model.safetensors")
     tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     save_file(tensors, source / "model.safetensors")
@@ -81,20 +84,23 @@ def test_same_as_from_hugging_face(layout, dtype, tmp_path, monkeypatch, capsys)
     argv = ["from-t5x", str(tmp_path / "checkpoint_7"), str(tmp_path / "ours")]
     assert convert.main(argv) == 0
     said = capsys.readouterr().out
-    assert "t5, d_model 8, 2 + 1 layers" in said and "no tokenizer" in said
+    assert f": {name}, d_model 8, 2 + 1 layers" in said and "no tokenizer" in said
     assert_same_run(tmp_path / "ours", tmp_path / "theirs")
     assert not (tmp_path / "ours" / "vocabulary").exists()
     assert "Vocabulary" not in (tmp_path / "ours" / "config.gin").read_text()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_of_transformers(tied, tmp_path):
+@pytest.mark.parametrize("name, tied", [("t5", False), ("t5", True), ("t5_1_0", True)])
+def test_a_model_of_transformers(name, tied, tmp_path):
     """With its tokenizer: the whole directory is that of `from_hf`; and back to `transformers`."""
     pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
     import hf_models
     import transformers
 
-    model = hf_models.t5(tied=tied, num_decoder_layers=3, relative_attention_max_distance=128)
+    settings = {"num_decoder_layers": 3, "relative_attention_max_distance": 128}
+    model = (
+        hf_models.t5_1_0(**settings) if name == "t5_1_0" else hf_models.t5(tied=tied, **settings)
+    )
     tensors = {name: p.detach().numpy() for name, p in model.named_parameters()}
     source = tmp_path / "hf"
     model.save_pretrained(source)
@@ -151,22 +157,33 @@ def test_sentinels_within_the_tokenizer(tmp_path):
     assert theirs.get_piece_size() - 1 in own[1].encode(text)
 
 
-SIZES = {  # d_model, d_ff, heads, layers of the published ones, which have 64 numbers a head
-    "small": (512, 1024, 6, 8),
-    "base": (768, 2048, 12, 12),
-    "large": (1024, 2816, 16, 24),
-    "xl": (2048, 5120, 32, 24),
-    "xxl": (4096, 10240, 64, 24),
+SIZES = {  # d_model, d_ff, heads, head_dim, layers of the published ones
+    "small": (512, 1024, 6, 64, 8),
+    "base": (768, 2048, 12, 64, 12),
+    "large": (1024, 2816, 16, 64, 24),
+    "xl": (2048, 5120, 32, 64, 24),
+    "xxl": (4096, 10240, 64, 64, 24),
+}
+SIZES_1_0 = {
+    "small": (512, 2048, 8, 64, 6),
+    "3b": (1024, 16384, 32, 128, 24),
+    "11b": (1024, 65536, 128, 128, 24),
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_sizes_are_read_from_shapes(name):
-    d_model, d_ff, heads, layers = SIZES[name]
+@pytest.mark.parametrize(
+    "architecture, name",
+    [("t5", name) for name in SIZES]
+    + [("t5_1_0", name) for name in SIZES_1_0]
+    + [("mt5", name) for name in ("small", "xxl")],
+)
+def test_sizes_are_read_from_shapes(architecture, name):
+    sizes = SIZES_1_0 if architecture == "t5_1_0" else SIZES
+    d_model, d_ff, heads, head_dim, layers = sizes[name]
     config = ModelConfig(
-        architecture="t5", vocabulary_size=32128, d_model=d_model, d_ff=d_ff, heads=heads,
-        head_dim=64, encoder_layers=layers, decoder_layers=layers, tie_embeddings=False,
-        attention_dropout_rate=0.1, activation_dropout_rate=0.1,
+        architecture=architecture, vocabulary_size=250112 if architecture == "mt5" else 32128,
+        d_model=d_model, d_ff=d_ff, heads=heads, head_dim=head_dim, encoder_layers=layers,
+        decoder_layers=layers, attention_dropout_rate=0.1, activation_dropout_rate=0.1,
     )  # fmt: skip
     own = shapes_of(TaskMoE(config, RouterConfig(), 0))
 
@@ -175,7 +192,8 @@ def test_sizes_are_read_from_shapes(name):
 
     tensors = {p.name: np.broadcast_to(np.float32(0), shape(p)) for p in weights.parts(config)}
     shapes = {name: array.shape for name, array in arrays_of(tensors).items()}
-    assert shapes["decoder/layers_1/encoder_decoder_attention/out/kernel"] == (heads * 64, d_model)
+    out = "decoder/layers_1/encoder_decoder_attention/out/kernel"
+    assert shapes[out] == (heads * head_dim, d_model)
     assert t5x.read_config(shapes, Path("test")) == config
     assert {part.name: shape(part) for part in t5x.parts(config)} == shapes
 
@@ -214,7 +232,7 @@ KEY = "encoder/layers_1/attention/key/kernel"
         ),
         (
             lambda a: a.update({"encoder/layers_0/mlp/wi/kernel": np.ones((8, 12), np.float32)}),
-            "T5 1.0",
+            "encoder/layers_0/mlp/wi/kernel belongs to no T5 1.1",
         ),
         (
             lambda a: a.update({"encoder/encoder/mlp/wo/kernel": np.ones((12, 2, 8), np.float32)}),

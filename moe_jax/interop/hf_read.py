@@ -1,4 +1,4 @@
-"""Reads BART or T5 1.1 from Hugging Face files into a model directory, without PyTorch."""
+"""Reads a model of `transformers` from its files into a model directory, without PyTorch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import vocabulary
-from moe_jax.interop import hf_config, hf_directory, hf_weights
+from moe_jax.interop import hf_config, hf_directory, hf_families, hf_weights
 from moe_jax.interop.hf_directory import Weights
 from moe_jax.interop.hf_weights import Part
 from moe_jax.interop.initial import check_parts, write_initial
@@ -27,7 +27,8 @@ def from_hf(source: str, out: str | Path) -> ModelConfig:
     Parameter by parameter: at most one of ours and one tensor of theirs are in memory.
 
     Raises:
-        UserError: it is neither BART nor T5 1.1, a file is missing or damaged, or `out` exists.
+        UserError: it is of no family in `hf_families`, a file is missing or damaged, or `out`
+            exists.
     """
     out = Path(out)
     files.check_new(out)
@@ -86,8 +87,9 @@ def _check_names(
             if np.any(weights.read(names[name])):
                 raise UserError(f"{directory}: {names[name]} is not zero; our logits have no bias")
         elif name != hf_weights.UNUSED:
+            title = hf_families.of_architecture(config.architecture).title
             hint = nearest(name, known)
-            raise UserError(f"{directory}: {names[name]} belongs to no BART or T5 1.1{hint}")
+            raise UserError(f"{directory}: {names[name]} belongs to no {title}{hint}")
 
 
 def _write_origin(path: Path, directory: Path, weights: Weights, names: dict[str, str]) -> None:

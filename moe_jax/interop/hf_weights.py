@@ -1,15 +1,18 @@
-"""Where each tensor of a `transformers` BART or T5 1.1 lives in our parameter tree.
+"""Where each tensor of a model of `transformers` lives in our parameter tree.
 
 The map is a list of `Part`s; both directions read it. It is for dense models: one expert, no
 vanilla layers, so that every layer is at `layers/routed`, [layer, expert 0].
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from moe_jax.interop import hf_families
+from moe_jax.interop.hf_families import Names
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.family import Family
 
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
@@ -64,51 +67,28 @@ _BLOCKS: dict[str, dict[str, tuple[str, int | None]]] = {
     "cross_attention": {"q": ("q", 0), "k": ("kv", 0), "v": ("kv", 1), "out": ("out", None)},
     "feed_forward": {"in": ("in", 0), "gate": ("in", 1), "out": ("out", None)},
 }
-_BART = {
-    "self_attention": "self_attn.{}_proj",
-    "self_attention_norm": "self_attn_layer_norm",
-    "cross_attention": "encoder_attn.{}_proj",
-    "cross_attention_norm": "encoder_attn_layer_norm",
-    "feed_forward": {"in": "fc1", "out": "fc2"},
-    "feed_forward_norm": "final_layer_norm",
-}
-# T5 1.1 multiplies gelu(wi_0 x), the first of our two input matrices, with wi_1 x.
-_T5_FEED_FORWARD = {"in": "wi_0", "gate": "wi_1", "out": "wo"}
-
-
-def _t5(side: str) -> dict[str, Any]:
-    blocks = ["self_attention", "cross_attention", "feed_forward"]
-    if side == "encoder":
-        blocks.remove("cross_attention")
-    names: dict[str, Any] = {}
-    for i, block in enumerate(blocks):
-        names[f"{block}_norm"] = f"layer.{i}.layer_norm"
-        match block:
-            case "self_attention":
-                names[block] = f"layer.{i}.SelfAttention.{{}}"
-            case "cross_attention":
-                names[block] = f"layer.{i}.EncDecAttention.{{}}"
-            case "feed_forward":
-                dense = f"layer.{i}.DenseReluDense."
-                names[block] = {k: dense + v for k, v in _T5_FEED_FORWARD.items()}
-    return names
+_POSITIONS = {"learned": "position", "relative": "relative"}
 
 
 def parts(config: ModelConfig) -> list[Part]:
-    """All tensors of a dense model, grouped by parameter."""
+    """All tensors of a dense model, grouped by parameter.
+
+    Raises:
+        UserError: `transformers` has no model of this architecture.
+    """
+    names = hf_families.of_architecture(config.architecture).names
+    family = config.family
+    layer_norm = family.norm == "layer"
     found = [Part(EMBEDDING, "embedding", (), "table")]
     if not config.tie_embeddings:
         found.append(Part(HEAD, "head", (), "kernel"))
     for side in ("encoder", "decoder"):
-        if config.architecture == "bart":
-            found.append(Part(f"{side}.embed_positions.weight", f"{side}/position", (), "table"))
-            found += _norm(f"{side}.layernorm_embedding", f"{side}/norm", (), bias=True)
-        else:
-            name = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-            found.append(Part(name, f"{side}/relative", (), "table"))
-            found += _norm(f"{side}.final_layer_norm", f"{side}/norm", (), bias=False)
+        positions = names.positions.format(side=side)
+        path = f"{side}/{_POSITIONS[family.positions]}"
+        found.append(Part(f"{positions}.weight", path, (), "table"))
+        found += _norm(names.norm.format(side=side), f"{side}/norm", (), layer_norm)
         for layer in range(getattr(config, f"{side}_layers")):
-            found += _layer(config, side, layer)
+            found += _layer(names, family, side, layer)
     return sorted(found, key=lambda part: part.path)
 
 
@@ -118,30 +98,18 @@ def _norm(name: str, path: str, place: Place, bias: bool) -> Iterator[Part]:
         yield Part(f"{name}.bias", f"{path}/bias", place, "vector")
 
 
-def _layer(config: ModelConfig, side: str, layer: int) -> Iterator[Part]:
-    bart = config.architecture == "bart"
-    prefix = f"{side}.layers.{layer}." if bart else f"{side}.block.{layer}."
-    for block, names in (_BART if bart else _t5(side)).items():
-        if block.startswith("cross_attention") and side == "encoder":
+def _layer(names: Names, family: Family, side: str, layer: int) -> Iterator[Part]:
+    prefix, place = names.layer.format(side=side, layer=layer), (layer, 0)
+    for block, theirs in names.blocks[side].items():
+        path = f"{side}/layers/routed/{block}"
+        if isinstance(theirs, str):
+            yield from _norm(prefix + theirs, path, place, family.norm == "layer")
             continue
-        path, place = f"{side}/layers/routed/{block}", (layer, 0)
-        if block.endswith("_norm"):
-            yield from _norm(prefix + names, path, place, bias=bart)
-            continue
-        for which, (parameter, index) in _BLOCKS[block].items():
-            if isinstance(names, dict):
-                if which not in names:
-                    continue
-                name = names[which]
-            else:
-                short = "o" if which == "out" and not bart else which
-                name = names.format(short)
-            fused = () if index is None else (slice(None), index)
-            yield Part(
-                f"{prefix}{name}.weight", f"{path}/{parameter}_kernel", (*place, *fused), "kernel"
-            )
-            if bart:
-                fused = () if index is None else (index,)
-                yield Part(
-                    f"{prefix}{name}.bias", f"{path}/{parameter}_bias", (*place, *fused), "vector"
-                )
+        for which, name in theirs.items():
+            parameter, index = _BLOCKS[block][which]
+            inner = () if index is None else (slice(None), index)
+            path_of = f"{path}/{parameter}"
+            yield Part(f"{prefix}{name}.weight", f"{path_of}_kernel", place + inner, "kernel")
+            if family.biases:
+                inner = () if index is None else (index,)
+                yield Part(f"{prefix}{name}.bias", f"{path_of}_bias", place + inner, "vector")

@@ -1,4 +1,4 @@
-"""Writes a task's plain BART or T5 1.1 as Hugging Face files that `transformers` loads."""
+"""Writes a task's plain model as Hugging Face files that `transformers` loads."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import TokenizersVocabulary, Vocabulary
-from moe_jax.interop import hf_config, hf_directory, hf_weights
+from moe_jax.interop import hf_config, hf_directory, hf_families, hf_weights
 from moe_jax.interop.hf_read import ORIGIN, TENSORS, UNUSED
 from moe_jax.interop.hf_weights import Part
 from moe_jax.model.backbone import EncoderDecoder
@@ -38,7 +38,7 @@ def to_hf(
     average: bool = False,
     approximate: bool = False,
 ) -> str:
-    """Writes a plain BART or T5 directory.
+    """Writes the Hugging Face directory of a plain model.
 
     Args:
         checkpoint: model directory, or one of its checkpoints.
@@ -199,11 +199,11 @@ def _tensor(plain: Params, part: Part) -> np.ndarray:
 
 def _tensors(plain: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values as `transformers` saves them."""
-    prefix = "model." if config.architecture == "bart" else ""
-    if config.architecture == "bart":
+    family = hf_families.of_architecture(config.architecture)
+    if family.logits_bias:
         yield hf_weights.ZERO, np.zeros((1, config.vocabulary_size), np.float32)
     for part in hf_weights.parts(config):
-        yield prefix + part.name, _tensor(plain, part)
+        yield family.names.prefix + part.name, _tensor(plain, part)
 
 
 def _as_they_came(

@@ -1,0 +1,166 @@
+"""Reads the files of a T5X checkpoint, an array at a time.
+
+T5X's published layout is a directory with a msgpack file of Flax, and with a zarr array for every
+parameter that the file only refers to:
+
+    checkpoint_1000000/checkpoint: {version, optimizer: {target: parameters, state: ...}}
+    checkpoint_1000000/target.encoder.layers_0.attention.query.kernel/{.zarray,0.0}
+
+Neither the optimizer's state nor a second parameter is in memory while one is read.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ml_dtypes  # noqa: F401  so that NumPy knows bfloat16
+import msgpack
+import numpy as np
+import tensorstore
+from flax import serialization
+
+from moe_jax.core.errors import UserError, nearest
+
+FILE = "checkpoint"
+# What an array is called in its module; all else in `target` are modules.
+_LEAVES = ("kernel", "scale", "embedding", "rel_embedding")
+_REFERENCE = "PLACEHOLDER://"
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Checkpoint:
+    """The parameters of a T5X checkpoint, by name: `encoder/encoder_norm/scale`.
+
+    Attributes:
+        directory: that holds it.
+        shapes: name -> shape.
+
+    Raises:
+        UserError: there is none, or one of its files is missing or damaged.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        # Of arrays in FILE, the bytes from and to; of others, the zarr array's directory.
+        self._places: dict[str, tuple[int, int] | Path] = {}
+        if not (directory / FILE).is_file():
+            steps = [path.name for path in directory.glob(f"{FILE}_*")]
+            raise UserError(
+                f"{directory} is no T5X checkpoint: it has no file {FILE!r}{nearest(FILE, steps)}"
+            )
+        try:
+            with open(directory / FILE, "rb") as f:
+                unpacker = msgpack.Unpacker(f, max_buffer_size=0, strict_map_key=False)
+                places = list(_target(unpacker))
+        except (ValueError, msgpack.UnpackException, OSError) as e:
+            raise self._unreadable(FILE, e) from e
+        if not places:
+            raise UserError(f"{directory / FILE} holds no parameters: it has no 'target'")
+        for name, place in places:
+            value = self._value(name, place)
+            if isinstance(value, np.ndarray):
+                self._places[name] = place
+                shape, dtype = value.shape, value.dtype
+            else:
+                self._places[name] = self.directory / self._referred(name, value)
+                store = self._open(name)
+                shape, dtype = store.shape, store.dtype.numpy_dtype
+            if dtype.name not in _DTYPES:
+                raise UserError(
+                    f"{directory}: {name} has dtype {dtype.name}, not one of {', '.join(_DTYPES)}"
+                )
+            self.shapes[name] = tuple(shape)
+
+    def read(self, name: str) -> np.ndarray:
+        """One array, in the dtype that it has there."""
+        place = self._places[name]
+        if isinstance(place, tuple):
+            return self._value(name, place)
+        try:
+            return self._open(name).read().result()
+        except ValueError as e:
+            raise self._unreadable(name, e) from e
+
+    def _value(self, name: str, place: tuple[int, int]) -> Any:
+        """What FILE holds there."""
+        start, end = place
+        with open(self.directory / FILE, "rb") as f:
+            f.seek(start)
+            try:
+                return serialization.msgpack_restore(f.read(end - start))
+            except (ValueError, TypeError, KeyError, msgpack.UnpackException) as e:
+                raise self._unreadable(name, e) from e
+
+    def _open(self, name: str) -> tensorstore.TensorStore:
+        """The zarr array. Its metadata is read from its own file, which the reference repeats."""
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": str(self._places[name])},
+            "fill_missing_data_reads": False,  # a chunk that is missing would read as zeros
+        }
+        try:
+            return tensorstore.open(spec, open=True, read=True).result()
+        except ValueError as e:
+            raise self._unreadable(name, e) from e
+
+    def _referred(self, name: str, value: Any) -> PurePosixPath:
+        """The directory, within the checkpoint's, that stands in place of an array."""
+        match value:
+            case str() if value.startswith(_REFERENCE):
+                path = value.removeprefix(_REFERENCE)
+            # TensorStore's specification; older ones have the path outside `kvstore`.
+            case {"driver": "zarr", "kvstore": {"path": str(path)}}:
+                pass
+            case {"driver": "zarr", "path": str(path)}:
+                pass
+            case _:
+                raise UserError(
+                    f"{self.directory / FILE}: {name} is neither an array nor refers to one"
+                )
+        relative = PurePosixPath(path)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise UserError(
+                f"{self.directory / FILE}: {name} refers to {path}, out of the directory"
+            )
+        return relative
+
+    def _unreadable(self, name: str, error: Exception) -> UserError:
+        # TensorStore: 'NOT_FOUND: Error ... [tensorstore_spec=...]'.
+        reason = str(error).strip().partition(" [")[0] or type(error).__name__
+        return UserError(f"{self.directory}: cannot read {name}: {reason.splitlines()[0]}")
+
+
+def _target(unpacker: msgpack.Unpacker) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name, and first byte and end, of every array in the `target` of the map that comes next."""
+    for _ in range(unpacker.read_map_header()):
+        match unpacker.unpack():
+            case "target":
+                yield from _arrays(unpacker, unpacker.read_map_header(), ())
+            case "optimizer":
+                yield from _target(unpacker)
+            case _:
+                unpacker.skip()
+
+
+def _arrays(
+    unpacker: msgpack.Unpacker, entries: int, parents: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The same of a module, of which the header has been read."""
+    for _ in range(entries):
+        path = (*parents, str(unpacker.unpack()))
+        start = unpacker.tell()
+        inner = None if path[-1] in _LEAVES else _header(unpacker)
+        if inner is None:
+            unpacker.skip()
+            yield "/".join(path), (start, unpacker.tell())
+        else:
+            yield from _arrays(unpacker, inner, path)
+
+
+def _header(unpacker: msgpack.Unpacker) -> int | None:
+    """Number of entries of the map that comes next; None, and nothing read, if it is no map."""
+    try:
+        return unpacker.read_map_header()
+    except ValueError:
+        return None

@@ -9,15 +9,26 @@ from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, shapes_of
 from moe_jax.runs import flags as cli
 
-# Published models: parameters, vocabulary, and what `transformers` calls the sizes.
+# Published models: parameters, vocabulary, and what `transformers` calls the sizes; heads of T5s
+# have 64 numbers where the last size does not say otherwise.
 SIZES = {
     "bart_base": (139_420_416, 50_265, (768, 3072, 12, 6)),
     "bart_large": (406_291_456, 50_265, (1024, 4096, 16, 12)),
+    "t5_1_0_small": (60_506_624, 32_128, (512, 2048, 8, 6)),
+    "t5_1_0_base": (222_903_552, 32_128, (768, 3072, 12, 12)),
+    "t5_1_0_large": (737_668_096, 32_128, (1024, 4096, 16, 24)),
+    "t5_1_0_3b": (2_851_598_336, 32_128, (1024, 16384, 32, 24, 128)),
+    "t5_1_0_11b": (11_307_321_344, 32_128, (1024, 65536, 128, 24, 128)),
     "t5_1_1_small": (76_961_152, 32_128, (512, 1024, 6, 8)),
     "t5_1_1_base": (247_577_856, 32_128, (768, 2048, 12, 12)),
     "t5_1_1_large": (783_150_080, 32_128, (1024, 2816, 16, 24)),
     "t5_1_1_xl": (2_849_757_184, 32_128, (2048, 5120, 32, 24)),
     "t5_1_1_xxl": (11_135_332_352, 32_128, (4096, 10240, 64, 24)),
+    "mt5_small": (300_176_768, 250_112, (512, 1024, 6, 8)),
+    "mt5_base": (582_401_280, 250_112, (768, 2048, 12, 12)),
+    "mt5_large": (1_229_581_312, 250_112, (1024, 2816, 16, 24)),
+    "mt5_xl": (3_742_619_648, 250_112, (2048, 5120, 32, 24)),
+    "mt5_xxl": (12_921_057_280, 250_112, (4096, 10240, 64, 24)),
 }
 
 
@@ -41,7 +52,7 @@ def test_one_expert_is_the_published_model(name):
 def test_transformers_counts_as_many(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    parameters, vocabulary, (width, inner, heads, layers) = SIZES[name]
+    parameters, vocabulary, (width, inner, heads, layers, *head_dim) = SIZES[name]
     with torch.device("meta"):
         if name.startswith("bart"):
             sides = {
@@ -56,13 +67,17 @@ def test_transformers_counts_as_many(name):
             )
             model = transformers.BartForConditionalGeneration(config)
         else:
-            config = transformers.T5Config(
-                vocab_size=vocabulary, d_model=width, d_kv=64, d_ff=inner, num_heads=heads,
-                num_layers=layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            relu = name.startswith("t5_1_0")
+            kind = "MT5" if name.startswith("mt5") else "T5"
+            config = getattr(transformers, f"{kind}Config")(
+                vocab_size=vocabulary, d_model=width, d_kv=(*head_dim, 64)[0], d_ff=inner,
+                num_heads=heads, num_layers=layers,
+                feed_forward_proj="relu" if relu else "gated-gelu", tie_word_embeddings=relu,
             )  # fmt: skip
-            model = transformers.T5ForConditionalGeneration(config)
-            # Version 5 ties all T5s until it reads files with both embeddings.
-            model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+            model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+            if not relu:
+                # Version 5 ties all T5s until it reads files with both embeddings.
+                model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 

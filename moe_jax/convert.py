@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's BART and T5 1.1, or of T5X's T5 1.1, in; a task's plain model out.
+"""Weights of Hugging Face's BART, T5 and mT5, or of T5X's T5 and mT5, in; a plain model out.
 
     python -m moe_jax.convert from-hf DIR OUT
     python -m moe_jax.convert from-t5x CHECKPOINT_DIR OUT [--sentencepiece FILE]
@@ -12,7 +12,7 @@
 `from-t5x` does the same with a checkpoint of T5X, which holds no tokenizer: give its SentencePiece
 model, or name its vocabulary to `train` (VocabularyConfig).
 
-`to-hf` takes a task's expert in every layer, which leaves a BART or T5 that `transformers` loads.
+`to-hf` takes a task's expert in every layer, which leaves a plain model that `transformers` loads.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader = commands.add_parser("from-hf", help="weights and tokenizer in")
     reader.add_argument("source", metavar="DIR", help="Hugging Face directory, or name on the Hub")
     reader.add_argument("out", metavar="OUT", help="model directory to write")
-    t5x = commands.add_parser("from-t5x", help="weights of a T5X checkpoint of T5 1.1 in")
+    t5x = commands.add_parser("from-t5x", help="weights of a T5X checkpoint of T5 or mT5 in")
     t5x.add_argument(
         "source", metavar="CHECKPOINT_DIR", help="local directory, such as checkpoint_1000000"
     )

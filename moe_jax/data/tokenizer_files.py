@@ -28,7 +28,7 @@ FILES = (
 
 # Ids where config.json leaves them out, by its model_type, as `transformers` has them.
 _T5_IDS = {"pad": 0, "bos": None, "eos": 1, "decoder_start": 0}
-_IDS = {
+SPECIAL_IDS = {
     "bart": {"pad": 1, "bos": 0, "eos": 2, "decoder_start": 2},
     "t5": _T5_IDS,
     "mt5": _T5_IDS,
@@ -46,12 +46,12 @@ def special_ids(config: Mapping[str, Any], source: Any) -> dict[str, int | None]
         UserError: it is of another model_type than those whose tokenizers are known.
     """
     kind = config.get("model_type")
-    if kind not in _IDS:
+    if kind not in SPECIAL_IDS:
         raise UserError(
             f"{source}: model_type is {kind!r}; its tokenizer can be read for one of"
-            f" {', '.join(_IDS)}{nearest(str(kind), _IDS)}"
+            f" {', '.join(SPECIAL_IDS)}{nearest(str(kind), SPECIAL_IDS)}"
         )
-    ids = dict(_IDS[kind])
+    ids = dict(SPECIAL_IDS[kind])
     for name in ids:
         value = config.get(f"{name}_token_id")
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Reads a T5 (1.0, 1.1, Flan-T5, mT5) from a T5X checkpoint into a model directory."""
+"""Reads a T5 (1.0, 1.1, Flan-T5) or mT5 from a T5X checkpoint into a model directory."""
 
 import re
 import tempfile

@@ -1,0 +1,117 @@
+"""Records of families: `config.json` there and back, what is refused, one added from outside."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from test_hf_parity import check, compute, load
+
+from moe_jax.core.errors import UserError
+from moe_jax.data.tokenizer_files import special_ids
+from moe_jax.data.vocabulary import read_tokenizers
+from moe_jax.interop import hf_families
+from moe_jax.interop.hf_config import read_config, write_config
+from moe_jax.interop.hf_read import from_hf
+from moe_jax.interop.hf_write import to_hf
+from moe_jax.model import family
+from moe_jax.model.config import ModelConfig
+
+DATA = Path(__file__).with_name("data") / "hf"
+SIZES = {"vocabulary_size": 272, "d_model": 8, "d_ff": 12, "heads": 2}
+
+
+@pytest.fixture
+def silu(monkeypatch):
+    """A T5 with SwiGLU: a record of how it computes, and one of what `transformers` calls it."""
+    for module in (family, hf_families):
+        monkeypatch.setattr(module, "_FAMILIES", dict(module._FAMILIES))
+    family.register(dataclasses.replace(family.family_of("t5"), name="t5_silu", activation="silu"))
+    plain = hf_families.of_architecture("t5")
+    hf_families.register(
+        dataclasses.replace(
+            plain,
+            architecture="t5_silu",
+            title="T5 with SiLU",
+            fixed=dict(plain.fixed) | {"feed_forward_proj": "gated-silu"},
+            written={"is_gated_act": True, "dense_act_fn": "silu"},
+        )
+    )
+
+
+def test_a_family_from_outside(silu, tmp_path):
+    pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+    import hf_models
+
+    model = hf_models.t5(feed_forward_proj="gated-silu")
+    tokenizer = (DATA / "bart" / "tokenizer.json").read_text()
+    source = hf_models.save(model, tmp_path / "hf", tokenizer)
+    config, backbone = load(source, tmp_path / "out")
+    assert config.architecture == "t5_silu"
+    batch = hf_models.batch()
+    check("silu", compute(config, backbone, batch), hf_models.reference(model, batch), batch)
+    to_hf(tmp_path / "out", tmp_path / "back")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_the_others_are_as_they_were(silu, tmp_path):
+    assert from_hf(str(DATA / "t5"), tmp_path / "out").architecture == "t5"
+
+
+@pytest.mark.parametrize("tied", [True, False, None])
+@pytest.mark.parametrize("architecture", ["bart", "t5", "t5_1_0", "mt5"])
+def test_configs_there_and_back(architecture, tied):
+    """All that the output depends on; `None`: as the family has it."""
+    head_dim = {} if architecture == "bart" else {"head_dim": 6}
+    config = ModelConfig(
+        architecture=architecture, tie_embeddings=tied, encoder_layers=2, decoder_layers=3,
+        max_positions=30, relative_buckets=8, relative_max_distance=20, dropout_rate=0.2,
+        attention_dropout_rate=0.2, activation_dropout_rate=0.2, **SIZES, **head_dim,
+    )  # fmt: skip
+    vocabulary = read_tokenizers(DATA / architecture)
+    if architecture == "bart" and tied is False:
+        with pytest.raises(UserError, match="BART has tied embeddings"):
+            write_config(config, vocabulary)
+        return
+    back = read_config(write_config(config, vocabulary), config.tie_embeddings, "test")
+    # Without effect: positions of the other kind, how untied logits would be scaled.
+    for field in ("max_positions", "relative_buckets", "relative_max_distance"):
+        if getattr(back, field) == getattr(ModelConfig(), field):
+            back = dataclasses.replace(back, **{field: getattr(config, field)})
+    if not config.tie_embeddings:
+        back = dataclasses.replace(back, scale_tied_logits=config.scale_tied_logits)
+    assert back == config
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"architecture": "bart", "head_dim": 6}, "BART of this size has head_dim 4, not 6"),
+        ({"architecture": "bart", "scale_tied_logits": True}, "scale_tied_logits False, not True"),
+        (
+            {"architecture": "mt5", "tie_embeddings": True, "scale_tied_logits": True},
+            "mT5 of this size has scale_tied_logits False, not True",
+        ),
+    ],
+)
+def test_models_that_transformers_lacks_are_refused(settings, message):
+    config = ModelConfig(**SIZES, **settings)
+    with pytest.raises(UserError, match=message):
+        write_config(config, read_tokenizers(DATA / config.architecture))
+
+
+def test_a_family_without_a_record_is_named(monkeypatch):
+    monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
+    family.register(dataclasses.replace(family.family_of("t5"), name="t6"))
+    with pytest.raises(UserError, match=r"architecture 't6'; it has bart, .*did you mean 't5'"):
+        write_config(ModelConfig(architecture="t6", **SIZES), read_tokenizers(DATA / "t5"))
+
+
+def test_ids_of_absent_keys():
+    """As `transformers` takes them where a `config.json` leaves them out."""
+    for kind in ("t5", "mt5"):
+        ids = special_ids({"model_type": kind}, "test")
+        assert ids == {"pad": 0, "bos": None, "eos": 1, "decoder_start": 0}
+    assert special_ids({"model_type": "bart", "eos_token_id": [2, 5]}, "test")["eos"] == 2
+    with pytest.raises(UserError, match=r"test: model_type is 'mt6'.*did you mean 'mt5'"):
+        special_ids({"model_type": "mt6"}, "test")

@@ -13,7 +13,7 @@ from moe_jax import eval as eval_program
 from moe_jax import infer
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
-from moe_jax.interop.streaming import Promise, save_params
+from moe_jax.interop.streamed_checkpoint import Promise, save_params
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import routes_of
 from moe_jax.runs import directory as run_dir

@@ -12,7 +12,7 @@ from moe_jax.data import vocabulary
 from moe_jax.interop import hf_config, hf_directory, hf_families, hf_weights
 from moe_jax.interop.hf_directory import Weights
 from moe_jax.interop.hf_weights import Part
-from moe_jax.interop.initial import check_parts, write_initial
+from moe_jax.interop.model_directory import check_parts, write_initial
 from moe_jax.model.config import ModelConfig
 
 # Of a converted model directory: what a Hugging Face directory holds besides, for the way back.

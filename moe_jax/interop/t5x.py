@@ -12,7 +12,7 @@ from moe_jax.data import tokenizer_files, vocabulary
 from moe_jax.data.vocabulary import TokenizersVocabulary
 from moe_jax.interop import hf_families, hf_weights
 from moe_jax.interop.hf_weights import Part
-from moe_jax.interop.initial import check_parts, write_initial
+from moe_jax.interop.model_directory import check_parts, write_initial
 from moe_jax.interop.t5x_checkpoint import Checkpoint
 from moe_jax.model.config import ModelConfig
 

@@ -15,7 +15,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import TokenizersVocabulary, VocabularyConfig
 from moe_jax.interop.hf_weights import Part
-from moe_jax.interop.streaming import Promise, save_params
+from moe_jax.interop.streamed_checkpoint import Promise, save_params
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, shapes_of
 from moe_jax.runs import directory as run_dir

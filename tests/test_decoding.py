@@ -24,7 +24,7 @@ from moe_jax.decoding.rows import row_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds
 from moe_jax.evaluation.evaluator import INPUTS
 from moe_jax.interop.hf_weights import parts
-from moe_jax.interop.hf_write import squeeze
+from moe_jax.interop.squeeze import squeeze
 from moe_jax.model.backbone import EncoderDecoder
 
 LENGTH = 8

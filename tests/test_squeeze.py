@@ -17,7 +17,8 @@ from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import read_tokenizers
 from moe_jax.interop import hf_directory as directory
 from moe_jax.interop.hf_read import from_hf
-from moe_jax.interop.hf_write import squeeze, to_hf
+from moe_jax.interop.hf_write import to_hf
+from moe_jax.interop.squeeze import squeeze
 from moe_jax.interop.streamed_checkpoint import Promise, save_params
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig

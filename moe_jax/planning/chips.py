@@ -1,41 +1,61 @@
-"""Peak rates of accelerators, from their makers' pages: the table that `plan` measures against."""
+"""Peak rates and memory of accelerators: the one table that a plan is measured against."""
 
 import dataclasses
+import os
+
+import jax
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them.
+    """What one device, as JAX counts them, can do at best.
 
     Attributes:
-        flops: bfloat16 products and sums per second.
-        memory_bytes: of its own memory.
-        memory_rate: bytes per second to and from that memory.
-        link_rate: bytes per second to other devices, over all links, one way.
-        source: where the figures are from.
+        kind: how `jax.Device.device_kind` starts.
+        flops: bfloat16 operations per second; a product and a sum are two.
+        memory_bytes: that a program may use.
+        memory_rate: bytes per second, read and written together.
+        link_rate: bytes per second sent to other devices, over all links together.
+        source: where the rates are from.
     """
 
-    name: str
+    kind: str
     flops: float
-    memory_bytes: float
+    memory_bytes: int
     memory_rate: float
     link_rate: float
     source: str
 
 
-# Memory of TPUs: what the runtime leaves to a program is a little less than the page says.
+# Memory of TPUs is what the compiler of libtpu 0.0.42.1 says is available, a little less than the
+# pages say. `link_rate` is half of a page's "bidirectional" figure. A device of TPU7x is half a
+# chip, one of the others a whole chip.
 CHIPS = (
-    Chip("TPU v4", 275e12, 31.25 * GIB, 1228e9, 300e9, "cloud.google.com/tpu/docs/v4"),
-    Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, "cloud.google.com/tpu/docs/v5e"),
-    Chip("TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, "cloud.google.com/tpu/docs/v5p"),
-    Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 448e9, "cloud.google.com/tpu/docs/v6e"),
-    Chip("NVIDIA H100", 989e12, 80e9, 3350e9, 450e9, "nvidia.com/en-us/data-center/h100"),
+    Chip("TPU v4", 275e12, int(31.25 * GIB), 1200e9, 300e9, "cloud.google.com/tpu/docs/v4"),
+    Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, "cloud.google.com/tpu/docs/v5e"),
+    Chip("TPU v5", 459e12, int(95.74 * GIB), 2765e9, 600e9, "cloud.google.com/tpu/docs/v5p"),
+    Chip("TPU v6 lite", 918e12, int(31.25 * GIB), 1600e9, 400e9, "cloud.google.com/tpu/docs/v6e"),
+    Chip("TPU7x", 1153.5e12, int(94.75 * GIB), 3690e9, 300e9, "cloud.google.com/tpu/docs/tpu7x"),
+    Chip("NVIDIA H100", 989e12, 80 * 10**9, 3350e9, 450e9, "nvidia.com/en-us/data-center/h100"),
 )
+# One core of a server: two AVX-512 units at 3 GHz, float32. No maker's figure; an order of size.
+CORE_FLOPS, CORE_MEMORY_RATE = 192e9, 20e9
 
 
-def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None where the table has none."""
-    named = [chip for chip in CHIPS if device_kind.startswith(chip.name)]
-    return max(named, key=lambda chip: len(chip.name), default=None)
+def chip_of(device: jax.Device, devices: int) -> Chip | None:
+    """The chip that a device is; None where the table has none.
+
+    Virtual CPU devices share the cores and the memory of this machine.
+
+    Args:
+        devices: how many there are.
+    """
+    if device.platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        share = (os.cpu_count() or 1) / devices
+        rate = CORE_MEMORY_RATE * share
+        return Chip("cpu", CORE_FLOPS * share, memory // devices, rate, rate, "an order of size")
+    named = [chip for chip in CHIPS if device.device_kind.startswith(chip.kind)]
+    return max(named, key=lambda chip: len(chip.kind), default=None)

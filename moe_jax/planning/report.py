@@ -1,58 +1,136 @@
 """A plan in words: a short table, and what would help where it does not fit."""
 
-from moe_jax.core.sharding import SHARD_AXES, group_shards, size_of
-from moe_jax.planning.program import GIB, BatchShape, Plan
+import dataclasses
+
+from jax.sharding import Mesh
+
+from moe_jax.core.sharding import MESH_AXES, MeshConfig, make_mesh
+from moe_jax.model.task_moe import TaskMoE
+from moe_jax.planning.chips import GIB
+from moe_jax.planning.step_plan import BatchShape, Plan, abstract_state, local_bytes
+from moe_jax.training.optimizer import OptimizerConfig
+
+# Below this share, a change is not worth an advice.
+WORTHWHILE = 0.05
 
 
-def table(plan: Plan) -> str:
-    """The figures of one device, a line each."""
-    total = plan.state_bytes + plan.temporary_bytes
-    memory = f" of {plan.memory_bytes / GIB:.2f} GiB" if plan.memory_bytes else ""
+def table(plan: Plan, mesh: Mesh) -> str:
+    """The figures of one step on one device, a line each."""
+    axes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES)
     lines = [
-        f"{plan.devices} x {plan.device}",
-        f"{'parameters':<22}{plan.parameters:>16,}",
-        f"{'state':<22}{plan.state_bytes / GIB:>12.2f} GiB  parameters and optimizer",
-        f"{'temporaries':<22}{plan.temporary_bytes / GIB:>12.2f} GiB",
-        f"{'total per device':<22}{total / GIB:>12.2f} GiB{memory}: "
-        f"{'fits' if plan.fits else 'does not fit'}",
+        f"{plan.devices} x {plan.device}, mesh {axes}; figures are of one device and one step",
+        _line("parameters", f"{plan.parameters:,}", "of the whole model"),
+        _line("state", _gib(plan.state_bytes), f"parameters, optimizer{_padding(plan)}"),
+        _line("temporaries", _gib(plan.temporary_bytes), "activations, gradients, batch"),
+        _line("total", _gib(plan.total_bytes), _verdict(plan)),
     ]
-    lines += [
-        f"{kind:<22}{sent.count:>12,} x    {sent.bytes / GIB:.3f} GiB, "
-        f"largest {sent.largest_bytes / 2**20:.1f} MiB"
-        for kind, sent in sorted(plan.collectives.items())
-    ]
-    lines.append(f"{'matrix products':<22}{plan.flops / 1e12:>12.2f} TFLOP")
-    if plan.bytes_accessed:
-        lines.append(f"{'memory accessed':<22}{plan.bytes_accessed / GIB:>12.1f} GiB  at most")
+    for kind, c in plan.collectives.items():
+        note = f"{c.count:,} times, {c.largest_bytes / 2**20:,.1f} MiB the largest"
+        lines.append(_line(kind, _gib(c.bytes), note))
+    lines.append(
+        _line("matrix products", f"{plan.flops / 1e12:,.3f} TFLOP", _at_peak(plan, "computing"))
+    )
+    if plan.bytes_accessed is not None:
+        note = _at_peak(plan, "memory")
+        lines.append(_line("memory accessed", _gib(plan.bytes_accessed), note))
+    if plan.collectives:
+        sent = _gib(sum(c.wire_bytes for c in plan.collectives.values()))
+        lines.append(_line("sent to others", sent, _at_peak(plan, "sending")))
     if plan.least_seconds is not None:
-        lines.append(
-            f"{'least step time':<22}{plan.least_seconds * 1e3:>12.1f} ms   bound by {plan.bound}"
-        )
+        bound = max(plan.seconds, key=plan.seconds.__getitem__)
+        note = f"all at once at peak rates; {bound} takes longest"
+        lines.append(_line("least step time", _time(plan.least_seconds), note))
+    if plan.unknown_loops:
+        lines.append(f"{plan.unknown_loops} loops of unknown length are counted once.")
     return "\n".join(lines)
 
 
-def advice(plan: Plan, mesh, shape: BatchShape, remat: bool) -> list[str]:
-    """What would help a plan that does not fit, the most useful first."""
+def _line(name: str, figure: str, note: str) -> str:
+    return f"{name:<18}{figure:>18}  {note}".rstrip()
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.3f} GiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds:,.3g} s"
+
+
+def _at_peak(plan: Plan, what: str) -> str:
+    return f"{_time(plan.seconds[what])} at the peak rate" if what in plan.seconds else ""
+
+
+def _padding(plan: Plan) -> str:
+    padding = plan.state_bytes - plan.unpadded_state_bytes
+    if padding < WORTHWHILE * plan.state_bytes:
+        return ""
+    return f"; {_gib(padding)} of it pads arrays to the chip's tiles"
+
+
+def _verdict(plan: Plan) -> str:
+    if not plan.memory_bytes:
+        return "the device's memory is not known"
+    return f"of {_gib(plan.memory_bytes)}: {'fits' if plan.fits else 'does not fit'}"
+
+
+def advice(
+    plan: Plan, model: TaskMoE, optimizer_config: OptimizerConfig, mesh: Mesh, shape: BatchShape
+) -> list[str]:
+    """What would help a plan that does not fit, by what takes the memory."""
+    of_state = _advice_on_state(plan, model, optimizer_config, mesh)
+    of_temporaries = _advice_on_temporaries(plan, model, shape)
+    room = plan.memory_bytes - plan.state_bytes
+    if room < plan.memory_bytes / 4:  # the state leaves little, whatever a step takes
+        return [*of_state, *of_temporaries]
+    return [*of_temporaries, *of_state]
+
+
+def _advice_on_state(
+    plan: Plan, model: TaskMoE, optimizer_config: OptimizerConfig, mesh: Mesh
+) -> list[str]:
+    """Changes of mesh and optimizer, with the state that they would leave."""
+    padded = plan.state_bytes / plan.unpadded_state_bytes  # taken to stay so
+    parts = mesh.devices.size // mesh.shape["model"]
+    sharded = make_mesh(
+        MeshConfig(data=1, fsdp=parts, model=mesh.shape["model"]), list(mesh.devices.flat)
+    )
+    half = dataclasses.replace(optimizer_config, first_moment_dtype="bfloat16")
+    changes = {
+        f"MeshConfig.data=1, MeshConfig.fsdp={parts}, MeshConfig.expert=1": (
+            optimizer_config, sharded,
+        ),
+        "OptimizerConfig.first_moment_dtype='bfloat16'": (half, mesh),
+    }  # fmt: skip
     result = []
-    shards, replicas = size_of(mesh, SHARD_AXES), mesh.shape["data"]
+    for name, (config, where) in changes.items():
+        size = padded * local_bytes(abstract_state(model, config, where))
+        if size < (1 - WORTHWHILE) * plan.state_bytes:
+            result.append(f"{name}: about {_gib(size)} of state, not {_gib(plan.state_bytes)}")
     if plan.state_bytes > plan.memory_bytes / 2:
-        if replicas > 1:
-            result.append(
-                f"MeshConfig.data=1, MeshConfig.fsdp={shards * replicas}: parameters and optimizer "
-                f"are on each of {replicas} replicas"
-            )
-        result += [
-            f"more devices: the state alone takes {plan.state_bytes / GIB:.1f} GiB of each",
-            "OptimizerConfig.first_moment_dtype='bfloat16': a sixth less state",
-        ]
-    if plan.temporary_bytes > plan.memory_bytes / 4:
-        if not remat:
-            result.append("ModelConfig.remat=True: activations of one layer at a time are kept")
-        if shape.rows > 1:
-            result.append(
-                f"DataConfig.rows_per_group={shape.rows // 2} and BATCH_SIZE="
-                f"{shape.rows // 2 * shape.groups}: fewer rows at once"
-            )
-        if group_shards(mesh) < mesh.devices.size:
-            result.append("MeshConfig.model=1: `model` leaves fewer devices to spread groups over")
-    return result or ["more devices, or a smaller model"]
+        whole = plan.state_bytes * mesh.devices.size
+        enough = -(-whole * 2 // plan.memory_bytes)
+        result.append(
+            f"more devices: with about {enough:,.0f} of them and MeshConfig.fsdp as large, the "
+            "state takes half of their memory"
+        )
+    return result
+
+
+def _advice_on_temporaries(plan: Plan, model: TaskMoE, shape: BatchShape) -> list[str]:
+    """Changes that make activations smaller, where they are what takes the memory."""
+    if plan.temporary_bytes < plan.memory_bytes / 4:
+        return []
+    result = []
+    if not model.config.remat:
+        result.append(
+            "ModelConfig.remat=True: keeps the inputs of layers and computes the rest again"
+        )
+    if model.config.dtype == "float32":
+        result.append("ModelConfig.dtype='bfloat16': activations half as large")
+    if shape.rows > 1:
+        result.append(
+            f"DataConfig.rows_per_group={shape.rows // 2}, of {shape.rows}: as many rows in a "
+            "step, about half as many activations at a time"
+        )
+    return result

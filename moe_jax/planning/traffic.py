@@ -1,0 +1,215 @@
+"""What a compiled program moves: between devices, and between a device and its memory."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+
+from moe_jax.planning.hlo import Instruction, Program, tuple_parts, type_bytes
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
+    "ragged-all-to-all", "reduce-scatter",
+)  # fmt: skip
+# Instructions that move nothing themselves.
+_FREE = {
+    "", "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element",
+    "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
+}  # fmt: skip
+# Custom calls by which the TPU compiler marks something; nothing is moved.
+_MARKS = {
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart",
+    "ConcatBitcast", "GatherScatterIndicesBitpacked", "X64Combine", "X64SplitHigh", "X64SplitLow",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Collectives:
+    """All collectives of one kind in one run of the program on one device.
+
+    Attributes:
+        count: how many.
+        bytes: of their arrays: gathered, reduced, exchanged, or before a reduce-scatter.
+        largest_bytes: of the largest one.
+        wire_bytes: what the device must at least send.
+    """
+
+    count: int = 0
+    bytes: int = 0
+    largest_bytes: int = 0
+    wire_bytes: float = 0.0
+
+
+def collectives(program: Program, devices: int) -> dict[str, Collectives]:
+    """Kind -> its collectives.
+
+    Args:
+        devices: on which the program runs.
+    """
+    result: dict[str, Collectives] = {}
+    chains = set()
+    for _, instruction, times in program.instructions():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        # The TPU compiler spreads one collective over several fusions; each holds a copy of it.
+        chain = instruction.attribute(r'chain_id="(\d+)"')
+        if chain is not None and (kind, chain) in chains:
+            continue
+        chains.add((kind, chain))
+        group = _group_size(instruction, devices)
+        size = type_bytes(_result(instruction)) * (group if kind == "reduce-scatter" else 1)
+        wire = size if kind.startswith("collective-") else size * (group - 1) / group
+        found = result.setdefault(kind, Collectives())
+        found.count += times
+        found.bytes += times * size
+        found.largest_bytes = max(found.largest_bytes, size)
+        # A sum is sent in parts and sent back.
+        found.wire_bytes += times * wire * (2 if kind == "all-reduce" else 1)
+    return dict(sorted(result.items()))
+
+
+def _result(instruction: Instruction) -> str:
+    """The type of what an instruction gives, also where it only starts to."""
+    if not instruction.opcode.endswith("-start") or instruction.opcode == "all-reduce-start":
+        return instruction.type
+    parts = tuple_parts(instruction.type)
+    # (result, operand, context) of a copy; (operands, results, context) of everything else.
+    return parts[0] if instruction.opcode == "copy-start" or len(parts) < 2 else parts[1]
+
+
+def _group_size(collective: Instruction, devices: int) -> int:
+    """Devices that take part together: `replica_groups` is a list, `[groups,size]<=...`, or {}."""
+    short = collective.attribute(r"replica_groups=\[\d+,(\d+)\]")
+    listed = collective.attribute(r"replica_groups=\{\{([\d,]+)\}")
+    return int(short) if short else len(listed.split(",")) if listed else devices
+
+
+def bytes_accessed(program: Program) -> int:
+    """Bytes that instructions read from a device's memory and write to it.
+
+    Loops count as often as they run. Of a large array from which a slice is taken, or into which
+    one is put, only the slice counts. What the compiler keeps on the chip (memory spaces other
+    than 0) does not count; that a cache may hold what one instruction wrote for the next is not
+    known here.
+    """
+    total = 0
+    types = {
+        name: {i.name: i.type for i in instructions}
+        for name, instructions in program.computations.items()
+    }
+    for name, instruction, times in program.instructions():
+        if name not in program.fused:
+            operands = [types[name].get(operand, "") for operand in instruction.operands]
+            total += times * _moved(program, instruction, operands)
+    return total
+
+
+def _moved(program: Program, instruction: Instruction, operands: list[str]) -> int:
+    """What one instruction reads and writes.
+
+    Args:
+        operands: their types.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode == "async-start":
+        return 0
+    if opcode == "custom-call":
+        target = instruction.attribute(r'custom_call_target="([^"]*)"')
+        if target in _MARKS:
+            return 0
+    written = type_bytes(_result(instruction), main_memory=True)
+    if opcode == "fusion":
+        return _moved_by_fusion(program, instruction, operands)
+    if opcode in ("dynamic-slice", "slice", "gather", "copy-start", "slice-start"):
+        return written + _at_most(operands[0], type_bytes(_result(instruction)))
+    if opcode == "dynamic-update-slice":
+        return 2 * _at_most(operands[0], type_bytes(operands[1]))
+    return written + sum(type_bytes(operand, main_memory=True) for operand in operands)
+
+
+def _at_most(array: str, size: int) -> int:
+    """`size` bytes of an array, or all of it; none where it is not in main memory."""
+    return min(type_bytes(array, main_memory=True), size)
+
+
+def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[str]) -> int:
+    body = _Body(program, fusion.called[0])
+    read = sum(
+        _at_most(array, body.read(number, type_bytes(array)))
+        for number, array in enumerate(operands)
+    )
+    results = tuple_parts(fusion.type)
+    roots = body.roots()
+    if len(roots) != len(results):
+        return read + type_bytes(fusion.type, main_memory=True)
+    return read + sum(
+        _at_most(array, body.written(root, type_bytes(array)))
+        for root, array in zip(roots, results, strict=True)
+    )
+
+
+class _Body:
+    """The computation of a fusion: what of its operands it reads, what of its results it writes."""
+
+    def __init__(self, program: Program, name: str):
+        self._program = program
+        self._by_name: Mapping[str, Instruction] = {
+            i.name: i for i in program.computations.get(name, ())
+        }
+        self._users = collections.defaultdict(list)
+        self._parameters: dict[int, str] = {}
+        for instruction in self._by_name.values():
+            number = instruction.attribute(r"parameter\((\d+)\)")
+            if instruction.opcode == "parameter" and number:
+                self._parameters[int(number)] = instruction.name
+            for place, operand in enumerate(instruction.operands):
+                self._users[operand].append((place, instruction))
+
+    def roots(self) -> list[str]:
+        """Names of the results."""
+        root = next(i for i in self._by_name.values() if i.root)
+        return list(root.operands) if root.opcode == "tuple" else [root.name]
+
+    def read(self, number: int, size: int) -> int:
+        """Bytes read of an operand of `size` bytes."""
+        name = self._parameters.get(number)
+        return size if name is None else min(size, self._read(name, size))
+
+    def _read(self, name: str, size: int) -> int:
+        total = 0
+        for place, user in self._users[name]:
+            match user.opcode:
+                case "bitcast":
+                    total += self._read(user.name, size)
+                case "dynamic-slice" | "slice" | "gather" if place == 0:
+                    total += type_bytes(user.type)
+                case "dynamic-update-slice" if place == 0:
+                    pass
+                case "tuple":
+                    pass
+                case "custom-call" if "AsyncCollective" in user.text:
+                    pass
+                case "fusion":
+                    total += _Body(self._program, user.called[0]).read(place, size)
+                case opcode if opcode in COLLECTIVES and "chain_id" in user.text:
+                    pass  # counted where it ends
+                case _:
+                    return size
+        return total
+
+    def written(self, name: str, size: int) -> int:
+        """Bytes written of a result of `size` bytes."""
+        instruction = self._by_name.get(name)
+        if instruction is None:
+            return size
+        match instruction.opcode:
+            case "parameter":
+                return 0
+            case "bitcast":
+                return self.written(instruction.operands[0], size)
+            case "dynamic-update-slice":
+                update = self._by_name.get(instruction.operands[1])
+                return size if update is None else type_bytes(update.type)
+            case opcode if opcode in COLLECTIVES and "chain_id" in instruction.text:
+                return 0
+        return size

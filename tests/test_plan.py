@@ -1,6 +1,7 @@
 """`plan`: what it reads from compiled programs, against counts by hand; the command itself."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -248,6 +249,7 @@ def test_flops_are_one_devices():
 # ------------------------------------------------------------------------------ a whole step
 
 
+@functools.cache
 def planned(mesh_config=MeshConfig(), count=8, **settings):  # noqa: B008
     model = tiny_model(**{"selection": "gumbel_softmax_st", "experts_per_layer": 1} | settings)
     mesh = make_mesh(mesh_config, jax.devices()[:count])
@@ -317,7 +319,7 @@ def test_a_step_that_the_compiler_refuses(monkeypatch):
         )
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    _, _, plan = planned()
+    _, _, plan = planned.__wrapped__()
     assert not plan.fits
     assert plan.temporary_bytes == int(31.02 * 2**30)
     assert plan.memory_bytes == int(15.75 * 2**30)
@@ -386,8 +388,6 @@ def test_the_command_where_it_does_not_fit(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--devices=8"], "ModelConfig.vocabulary_size is 0"),
-    (["--devices=8", "--topology=v5e:4x4", VOCABULARY], "not both"),
-    (["--devices=0", VOCABULARY], "--devices is 0"),
     (["--devices=8", VOCABULARY, "--gin.BATCH_SIZE=4"], "no multiple of the mesh's 8 data shards"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(arguments, message):
@@ -395,6 +395,13 @@ def test_bad_input_ends_in_one_line(arguments, message):
     assert result.returncode == 1
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_which_devices():
+    with pytest.raises(UserError, match="not both"):
+        plan_devices("v5e:4x4", 8)
+    with pytest.raises(UserError, match="--devices is 0"):
+        plan_devices(None, 0)
 
 
 def test_no_libtpu(monkeypatch):
@@ -420,6 +427,7 @@ def test_a_topology(tmp_path):
     path = tmp_path / "plan.json"
     result = command(
         "--topology=v5e:2x2", VOCABULARY, "--gin.MeshConfig.fsdp=4", f"--json={path}",
+        "--gin.ModelConfig.experts=3",
         "--gin.RouterConfig.selection=gumbel_softmax_st", "--gin.RouterConfig.experts_per_layer=1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

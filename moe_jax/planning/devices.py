@@ -6,10 +6,11 @@ import jax
 
 from moe_jax.core.errors import UserError
 
-# Without these, libtpu asks the network which TPU this machine has, and only one process at a time
-# may load it.
+# Without these, libtpu asks the network which TPU this machine has, only one process at a time may
+# load it, and its compiler's threads run out of stack on large fused programs.
 _LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "LIBTPU_INIT_ARGS": f"--fibers_default_thread_stack_size={4 << 20}",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_LOG_DIR": "disabled",
     "TPU_SKIP_MDS_QUERY": "true",

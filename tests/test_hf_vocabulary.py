@@ -121,6 +121,88 @@ def test_mt5_with_its_own_sentinels_and_bytes(tmp_path):
     _same_ids(own, _transformers(tmp_path))
 
 
+ADDED = {"<sep>": True, "Wumpus": False}  # token -> whether it is special
+
+
+def with_added_tokens(name: str, directory: Path, form: str) -> int:
+    """Files as a slow tokenizer saves them after `add_tokens`; returns the first added id."""
+    settings = json.loads((DATA / name / "tokenizer_config.json").read_text())
+    shutil.copy(DATA / name / "config.json", directory)
+    if name == "bart":
+        model = json.loads((DATA / "bart" / "tokenizer.json").read_text())["model"]
+        (directory / "vocab.json").write_text(json.dumps(model["vocab"] | {"<mask>": 271}))
+        merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
+        (directory / "merges.txt").write_text("#version: 0.2\n" + merges)
+        first = 272
+    else:
+        shutil.copy(DATA / name / "spiece.model", directory)
+        first = 61
+    ids = {token: first + i for i, token in enumerate(ADDED)}
+    if form == "added_tokens_decoder":
+        flags = {"lstrip": False, "rstrip": False, "single_word": False}
+        settings["added_tokens_decoder"] = {
+            str(ids[token]): {"content": token, "normalized": not special, "special": special}
+            | flags
+            for token, special in ADDED.items()
+        }
+    else:
+        (directory / "added_tokens.json").write_text(json.dumps(ids))
+        special = {"extra_special_tokens": ["<sep>"]}
+        (directory / "special_tokens_map.json").write_text(json.dumps(special))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return first
+
+
+@pytest.mark.parametrize("form", ["added_tokens_decoder", "added_tokens.json"])
+@pytest.mark.parametrize("name", ["bart", "t5", "mt5"])
+def test_added_tokens(name, form, tmp_path):
+    first = with_added_tokens(name, tmp_path, form)
+    own = read_tokenizers(tmp_path)
+    assert own.size == first + len(ADDED)
+    ids = own.encode("the cat <sep> a Wumpus")
+    assert first in ids and first + 1 in ids
+    text = own.decode(ids)
+    assert "Wumpus" in text and "<sep>" not in text
+    vocabulary.write_vocabulary(tmp_path / "again", own.settings, own.contents)
+    assert vocabulary.load_vocabulary(tmp_path / "again").encode("a <sep>") == own.encode("a <sep>")
+    theirs = _transformers(tmp_path)
+    assert own.size == len(theirs)
+    assert text == theirs.decode(ids, skip_special_tokens=True)
+    for text in (
+        "the cat",
+        "the cat <sep> a dog<sep>",
+        "Wumpus sat",
+        "the Wumpus",
+        "aWumpusb<sep>",
+    ):
+        assert [*own.encode(text), own.eos_id] == theirs(text).input_ids, text
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("added_tokens.json", {"Wumpus": 300}, r"'Wumpus' has id 300, .* is 273"),
+        ("added_tokens.json", {"<sep>": 5}, r"'<sep>' has id 5, .* is 272"),
+        ("added_tokens.json", {"Wumpus": "x"}, r"'Wumpus' has id 'x'"),
+        ("tokenizer_config.json", {"unk_token": "[UNK]"}, r"unk_token is '\[UNK\]'; only '<unk>'"),
+        ("special_tokens_map.json", {"eos_token": {"content": "."}}, r"eos_token is '\.'; only"),
+    ],
+)
+def test_added_tokens_that_cannot_be_are_refused(file, change, message, tmp_path):
+    with_added_tokens("bart", tmp_path, "added_tokens.json")
+    content = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(content | change))
+    with pytest.raises(UserError, match=f"{tmp_path / file}: {message}"):
+        read_tokenizers(tmp_path)
+
+
+def test_tokens_that_tokenizer_json_lacks_are_refused(tmp_path):
+    shutil.copytree(DATA / "bart", tmp_path / "hf")
+    (tmp_path / "hf" / "added_tokens.json").write_text('{"<sep>": 272}')
+    with pytest.raises(UserError, match=r"added_tokens\.json: tokenizer\.json has no '<sep>'"):
+        read_tokenizers(tmp_path / "hf")
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_bart_gives_any_text_back(text):
     assume(not any(special in text for special in _SPECIAL))

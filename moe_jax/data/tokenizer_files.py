@@ -9,18 +9,19 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
+from moe_jax.data import added_tokens
+from moe_jax.data.added_tokens import ADDED_TOKENS, SETTINGS, SPECIAL_TOKENS
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 SENTENCEPIECE = "spiece.model"
 # All that belongs to a tokenizer, so that it can be handed on as it came.
 FILES = (
     TOKENIZER,
     SETTINGS,
-    "special_tokens_map.json",
-    "added_tokens.json",
+    SPECIAL_TOKENS,
+    ADDED_TOKENS,
     _VOCABULARY,
     _MERGES,
     SENTENCEPIECE,
@@ -71,7 +72,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
         The tokenizer, and `special_ids` with `unk`.
 
     Raises:
-        UserError: the directory lacks them, or one cannot be read.
+        UserError: the directory lacks them, one cannot be read, or its added tokens do not fit.
     """
     config = files.read_json(directory / CONFIG)
     ids = special_ids(config, directory / CONFIG)
@@ -81,6 +82,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
     try:
         if (directory / TOKENIZER).is_file():
             tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
+            added_tokens.check(tokenizer, directory, TOKENIZER)
         elif (directory / _MERGES).is_file():
             tokenizer = _byte_level(directory, settings)
         elif (directory / SENTENCEPIECE).is_file():
@@ -104,6 +106,7 @@ def _byte_level(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
     space = settings.get("add_prefix_space", False)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     tokenizer.decoder = decoders.ByteLevel()
+    added_tokens.add(tokenizer, directory)
     special = [tokenizers.AddedToken(t, special=True) for t in ("<s>", "<pad>", "</s>", "<unk>")]
     mask = tokenizers.AddedToken("<mask>", lstrip=True, special=True)
     tokenizer.add_special_tokens([*special, mask])
@@ -130,6 +133,7 @@ def _unigram(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
     )
     tokenizer.decoder = decoders.Metaspace(**space)
+    added_tokens.add(tokenizer, directory)
     special = ["</s>", "<unk>", "<pad>", *sentinels]
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
     eos = ("</s>", tokenizer.token_to_id("</s>"))

@@ -397,6 +397,14 @@ def test_bad_input_ends_in_one_line(arguments, message):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_it_imports_no_tensorflow():
+    code = (
+        "import sys, moe_jax.plan; "
+        "assert not {'tensorflow', 'seqio', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_which_devices():
     with pytest.raises(UserError, match="not both"):
         plan_devices("v5e:4x4", 8)

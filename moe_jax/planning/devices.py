@@ -51,6 +51,8 @@ def topology_devices(name: str) -> list[jax.Device]:
     except ImportError as e:
         raise UserError("--topology needs libtpu: pip install 'moe_jax[plan]'") from e
     jax.config.update("jax_platforms", "cpu")  # where there is a TPU, it is left alone
+    # A program for devices that do not exist cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
     for variable, value in _LIBTPU.items():
         os.environ.setdefault(variable, value)
     # A TPU v4 has two cores, which JAX uses as one device.

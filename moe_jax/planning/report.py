@@ -6,7 +6,6 @@ from jax.sharding import Mesh
 
 from moe_jax.core.sharding import MESH_AXES, MeshConfig, make_mesh
 from moe_jax.model.task_moe import TaskMoE
-from moe_jax.planning.chips import GIB
 from moe_jax.planning.step_plan import BatchShape, Plan, abstract_state, local_bytes
 from moe_jax.training.optimizer import OptimizerConfig
 
@@ -20,21 +19,21 @@ def table(plan: Plan, mesh: Mesh) -> str:
     lines = [
         f"{plan.devices} x {plan.device}, mesh {axes}; figures are of one device and one step",
         _line("parameters", f"{plan.parameters:,}", "of the whole model"),
-        _line("state", _gib(plan.state_bytes), f"parameters, optimizer{_padding(plan)}"),
-        _line("temporaries", _gib(plan.temporary_bytes), "activations, gradients, batch"),
-        _line("total", _gib(plan.total_bytes), _verdict(plan)),
+        _line("state", _size(plan.state_bytes), f"parameters, optimizer{_padding(plan)}"),
+        _line("temporaries", _size(plan.temporary_bytes), "activations, gradients, batch"),
+        _line("total", _size(plan.total_bytes), _verdict(plan)),
     ]
     for kind, c in plan.collectives.items():
-        note = f"{c.count:,} times, {c.largest_bytes / 2**20:,.1f} MiB the largest"
-        lines.append(_line(kind, _gib(c.bytes), note))
+        note = f"{c.count:,} times, {_size(c.largest_bytes)} the largest"
+        lines.append(_line(kind, _size(c.bytes), note))
     lines.append(
         _line("matrix products", f"{plan.flops / 1e12:,.3f} TFLOP", _at_peak(plan, "computing"))
     )
     if plan.bytes_accessed is not None:
         note = _at_peak(plan, "memory")
-        lines.append(_line("memory accessed", _gib(plan.bytes_accessed), note))
+        lines.append(_line("memory accessed", _size(plan.bytes_accessed), note))
     if plan.collectives:
-        sent = _gib(sum(c.wire_bytes for c in plan.collectives.values()))
+        sent = _size(sum(c.wire_bytes for c in plan.collectives.values()))
         lines.append(_line("sent to others", sent, _at_peak(plan, "sending")))
     if plan.least_seconds is not None:
         bound = max(plan.seconds, key=plan.seconds.__getitem__)
@@ -49,8 +48,9 @@ def _line(name: str, figure: str, note: str) -> str:
     return f"{name:<18}{figure:>18}  {note}".rstrip()
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.3f} GiB"
+def _size(size: float) -> str:
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{size / unit:,.2f} {name}"
 
 
 def _time(seconds: float) -> str:
@@ -65,13 +65,13 @@ def _padding(plan: Plan) -> str:
     padding = plan.state_bytes - plan.unpadded_state_bytes
     if padding < WORTHWHILE * plan.state_bytes:
         return ""
-    return f"; {_gib(padding)} of it pads arrays to the chip's tiles"
+    return f"; {_size(padding)} of it pads arrays to the chip's tiles"
 
 
 def _verdict(plan: Plan) -> str:
     if not plan.memory_bytes:
         return "the device's memory is not known"
-    return f"of {_gib(plan.memory_bytes)}: {'fits' if plan.fits else 'does not fit'}"
+    return f"of {_size(plan.memory_bytes)}: {'fits' if plan.fits else 'does not fit'}"
 
 
 def advice(
@@ -106,7 +106,7 @@ def _advice_on_state(
     for name, (config, where) in changes.items():
         size = padded * local_bytes(abstract_state(model, config, where))
         if size < (1 - WORTHWHILE) * plan.state_bytes:
-            result.append(f"{name}: about {_gib(size)} of state, not {_gib(plan.state_bytes)}")
+            result.append(f"{name}: about {_size(size)} of state, not {_size(plan.state_bytes)}")
     if plan.state_bytes > plan.memory_bytes / 2:
         whole = plan.state_bytes * mesh.devices.size
         enough = -(-whole * 2 // plan.memory_bytes)

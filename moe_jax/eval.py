@@ -8,47 +8,61 @@ on is scored zero-shot; in a mixture of experts it takes the mean representation
 file that `represent` made (eval.representations=FILE).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import gin
 import jax
 
-from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.core.errors import check_fields
+from moe_jax.core.sharding import make_mesh
 from moe_jax.evaluation.evaluator import Evaluator, TaskScore, mean_score, write_scores
-from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.runs import flags as cli
-from moe_jax.runs.config import DataConfig, RunConfig
+from moe_jax.runs import configurables, flags
+from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
-from moe_jax.train import prepare_mixtures
+from moe_jax.runs.mixtures import prepare_mixtures
 
 
-@gin.configurable("eval")
-def evaluate(
-    split: str = "test",
-    examples: int | None = None,
-    mixtures: Sequence[str] = (),
-    representations: str | None = None,
-) -> None:
-    """Scores the run in MODEL_DIR.
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Settings of this command.
 
-    Args:
+    Attributes:
         split: of every task; tasks without it are left out.
-        examples: at most this many per task, evenly spaced.
+        examples: at most this many per task, evenly spaced; None for all.
         mixtures: further mixtures to score, each into a directory of its own.
         representations: file with those of the tasks that the model was not trained on.
     """
-    run_config, data = RunConfig(), DataConfig()
-    found = prepare_mixtures(data, *mixtures)
+
+    split: str = "test"
+    examples: int | None = None
+    mixtures: Sequence[str] = ()
+    representations: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "eval")
+
+
+configurables.register(EvalConfig, "eval")
+
+
+def evaluate(config: Config, settings: EvalConfig) -> None:
+    """Scores the run in MODEL_DIR."""
+    run_config, data, split = config.run, config.data, settings.split
+    found = prepare_mixtures(data, *settings.mixtures)
     vocabulary = found[data.mixture_or_task_name].vocabulary
-    run = load_run(run_config.model_dir, ModelConfig(), RouterConfig(), vocabulary.size)
+    run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     names = [name for mixture in found.values() for name in mixture.names]
-    run = with_tasks(run, names, representations)
-    mesh = make_mesh(MeshConfig())
+    run = with_tasks(run, names, settings.representations)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        evaluator = Evaluator(run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh)
+        evaluator = Evaluator(
+            run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
+        )
         for mixture in found.values():
-            scores = evaluator.tasks(run.params, run.step, mixture, run.task_ids, split, examples)
+            scores = evaluator.tasks(
+                run.params, run.step, mixture, run.task_ids, split, settings.examples
+            )
             if jax.process_index() == 0:
                 directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
                 write_scores(directory, scores)
@@ -62,4 +76,4 @@ def _show(scores: list[TaskScore], directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(evaluate, from_model_dir=True)
+    flags.run(evaluate, Config, EvalConfig, from_model_dir=True)

@@ -8,6 +8,7 @@ under MODEL_DIR. A stage that is done is not done again; an interrupted one goes
 stopped. Macros given on this command line are given to every stage that has a gin file.
 """
 
+import dataclasses
 import hashlib
 import shlex
 import subprocess
@@ -16,60 +17,80 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import gin
-
 from moe_jax.core import files
-from moe_jax.core.errors import UserError
-from moe_jax.runs import flags as cli
+from moe_jax.core.errors import UserError, check_fields
+from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import RunConfig
 
 DONE = "done.json"
 
 
-@gin.configurable
-def experiment(
-    model: str = gin.REQUIRED,
-    dense: str = gin.REQUIRED,
-    stage1: str = gin.REQUIRED,
-    stage2: str = gin.REQUIRED,
-    finetune: str = gin.REQUIRED,
-    unseen: str = gin.REQUIRED,
-    stage2_from_dense: bool = False,
-    eval_examples: int | None = None,
-) -> None:
-    """Runs all stages.
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Settings of this command.
 
-    Args:
+    Attributes:
         model: gin file of the model, read first by every stage.
-        dense, stage1, stage2, finetune: gin files of the stages.
+        dense: gin file of the dense baseline.
+        stage1: gin file of the mixture's first stage.
+        stage2: gin file of its second stage.
+        finetune: gin file of the few-shot adaptation.
         unseen: the mixture of unseen tasks.
         stage2_from_dense: stage 2 starts its experts from the dense model, not afresh.
         eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
     """
-    run = RunConfig()
+
+    model: str = ""
+    dense: str = ""
+    stage1: str = ""
+    stage2: str = ""
+    finetune: str = ""
+    unseen: str = ""
+    stage2_from_dense: bool = False
+    eval_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "experiment")
+
+
+configurables.register(ExperimentConfig, "experiment")
+
+
+def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
+    """Runs all stages.
+
+    Raises:
+        UserError: a setting is missing, or a stage failed.
+    """
+    for name in ("model", "dense", "stage1", "stage2", "finetune", "unseen"):
+        if not getattr(settings, name):
+            raise UserError(
+                f"experiment.{name} is not set: give an experiment's gin file, such as "
+                "--gin_file=experiments/quickstart.gin"
+            )
     run.require("model_dir")
     root = Path(run.model_dir)
     begin = time.perf_counter()
     at = {name: str(root / name) for name in ("dense", "stage1", "stage2", "few_shot", "report")}
-    stages = Stages(root, model)
+    stages = Stages(root, settings.model)
 
-    stages.run("prepare", "prepare", dense, {"prepare.mixtures": repr((unseen,))})
-    stages.run("dense", "train", dense, {"MODEL_DIR": at["dense"]})
-    stages.run("stage1", "train", stage1, {"MODEL_DIR": at["stage1"]})
+    stages.run("prepare", "prepare", settings.dense, {"prepare.mixtures": repr((settings.unseen,))})
+    stages.run("dense", "train", settings.dense, {"MODEL_DIR": at["dense"]})
+    stages.run("stage1", "train", settings.stage1, {"MODEL_DIR": at["stage1"]})
     bindings = {"MODEL_DIR": at["stage2"], "ROUTER_CHECKPOINT_PATH": at["stage1"]}
-    if stage2_from_dense:
+    if settings.stage2_from_dense:
         bindings["INITIAL_CHECKPOINT_PATH"] = at["dense"]
-    stages.run("stage2", "train", stage2, bindings)
+    stages.run("stage2", "train", settings.stage2, bindings)
     for name in ("dense", "stage2"):
-        both = {"MODEL_DIR": at[name], "eval.mixtures": repr((unseen,))}
-        if eval_examples is not None:
-            both["eval.examples"] = str(eval_examples)
+        both = {"MODEL_DIR": at[name], "eval.mixtures": repr((settings.unseen,))}
+        if settings.eval_examples is not None:
+            both["eval.examples"] = str(settings.eval_examples)
         stages.run(f"scores of {name}", "eval", None, both)
     stages.run(
         "few_shot",
         "finetune",
-        finetune,
+        settings.finetune,
         {"MODEL_DIR": at["few_shot"], "DENSE_DIR": at["dense"], "MOE_DIR": at["stage2"]},
     )
 
@@ -98,22 +119,24 @@ class Stages:
         Raises:
             UserError: it failed; what it said stands above.
         """
-        flags = []
+        arguments = []
         if gin_file is not None:  # without one, the stage reads the config.gin of a run
-            flags = [f"--gin_file={self._model}", f"--gin_file={gin_file}"]
-            bindings = {**dict(cli.given_bindings()), **bindings}
-        flags += [f"--gin.{key}={value}" for key, value in bindings.items()]
-        self._history.update(repr((module, flags)).encode())
+            arguments = [f"--gin_file={self._model}", f"--gin_file={gin_file}"]
+            bindings = {**dict(flags.given_bindings()), **bindings}
+        arguments += [f"--gin.{key}={value}" for key, value in bindings.items()]
+        self._history.update(repr((module, arguments)).encode())
         for file in (self._model, gin_file):
             if file is not None:
-                self._history.update(cli.find_gin_file(file).read_bytes())
+                self._history.update(flags.find_gin_file(file).read_bytes())
         fingerprint = self._history.hexdigest()
-        print(f"\n== {name}\n$ python -m moe_jax.{module} {shlex.join(flags)}", flush=True)
+        print(f"\n== {name}\n$ python -m moe_jax.{module} {shlex.join(arguments)}", flush=True)
         if self._done.get(name) == fingerprint:
             print("done before")
             return
         begin = time.perf_counter()
-        self._call([sys.executable, "-m", f"moe_jax.{module}", *cli.process_flags(), *flags], name)
+        self._call(
+            [sys.executable, "-m", f"moe_jax.{module}", *flags.process_flags(), *arguments], name
+        )
         self._done[name] = fingerprint
         files.write_json(self._path, self._done)
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
@@ -126,4 +149,4 @@ class Stages:
 
 
 if __name__ == "__main__":
-    cli.run(experiment)
+    flags.run(experiment, RunConfig, ExperimentConfig)

@@ -9,48 +9,61 @@ its own from a file that `represent` made (infer.representations=FILE), or the m
 task of MIXTURE_OR_TASK_NAME.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from itertools import islice
 
-import gin
 import jax
 import numpy as np
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
-from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.core.errors import UserError, check_fields, nearest
+from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
 from moe_jax.evaluation.evaluator import Evaluator, route_json
-from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.runs import flags as cli
-from moe_jax.runs.config import DataConfig, RunConfig
+from moe_jax.runs import configurables, flags
+from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
-from moe_jax.train import prepare_mixtures
+from moe_jax.runs.mixtures import prepare_mixtures
 
 
-@gin.configurable("infer")
-def infer(
-    task: str = gin.REQUIRED,
-    input: str = "-",
-    output: str = "-",
-    representations: str | None = None,
-) -> None:
-    """Decodes the lines of a file.
+@dataclasses.dataclass(frozen=True)
+class InferConfig:
+    """Settings of this command.
 
-    Args:
+    Attributes:
         task: whose route to take.
         input: file with one input per line, or - for standard input.
         output: file of JSON lines, or - for standard output.
         representations: file with that of the task, if the model was not trained on it.
+    """
+
+    task: str | None = None
+    input: str = "-"
+    output: str = "-"
+    representations: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "infer")
+
+
+configurables.register(InferConfig, "infer")
+
+
+def infer(config: Config, settings: InferConfig) -> None:
+    """Decodes the lines of a file.
 
     Raises:
         UserError: the task is in none of the task table, the file and MIXTURE_OR_TASK_NAME.
     """
-    run_config, data = RunConfig(), DataConfig()
+    if settings.task is None:
+        raise UserError("infer.task is not set: give --gin.infer.task=NAME")
+    task, output, representations = settings.task, settings.output, settings.representations
+    run_config, data = config.run, config.data
     mixture = prepare_mixtures(data)[data.mixture_or_task_name]
     vocabulary = mixture.vocabulary
-    run = load_run(run_config.model_dir, ModelConfig(), RouterConfig(), vocabulary.size)
+    run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     known = dict.fromkeys([*run.task_ids, *mixture.names])
     if task not in known and representations is None:
         raise UserError(
@@ -61,12 +74,12 @@ def infer(
     run = with_tasks(run, [task], representations)
     task_id = run.task_ids[task]
     rows = run_config.eval_batch_rows
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(config.mesh)
 
     def answers() -> Iterator[dict]:
         routes = evaluator.routes(run.params, run.step) if run.model.routed else None
         route = None if routes is None else route_json(np.asarray(routes)[task_id])
-        lines = _lines(input)
+        lines = _lines(settings.input)
         while texts := list(islice(lines, rows)):
             filled = [*texts, *[""] * (rows - len(texts))]
             encoded = encode_inputs(vocabulary, filled, data.lengths["inputs"])
@@ -77,7 +90,7 @@ def infer(
                 yield {"input": text, "prediction": prediction, "route": route}
 
     with jax.set_mesh(mesh):
-        evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh)
+        evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh, config.decoding)
         if output == "-":
             for answer in answers():
                 sys.stdout.write(files.json_line(answer))
@@ -96,4 +109,4 @@ def _lines(path: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    cli.run(infer, from_model_dir=True)
+    flags.run(infer, Config, InferConfig, from_model_dir=True)

@@ -16,16 +16,13 @@ from absl import flags
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import MeshConfig, group_shards, make_mesh
-from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.core.sharding import group_shards, make_mesh
 from moe_jax.model.task_moe import TaskMoE
 from moe_jax.planning.devices import plan_devices
 from moe_jax.planning.report import advice, table
 from moe_jax.planning.step_plan import BatchShape, plan_step
 from moe_jax.runs import flags as cli
-from moe_jax.runs.config import DataConfig
-from moe_jax.training.optimizer import OptimizerConfig
-from moe_jax.training.step import StepConfig
+from moe_jax.runs.config import Config
 
 DOES_NOT_FIT = 3
 
@@ -35,35 +32,35 @@ _TASKS = flags.DEFINE_integer("tasks", 100, "Rows of the task table.", lower_bou
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
-def plan() -> None:
+def plan(config: Config) -> None:
     """Compiles, prints, and ends the process with the exit code."""
-    data, model_config, optimizer_config = DataConfig(), ModelConfig(), OptimizerConfig()
+    data, model_config = config.data, config.model
     if not model_config.vocabulary_size:
         raise UserError(
             "ModelConfig.vocabulary_size is 0, to be taken from the data, which `plan` does not "
             "read: give it, such as --gin.ModelConfig.vocabulary_size=50265"
         )
-    mesh = make_mesh(MeshConfig(), plan_devices(_TOPOLOGY.value, _DEVICES.value))
+    mesh = make_mesh(config.mesh, plan_devices(_TOPOLOGY.value, _DEVICES.value))
     if data.groups % group_shards(mesh):
         raise UserError(
             f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} rows: "
             f"no multiple of the mesh's {group_shards(mesh)} data shards"
         )
-    model = TaskMoE(model_config, RouterConfig(), _TASKS.value)
+    model = TaskMoE(model_config, config.router, _TASKS.value)
     shape = BatchShape(data.groups, data.rows_per_group, **data.lengths)
     print(f"compiling for {mesh.devices.size} devices, a minute or two ...", file=sys.stderr)
     begin = time.perf_counter()
-    found = plan_step(model, optimizer_config, StepConfig(), mesh, shape)
+    found = plan_step(model, config.optimizer, config.step, mesh, shape)
     print(f"compiled in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     print(table(found, mesh))
     if _JSON.value:
         files.write_json(_JSON.value, found.json())
     if not found.fits:
         print("What would help:")
-        for line in advice(found, model, optimizer_config, mesh, shape):
+        for line in advice(found, model, config.optimizer, mesh, shape):
             print(f"- {line}")
         sys.exit(DOES_NOT_FIT)
 
 
 if __name__ == "__main__":
-    cli.run(plan)
+    cli.run(plan, Config)

@@ -2,134 +2,35 @@
 
     python -m moe_jax.prepare --gin.MIXTURE_OR_TASK_NAME=skills_gym_train --gin.CACHE_DIR=cache
 
-`train`, `eval` and the others call `ensure_prepared`, which costs nothing where the cache is up to
-date and otherwise prepares in a child process, so that the caller never imports TensorFlow.
+`train`, `eval` and the others do this by themselves, which costs nothing where the cache is up to
+date. A child process prepares, so that the caller never imports TensorFlow.
 """
 
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Sequence
 
-import gin
-
-from moe_jax.core import files
-from moe_jax.core.errors import UserError
-from moe_jax.data import cache
-from moe_jax.data.cache import PreparedMixture, Request
-from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.runs import flags as cli
+from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import DataConfig
+from moe_jax.runs.mixtures import prepare_mixtures
 
 
-def prepare(
-    cache_dir: str | os.PathLike,
-    names: str | Sequence[str],
-    task_modules: str | Sequence[str],
-    vocabulary: VocabularyConfig,
-    splits: Sequence[str] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> dict[str, PreparedMixture]:
-    """Materialises mixtures in this process, importing TensorFlow; see `ensure_prepared`.
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Settings of this command.
 
-    Tasks are written one by one, each whole or not at all: after a kill, the next call goes on
-    where this one stopped. What is already there is not made again.
+    Attributes:
+        mixtures: further mixtures or tasks to prepare with MIXTURE_OR_TASK_NAME, in its vocabulary.
     """
-    from moe_jax.data.materialise import materialise  # TensorFlow
 
-    request = Request.make(names, task_modules, vocabulary, splits, environment)
-    with cache.lock(cache_dir):
-        materialise(Path(cache_dir), request)
-    return _found(cache_dir, request)
+    mixtures: Sequence[str] = ()
 
 
-def ensure_prepared(
-    cache_dir: str | os.PathLike,
-    names: str | Sequence[str],
-    task_modules: str | Sequence[str],
-    vocabulary: VocabularyConfig,
-    splits: Sequence[str] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> dict[str, PreparedMixture]:
-    """Looks mixtures up in the cache; prepares what is missing or stale in one child process.
-
-    Args:
-        cache_dir: directory of the cache; made if needed. Processes may share it.
-        names: mixtures or tasks. A SentencePiece vocabulary with neither `path` nor `trained_on`
-            is trained on the first.
-        task_modules: modules that register them: dotted names or .py files.
-        vocabulary: how to tokenise.
-        splits: only these splits; None for all that each task has.
-        environment: variables to set before the task modules are imported.
-
-    Returns:
-        name -> mixture, in the order of `names`.
-
-    Raises:
-        UserError: unknown mixture (with the nearest names), unknown or empty split, a metric or
-            postprocess function that another process cannot find, a target without EOS, an
-            unreadable source, no room or permission to write, a child that died.
-    """
-    request = Request.make(names, task_modules, vocabulary, splits, environment)
-    if not _up_to_date(cache_dir, request):
-        with cache.lock(cache_dir):
-            # Another process may have prepared it while this one waited for the lock.
-            if not _up_to_date(cache_dir, request):
-                _run_child(cache_dir, request)
-    return _found(cache_dir, request)
+configurables.register(PrepareConfig, "prepare")
 
 
-def _up_to_date(cache_dir: str | os.PathLike, request: Request) -> bool:
-    return all(cache.find(cache_dir, request, name) for name in request.names)
-
-
-def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
-    found = {name: cache.find(cache_dir, request, name) for name in request.names}
-    for name, mixture in found.items():
-        if mixture is None:
-            raise UserError(f"the sources of {name!r} changed while they were being prepared")
-    return found
-
-
-def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        error = Path(directory) / "error"
-        job = {"cache_dir": str(cache_dir), "request": request.to_json(), "error": str(error)}
-        files.write_json(Path(directory) / "job.json", job)
-        # The child finds this package and the user's modules where this process does, and leaves
-        # the accelerator alone.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        child = subprocess.run(
-            [sys.executable, "-m", "moe_jax.data.materialise", f"{directory}/job.json"],
-            env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        )
-        if error.exists():
-            raise UserError(error.read_text(encoding="utf-8"))
-        if child.returncode != 0:
-            names = ", ".join(request.names)
-            raise UserError(f"preparing {names} failed: see above (exit {child.returncode})")
-
-
-@gin.configurable("prepare")
-def main(mixtures: Sequence[str] = ()) -> None:
-    """Prepares MIXTURE_OR_TASK_NAME and prints what it holds.
-
-    Args:
-        mixtures: further mixtures or tasks to prepare with it, in its vocabulary.
-    """
-    data = DataConfig()
-    if not data.mixture_or_task_name:
-        raise UserError("MIXTURE_OR_TASK_NAME is not set: give --gin.MIXTURE_OR_TASK_NAME=...")
-    prepared = ensure_prepared(
-        data.cache_dir,
-        [data.mixture_or_task_name, *mixtures],
-        data.task_modules,
-        data.vocabulary,
-        environment=data.environment,
-    )
-    for name, mixture in prepared.items():
+def main(data: DataConfig, settings: PrepareConfig) -> None:
+    """Prepares MIXTURE_OR_TASK_NAME and prints what it holds."""
+    for name, mixture in prepare_mixtures(data, *settings.mixtures).items():
         examples = sum(split.examples for task in mixture.tasks for split in task.splits.values())
         print(
             f"{name}: {len(mixture.tasks)} tasks, {examples:,} examples,"
@@ -138,4 +39,4 @@ def main(mixtures: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main, DataConfig, PrepareConfig)

@@ -1,20 +1,24 @@
 """Flags and gin: what wins, and that bad input ends in one clear line."""
 
+import dataclasses
+import importlib
+import re
+
 import pytest
 from toy_run import bindings, start
 
 from moe_jax.core.errors import UserError, check_fields
-from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.runs import flags as cli
-from moe_jax.runs.config import BASE_BINDINGS, DataConfig, FinetuneConfig, RunConfig
+from moe_jax.model.config import ModelConfig
+from moe_jax.runs import configurables, flags, help
+from moe_jax.runs.config import BASE_BINDINGS, Config, DataConfig, FewShotConfig, RunConfig
+from moe_jax.runs.configurables import build
 from moe_jax.training.optimizer import OptimizerConfig
-from moe_jax.training.step import StepConfig
 
 PROGRAMS = ("prepare", "train", "eval", "infer", "finetune")
 
 
 def parse(*lines, files=(), paths=()):
-    cli.parse_gin(files, lines, [*map(str, paths), str(cli.GIN_CONFIGS)])
+    flags.parse_gin(files, lines, [*map(str, paths), str(flags.GIN_CONFIGS)])
 
 
 # ------------------------------------------------------------------------------ good input
@@ -25,13 +29,13 @@ def test_later_ones_win(tmp_path):
     (tmp_path / "b.gin").write_text("BATCH_SIZE = 16\nSEED = 4\n")
     parse("SEED = 5", "TASK_FEATURE_LENGTHS = {'inputs': 4, 'targets': 4}",
           files=["a.gin", "b.gin"], paths=[tmp_path])  # fmt: skip
-    run, data = RunConfig(), DataConfig()
+    run, data = build(RunConfig), build(DataConfig)
     assert (run.train_steps, data.batch_size, run.seed) == (1, 16, 5)
 
 
 def test_values_need_no_quotes():
-    flags = ["train", "--gin.MODEL_DIR=/a/b c", "--gin.SEED=3", "--gin.A.b='x'", "--gin_file=f"]
-    assert cli.rewrite_gin_flags(flags) == [
+    arguments = ["train", "--gin.MODEL_DIR=/a/b c", "--gin.SEED=3", "--gin.A.b='x'", "--gin_file=f"]
+    assert flags.rewrite_gin_flags(arguments) == [
         "train",
         "--gin_bindings=MODEL_DIR = '/a/b c'",
         "--gin_bindings=SEED = 3",
@@ -39,13 +43,15 @@ def test_values_need_no_quotes():
         "--gin_file=f",
     ]
     parse("MODEL_DIR = '/a/b c'")
-    assert RunConfig().model_dir == "/a/b c"
+    assert build(RunConfig).model_dir == "/a/b c"
 
 
-@pytest.mark.parametrize("path", sorted(cli.GIN_CONFIGS.glob("[!e]*/*.gin")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(flags.GIN_CONFIGS.glob("[!e]*/*.gin")), ids=lambda p: p.stem
+)
 def test_every_gin_file_parses(path):
     parse(files=[str(path)])
-    ModelConfig(), RouterConfig(), OptimizerConfig(), StepConfig(), FinetuneConfig()
+    assert build(Config) and build(FewShotConfig)
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -64,7 +70,7 @@ def test_every_gin_file_parses(path):
 def test_names_that_nothing_knows(lines, message):
     with pytest.raises(UserError, match=message) as error:
         parse(*lines)
-        RunConfig()
+        build(RunConfig)
     assert "\n" not in str(error.value)
 
 
@@ -107,7 +113,7 @@ def test_values_that_cannot_be(config, line, message):
     lengths = "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}"
     parse(lengths, line)
     with pytest.raises(UserError, match=message):
-        config()
+        build(config)
 
 
 def test_what_fits_a_field():
@@ -119,7 +125,7 @@ def test_what_fits_a_field():
 def test_what_is_not_set_is_named():
     parse()
     with pytest.raises(UserError, match=r"MODEL_DIR is not set: give --gin.MODEL_DIR=\.\.\."):
-        RunConfig().require("model_dir")
+        build(RunConfig).require("model_dir")
     assert "MODEL_DIR = None" in BASE_BINDINGS
 
 
@@ -140,3 +146,78 @@ def test_every_program_ends_bad_input_in_one_line(tmp_path):
     lines = bindings(tmp_path / "run", MIXTURE_OR_TASK_NAME="toy_trian")
     process = start("train", [f"--gin_bindings={line}" for line in lines])
     assert "'toy_trian'" in (line := one_error_line(process)) and "'toy_train'" in line
+
+
+# ------------------------------------------------------------------------------ help
+
+COMMANDS = {
+    "prepare": ["prepare.mixtures", "DataConfig.batch_size"],
+    "train": ["ModelConfig.experts", "RunConfig.seed", "DecodingConfig.num_beams"],
+    "eval": ["eval.split"],
+    "infer": ["infer.task"],
+    "finetune": ["FinetuneConfig.tune"],
+    "represent": ["represent.kind"],
+    "experiment": ["experiment.model"],
+    "plan": ["--topology", "MeshConfig.fsdp"],
+}
+
+
+def configuration_classes():
+    """Every dataclass that gin can bind, those of the commands included."""
+    for command in COMMANDS:
+        importlib.import_module(f"moe_jax.{command}")
+    return configurables.classes()
+
+
+def test_every_setting_is_documented():
+    for name, cls in configuration_classes().items():
+        for field in dataclasses.fields(cls):
+            assert field.name in help.field_docs(cls), f"{name}.{field.name} has no documentation"
+    macros = set(re.findall(r"^([A-Z_]+) = ", BASE_BINDINGS, re.MULTILINE))
+    assert set(help.MACROS) == macros
+
+
+def test_help_lists_the_settings_and_ends_well():
+    processes = {name: start(name, ["--help"]) for name in COMMANDS}
+    for name, process in processes.items():
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{name}: {err[-2000:]}"
+        for setting in [*COMMANDS[name], "--gin.MODEL_DIR", "--gin_file"]:
+            assert setting in out, f"{name} --help has no {setting}"
+
+
+def test_a_command_without_arguments_says_what_it_needs():
+    processes = {name: start(name, []) for name in COMMANDS}
+    for process in processes.values():
+        one_error_line(process)
+
+
+# ------------------------------------------------------------------------------ values and files
+
+
+@pytest.mark.parametrize("value", [
+    "7b-moe", "2024-06-01/run", "3.5/run", "None/x", "100%", "a=b", "it's", "путь/к", "x y",
+    "@home",
+])  # fmt: skip
+def test_a_plain_string_needs_no_quotes(value):
+    (flag,) = flags.rewrite_gin_flags([f"--gin.MODEL_DIR={value}"])
+    if value == "@home":  # a reference, as in gin; quotes make it a string
+        (flag,) = flags.rewrite_gin_flags(["--gin.MODEL_DIR='@home'"])
+    parse(flag.partition("=")[2])
+    assert build(RunConfig).model_dir == value
+
+
+def test_included_files_are_found_and_their_macros_read(tmp_path):
+    (tmp_path / "base.gin").write_text("MINE = 3\nRunConfig.log_period = %MINE\n")
+    (tmp_path / "run.gin").write_text(
+        "include 'base.gin'\ninclude 'models/tiny.gin'\nMINE = 4\nSEED = 2\n"
+    )
+    parse(files=["run.gin"], paths=[tmp_path])
+    assert build(RunConfig).log_period == 4 and build(RunConfig).seed == 2
+    assert build(ModelConfig).d_model == 64
+    (tmp_path / "bad.gin").write_text("include 'models/tiney.gin'\n")
+    with pytest.raises(UserError, match=r"bad\.gin: include: no gin file 'models/tiney.gin'"):
+        parse(files=["bad.gin"], paths=[tmp_path])
+    (tmp_path / "self.gin").write_text("include 'self.gin'\n")
+    with pytest.raises(UserError, match=r"self\.gin includes itself"):
+        parse(files=["self.gin"], paths=[tmp_path])

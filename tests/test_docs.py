@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.runs import flags as cli
+from moe_jax.runs import flags
 from moe_jax.runs.directory import config_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,26 +40,27 @@ def test_command_resolves(command):
     assert (ROOT / (module.replace(".", "/") + ".py")).is_file() or (
         ROOT / module.replace(".", "/") / "__main__.py"
     ).is_file()
-    flags = cli.rewrite_gin_flags(words[words.index("-m") + 2 :])
-    files = [f.partition("=")[2] for f in flags if f.startswith("--gin_file=")]
+    arguments = flags.rewrite_gin_flags(words[words.index("-m") + 2 :])
+    files = [f.partition("=")[2] for f in arguments if f.startswith("--gin_file=")]
     # A command's own parameters (`eval.split`) are known once its module is imported.
     __import__(module if module not in ("moe_jax.report", "moe_jax.tasks") else "moe_jax.train")
-    bindings = [f.partition("=")[2] for f in flags if f.startswith("--gin_bindings=")]
+    bindings = [f.partition("=")[2] for f in arguments if f.startswith("--gin_bindings=")]
     if files or bindings:
-        cli.parse_gin(files, bindings, [str(cli.GIN_CONFIGS)])
+        flags.parse_gin(files, bindings, [str(flags.GIN_CONFIGS)])
 
 
 @pytest.mark.parametrize(
-    "path", sorted(cli.GIN_CONFIGS.glob("**/*.gin")), ids=lambda p: f"{p.parent.name}/{p.name}"
+    "path", sorted(flags.GIN_CONFIGS.glob("**/*.gin")), ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_gin_file_parses(path):
     """Each file alone, as the last of a command, gives a configuration that can be built."""
     import moe_jax.experiment
-    from moe_jax.runs.configurables import RUN_CONFIGS
+    from moe_jax.runs.config import Config
+    from moe_jax.runs.configurables import build
 
     assert moe_jax.experiment
-    cli.parse_gin([str(path)], [], [str(cli.GIN_CONFIGS)])
-    assert config_lines([cls() for cls in RUN_CONFIGS])
+    flags.parse_gin([str(path)], [], [str(flags.GIN_CONFIGS)])
+    assert config_lines(build(Config))
 
 
 @pytest.mark.slow

@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 from toy_run import bindings, finish, flags_of, random_batch, start, tiny_model, tiny_params
 
-from moe_jax import finetune as program
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
-from moe_jax.finetune import FROZEN, Adapter, Start, search
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.task_moe import routes_of
-from moe_jax.runs import directory as run_dir
-from moe_jax.runs import flags as cli
-from moe_jax.runs.config import DataConfig, FinetuneConfig
+from moe_jax.runs import directory, flags
+from moe_jax.runs.config import Config, DataConfig, FewShotConfig, FinetuneConfig, RunConfig
+from moe_jax.runs.configurables import build
 from moe_jax.runs.load import Run
 from moe_jax.training.optimizer import OptimizerConfig
-from moe_jax.training.step import StepConfig
+from moe_jax.unseen import adaptation as program
+from moe_jax.unseen.adaptation import FROZEN, Adapter, Start, search
 
 MODEL = tiny_model(temperature=2.0, temperature_rate=0.1, exploration_epsilon=0.5)
 RUN = Run(MODEL, tiny_params(MODEL), {"a": 0, "b": 1, "c": 2}, step=7)
@@ -115,10 +114,8 @@ def adapter(new):
     mixture = types.SimpleNamespace(vocabulary=NoText())
     data = DataConfig(lengths={"inputs": 12, "targets": 12})
     optimizer_config = OptimizerConfig(router_learning_rate=1e-2, learning_rate=1.0)
-    return Adapter(
-        new.model, FROZEN[new.tune], mixture, data, FinetuneConfig(steps=2), optimizer_config,
-        StepConfig(), mesh,
-    )  # fmt: skip
+    config = FewShotConfig(RunConfig(), data, FinetuneConfig(steps=2), optimizer_config)
+    return Adapter(new.model, FROZEN[new.tune], mixture, config, mesh)
 
 
 @pytest.mark.parametrize("tune", FROZEN)
@@ -207,7 +204,9 @@ def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path,
     monkeypatch.setattr(
         program, "read_starts", lambda *_: pytest.fail("training is about to start")
     )
-    run_dir.write_config(tmp_path / "moe", [MODEL.config, MODEL.router_config])
+    moe = Config(RunConfig(), DataConfig(lengths={"inputs": 4, "targets": 4}), MODEL.config,
+                 MODEL.router_config)  # fmt: skip
+    directory.write_config(tmp_path / "moe", moe)
     files.write_json(tmp_path / "rows.json", rows)
     settings = {
         "MODEL_DIR": str(tmp_path / "few_shot"),
@@ -217,9 +216,9 @@ def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path,
         "FinetuneConfig.representation": "file",
         "FinetuneConfig.representations_path": str(tmp_path / "rows.json"),
     }
-    cli.parse_gin([], [f"{name} = {value!r}" for name, value in settings.items()], [])
+    flags.parse_gin([], [f"{name} = {value!r}" for name, value in settings.items()], [])
     with pytest.raises(UserError, match=r"no task 'b'; did you mean 'bx'|representation_dim is 8"):
-        program.finetune()
+        program.adapt_all(build(FewShotConfig))
     assert not (tmp_path / "few_shot").exists()
 
 

@@ -14,11 +14,10 @@ from moe_jax import infer
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.interop.streamed_checkpoint import Promise, save_params
-from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import routes_of
-from moe_jax.runs import directory as run_dir
-from moe_jax.runs import flags as cli
-from moe_jax.runs.config import DataConfig, RunConfig
+from moe_jax.runs import directory, flags
+from moe_jax.runs.config import Config
+from moe_jax.runs.configurables import build
 from moe_jax.training.checkpoints import parameter_shapes
 
 TASKS = ["toy_copy", "toy_sum"]
@@ -27,8 +26,8 @@ TASKS = ["toy_copy", "toy_sum"]
 def write_run(model_dir, experts: int):
     """A model directory with random parameters; (model, parameters)."""
     settings = {"ModelConfig__experts": experts, "RouterConfig__selection": "argmax"}
-    cli.parse_gin([], bindings(model_dir, **settings), [])
-    run_dir.write_config(model_dir, [RunConfig(), DataConfig(), ModelConfig(), RouterConfig()])
+    flags.parse_gin([], bindings(model_dir, **settings), [])
+    directory.write_config(model_dir, build(Config))
     model = tiny_model(
         tasks=2, experts=experts, max_positions=48, selection="argmax",
         vocabulary_size=toy_mixtures()[0].vocabulary.size,
@@ -70,12 +69,16 @@ def rows(routed, tmp_path_factory):
 
 def call(program, model_dir, **settings):
     """A program in this process; a setting is one of its arguments or a macro."""
-    prefix = "infer" if program is infer.infer else "eval"
+    prefix, own = (
+        ("infer", infer.InferConfig)
+        if program is infer.infer
+        else ("eval", eval_program.EvalConfig)
+    )
     values = {"MODEL_DIR": str(model_dir)} | {
         name if name.isupper() else f"{prefix}.{name}": value for name, value in settings.items()
     }
-    cli.parse_gin([], [f"{k} = {v!r}" for k, v in values.items()], [], from_model_dir=True)
-    program()
+    flags.parse_gin([], [f"{k} = {v!r}" for k, v in values.items()], [], from_model_dir=True)
+    program(build(Config), build(own))
 
 
 def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, monkeypatch):

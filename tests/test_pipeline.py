@@ -179,7 +179,7 @@ def test_no_tensorflow_in_a_process_that_reads_a_prepared_cache():
         import sys
         from toy import NAMES, TASKS, VOCABULARY
         from moe_jax.data.pipeline import eval_batches, train_batches
-        from moe_jax.prepare import ensure_prepared
+        from moe_jax.data.prepared import ensure_prepared
         train = ensure_prepared(CACHE, NAMES, TASKS, VOCABULARY)["toy_train"]
         lengths = {"inputs": 48, "targets": 24}
         next(iter(train_batches(train, lengths=lengths, groups=2, rows=2)))

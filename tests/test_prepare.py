@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from toy import NAMES, TASKS
 
-from moe_jax import prepare
+from moe_jax import prepare as program
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache, vocabulary
+from moe_jax.data import prepared as prepare
 from moe_jax.data.cache import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.runs.config import DataConfig
@@ -184,8 +185,7 @@ def test_main_prints_what_it_prepared(tmp_path, capsys, monkeypatch):
         "vocabulary": BYTES,
         "lengths": {"inputs": 8, "targets": 8},
     }
-    monkeypatch.setattr(prepare, "DataConfig", functools.partial(DataConfig, **settings))
-    prepare.main()
+    program.main(DataConfig(**settings), program.PrepareConfig())
     assert "toy_unseen: 1 tasks, 124 examples, 259 tokens" in capsys.readouterr().out
 
 

@@ -4,7 +4,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import gin
 import jax
 import numpy as np
 import pytest
@@ -21,19 +20,20 @@ from toy_run import (
 )
 from toy_run import tiny_params as fresh_params
 
-from moe_jax import represent
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
+from moe_jax.data.representations import Representations
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.task_moe import routes_of
-from moe_jax.runs import flags as cli
-from moe_jax.runs.config import DataConfig
+from moe_jax.runs import flags
+from moe_jax.runs.config import Config, DataConfig, RunConfig
+from moe_jax.runs.configurables import build
 from moe_jax.runs.load import read_run
 from moe_jax.training import grouped_loss as groups
 from moe_jax.training.checkpoints import load_params
-from moe_jax.unseen import embedding
-from moe_jax.unseen.representations import Representations
+from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.unseen import embedding, representations
 
 DATA = Path(__file__).with_name("data") / "hf"
 
@@ -162,12 +162,12 @@ def test_text_embedding_ignores_padding():
 @pytest.mark.parametrize("kind", ["text", "fisher"])
 def test_many_devices_share_the_rows_and_agree_with_one(kind, monkeypatch):
     """Four shards of a mesh that also splits the model; 6 rows are no multiple of them."""
-    gin.bind_parameter("OptimizerConfig.learning_rate", 1e-4)
     mixture, _ = toy_mixtures()
     size = mixture.vocabulary.size
     model = tiny_model(experts=1, max_positions=48, vocabulary_size=size)
     params = {"backbone": random_backbone(model)}
     data = DataConfig(lengths={"inputs": 40, "targets": 20})
+    config = Config(RunConfig(), data, optimizer=OptimizerConfig(learning_rate=1e-4))
     settings = {"kind": kind, "split": "train", "examples": 14, "seed": 0}
     settings |= {"steps": 3, "batch_size": 6}
     seen = {"summed": set(), "tuned": set()}  # rows that one device does at a time
@@ -190,7 +190,7 @@ def test_many_devices_share_the_rows_and_agree_with_one(kind, monkeypatch):
     ):
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, replicated(mesh))
-            embed = embedding.Embedder(model, placed, data, settings, 6, mesh)
+            embed = embedding.Embedder(model, placed, config, settings, 6, mesh)
             found.append(embed(mixture, "toy_sum"))
         shares.append({key: rows.copy() for key, rows in seen.items()})
         [rows.clear() for rows in seen.values()]
@@ -217,8 +217,8 @@ def call(model_dir, **settings) -> None:
     for name, value in settings.items():
         name = name.replace("__", ".") if name.isupper() or "__" in name else f"represent.{name}"
         lines.append(f"{name} = {value!r}")
-    cli.parse_gin([], lines, [], from_model_dir=True)
-    represent.represent()
+    flags.parse_gin([], lines, [], from_model_dir=True)
+    representations.represent(build(Config), build(representations.RepresentConfig))
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_text_command_and_a_new_task_later(dense, tmp_path):
 
 def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
     done = []
-    embed = represent.Embedder.__call__
+    embed = representations.Embedder.__call__
 
     def counted(self, mixture, task, fail=True):
         if fail and len(done) == 1:
@@ -276,13 +276,13 @@ def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
         done.append(task)
         return embed(self, mixture, task)
 
-    monkeypatch.setattr(represent.Embedder, "__call__", counted)
+    monkeypatch.setattr(representations.Embedder, "__call__", counted)
     path = tmp_path / "f.npz"
     with pytest.raises(KeyboardInterrupt):
         call(dense, output=str(path))
     assert not path.exists()
     monkeypatch.setattr(
-        represent.Embedder, "__call__", lambda self, m, t: counted(self, m, t, fail=False)
+        representations.Embedder, "__call__", lambda self, m, t: counted(self, m, t, fail=False)
     )
     call(dense, output=str(path))
     assert done == ["toy_copy", "toy_sum"]
@@ -290,7 +290,7 @@ def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
 
 
 WRONG = {
-    "kind": ({"kind": "txt"}, "represent.kind 'txt' is not one of text, fisher; did you mean"),
+    "kind": ({"kind": "txt"}, "represent.kind is 'txt'; it is one of text, fisher; did you mean"),
     "output": ({"output": "f.json"}, "must end in .npz"),
     "split": ({"split": "tarin"}, "'toy_copy' has no split 'tarin'"),
     "one task": ({"MIXTURE_OR_TASK_NAME": "toy_unseen"}, "two tasks that differ, here is one"),

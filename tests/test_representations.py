@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax import represent
 from moe_jax.core.errors import UserError
-from moe_jax.unseen.representations import Representations, fit, read_representations, unit_length
+from moe_jax.data.representations import Representations, fit, read_representations, unit_length
+from moe_jax.unseen import representations
 
 DATA = Path(__file__).with_name("data") / "hf"
 
@@ -69,7 +69,7 @@ def test_affinity_is_that_of_all_shuffles():
 
     within, between = difference(names)
     shuffles = [np.subtract(*difference(n)) for n in itertools.permutations(names)]
-    found = represent.affinity(np.vstack([rows, rows[:1]]), [*names, ""])
+    found = representations.affinity(np.vstack([rows, rows[:1]]), [*names, ""])
     assert found[:2] == pytest.approx((within, between))
     assert found.p == pytest.approx(
         np.mean(np.array(shuffles) >= within - between - 1e-12), abs=0.02
@@ -78,9 +78,9 @@ def test_affinity_is_that_of_all_shuffles():
 
 
 def test_affinity_needs_both_sorts_of_pairs():
-    assert represent.affinity(RAW, ["a"] * 6) is None
-    assert represent.affinity(RAW, list("abcdef")) is None
-    assert represent.affinity(RAW, [""] * 6) is None
+    assert representations.affinity(RAW, ["a"] * 6) is None
+    assert representations.affinity(RAW, list("abcdef")) is None
+    assert representations.affinity(RAW, [""] * 6) is None
 
 
 # ------------------------------------------------------------------------------ files

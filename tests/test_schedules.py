@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.runs import flags as cli
-from moe_jax.runs.config import FinetuneConfig
-from moe_jax.runs.configurables import RUN_CONFIGS
+from moe_jax.runs import flags
+from moe_jax.runs.config import Config, FinetuneConfig
+from moe_jax.runs.configurables import build
 from moe_jax.runs.directory import config_lines
 from moe_jax.runs.load import build_model
 
@@ -29,14 +29,18 @@ EXPERTS = {
 }
 
 
-def settings(flags):
+def settings(words):
     """Every setting of a run, and the model."""
-    arguments = cli.rewrite_gin_flags(shlex.split(flags))
+    arguments = flags.rewrite_gin_flags(shlex.split(words))
     bindings = [argument.partition("=")[2] for argument in arguments]
-    cli.parse_gin(STAGE1, bindings, [str(cli.GIN_CONFIGS)])
-    configs = {cls.__name__: cls() for cls in RUN_CONFIGS}
-    model = build_model(configs["ModelConfig"], configs["RouterConfig"], 1024, 32)
-    return config_lines(configs.values()), model
+    flags.parse_gin(STAGE1, bindings, [str(flags.GIN_CONFIGS)])
+    config = build(Config)
+    return texts(config), build_model(config.model, config.router, 1024, 32)
+
+
+def texts(config):
+    """Every setting as Python writes it."""
+    return {name: repr(value) for name, value in config_lines(config).items()}
 
 
 def test_all_baselines_are_documented():
@@ -87,15 +91,15 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_papers_stages(stage):
     files = ["models/bart_base.gin", f"runs/paper_{stage}.gin"]
-    cli.parse_gin(files, [], [str(cli.GIN_CONFIGS)])
-    found = config_lines([cls() for cls in RUN_CONFIGS])
+    flags.parse_gin(files, [], [str(flags.GIN_CONFIGS)])
+    found = texts(build(Config))
     wanted = PAPER | STAGES[stage]
     assert {key: found[key] for key in wanted} == wanted
 
 
 def test_the_papers_few_shot_grid():
-    cli.parse_gin(["runs/paper_finetune.gin"], [], [str(cli.GIN_CONFIGS)])
-    config = FinetuneConfig()
+    flags.parse_gin(["runs/paper_finetune.gin"], [], [str(flags.GIN_CONFIGS)])
+    config = build(FinetuneConfig)
     assert (config.steps, config.learning_rates, config.batch_sizes, len(config.seeds)) == (
         1000, (1e-5, 2e-5, 5e-5), (2, 4, 8), 5
     )  # fmt: skip

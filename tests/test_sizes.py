@@ -7,7 +7,8 @@ import pytest
 
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, shapes_of
-from moe_jax.runs import flags as cli
+from moe_jax.runs import flags
+from moe_jax.runs.configurables import build
 
 # Published models: parameters, vocabulary, and what `transformers` calls the sizes; heads of T5s
 # have 64 numbers where the last size does not say otherwise.
@@ -34,8 +35,8 @@ SIZES = {
 
 def count(name: str, experts: int) -> int:
     """Parameters of the backbone that the gin file describes."""
-    cli.parse_gin([f"models/{name}.gin"], [], [str(cli.GIN_CONFIGS)])
-    config = ModelConfig()
+    flags.parse_gin([f"models/{name}.gin"], [], [str(flags.GIN_CONFIGS)])
+    config = build(ModelConfig)
     assert config.experts == 3
     config = dataclasses.replace(config, experts=experts, vocabulary_size=SIZES[name][1])
     shapes = shapes_of(TaskMoE(config, RouterConfig(), tasks=1))

@@ -15,7 +15,6 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import read_tokenizers
-from moe_jax.interop import hf_directory as directory
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.interop.hf_write import to_hf
 from moe_jax.interop.squeeze import squeeze
@@ -23,7 +22,7 @@ from moe_jax.interop.streamed_checkpoint import Promise, save_params
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, init_params, routes_of, shapes_of
-from moe_jax.runs import directory as run_dir
+from moe_jax.runs import directory
 from moe_jax.runs.load import read_run
 
 DATA = Path(__file__).with_name("data") / "hf"
@@ -31,7 +30,7 @@ TASKS = ["count", "sort", "spell"]
 
 
 def all_tensors(path: Path) -> dict[str, np.ndarray]:
-    weights = directory.Weights(path)
+    weights = hf_directory.Weights(path)
     return {name: weights.read(name) for name in weights.shapes}
 
 
@@ -60,7 +59,7 @@ def routed_run(path: Path, architecture: str, selection: str):
     save_params(path, 7, promises, {"tasks": TASKS, "step": 7, "shapes": shapes})
     lines = {
         "TASK_FEATURE_LENGTHS": {"inputs": 9, "targets": 7},
-        **run_dir.config_lines([config, router]),
+        **directory.config_lines([config, router]),
     }
     files.write_text(path / "config.gin", "".join(f"{k} = {v}\n" for k, v in lines.items()))
     vocabulary.write_vocabulary(path / "vocabulary", own.settings, own.contents)

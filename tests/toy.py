@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.prepared import ensure_prepared
 from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.prepare import ensure_prepared
 
 TASKS = str(Path(__file__).with_name("toy_tasks.py"))
 VOCABULARY = VocabularyConfig(size=400)

@@ -17,16 +17,19 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: Any, name: str | None = None) -> None:
     """Checks that every field of a dataclass holds a value of its annotated type.
 
     An int is a float; a list is as good as a tuple.
 
+    Args:
+        name: what messages call the configuration, if not by its class.
+
     Raises:
         UserError: naming the first field that does not, and for a Literal the nearest choices.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
+    for field, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, field)
         if not _fits(value, hint):
             wanted = hint.__name__ if isinstance(hint, type) else str(hint)
             choices = ()
@@ -34,7 +37,7 @@ def check_fields(config: Any) -> None:
                 choices = typing.get_args(hint)
                 wanted = f"one of {', '.join(map(str, choices))}"
             raise UserError(
-                f"{type(config).__name__}.{name} is {value!r}; it is "
+                f"{name or type(config).__name__}.{field} is {value!r}; it is "
                 f"{wanted.replace('collections.abc.', '').replace('typing.', '')}"
                 f"{nearest(str(value), map(str, choices))}"
             )

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import gin
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -46,7 +45,6 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes.

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gin
 import sentencepiece
 import tokenizers
 
@@ -40,7 +39,6 @@ _TEXTS = (".json", ".txt", ".model")  # suffixes of a tokenizer's files and of c
 NORMALISATION = "D A\tA\n"
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class VocabularyConfig:
     """Which vocabulary tokenises a run's tasks.

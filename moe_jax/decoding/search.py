@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-import gin
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +21,6 @@ class DecodingIds(NamedTuple):
     pad: int
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class DecodingConfig:
     """How answers are decoded. Names and meanings are those of Hugging Face's `generate`, but

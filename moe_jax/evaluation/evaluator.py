@@ -46,7 +46,7 @@ class Evaluator:
     Args:
         lengths: {"inputs", "targets"}: longest input read and longest target decoded.
         rows: examples decoded together.
-        decoding: how; None takes gin's `DecodingConfig`.
+        decoding: how.
 
     Raises:
         UserError: `DecodingConfig.max_length` is beyond the model's positions.
@@ -59,13 +59,12 @@ class Evaluator:
         lengths: Mapping[str, int],
         rows: int,
         mesh: Mesh,
-        decoding: DecodingConfig | None = None,
+        decoding: DecodingConfig,
     ):
         self.model = model
         self.vocabulary = vocabulary
         self.lengths = lengths
         self.rows = rows
-        decoding = DecodingConfig() if decoding is None else decoding
         length = decoding.max_length or lengths["targets"]
         if model.config.family.positions == "learned" and length > model.config.max_positions:
             raise UserError(

@@ -16,7 +16,7 @@ from moe_jax.interop.hf_weights import Part
 from moe_jax.interop.squeeze import plain_model
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params
-from moe_jax.runs import directory as run_dir
+from moe_jax.runs import directory
 from moe_jax.runs.load import read_run
 
 
@@ -45,7 +45,7 @@ def to_hf(
             model that `transformers` does not have, or `out` exists.
     """
     files.check_new(out)
-    root = run_dir.root(checkpoint)
+    root = directory.root(checkpoint)
     own = vocabulary.load_vocabulary(root / vocabulary.DIRECTORY)
     run = read_run(str(checkpoint), own.size)
     dense, plain, how = plain_model(run, task, own, average=average, approximate=approximate)

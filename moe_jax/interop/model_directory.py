@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import TokenizersVocabulary, VocabularyConfig
@@ -18,7 +17,8 @@ from moe_jax.interop.hf_weights import Part
 from moe_jax.interop.streamed_checkpoint import Promise, save_params
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, shapes_of
-from moe_jax.runs import directory as run_dir
+from moe_jax.runs import directory
+from moe_jax.runs.config import Config, DataConfig, RunConfig
 
 _LENGTHS = {"inputs": 512, "targets": 64}  # a run may choose others
 
@@ -96,16 +96,16 @@ def write_initial(
             shape = tuple(shapes[f"backbone/{path}"])
             node[leaf] = Promise(shape, _maker(list(group), shape, read, bar))
         save_params(new, 0, params, {"tasks": [], "step": 0, "shapes": shapes})
-    run_dir.write_task_table(new, [])
-    lines: dict[str, Any] = {"TASK_FEATURE_LENGTHS": _LENGTHS}
-    configs: list[Any] = [config]
+    directory.write_task_table(new, [])
+    vocabulary_config = VocabularyConfig()
+    only: list[type] = [ModelConfig]
     if own is not None:
         vocabulary.write_vocabulary(new / vocabulary.DIRECTORY, own.settings, own.contents)
-        lines["DataConfig.vocabulary"] = f"@{VocabularyConfig.__name__}()"
-        configs.insert(0, VocabularyConfig(kind="tokenizers", path=os.path.abspath(out)))
-    lines |= run_dir.config_lines(configs)
-    text = "".join(f"{name} = {value}\n" for name, value in lines.items())
-    files.write_text(new / run_dir.CONFIG, text)
+        vocabulary_config = VocabularyConfig(kind="tokenizers", path=os.path.abspath(out))
+        only.append(VocabularyConfig)
+    data = DataConfig(lengths=_LENGTHS, vocabulary=vocabulary_config)
+    # The rest is left to the run that starts from here.
+    directory.write_config(new, Config(RunConfig(), data, config), only, ["DataConfig.lengths"])
 
 
 def _maker(

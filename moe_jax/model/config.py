@@ -3,22 +3,42 @@
 import dataclasses
 from typing import Literal
 
-import gin
-
 from moe_jax.core.errors import UserError, check_fields
 from moe_jax.model.family import Family, family_of
 from moe_jax.model.router import router_class
 from moe_jax.model.selection import selection_of
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """An encoder-decoder transformer whose routed layers have `experts` copies.
 
-    `architecture` names a `family`, which fixes how its layers compute: `bart`, `t5` (T5 1.1),
-    `t5_1_0`, `mt5`, or one registered elsewhere. `vocabulary_size` 0 takes the size of the data's
-    vocabulary; `tie_embeddings` and `scale_tied_logits` are the family's unless they are set.
+    Attributes:
+        architecture: a `family`, which fixes how layers compute: `bart`, `t5` (T5 1.1), `t5_1_0`,
+            `mt5`, or one registered elsewhere.
+        vocabulary_size: rows of the embedding; 0 takes the size of the data's vocabulary.
+        d_model: width of the states between layers.
+        d_ff: hidden units of the feed-forward block.
+        heads: of every attention.
+        head_dim: width of a head; 0 for d_model / heads.
+        encoder_layers: layers of the encoder.
+        decoder_layers: layers of the decoder.
+        max_positions: longest row, where positions are learned.
+        relative_buckets: of the relative position bias, where positions are relative.
+        relative_max_distance: distances beyond it share a bucket.
+        tie_embeddings: logits are made with the input embedding; None as the family has it.
+        scale_tied_logits: divide tied logits by sqrt(d_model); None as the family has it.
+        init_std: standard deviation of fresh weights.
+        dropout_rate: of states.
+        attention_dropout_rate: of attention weights.
+        activation_dropout_rate: of hidden units.
+        experts: E, copies of every routed layer (paper section 4); 1 is the dense model.
+        encoder_vanilla_layers: numbers of the encoder's layers that are not routed.
+        decoder_vanilla_layers: likewise of the decoder.
+        expert_noise: standard deviation of the noise that tells fresh experts apart.
+        dtype: of activations; parameters, norms, softmax and loss are float32.
+        unroll_layers: layers per iteration of the loop over layers; all of them is fastest on CPU.
+        remat: compute activations of a layer again in the backward pass, in place of keeping them.
     """
 
     architecture: str = "bart"
@@ -26,26 +46,24 @@ class ModelConfig:
     d_model: int = 768
     d_ff: int = 3072
     heads: int = 12
-    head_dim: int = 0  # 0: d_model / heads
+    head_dim: int = 0
     encoder_layers: int = 6
     decoder_layers: int = 6
-    max_positions: int = 1024  # learned positions
-    relative_buckets: int = 32  # relative positions
-    relative_max_distance: int = 128  # likewise
+    max_positions: int = 1024
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
     tie_embeddings: bool | None = None
-    scale_tied_logits: bool | None = None  # divide tied logits by sqrt(d_model)
+    scale_tied_logits: bool | None = None
     init_std: float = 0.02
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.0
     activation_dropout_rate: float = 0.0
-    # Experts (paper section 4).
     experts: int = 1
     encoder_vanilla_layers: tuple[int, ...] = ()
     decoder_vanilla_layers: tuple[int, ...] = ()
-    expert_noise: float = 0.01  # standard deviation of the noise that tells experts apart
-    # Execution.
+    expert_noise: float = 0.01
     dtype: Literal["float32", "bfloat16"] = "float32"
-    unroll_layers: int = 1  # layers per iteration of the scan over layers
+    unroll_layers: int = 1
     remat: bool = False
 
     def __post_init__(self) -> None:
@@ -97,26 +115,32 @@ class ModelConfig:
         )
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
     """How a task's representation becomes one distribution over experts per routed layer.
 
-    Kinds (`model.router`) are the ten published routers, and `free`: no network, the representation
-    (N * E numbers) is the route logits.
+    With a hard selection and fewer than E experts per layer, the router's gradient comes from the
+    selected experts only.
 
-    Selections (`model.selection`): `softmax`, `gumbel_softmax`, `gumbel_softmax_st`
-    (straight-through), `argmax` (straight-through, no noise), `top_k`, and the baselines `average`,
-    `random_task` (random experts per task and layer, fixed by `seed`) and `random_instance` (drawn
-    anew for every group; use one example per group). The random ones mix max(1,
-    `experts_per_layer`) experts.
-
-    `experts_per_layer` = k gathers only each layer's k largest experts (0: all). With a hard
-    selection and k < experts, the router's gradient comes from the selected experts only.
-
-    The temperature starts at `temperature` and falls to `temperature_floor` at
-    `temperature_rate`: see `selection.temperature_at`. In training, `exploration_epsilon` is the
-    probability that a task's route in a layer is replaced by one of the kind `exploration_route`.
+    Attributes:
+        kind: the router (`model.router`): one of the ten published ones, or `free`: no network, the
+            representation (N * E numbers) is the route logits.
+        hidden_dim: width of the router.
+        representation_dim: K, numbers per task in the task table.
+        selection: how logits become routes (`model.selection`): `softmax`, `gumbel_softmax`,
+            `gumbel_softmax_st` (straight-through), `argmax` (straight-through, no noise), `top_k`,
+            and the baselines `average`, `random_task` (random experts per task and layer, fixed by
+            `seed`) and `random_instance` (drawn anew for every group; use one example per group).
+        experts_per_layer: k, only each layer's k largest experts are computed; 0 for all, or for
+            one where routes are random.
+        temperature: of the softmax at first.
+        temperature_schedule: how it falls, see `selection.temperature_at`.
+        temperature_rate: how fast it falls.
+        temperature_floor: where it stops.
+        exploration_epsilon: in training, the probability that a task's route in a layer is replaced
+            by another.
+        exploration_route: by a random expert (`one_hot`) or by all alike (`uniform`).
+        seed: of routes that are random per task.
     """
 
     kind: str = "linear"

@@ -1,15 +1,18 @@
-"""Settings of a run that belong to no single part: where, what data, how long."""
+"""The configuration of a run: one tree of dataclasses, made once by a command and passed down."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import gin
-
 from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.sharding import MeshConfig
 from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.decoding.search import DecodingConfig
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.training.step import StepConfig
 
-# Every binary starts from these; gin files and flags set the macros (T5X's names).
+# Every command starts from these; gin files and flags set the macros (T5X's names).
 BASE_BINDINGS = """
 MODEL_DIR = None
 MIXTURE_OR_TASK_NAME = None
@@ -24,6 +27,7 @@ INITIAL_CHECKPOINT_PATH = None
 ROUTER_CHECKPOINT_PATH = None
 DENSE_DIR = None
 MOE_DIR = None
+EXTENSIONS = ()
 SEED = 0
 
 DataConfig.mixture_or_task_name = %MIXTURE_OR_TASK_NAME
@@ -37,27 +41,35 @@ RunConfig.eval_period = %EVAL_PERIOD
 RunConfig.checkpoint_period = %CHECKPOINT_PERIOD
 RunConfig.initial_checkpoint_path = %INITIAL_CHECKPOINT_PATH
 RunConfig.router_checkpoint_path = %ROUTER_CHECKPOINT_PATH
+RunConfig.extensions = %EXTENSIONS
 RunConfig.seed = %SEED
 FinetuneConfig.dense_dir = %DENSE_DIR
 FinetuneConfig.moe_dir = %MOE_DIR
 """
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which examples, tokenised how, in batches of which shape.
 
-    A batch has `batch_size` rows in groups of `rows_per_group` rows of one task. With `pack`, a
-    row holds as many examples as fit into `lengths`; without, one. With `row_shapes` above 1,
-    packed rows have up to so many shapes, each task's the one that leaves it the least padding; the
-    step is compiled for each, a batch holds tasks of one shape, and the logits of one with long
-    targets take up to three times the memory.
-
-    `mixing` draws tasks in proportion to their `examples` (at most `cap` each), all `equal`ly,
-    by `temperature` (rate ** (1 / mixing_temperature)), or by the rates of the SeqIO mixture.
-
-    `environment` holds variables that the task modules read (see `tasks/crossfit_data.py`).
+    Attributes:
+        mixture_or_task_name: registered with SeqIO.
+        task_modules: modules that register tasks: dotted names or .py files.
+        lengths: {'inputs': N, 'targets': N}, tokens in a row.
+        cache_dir: where prepared data lives.
+        vocabulary: how texts become tokens.
+        environment: variables that the task modules read (see `tasks/crossfit_data.py`).
+        batch_size: rows per batch.
+        rows_per_group: R, rows of one task that are computed together; divides the batch.
+        pack: a row holds as many examples as fit into `lengths`; if not, one.
+        row_shapes: above 1, packed rows have up to so many shapes, each task's the one that leaves
+            it the least padding. The step is compiled for each, a batch holds tasks of one shape,
+            and the logits of one with long targets take up to three times the memory.
+        mixing: draws tasks in proportion to their `examples` (at most `cap` each), all `equal`ly,
+            by `temperature` (rate ** (1 / mixing_temperature)), or by the rates of the `seqio`
+            mixture.
+        cap: of `mixing` by examples; None for none.
+        mixing_temperature: of `mixing` by temperature.
     """
 
     mixture_or_task_name: str | None = None
@@ -112,7 +124,6 @@ class DataConfig:
         return self.batch_size // self.rows_per_group
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Where a run lives, how long it takes, what it starts from.
@@ -130,7 +141,10 @@ class RunConfig:
             it goes before those of `router_checkpoint_path`.
         eval_split: the split evaluated while training.
         eval_examples: examples per task then; evenly spaced.
+        eval_batch_rows: examples decoded together.
         keep_checkpoints: latest checkpoints kept, besides the best by mean dev score.
+        extensions: modules or .py files that were imported before this configuration was made;
+            they register routers, selections, families or metrics, and need no TensorFlow.
         seed: of initialisation, dropout, routes and data order.
     """
 
@@ -146,6 +160,7 @@ class RunConfig:
     eval_examples: int | None = 32
     eval_batch_rows: int = 32
     keep_checkpoints: int = 1
+    extensions: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -163,7 +178,6 @@ class RunConfig:
                 raise UserError(f"{macro} is not set: give --gin.{macro}=...")
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     """The grid, and what to start from.
@@ -172,15 +186,16 @@ class FinetuneConfig:
         dense_dir: model directory of the dense multi-task model. The start `untrained` is that
             model before its first step (so, its INITIAL_CHECKPOINT_PATH, if it had one).
         moe_dir: model directory of the mixture of experts.
-        learning_rates, batch_sizes: the grid searched on dev. The learning rate is the
-            backbone's, or the representation's where the backbone is not trained.
+        learning_rates: searched on dev; the backbone's, or the representation's where the backbone
+            is not trained.
+        batch_sizes: searched on dev.
         seeds: few-shot samples; of each, the splits `fewshot_SEED_train` and `..._validation`.
         steps: optimizer steps of every run.
         test_examples: at most this many test examples.
         representation: of a new task in the mixture of experts: the `mean` of the training
             tasks', that of the `nearest` one (whose route has the lowest loss on the few
-            examples), `random` (standard normal, as before training), or that of
-            `representations_path`, a `file` (see `representations.py`).
+            examples), `random` (standard normal, as before training), or that of a `file`.
+        representations_path: that file (see `data.representations`).
         tune: what of the mixture of experts is trained: `all`; with a `frozen_router`, its experts
             and the task's representation; `route_only`, that representation alone; `free_route`,
             the route logits [N, E] in place of it. The dense starts are always trained whole.
@@ -204,3 +219,29 @@ class FinetuneConfig:
                 f"FinetuneConfig.representation is {self.representation!r} and representations_path"
                 f" {self.representations_path!r}: 'file' and a path go together"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides what a training run does; saved with it."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    step: StepConfig = dataclasses.field(default_factory=StepConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    decoding: DecodingConfig = dataclasses.field(default_factory=DecodingConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShotConfig:
+    """Everything that decides what a few-shot adaptation does; saved with it."""
+
+    run: RunConfig
+    data: DataConfig
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    step: StepConfig = dataclasses.field(default_factory=StepConfig)
+    decoding: DecodingConfig = dataclasses.field(default_factory=DecodingConfig)

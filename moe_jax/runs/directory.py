@@ -1,18 +1,24 @@
-"""What a model directory says about its run: its configuration and its task table."""
+"""What a run's directory says: its configuration, its task table, its vocabulary.
+
+The configuration is written twice: `config.json` is read by programs, `config.gin` by people, and
+can be given as --gin_file. Reading needs no gin and imports nothing that the files name.
+"""
 
 import ast
 import dataclasses
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
-from moe_jax.runs.config import BASE_BINDINGS
+from moe_jax.runs.config import BASE_BINDINGS, Config
 
 CONFIG = "config.gin"
+CONFIG_JSON = "config.json"
 TASK_TABLE = "task_table.json"
 
 # What may differ when a run goes on: it changes neither the model nor its training.
@@ -20,7 +26,12 @@ _FREE = re.compile(
     r"RunConfig\.(model_dir|eval_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
     r"|DataConfig\.cache_dir|MeshConfig\.\w+"
 )
+# Of few-shot adaptation, decoding decides the scores in runs.jsonl; training decodes only to look.
+_FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+")
 _MACROS = dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", BASE_BINDINGS, re.M))
+_NAMES = {macro: binding for binding, macro in _MACROS.items()}
+
+Lines = dict[str, Any]  # `ModelConfig.d_model` -> value
 
 
 def root(path: str | Path) -> Path:
@@ -31,79 +42,110 @@ def root(path: str | Path) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
-def config_lines(configs: Sequence[Any], defaults: bool = False) -> dict[str, str]:
-    """Every setting of a run, as `ModelConfig.d_model` -> `64`; or the defaults of all of them."""
-    lines = {}
-    for config in configs:
-        for field in dataclasses.fields(config):
-            value = _default(field) if defaults else getattr(config, field.name)
-            if dataclasses.is_dataclass(value):
-                lines |= config_lines([value], defaults)
-                text = f"@{type(value).__name__}()"
-            else:
-                text = repr(dict(value) if hasattr(value, "items") else value)
-            lines[f"{type(config).__name__}.{field.name}"] = text
+def config_lines(config: Any) -> Lines:
+    """Every setting in a tree of dataclasses, as `ModelConfig.d_model` -> 64."""
+    lines: Lines = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            lines |= config_lines(value)
+        else:
+            value = dict(value) if isinstance(value, Mapping) else value
+            value = tuple(value) if isinstance(value, list) else value
+            lines[f"{type(config).__name__}.{field.name}"] = value
     return lines
 
 
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default
-
-
-def write_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
-    """Writes config.gin, which says the whole configuration and can be given as --gin_file."""
-    macros, bindings = [], []
-    for binding, value in config_lines(configs).items():
-        if binding in _MACROS:
-            macros.append(f"{_MACROS[binding]} = {value}\n")
-        else:
-            bindings.append(f"{binding} = {value}\n")
-    files.write_text(Path(model_dir) / CONFIG, "".join([*macros, "\n", *bindings]))
-
-
-def read_config(model_dir: str | Path) -> dict[str, Any]:
-    """The configuration of a run: class name -> configuration, such as `ModelConfig`.
+def config_from(cls: type, lines: Lines, source: Any) -> Any:
+    """The dataclass that `config_lines` describes; what the lines lack has its default.
 
     Raises:
-        UserError: there is no run, or its config.gin was edited beyond recognition.
+        UserError: a value that cannot be.
     """
-    from moe_jax.runs.configurables import RUN_CONFIGS
-
-    lines = _read_lines(model_dir)
-    if not lines:
-        raise UserError(f"{model_dir} holds no run: it has no {CONFIG}")
-    configs: dict[str, Any] = {}
-    for cls in reversed(RUN_CONFIGS):  # nested ones come later in RUN_CONFIGS
-        values = {}
-        for field in dataclasses.fields(cls):
-            text = lines.get(f"{cls.__name__}.{field.name}")
-            if text is None:
-                continue
-            reference = re.fullmatch(r"@(\w+)\(\)", text)
-            try:
-                values[field.name] = configs[reference[1]] if reference else ast.literal_eval(text)
-            except (ValueError, SyntaxError, KeyError) as e:
-                raise UserError(
-                    f"{model_dir}/{CONFIG}: {cls.__name__}.{field.name} is no plain value: {text}"
-                ) from e
-        configs[cls.__name__] = cls(**values)
-    return configs
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for field in dataclasses.fields(cls):
+        name = f"{cls.__name__}.{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            values[field.name] = config_from(hints[field.name], lines, source)
+        elif name in lines:
+            values[field.name] = lines[name]
+    try:
+        return cls(**values)
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from e
 
 
-def _read_lines(model_dir: str | Path) -> dict[str, str]:
-    path = Path(model_dir) / CONFIG
+def gin_text(lines: Lines) -> str:
+    """Lines of gin that bind these settings; macros where there are some."""
+    macros, bindings = [], []
+    for name, value in lines.items():
+        if name in _MACROS:
+            macros.append(f"{_MACROS[name]} = {value!r}\n")
+        else:
+            bindings.append(f"{name} = {value!r}\n")
+    return "".join([*macros, "\n", *bindings])
+
+
+def write_config(
+    model_dir: str | Path, config: Any, only: Sequence[type] = (), more: Sequence[str] = ()
+) -> None:
+    """Writes config.gin and config.json.
+
+    Args:
+        only: the classes whose settings are written; all if empty.
+        more: names of further settings that are written.
+    """
+    names = (*(f"{cls.__name__}." for cls in only), *more)
+    lines = {k: v for k, v in config_lines(config).items() if not names or k.startswith(names)}
+    files.write_text(Path(model_dir) / CONFIG, gin_text(lines))
+    files.write_json(Path(model_dir) / CONFIG_JSON, lines)
+
+
+def read_lines(model_dir: str | Path) -> Lines:
+    """The settings that a directory holds; none where it holds no run.
+
+    Raises:
+        UserError: the file was edited beyond recognition.
+    """
+    path = Path(model_dir) / CONFIG_JSON
+    if path.exists():
+        lines = files.read_json(path)
+        if not isinstance(lines, dict):
+            raise UserError(f"{path}: must be {{setting: value}}")
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in lines.items()}
+    return _read_gin(Path(model_dir) / CONFIG)
+
+
+def _read_gin(path: Path) -> Lines:
+    """The plain lines of a config.gin, as runs before config.json wrote them."""
     if not path.exists():
         return {}
-    names = {macro: binding for binding, macro in _MACROS.items()}
-    lines = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        name, equals, value = line.partition(" = ")
-        if equals:
-            lines[names.get(name, name)] = value
+    lines: Lines = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        name, equals, text = line.partition(" = ")
+        if not equals or re.fullmatch(r"@\w+\(\)", text):  # its fields have lines of their own
+            continue
+        try:
+            lines[_NAMES.get(name, name)] = ast.literal_eval(text)
+        except (ValueError, SyntaxError) as e:
+            raise UserError(f"{path}:{number}: {name} is no plain value: {text}") from e
     return lines
 
 
-def check_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
+def read_config(model_dir: str | Path) -> Config:
+    """The configuration of a run; what it does not say has its default.
+
+    Raises:
+        UserError: there is no run, or a value that cannot be.
+    """
+    lines = read_lines(model_dir)
+    if not lines:
+        raise UserError(f"{model_dir} holds no run: it has no {CONFIG}")
+    return config_from(Config, lines, f"{model_dir}/{CONFIG_JSON}")
+
+
+def check_config(model_dir: str | Path, config: Any) -> None:
     """Refuses to go on in a directory that holds another configuration's run.
 
     A setting that was not there yet when the run began had its default.
@@ -111,16 +153,32 @@ def check_config(model_dir: str | Path, configs: Sequence[Any]) -> None:
     Raises:
         UserError: naming the first setting that differs.
     """
-    old = _read_lines(model_dir)
+    old = read_lines(model_dir)
     if not old:
         return
-    old = config_lines(configs, defaults=True) | old
-    for name, value in config_lines(configs).items():
-        if not _FREE.fullmatch(name) and old[name] != value:
+    old = _defaults(type(config)) | old
+    for name, value in config_lines(config).items():
+        free = _FREE.fullmatch(name)
+        free = free or (isinstance(config, Config) and _FREE_IN_TRAINING.fullmatch(name))
+        if not free and old[name] != value:
             raise UserError(
                 f"{model_dir} holds another run: there {_MACROS.get(name, name)} is "
-                f"{old[name]}, here {value}; give another MODEL_DIR"
+                f"{old[name]!r}, here {value!r}; give another MODEL_DIR"
             )
+
+
+def _defaults(cls: type) -> Lines:
+    """The default of every setting."""
+    hints, lines = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            lines |= _defaults(hints[field.name])
+        else:
+            made = field.default is dataclasses.MISSING
+            lines[f"{cls.__name__}.{field.name}"] = (
+                field.default_factory() if made else field.default
+            )
+    return lines
 
 
 def copy_vocabulary(model_dir: str | Path, source: Path) -> None:

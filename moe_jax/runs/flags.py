@@ -1,4 +1,4 @@
-"""Flags, gin files, processes, and errors as one line: what every binary starts with.
+"""Flags, gin files, processes, and errors as one line: what every command starts with.
 
     python -m moe_jax.train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]
 
@@ -18,6 +18,8 @@ import gin
 from absl import app, flags, logging
 
 from moe_jax.core.errors import UserError, nearest
+from moe_jax.data import modules
+from moe_jax.runs import configurables, directory, help
 from moe_jax.runs.config import BASE_BINDINGS
 
 GIN_CONFIGS = Path(__file__).resolve().parents[2] / "gin_configs"
@@ -50,14 +52,20 @@ _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processe
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
 
 
-def run(main: Callable[[], None], from_model_dir: bool = False) -> None:
-    """Parses flags and gin, calls `main`, and ends the process.
+def run(
+    main: Callable[..., None], config: type, settings: type | None = None,
+    from_model_dir: bool = False,
+) -> None:  # fmt: skip
+    """Parses flags and gin, calls `main(config, settings)`, and ends the process.
 
     A `UserError` or gin error ends in one line on standard error and exit code 1.
 
     Args:
-        from_model_dir: starts from the config.gin of the run in MODEL_DIR, so that flags need say
-            only what differs.
+        config: the dataclass of the run's configuration, made from gin's bindings.
+        settings: the dataclass of the command's own settings, if it has some; registered by
+            `configurables.register`.
+        from_model_dir: starts from the configuration of the run in MODEL_DIR, so that flags need
+            say only what differs.
     """
 
     def start(argv: Sequence[str]) -> None:
@@ -66,22 +74,43 @@ def run(main: Callable[[], None], from_model_dir: bool = False) -> None:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
             parse_gin(_GIN_FILE.value, _GIN_BINDINGS.value, _GIN_SEARCH_PATHS.value, from_model_dir)
+            parts = [configurables.build(part) for part in (config, settings) if part is not None]
             _start_jax()
-            main()
+            main(*parts)
         except UserError as e:
             fail(e)
 
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
+        print(_help(config, settings))
+        return
     try:
         app.run(start, argv=rewrite_gin_flags(sys.argv))
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the last checkpoint")
 
 
+def _help(config: type, settings: type | None) -> str:
+    """The command's docstring, its flags, and the settings that it reads."""
+    own = [] if settings is None else help.settings(settings, configurables.name_of(settings))
+    return "\n".join(
+        [
+            (sys.modules["__main__"].__doc__ or "").strip(),
+            "\nFlags:\n",
+            flags.FLAGS.main_module_help().split(":", 1)[-1].strip("\n"),
+            "\nMacros, as T5X has them (--gin.NAME=VALUE, or NAME = VALUE in a gin file):\n",
+            help.macros(),
+            "\nSettings (likewise):\n",
+            *own,
+            *help.settings(config),
+        ]
+    )
+
+
 def fail(error: Exception) -> None:
     """Ends the process: one line on standard error, exit code 1."""
-    # Threads of a failed save have their say too: what they have begun is let end, more is dropped.
+    # Threads of a failed save print as well: lines they have begun are let end, others dropped.
     stderr, sys.stderr = sys.stderr, io.StringIO()
     time.sleep(0.1)
     # Gin appends where a configurable was called from; the first line is ours.
@@ -105,8 +134,11 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _literal(value: str) -> str:
+    """The value as gin reads it: a literal, a reference, a container; anything else is a string."""
+    if re.fullmatch(r"[%@][\w./]+(\(\))?", value) or (value[:1] in "[({" and value):
+        return value
     try:
-        gin.config.parse_value(value)
+        ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return repr(value)
     return value
@@ -124,24 +156,57 @@ def parse_gin(
         UserError: a file is missing, a line is no gin, a macro is set that nothing reads, or a
             configurable or parameter is unknown.
     """
-    import moe_jax.runs.configurables  # noqa: F401  every configurable, so that all names resolve
-
-    texts = [(path, path.read_text()) for path in (_find(f, search_paths) for f in gin_files)]
+    texts = [(path, _with_includes(path, search_paths))
+             for path in (_find(f, search_paths) for f in gin_files)]  # fmt: skip
     texts.append(("the command line", "\n".join(bindings)))
     _check_macros(texts)
+    _load_extensions(texts)
     _parse(texts)
     if from_model_dir:
         model_dir = gin.query_parameter("MODEL_DIR/macro.value")
         if model_dir is None:
             raise UserError("MODEL_DIR is not set: give --gin.MODEL_DIR=...")
-        path = Path(model_dir) / "config.gin"
-        if not path.is_file():
-            raise UserError(f"{model_dir} holds no run: it has no config.gin")
-        _parse([(path, path.read_text()), *texts])
+        lines = directory.read_lines(model_dir)
+        if not lines:
+            raise UserError(f"{model_dir} holds no run: it has no {directory.CONFIG}")
+        own = (f"{model_dir}/{directory.CONFIG}", directory.gin_text(lines))
+        _load_extensions([own, *texts])
+        _parse([own, *texts])
     try:
         gin.finalize()
     except ValueError as e:  # a macro that is read but not set
         raise UserError(_explain(e)) from e
+
+
+def _load_extensions(texts: Sequence[tuple[object, str]]) -> None:
+    """Imports the modules that EXTENSIONS names last."""
+    found = re.findall(r"^EXTENSIONS\s*=\s*(.+)$", "\n".join(text for _, text in texts), re.M)
+    if not found:
+        return
+    try:
+        names = ast.literal_eval(found[-1])
+    except (SyntaxError, ValueError) as e:
+        raise UserError(f"EXTENSIONS must be module names, not {found[-1]}") from e
+    for name in (names,) if isinstance(names, str) else names:
+        modules.load_module(name)
+
+
+def _with_includes(path: Path, search_paths: Sequence[str], seen: tuple[Path, ...] = ()) -> str:
+    """The text of a gin file, with included files in the places of their `include` lines."""
+    if path in seen:
+        raise UserError(f"{path} includes itself")
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        found = re.fullmatch(r"\s*include\s+(['\"])(.+)\1\s*(#.*)?", line)
+        if found is None:
+            lines.append(line)
+            continue
+        try:
+            inner = _find(found[2], [str(path.parent), *search_paths])
+        except UserError as e:
+            raise UserError(f"{path}: include: {e}") from e
+        lines.append(_with_includes(inner, search_paths, (*seen, path)))
+    return "\n".join(lines) + "\n"
 
 
 def _parse(texts: Sequence[tuple[object, str]]) -> None:
@@ -184,14 +249,14 @@ def find_gin_file(name: str) -> Path:
 
 
 def _find(name: str, search_paths: Sequence[str]) -> Path:
-    for directory in ["", *search_paths]:
-        path = Path(directory, name)
+    for parent in ["", *search_paths]:
+        path = Path(parent, name)
         if path.is_file():
             return path
     known = [
-        str(path.relative_to(directory))
-        for directory in search_paths
-        for path in Path(directory).glob("**/*.gin")
+        str(path.relative_to(parent))
+        for parent in search_paths
+        for path in Path(parent).glob("**/*.gin")
     ]
     raise UserError(f"no gin file {name!r} in {', '.join(search_paths)}{nearest(name, known)}")
 
@@ -207,8 +272,6 @@ def _check_macros(texts: Sequence[tuple[object, str]]) -> None:
 
 def _explain(error: Exception) -> str:
     """Gin's message in one line, with the nearest names."""
-    from moe_jax.runs.configurables import CONFIGURABLES
-
     message = str(error).strip().splitlines()[0]
     unset = re.search(r"No bindings specified for '(\w+)/gin.macro'", message)
     if unset:
@@ -216,11 +279,11 @@ def _explain(error: Exception) -> str:
         return f"the macro {unset[1]!r} is read but not set{nearest(unset[1], known)}"
     unknown = re.search(r"No configurable matching '([\w./]+)'", message)
     if unknown:
-        return message + nearest(unknown[1], CONFIGURABLES)
+        return message + nearest(unknown[1], configurables.classes())
     parameter = re.search(r"configurable '?([\w.]+)'? doesn't have a parameter named '(\w+)'",
                           message, re.IGNORECASE)  # fmt: skip
     if parameter:
-        names = CONFIGURABLES.get(parameter[1].split(".")[-1], ())
+        names = configurables.parameters(parameter[1].split(".")[-1])
         return message.rstrip(".") + nearest(parameter[2], names)
     return message
 

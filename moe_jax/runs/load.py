@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.core.errors import UserError
+from moe_jax.data.representations import read_representations
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE, parameter_shapes, shapes_of
-from moe_jax.runs import directory as run_dir
+from moe_jax.runs import directory
 from moe_jax.training.checkpoints import check_shapes, load_params
-from moe_jax.unseen.representations import read_representations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,5 +93,5 @@ def with_tasks(run: Run, names: Sequence[str], representations: str | None = Non
 
 def read_run(model_dir: str, vocabulary_size: int) -> Run:
     """`load_run` with the configuration that the directory itself holds."""
-    configs = run_dir.read_config(run_dir.root(model_dir))
-    return load_run(model_dir, configs["ModelConfig"], configs["RouterConfig"], vocabulary_size)
+    config = directory.read_config(directory.root(model_dir))
+    return load_run(model_dir, config.model, config.router, vocabulary_size)

@@ -4,7 +4,6 @@ import dataclasses
 from functools import partial
 from typing import Any, Literal
 
-import gin
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,24 +13,33 @@ from moe_jax.core.errors import UserError, check_fields
 PARTS = ("backbone", "router", "representations")
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Learning rates are peaks: linear warm-up, then linear decay to zero (or constant).
+    """AdamW, with a learning rate each for experts, router and task representations.
 
-    A part in `frozen` gets no update, no weight decay, no momentum and no share in the gradient
-    norm. Weight decay touches matrices of the backbone only: not norms, biases, the router or the
-    task table, whose rows would otherwise shrink while their task is not in the batch.
+    Learning rates are peaks: linear warm-up, then linear decay to zero (or constant). Weight decay
+    touches matrices of the backbone only: not norms, biases, the router or the task table, whose
+    rows would otherwise shrink while their task is not in the batch.
 
-    `lazy` leaves experts alone that no group of the batch uses, where groups gather experts: they
-    neither go on by their momentum nor decay, and cost nothing (see `training.slots`).
-
-    With `alternate_every` n, the backbone alone is trained for n steps, then router and
-    representations alone for n steps, and so on. What rests stays as it is, with its moments, and
-    has no share in the gradient norm.
-
-    `first_moment_dtype` bfloat16 keeps AdamW's mean of gradients in two bytes a parameter in place
-    of four; the mean of their squares, which moves by thousandths, stays float32.
+    Attributes:
+        learning_rate: of the backbone.
+        router_learning_rate: of the router.
+        representation_learning_rate: of the task table.
+        frozen: parts that get no update, no weight decay, no momentum and no share in the gradient
+            norm: of backbone, router, representations.
+        warmup_fraction: share of all steps in which the learning rate rises.
+        decay: `linear` to zero at the last step, or `constant`.
+        clip_norm: gradients longer than this are scaled down to it; 0 for no clipping.
+        weight_decay: AdamW's.
+        b1: decay of the mean of gradients.
+        b2: decay of the mean of their squares.
+        epsilon: added to the root of the mean of squares.
+        first_moment_dtype: bfloat16 keeps the mean of gradients in two bytes a parameter in place
+            of four; the mean of squares, which moves by thousandths, stays float32.
+        lazy: experts that no group of the batch uses keep their weights and moments, where groups
+            gather experts, and cost nothing (see `training.slots`).
+        alternate_every: n trains the backbone alone for n steps, then router and representations
+            alone for n steps, and so on; parts that wait keep their moments. 0 for all at once.
     """
 
     learning_rate: float = 1e-5

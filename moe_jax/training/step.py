@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import gin
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,7 +26,6 @@ from moe_jax.training.slots import Slots, empty_slots, find_slots, slot_count, u
 PRNG = "rbg"
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """How the gradient of a batch is computed.

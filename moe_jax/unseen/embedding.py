@@ -20,10 +20,8 @@ from moe_jax.evaluation.evaluator import INPUTS, TARGETS, input_bucket
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE
-from moe_jax.runs.config import DataConfig
+from moe_jax.runs.config import Config
 from moe_jax.training.grouped_loss import group_loss
-from moe_jax.training.optimizer import OptimizerConfig
-from moe_jax.training.step import StepConfig
 from moe_jax.training.tuning import Tuner
 
 
@@ -103,12 +101,13 @@ class Embedder:
         self,
         model: TaskMoE,
         params: Params,
-        data: DataConfig,
+        config: Config,
         settings: dict[str, Any],
         rows: int,
         mesh: Mesh,
     ):
-        self._params, self._data, self._settings = params, data, settings
+        self._params, self._data, self._settings = params, config.data, settings
+        self._rates = config.optimizer.learning_rates
         self._shards = group_shards(mesh)
         self._rows = rows + -rows % self._shards
         self._place = partial(global_array, sharding=by_group(mesh))
@@ -117,7 +116,7 @@ class Embedder:
         if settings["kind"] == "fisher":
             self._sum = _over_devices(partial(fisher_sum, model), mesh)
             steps, seed = max(1, settings["steps"]), settings["seed"]
-            self._tune = Tuner(model, OptimizerConfig(), StepConfig(), mesh, steps, seed)
+            self._tune = Tuner(model, config.optimizer, config.step, mesh, steps, seed)
 
     def __call__(self, mixture: PreparedMixture, task: str) -> np.ndarray:
         """float32 [D].
@@ -136,7 +135,7 @@ class Embedder:
                 jax.tree.map(self._place, _split(batch, self._shards))
                 for batch in itertools.islice(batches, s["steps"])
             )
-            rates = OptimizerConfig().learning_rates
+            rates = self._rates
             backbone = self._tune(self._params, few, rates)["backbone"]
         total, count = 0.0, 0
         for batch, examples in eval_batches(

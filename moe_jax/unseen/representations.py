@@ -1,199 +1,219 @@
-"""A file of task representations: any matrix with task names, or what `represent` computed.
-
-`FILE.json` is {task name: [K numbers]}. Any other name is a NumPy archive (.npz, no pickles) that
-holds `tasks` [T] and `representations` [T, K]; those that `moe_jax.represent` writes also hold
-what a new task needs to be put beside the others: `raw` [T, D], `mean` [D], `components` [K, D],
-`scale` and `settings` (JSON).
-"""
+"""Representations of tasks, computed from their examples."""
 
 import dataclasses
+import hashlib
 import io
-import json
-import os
-import zipfile
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.sharding import make_mesh, replicated
+from moe_jax.data.cache import digest
+from moe_jax.data.representations import Representations, fit, unit_length
+from moe_jax.model.experts import Params
+from moe_jax.runs.config import Config
+from moe_jax.runs.load import load_run
+from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.unseen.embedding import Embedder
+
+Kind = Literal["text", "fisher"]
+SHUFFLES = 10_000
+# What files must have in common for their rows to be comparable.
+COMMON = ("kind", "backbone", "lengths", "steps", "batch_size", "optimizer", "label_smoothing")
 
 
-class Projection(NamedTuple):
-    """From embeddings to representations: unit length, principal components, one common scale.
+class Affinity(NamedTuple):
+    """Whether tasks of one category lie closer: mean cosines of pairs, and the share of shuffled
+    categories (one-sided, with the true ones) whose difference is at least as large."""
 
-    Attributes:
-        mean_D: of the embeddings it was fitted on, at unit length.
-        components_KxD: principal axes; zero rows where there are fewer than K.
-        scale: of all components alike, so that distances between tasks keep their ratios.
-    """
-
-    mean_D: np.ndarray
-    components_KxD: np.ndarray
-    scale: np.ndarray
-
-    def __call__(self, raw_TxD: np.ndarray) -> np.ndarray:
-        """float [T, D] -> float32 [T, K]."""
-        rows_TxK = (unit_length(raw_TxD) - self.mean_D) @ self.components_KxD.T
-        return (rows_TxK * self.scale).astype(np.float32)
+    within: float
+    between: float
+    p: float
+    tasks: int
+    categories: int
 
 
-def unit_length(raw_TxD: np.ndarray) -> np.ndarray:
-    """Rows divided by their Euclidean norm: only their direction tells tasks apart. float64."""
-    raw_TxD = np.asarray(raw_TxD, np.float64)
-    return raw_TxD / np.maximum(np.linalg.norm(raw_TxD, axis=1, keepdims=True), 1e-30)
-
-
-def fit(raw_TxD: np.ndarray, dim: int) -> Projection:
-    """Principal components of the tasks, scaled as representations that are learned start out.
-
-    Those are standard normal, so the mean square of all [T, K] numbers becomes 1. Components keep
-    their ratios: made equally large, T tasks in T - 1 or more components would all be equally far
-    apart.
+def affinity(rows_TxK: np.ndarray, categories: Sequence[str], seed: int = 0) -> Affinity | None:
+    """Compares pairs within a category with pairs between categories.
 
     Args:
-        dim: K; components beyond the T - 1 that T tasks span are zero.
+        categories: of the T tasks; those with '' are left out.
 
-    Raises:
-        UserError: there is one task, or all are the same.
+    Returns:
+        None where there are not pairs of both sorts.
     """
-    from sklearn.decomposition import PCA  # slow to import, and reading a file needs none
+    known = [i for i, category in enumerate(categories) if category]
+    names, label_T = np.unique([categories[i] for i in known], return_inverse=True)
+    unit_TxK = unit_length(rows_TxK[known])
+    first, second = np.triu_indices(len(known), 1)
+    cosine_P = np.sum(unit_TxK[first] * unit_TxK[second], axis=1)
 
-    unit_TxD = unit_length(raw_TxD)
-    if np.ptp(unit_TxD, axis=0).max() < 1e-9:
-        raise UserError(
-            "principal components need at least two tasks that differ, here"
-            f" {'is one' if len(unit_TxD) == 1 else 'all are alike'}; give represent.pca_from=FILE"
-        )
-    tasks, numbers = unit_TxD.shape
-    pca = PCA(min(dim, tasks - 1, numbers), svd_solver="full").fit(unit_TxD)
-    components_KxD = np.zeros((dim, numbers))
-    components_KxD[: pca.n_components_] = pca.components_
-    size = np.sqrt(np.mean(np.square((unit_TxD - pca.mean_) @ components_KxD.T)))
-    return Projection(pca.mean_, components_KxD, 1 / size)
+    def means(label_T: np.ndarray) -> tuple[float, float]:
+        same = label_T[first] == label_T[second]
+        return float(cosine_P[same].mean()), float(cosine_P[~same].mean())
+
+    pairs_within = np.sum(label_T[first] == label_T[second])
+    if not 0 < pairs_within < len(cosine_P):
+        return None
+    within, between = means(label_T)
+    rng = np.random.default_rng(seed)
+    shuffled = (means(rng.permutation(label_T)) for _ in range(SHUFFLES))
+    larger = sum(w - b >= within - between for w, b in shuffled)
+    p = (1 + larger) / (1 + SHUFFLES)
+    return Affinity(within, between, p, len(known), len(names))
 
 
 @dataclasses.dataclass(frozen=True)
-class Representations:
-    """What `represent` writes.
+class RepresentConfig:
+    """Settings of `represent`.
 
     Attributes:
-        tasks: T names.
-        rows_TxK: float32, their representations.
-        raw_TxD: float32, their embeddings before the projection.
-        settings: how they were computed; JSON.
+        kind: `text`, the mean over examples of the encoder's mean last state; or `fisher`, the
+            diagonal of the empirical Fisher information after `steps` of fine-tuning on the task
+            with OptimizerConfig and StepConfig.
+        output: the file; MODEL_DIR/representations_KIND.npz when None.
+        mixtures: further mixtures whose tasks are represented with the same components.
+        split: of every task.
+        examples: at most this many of a task, evenly spaced; None for all.
+        steps: of fine-tuning.
+        batch_size: of fine-tuning.
+        dim: K; None for RouterConfig.representation_dim.
+        pca_from: a file written before, whose principal components are taken.
     """
 
-    tasks: tuple[str, ...]
-    rows_TxK: np.ndarray
-    raw_TxD: np.ndarray
-    projection: Projection
-    settings: dict[str, Any]
+    kind: Kind = "text"
+    output: str | None = None
+    mixtures: Sequence[str] = ()
+    split: str = "train"
+    examples: int | None = 256
+    steps: int = 100
+    batch_size: int = 8
+    dim: int | None = None
+    pca_from: str | None = None
 
-    def write(self, path: str | os.PathLike) -> None:
-        """Writes an archive atomically."""
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            tasks=np.array(self.tasks),
-            representations=self.rows_TxK,
-            raw=self.raw_TxD,
-            mean=self.projection.mean_D,
-            components=self.projection.components_KxD,
-            scale=self.projection.scale,
-            settings=np.array(json.dumps(self.settings)),
-        )
-        files.write_bytes(path, buffer.getvalue())
-
-    @classmethod
-    def read(cls, path: str | os.PathLike) -> "Representations":
-        """Reads what `write` wrote.
-
-        Raises:
-            UserError: it cannot be read, or `represent` did not write it.
-        """
-        found = _read_archive(path)
-        absent = {"raw", "mean", "components", "scale", "settings"} - found.keys()
-        if absent:
-            raise UserError(
-                f"{path}: it has no {min(absent)!r}, so represent did not write it: a new task"
-                " cannot be put beside its tasks"
-            )
-        tasks, rows_TxK = _checked(path, found["tasks"].tolist(), found["representations"])
-        projection = Projection(found["mean"], found["components"], found["scale"])
-        settings = json.loads(str(found["settings"]))
-        return cls(tuple(tasks), rows_TxK, found["raw"], projection, settings)
+    def __post_init__(self) -> None:
+        check_fields(self, "represent")
+        if min(self.steps + 1, self.batch_size, 1 if self.dim is None else self.dim) < 1:
+            raise UserError("represent.batch_size and represent.dim must be at least 1, steps 0")
 
 
-def read_representations(
-    path: str | os.PathLike, names: Sequence[str], dim: int | None
-) -> np.ndarray:
-    """The representations of some tasks.
-
-    Args:
-        path: a .json or .npz file, see above.
-        names: n tasks; the file may have more.
-        dim: K, `RouterConfig.representation_dim`; None for whatever the file has.
-
-    Returns:
-        float32 [n, K].
-
-    Raises:
-        UserError: the file cannot be read or is of another form, lacks a task (the nearest names
-            are given), has rows of another length, or numbers that are not finite.
-    """
-    if os.fspath(path).endswith(".json"):
-        value = files.read_json(path)
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: must be {{task name: [numbers]}}")
-        found = {"tasks": list(value), "rows": list(value.values())}
-    else:
-        archive = _read_archive(path)
-        found = {"tasks": archive["tasks"].tolist(), "rows": archive["representations"]}
-    tasks, rows_TxK = _checked(path, found["tasks"], found["rows"])
-    missing = [name for name in names if name not in tasks]
-    if missing:
-        more = f" (nor {len(missing) - 1} others)" if len(missing) > 1 else ""
-        raise UserError(f"{path} has no task {missing[0]!r}{more}{nearest(missing[0], tasks)}")
-    if dim is not None and rows_TxK.shape[1] != dim:
+def represent(config: Config, settings: RepresentConfig) -> None:
+    """Computes the representations of all tasks, and writes them."""
+    run_config, data = config.run, config.data
+    kind, output, dim = settings.kind, settings.output, settings.dim
+    split, pca_from = settings.split, settings.pca_from
+    output = output or str(Path(run_config.model_dir) / f"representations_{kind}.npz")
+    if not output.endswith(".npz"):
+        raise UserError(f"represent.output {output!r} must end in .npz")
+    earlier = Representations.read(pca_from) if pca_from else None
+    found = prepare_mixtures(data, *settings.mixtures)
+    vocabulary = found[data.mixture_or_task_name].vocabulary
+    run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
+    if run.model.routed:
         raise UserError(
-            f"{path}: representations have {rows_TxK.shape[1]} numbers, but"
-            f" RouterConfig.representation_dim is {dim}"
+            f"{run_config.model_dir} is a mixture of experts: the encoder would differ from task"
+            " to task, and a new task would have none; give a dense model's MODEL_DIR"
         )
-    return rows_TxK[[tasks.index(name) for name in names]]
+    made_with: dict[str, Any] = {
+        "kind": kind,
+        "backbone": _fingerprint(run.params["backbone"]),
+        "lengths": dict(data.lengths),
+    }
+    if kind == "fisher":
+        made_with |= {
+            "steps": settings.steps,
+            "batch_size": settings.batch_size,
+            "optimizer": dataclasses.asdict(config.optimizer),
+            "label_smoothing": config.step.label_smoothing,
+        }
+    made_with |= {"split": split, "examples": settings.examples, "seed": run_config.seed}
+    if earlier is not None:
+        _check_common(pca_from, earlier.settings, made_with)
+        if dim not in (None, earlier.rows_TxK.shape[1]):
+            raise UserError(f"represent.dim is {dim}, in {pca_from} {earlier.rows_TxK.shape[1]}")
+
+    # ---------------------------------------------------------------- embeddings, task by task
+    places = {name: mixture for mixture in reversed(found.values()) for name in mixture.names}
+    for name, mixture in places.items():
+        mixture.task(name).split(split)  # an error before the work, not in the middle of it
+    names = sorted(places)
+    mesh = make_mesh(config.mesh)
+    lead = jax.process_index() == 0
+    with jax.set_mesh(mesh):
+        params = jax.device_put(run.params, replicated(mesh))
+        embed = Embedder(run.model, params, config, made_with, run_config.eval_batch_rows, mesh)
+        parts = Path(f"{output}.parts")
+        raw = []
+        bar = tqdm(names, desc=f"{kind} of tasks", unit="task", disable=not lead)
+        for name in bar:
+            bar.set_postfix_str(name)
+            task = places[name].task(name)
+            key = [made_with, task.split(split).fingerprint, places[name].vocabulary_dir.name, name]
+            part = parts / f"{digest(key)}.npy"
+            raw.append(_cached(part, partial(embed, places[name], name), lead))
+    if not lead:
+        return
+    raw_TxD = np.stack(raw)
+
+    # ---------------------------------------------------------------- components and output
+    if earlier is not None:
+        projection = earlier.projection
+    else:
+        fitted = [names.index(name) for name in found[data.mixture_or_task_name].names]
+        projection = fit(raw_TxD[fitted], dim or config.router.representation_dim)
+    rows_TxK = projection(raw_TxD)
+    agreement = affinity(rows_TxK, [places[name].task(name).category for name in names])
+    if agreement is not None:
+        made_with["affinity"] = agreement._asdict()
+    Representations(tuple(names), rows_TxK, raw_TxD, projection, made_with).write(output)
+    shutil.rmtree(parts, ignore_errors=True)
+    used = int(np.any(projection.components_KxD, axis=1).sum())
+    print(f"{output}: {len(names)} tasks, {rows_TxK.shape[1]} numbers each ({used} components of"
+          f" {raw_TxD.shape[1]})")  # fmt: skip
+    if agreement is not None:
+        print(
+            f"{agreement.tasks} tasks of {agreement.categories} categories: mean cosine"
+            f" {agreement.within:+.3f} within a category, {agreement.between:+.3f} between;"
+            f" p = {agreement.p:.4f} ({SHUFFLES} shuffled)"
+        )
 
 
-def _read_archive(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    try:
-        # Opened here, since `load` leaves a damaged file open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive}
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is neither a .json file nor an .npz archive of arrays") from e
-    for name in ("tasks", "representations"):
-        if name not in found:
-            raise UserError(f"{path}: the archive has no {name!r}{nearest(name, found)}")
-    return found
+def _cached(path: Path, compute: Callable[[], np.ndarray], lead: bool) -> np.ndarray | None:
+    """What an interrupted command has left at `path`, or else computes it and leaves it there.
+
+    All processes compute together or none: the lead, which alone needs the value, decides.
+    """
+    if multihost_utils.broadcast_one_to_all(np.int32(lead and path.exists())):
+        return np.load(path, allow_pickle=False) if lead else None
+    value = compute()
+    if lead:
+        buffer = io.BytesIO()
+        np.save(buffer, value)
+        files.write_bytes(path, buffer.getvalue())
+    return value
 
 
-def _checked(path: Any, tasks: Any, rows: Any) -> tuple[list[str], np.ndarray]:
-    """The names as a list, the rows as float32 [T, K]."""
-    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-        raise UserError(f"{path}: 'tasks' must be one name per row")
-    if len(set(tasks)) < len(tasks):
-        twice = next(task for task in tasks if tasks.count(task) > 1)
-        raise UserError(f"{path}: {twice!r} is there twice")
-    try:
-        rows_TxK = np.asarray(rows, np.float32)
-    except (TypeError, ValueError):  # lists of uneven length, or of no numbers
-        rows_TxK = np.empty(0)
-    if rows_TxK.ndim != 2 or len(rows_TxK) != len(tasks):
-        raise UserError(f"{path}: must hold as many numbers for each of its {len(tasks)} tasks")
-    finite = np.isfinite(rows_TxK).all(axis=1)
-    if not finite.all():
-        worst = tasks[int(np.argmin(finite))]
-        raise UserError(f"{path}: {worst!r} has a number that is not finite")
-    return tasks, rows_TxK
+def _fingerprint(backbone: Params) -> str:
+    """Short hash of all weights."""
+    hash_ = hashlib.sha256()
+    for leaf in jax.tree.leaves(backbone):
+        hash_.update(np.ascontiguousarray(leaf).data.cast("B"))
+    return hash_.hexdigest()[:16]
+
+
+def _check_common(path: Any, earlier: dict[str, Any], here: dict[str, Any]) -> None:
+    for name in COMMON:
+        if digest(earlier.get(name)) != digest(here.get(name)):
+            raise UserError(
+                f"{path} was made with another {name}: there {earlier.get(name)}, here"
+                f" {here.get(name)}; its components do not fit"
+            )

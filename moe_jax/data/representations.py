@@ -1,0 +1,199 @@
+"""A file of task representations: any matrix with task names, or what `represent` computed.
+
+`FILE.json` is {task name: [K numbers]}. Any other name is a NumPy archive (.npz, no pickles) that
+holds `tasks` [T] and `representations` [T, K]; those that `moe_jax.represent` writes also hold
+what a new task needs to be put beside the others: `raw` [T, D], `mean` [D], `components` [K, D],
+`scale` and `settings` (JSON).
+"""
+
+import dataclasses
+import io
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.core import files
+from moe_jax.core.errors import UserError, nearest
+
+
+class Projection(NamedTuple):
+    """From embeddings to representations: unit length, principal components, one common scale.
+
+    Attributes:
+        mean_D: of the embeddings it was fitted on, at unit length.
+        components_KxD: principal axes; zero rows where there are fewer than K.
+        scale: of all components alike, so that distances between tasks keep their ratios.
+    """
+
+    mean_D: np.ndarray
+    components_KxD: np.ndarray
+    scale: np.ndarray
+
+    def __call__(self, raw_TxD: np.ndarray) -> np.ndarray:
+        """float [T, D] -> float32 [T, K]."""
+        rows_TxK = (unit_length(raw_TxD) - self.mean_D) @ self.components_KxD.T
+        return (rows_TxK * self.scale).astype(np.float32)
+
+
+def unit_length(raw_TxD: np.ndarray) -> np.ndarray:
+    """Rows divided by their Euclidean norm: only their direction tells tasks apart. float64."""
+    raw_TxD = np.asarray(raw_TxD, np.float64)
+    return raw_TxD / np.maximum(np.linalg.norm(raw_TxD, axis=1, keepdims=True), 1e-30)
+
+
+def fit(raw_TxD: np.ndarray, dim: int) -> Projection:
+    """Principal components of the tasks, scaled as representations that are learned start out.
+
+    Those are standard normal, so the mean square of all [T, K] numbers becomes 1. Components keep
+    their ratios: made equally large, T tasks in T - 1 or more components would all be equally far
+    apart.
+
+    Args:
+        dim: K; components beyond the T - 1 that T tasks span are zero.
+
+    Raises:
+        UserError: there is one task, or all are the same.
+    """
+    from sklearn.decomposition import PCA  # slow to import, and reading a file needs none
+
+    unit_TxD = unit_length(raw_TxD)
+    if np.ptp(unit_TxD, axis=0).max() < 1e-9:
+        raise UserError(
+            "principal components need at least two tasks that differ, here"
+            f" {'is one' if len(unit_TxD) == 1 else 'all are alike'}; give represent.pca_from=FILE"
+        )
+    tasks, numbers = unit_TxD.shape
+    pca = PCA(min(dim, tasks - 1, numbers), svd_solver="full").fit(unit_TxD)
+    components_KxD = np.zeros((dim, numbers))
+    components_KxD[: pca.n_components_] = pca.components_
+    size = np.sqrt(np.mean(np.square((unit_TxD - pca.mean_) @ components_KxD.T)))
+    return Projection(pca.mean_, components_KxD, 1 / size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Representations:
+    """What `represent` writes.
+
+    Attributes:
+        tasks: T names.
+        rows_TxK: float32, their representations.
+        raw_TxD: float32, their embeddings before the projection.
+        settings: how they were computed; JSON.
+    """
+
+    tasks: tuple[str, ...]
+    rows_TxK: np.ndarray
+    raw_TxD: np.ndarray
+    projection: Projection
+    settings: dict[str, Any]
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes an archive atomically."""
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            tasks=np.array(self.tasks),
+            representations=self.rows_TxK,
+            raw=self.raw_TxD,
+            mean=self.projection.mean_D,
+            components=self.projection.components_KxD,
+            scale=self.projection.scale,
+            settings=np.array(json.dumps(self.settings)),
+        )
+        files.write_bytes(path, buffer.getvalue())
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Representations":
+        """Reads what `write` wrote.
+
+        Raises:
+            UserError: it cannot be read, or `represent` did not write it.
+        """
+        found = _read_archive(path)
+        absent = {"raw", "mean", "components", "scale", "settings"} - found.keys()
+        if absent:
+            raise UserError(
+                f"{path}: it has no {min(absent)!r}, so represent did not write it: a new task"
+                " cannot be put beside its tasks"
+            )
+        tasks, rows_TxK = _checked(path, found["tasks"].tolist(), found["representations"])
+        projection = Projection(found["mean"], found["components"], found["scale"])
+        settings = json.loads(str(found["settings"]))
+        return cls(tuple(tasks), rows_TxK, found["raw"], projection, settings)
+
+
+def read_representations(
+    path: str | os.PathLike, names: Sequence[str], dim: int | None
+) -> np.ndarray:
+    """The representations of some tasks.
+
+    Args:
+        path: a .json or .npz file, see above.
+        names: n tasks; the file may have more.
+        dim: K, `RouterConfig.representation_dim`; None for whatever the file has.
+
+    Returns:
+        float32 [n, K].
+
+    Raises:
+        UserError: the file cannot be read or is of another form, lacks a task (the nearest names
+            are given), has rows of another length, or numbers that are not finite.
+    """
+    if os.fspath(path).endswith(".json"):
+        value = files.read_json(path)
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: must be {{task name: [numbers]}}")
+        found = {"tasks": list(value), "rows": list(value.values())}
+    else:
+        archive = _read_archive(path)
+        found = {"tasks": archive["tasks"].tolist(), "rows": archive["representations"]}
+    tasks, rows_TxK = _checked(path, found["tasks"], found["rows"])
+    missing = [name for name in names if name not in tasks]
+    if missing:
+        more = f" (nor {len(missing) - 1} others)" if len(missing) > 1 else ""
+        raise UserError(f"{path} has no task {missing[0]!r}{more}{nearest(missing[0], tasks)}")
+    if dim is not None and rows_TxK.shape[1] != dim:
+        raise UserError(
+            f"{path}: representations have {rows_TxK.shape[1]} numbers, but"
+            f" RouterConfig.representation_dim is {dim}"
+        )
+    return rows_TxK[[tasks.index(name) for name in names]]
+
+
+def _read_archive(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    try:
+        # Opened here, since `load` leaves a damaged file open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive}
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is neither a .json file nor an .npz archive of arrays") from e
+    for name in ("tasks", "representations"):
+        if name not in found:
+            raise UserError(f"{path}: the archive has no {name!r}{nearest(name, found)}")
+    return found
+
+
+def _checked(path: Any, tasks: Any, rows: Any) -> tuple[list[str], np.ndarray]:
+    """The names as a list, the rows as float32 [T, K]."""
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise UserError(f"{path}: 'tasks' must be one name per row")
+    if len(set(tasks)) < len(tasks):
+        twice = next(task for task in tasks if tasks.count(task) > 1)
+        raise UserError(f"{path}: {twice!r} is there twice")
+    try:
+        rows_TxK = np.asarray(rows, np.float32)
+    except (TypeError, ValueError):  # lists of uneven length, or of no numbers
+        rows_TxK = np.empty(0)
+    if rows_TxK.ndim != 2 or len(rows_TxK) != len(tasks):
+        raise UserError(f"{path}: must hold as many numbers for each of its {len(tasks)} tasks")
+    finite = np.isfinite(rows_TxK).all(axis=1)
+    if not finite.all():
+        worst = tasks[int(np.argmin(finite))]
+        raise UserError(f"{path}: {worst!r} has a number that is not finite")
+    return tasks, rows_TxK

@@ -1,0 +1,66 @@
+"""What `--help` of a command says of the settings: their meaning and defaults."""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Iterator
+
+MACROS = {
+    "MODEL_DIR": "the run's directory",
+    "MIXTURE_OR_TASK_NAME": "what to train on, or to score",
+    "TASK_MODULES": "modules that register tasks: dotted names or .py files",
+    "TASK_FEATURE_LENGTHS": "{'inputs': N, 'targets': N}, tokens in a row",
+    "TRAIN_STEPS": "optimizer steps in all",
+    "BATCH_SIZE": "rows per batch, each packed with examples of one task",
+    "EVAL_PERIOD": "steps between dev scores; 0 for none",
+    "CHECKPOINT_PERIOD": "steps between checkpoints",
+    "INITIAL_CHECKPOINT_PATH": "a run whose backbone this one starts from",
+    "ROUTER_CHECKPOINT_PATH": "a run whose router and task representations it starts from",
+    "DENSE_DIR": "few-shot adaptation: the dense multi-task run",
+    "MOE_DIR": "few-shot adaptation: the mixture of experts",
+    "CACHE_DIR": "where prepared data lives",
+    "EXTENSIONS": "modules or .py files that register routers, selections, families or metrics",
+    "SEED": "the seed of everything",
+}
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field -> its paragraph in the docstring's `Attributes` section; fields without one lack."""
+    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    result = {}
+    for block in re.split(r"\n(?=    \S)", section.rstrip()):
+        head, colon, text = textwrap.dedent(block).partition(":")
+        if colon:
+            for name in head.split(","):
+                result[name.strip()] = " ".join(text.split())
+    return {f.name: result[f.name] for f in dataclasses.fields(cls) if f.name in result}
+
+
+def settings(cls: type, name: str | None = None) -> Iterator[str]:
+    """Lines of help for a tree of dataclasses.
+
+    Args:
+        name: what gin calls the class, if not by its own name.
+    """
+    hints, inner = typing.get_type_hints(cls), []
+    docs, own = field_docs(cls), []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            inner.append(hints[field.name])
+            continue
+        default = "" if field.default is dataclasses.MISSING else f" (default: {field.default!r})"
+        text = f"{docs.get(field.name, '')}{default}"
+        own.append(f"  --gin.{name or cls.__name__}.{field.name}")
+        own.append(textwrap.fill(text, 92, initial_indent=" " * 8, subsequent_indent=" " * 8))
+    if own:
+        yield "\n".join([f"{name or cls.__name__}:", *own, ""])
+    for each in inner:
+        yield from settings(each)
+
+
+def macros() -> str:
+    """Lines of help for T5X's macros."""
+    width = max(map(len, MACROS))
+    return "\n".join(f"  --gin.{name:<{width}}  {text}" for name, text in MACROS.items())

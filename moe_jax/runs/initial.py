@@ -1,0 +1,37 @@
+"""Parameters before the first step."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from moe_jax.data.representations import read_representations
+from moe_jax.model.task_moe import TaskMoE, init_params
+from moe_jax.runs.config import RunConfig
+from moe_jax.training.checkpoints import fit_backbone, fit_table, load_params, split_layers
+from moe_jax.training.step import PRNG
+
+
+def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: Any) -> Any:
+    """Parameters before the first step.
+
+    1. Fresh from the seed.
+    2. The backbone from INITIAL_CHECKPOINT_PATH, if given.
+    3. Router and representations from ROUTER_CHECKPOINT_PATH, if given.
+    4. Representations from RunConfig.representations_path, if given.
+    """
+    key = jax.random.key(run.seed, impl=PRNG)
+    params = jax.jit(lambda k: nn.meta.unbox(init_params(model, k)), out_shardings=sharding)(key)
+    if run.initial_checkpoint_path:
+        loaded, _ = load_params(run.initial_checkpoint_path)
+        params["backbone"] = fit_backbone(
+            split_layers(loaded["backbone"], model.config), params["backbone"],
+            model.config.expert_noise, jax.random.fold_in(key, 1), run.initial_checkpoint_path,
+        )  # fmt: skip
+    if run.router_checkpoint_path and model.routed:
+        loaded, meta = load_params(run.router_checkpoint_path)
+        params |= fit_table(loaded, params, meta["tasks"], tasks, run.router_checkpoint_path)
+    if run.representations_path and model.routed:
+        dim = model.router_config.representation_dim
+        params["representations"] = read_representations(run.representations_path, tasks, dim)
+    return jax.device_put(params, sharding)

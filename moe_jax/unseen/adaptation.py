@@ -1,0 +1,294 @@
+"""Few-shot adaptation: every starting point to every new task, on few examples."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
+from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.pipeline import task_batches
+from moe_jax.data.representations import read_representations
+from moe_jax.evaluation import gains
+from moe_jax.evaluation.evaluator import Evaluator, TaskScore
+from moe_jax.model.experts import Params
+from moe_jax.model.selection import temperature_at
+from moe_jax.model.task_moe import TaskMoE, routes_of
+from moe_jax.runs import directory
+from moe_jax.runs.config import DataConfig, FewShotConfig, FinetuneConfig
+from moe_jax.runs.initial import initial_params
+from moe_jax.runs.load import Run, read_run
+from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.training.grouped_loss import group_loss
+from moe_jax.training.tuning import Tuner
+
+RUNS = "runs.jsonl"
+# A line of runs.jsonl is of one run, named by these.
+KEY = ("task", "start", "seed", "learning_rate", "batch_size")
+# What of the mixture of experts stays as it is, by `FinetuneConfig.tune`.
+FROZEN = {
+    "all": (),
+    "frozen_router": ("router",),
+    "route_only": ("backbone", "router"),
+    "free_route": ("backbone", "router"),
+}
+
+
+class Start:
+    """A starting point: its parameters, and what is trained of them."""
+
+    def __init__(self, name: str, run: Run, config: FinetuneConfig, seed: int):
+        self.name = name
+        self.run = run
+        self.config = config
+        self.seed = seed
+        # A dense start, where there is no route to adapt, is trained whole.
+        self.tune = config.tune if run.model.routed else "all"
+        # One new task, routed as the trained model is at its last temperature, without noise.
+        router = dataclasses.replace(
+            run.model.router_config,
+            selection=run.model.selection.settled or run.model.selection.name,
+            exploration_epsilon=0.0,
+            temperature=float(temperature_at(run.model.router_config, run.step)),
+            temperature_rate=0.0,
+            temperature_floor=0.0,
+        )
+        self._trained = run.model.clone(router_config=router)
+        if self.tune == "free_route":
+            numbers = run.model.layers * run.model.config.experts
+            router = dataclasses.replace(router, kind="free", representation_dim=numbers)
+        self.model = run.model.clone(router_config=router, tasks=1)
+        self._losses = jax.jit(self._losses_under)
+
+    def params(self, task: str, batch: Mapping[str, np.ndarray]) -> Params:
+        """Parameters for a new task; `batch` [1, R, L] holds its few examples.
+
+        Raises:
+            UserError: the file of representations has no such task.
+        """
+        params = self.run.params
+        if not self.run.model.routed:
+            return params
+        table_TxK = np.asarray(params["representations"])
+        dim = table_TxK.shape[1]
+        match self.config.representation:
+            case "mean":
+                row_K = table_TxK.mean(0)
+            case "nearest":
+                tasks_C, routes_CxNxE = self._choices
+                losses_C = self._losses(params["backbone"], routes_CxNxE, batch)
+                row_K = table_TxK[tasks_C[int(np.argmin(losses_C))]]
+            case "random":
+                row_K = np.random.default_rng(self.seed).standard_normal(dim)
+            case "file":
+                row_K = read_representations(self.config.representations_path, [task], dim)[0]
+        row_1xK = jnp.asarray(row_K[None], jnp.float32)
+        if self.tune == "free_route":
+            logits_1xNxE = self._trained.new_router().apply({"params": params["router"]}, row_1xK)
+            return {**params, "router": {}, "representations": logits_1xNxE.reshape(1, -1)}
+        return {**params, "representations": row_1xK}
+
+    @functools.cached_property
+    def _choices(self) -> tuple[np.ndarray, np.ndarray]:
+        """(training tasks [C] whose routes differ, those routes [C, N, E])."""
+        routes_TxNxE = np.asarray(jax.jit(partial(routes_of, self._trained))(self.run.params, 0))
+        # Tasks that agree to a thousandth stand for each other: many do.
+        _, tasks_C = np.unique(np.round(routes_TxNxE, 3), axis=0, return_index=True)
+        return np.sort(tasks_C), routes_TxNxE[np.sort(tasks_C)]
+
+    def _losses_under(
+        self, backbone: Params, routes_CxNxE: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """Loss [C] of the few examples under each route."""
+        group = {name: array[0] for name, array in batch.items() if name != "task_id"}
+        return jax.lax.map(
+            lambda route: group_loss(self._trained, backbone, route, group, None), routes_CxNxE
+        )
+
+
+def read_starts(
+    config: FinetuneConfig, vocabulary_size: int, seed: int, sharding: Any
+) -> Iterator[Start]:
+    """The starting points, one at a time, so that one model is in memory."""
+    if config.dense_dir is None:
+        raise UserError("FinetuneConfig.dense_dir is not set: give --gin.DENSE_DIR=...")
+    dense = read_run(config.dense_dir, vocabulary_size)
+    own = directory.read_config(directory.root(config.dense_dir))
+    params = initial_params(dense.model, own.run, list(dense.task_ids), sharding)
+    yield Start("untrained", dataclasses.replace(dense, params=params), config, seed)
+    yield Start("dense", dense, config, seed)
+    if config.moe_dir is not None:
+        yield Start("moe", read_run(config.moe_dir, vocabulary_size), config, seed)
+
+
+def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
+    """Sees to it that the file of representations, if one is used, has every task.
+
+    Raises:
+        UserError: see `read_representations`.
+    """
+    if config.representation != "file" or config.moe_dir is None:
+        return
+    own = directory.read_config(directory.root(config.moe_dir))
+    if TaskMoE(own.model, own.router, 1).routed:
+        dim = own.router.representation_dim
+        read_representations(config.representations_path, tasks, dim)
+
+
+def few_shot_batches(
+    mixture: PreparedMixture, task: str, seed: int, rows: int, steps: int, data: DataConfig
+) -> list[dict[str, np.ndarray]]:
+    """The batches [1, R, L] of one run; the same for every starting point."""
+    split = f"fewshot_{seed}_train"
+    dataset = task_batches(mixture, task, split, lengths=data.lengths, rows=rows, seed=seed)
+    return list(itertools.islice(dataset, steps))
+
+
+class Adapter:
+    """Trains and scores runs; compiles once per batch size, whatever start of this form and task.
+
+    Attributes:
+        searched: the part whose learning rate is searched, the backbone if it is trained.
+    """
+
+    def __init__(
+        self,
+        model: TaskMoE,
+        frozen: tuple[str, ...],
+        mixture: PreparedMixture,
+        whole: FewShotConfig,
+        mesh: jax.sharding.Mesh,
+    ):
+        frozen = tuple(dict.fromkeys((*whole.optimizer.frozen, *frozen)))
+        optimizer_config = dataclasses.replace(whole.optimizer, frozen=frozen)
+        self.searched = "representations" if "backbone" in frozen else "backbone"
+        self._rates = optimizer_config.learning_rates
+        self._mixture = mixture
+        self._tune = Tuner(model, optimizer_config, whole.step, mesh, whole.finetune.steps, seed=0)
+        self._evaluator = Evaluator(
+            model, mixture.vocabulary, whole.data.lengths, whole.run.eval_batch_rows, mesh,
+            whole.decoding,
+        )  # fmt: skip
+
+    def train(self, params: Params, batches: list, learning_rate: float) -> Params:
+        """Parameters after one step per batch."""
+        return self._tune(params, batches, self._rates | {self.searched: learning_rate})
+
+    def score(self, params: Params, task: str, split: str, limit: int | None = None) -> TaskScore:
+        """Score of the task that `params` are adapted to."""
+        evaluator = self._evaluator
+        routes = evaluator.routes(params, jnp.int32(0)) if evaluator.model.routed else None
+        return evaluator.task(params, routes, self._mixture, task, 0, split, limit)
+
+
+def search(
+    adapter: Adapter,
+    params: Params,
+    task: str,
+    seed: int,
+    points: Sequence[tuple[float, int]],
+    mixture: PreparedMixture,
+    data: DataConfig,
+    config: FinetuneConfig,
+) -> Iterator[dict[str, Any]]:
+    """Trains from `params` with every (learning rate, batch size) of `points`.
+
+    Yields:
+        What runs.jsonl says of each run: a run as soon as another has beaten it on dev, without a
+        test score; last the best one, with its test score. So whoever is stopped has lost the best
+        run so far, and finds it again.
+    """
+
+    @functools.lru_cache(1)  # the grid changes the learning rate first
+    def batches_of(rows: int) -> list[dict[str, np.ndarray]]:
+        return few_shot_batches(mixture, task, seed, rows, config.steps, data)
+
+    best: tuple[dict[str, Any], Params] | None = None
+    for learning_rate, batch_size in points:
+        trained = adapter.train(params, batches_of(batch_size), learning_rate)
+        dev = adapter.score(trained, task, f"fewshot_{seed}_validation")
+        row = {
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "metric": dev.metric,
+            "dev_score": dev.score,
+            "test_score": None,
+        }
+        if best is None:
+            best = row, trained
+        elif row["dev_score"] > best[0]["dev_score"]:
+            yield best[0]
+            best = row, trained
+        else:
+            yield row
+    if best is not None:
+        row, trained = best
+        yield row | {"test_score": adapter.score(trained, task, "test", config.test_examples).score}
+
+
+def adapt_all(whole: FewShotConfig) -> None:
+    """Adapts every starting point to every task, and writes the average relative gain."""
+    # ---------------------------------------------------------------- configuration
+    run, data, config = whole.run, whole.data, whole.finetune
+    run.require("model_dir")
+    model_dir = Path(run.model_dir)
+    directory.check_config(model_dir, whole)
+    mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    check_file(config, mixture.names)  # before the work, not in the middle of it
+    directory.write_config(model_dir, whole)
+    rows = _read_rows(model_dir / RUNS)
+    done = {tuple(row[k] for k in KEY) for row in rows}
+    grid = [(rate, size) for size in config.batch_sizes for rate in config.learning_rates]
+    # Runs are small: one device each.
+    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    with jax.set_mesh(mesh), open(model_dir / RUNS, "a", encoding="utf-8") as log:
+        adapters: dict[tuple, Adapter] = {}
+        starts = read_starts(config, mixture.vocabulary.size, run.seed, replicated(mesh))
+        samples = list(itertools.product(mixture.names, config.seeds))
+        total = len(samples) * len(grid) * (2 + (config.moe_dir is not None))
+        bar = tqdm(total=total, initial=len(done), desc="few-shot", unit="run")
+        for start in starts:
+            form = (start.model, FROZEN[start.tune])
+            if form not in adapters:
+                adapters[form] = Adapter(*form, mixture, whole, mesh)
+            for task, seed in samples:
+                points = [p for p in grid if (task, start.name, seed, *p) not in done]
+                if not points:
+                    continue
+                bar.set_postfix_str(f"{start.name}, {task}", refresh=False)
+                # The first 16 training examples as one group, whatever their number.
+                examples = few_shot_batches(mixture, task, seed, 16, 1, data)[0]
+                found = search(
+                    adapters[form], start.params(task, examples), task, seed, points,
+                    mixture, data, config,
+                )  # fmt: skip
+                for row in found:
+                    row = {"task": task, "start": start.name, "seed": seed, **row}
+                    rows.append(row)
+                    log.write(files.json_line(row))
+                    log.flush()
+                    bar.update()
+        bar.close()
+    # ---------------------------------------------------------------- results
+    found_gains = gains.relative_gains(rows)
+    gains.write(model_dir, found_gains)
+    print(gains.text_table(found_gains))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Finished runs; a line that a kill cut short is dropped from the file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    files.write_text(path, "".join(line for line in lines if line.endswith("}\n")))
+    return list(files.read_jsonl(path))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import read_tokenizers
+from moe_jax.interop import hf_directory
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.interop.hf_write import to_hf
 from moe_jax.interop.squeeze import squeeze
@@ -23,6 +23,7 @@ from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, init_params, routes_of, shapes_of
 from moe_jax.runs import directory
+from moe_jax.runs.config import Config, DataConfig, RunConfig
 from moe_jax.runs.load import read_run
 
 DATA = Path(__file__).with_name("data") / "hf"
@@ -57,11 +58,8 @@ def routed_run(path: Path, architecture: str, selection: str):
     promises = jax.tree.map(lambda p: Promise(p.shape, lambda: np.asarray(p)), params)
     shapes = shapes_of(TaskMoE(sized, router, 3))
     save_params(path, 7, promises, {"tasks": TASKS, "step": 7, "shapes": shapes})
-    lines = {
-        "TASK_FEATURE_LENGTHS": {"inputs": 9, "targets": 7},
-        **directory.config_lines([config, router]),
-    }
-    files.write_text(path / "config.gin", "".join(f"{k} = {v}\n" for k, v in lines.items()))
+    data = DataConfig(lengths={"inputs": 9, "targets": 7})
+    directory.write_config(path, Config(RunConfig(), data, config, router))
     vocabulary.write_vocabulary(path / "vocabulary", own.settings, own.contents)
     return read_run(str(path), own.size)
 

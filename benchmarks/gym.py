@@ -10,7 +10,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedMixture, digest, read_mixture
 from moe_jax.data.vocabulary import VocabularyConfig
-from moe_jax.prepare import ensure_prepared
+from moe_jax.data.prepared import ensure_prepared
 
 MIXTURE = "crossfit_train"
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "gym" / "crossfit"

@@ -46,7 +46,7 @@ class Evaluator:
     Args:
         lengths: {"inputs", "targets"}: longest input read and longest target decoded.
         rows: examples decoded together.
-        decoding: how.
+        decoding: how; greedy when None.
 
     Raises:
         UserError: `DecodingConfig.max_length` is beyond the model's positions.
@@ -59,12 +59,13 @@ class Evaluator:
         lengths: Mapping[str, int],
         rows: int,
         mesh: Mesh,
-        decoding: DecodingConfig,
+        decoding: DecodingConfig | None = None,
     ):
         self.model = model
         self.vocabulary = vocabulary
         self.lengths = lengths
         self.rows = rows
+        decoding = decoding or DecodingConfig()
         length = decoding.max_length or lengths["targets"]
         if model.config.family.positions == "learned" and length > model.config.max_positions:
             raise UserError(

@@ -13,7 +13,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import contextlib
 from pathlib import Path
+
+# PyTorch's default wheels bring Triton. It crashes the process if TensorFlow was imported first.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 import gin
 import jax

@@ -40,6 +40,8 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path):
     log.close()
     found = [(row["step"], row["loss"]) for row in lines(tmp_path)]
     assert found == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == found
 
 
 def test_other_processes_write_nothing(tmp_path):

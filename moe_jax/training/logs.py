@@ -1,13 +1,19 @@
 """Metrics of a run: a JSON-lines file that survives interruptions, and TensorBoard events."""
 
 import json
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+
+# Not a SummaryWriter: tensorboardX's and PyTorch's import torch, TensorBoard's own TensorFlow.
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
@@ -30,7 +36,7 @@ class MetricsLog:
         path = Path(model_dir) / METRICS
         files.write_jsonl(path, _kept(path, step) if path.exists() else [])
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(model_dir), purge_step=step + 1, flush_secs=30)
+        self._events = EventFile(model_dir, step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """Appends one line and the same scalars as events under `kind/`."""
@@ -39,8 +45,7 @@ class MetricsLog:
         try:
             self._file.write(files.json_line({"step": step, "kind": kind, **values}))
             self._file.flush()
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._events.write(step, {f"{kind}/{name}": value for name, value in values.items()})
         except (OSError, ValueError) as e:
             raise UserError(f"step {step}: cannot log {kind} metrics: {e}") from e
 
@@ -48,7 +53,34 @@ class MetricsLog:
         """Flushes everything."""
         if self._enabled:
             self._file.close()
-            self._board.close()
+            self._events.close()
+
+
+class EventFile:
+    """Scalars for TensorBoard, in a new file of `directory`.
+
+    Args:
+        first_step: TensorBoard drops what earlier files of the directory hold from this step on.
+    """
+
+    def __init__(self, directory: str | Path, first_step: int):
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter(open(Path(directory) / name, "ab"))  # noqa: SIM115
+        self._add(file_version="brain.Event:2")
+        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds the scalars of one step, by name."""
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step=step, summary=Summary(value=scalars))
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()
 
 
 def _kept(path: Path, step: int) -> list[Any]:

@@ -177,8 +177,13 @@ def test_source_files_are_the_users_own(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "a.py").write_text(
-        "import numpy, moe_jax.core.errors\nfrom . import b\nfrom userpack.c import f\n"
+        "import numpy, elsewhere, moe_jax.core.errors\nfrom . import b\nfrom userpack.c import f\n"
     )
+    # Installed for the user or the system, while the interpreter is that of an environment.
+    installed = tmp_path / "python3" / "dist-packages"
+    installed.mkdir(parents=True)
+    (installed / "elsewhere.py").write_text("")
+    monkeypatch.syspath_prepend(str(installed))
     (package / "b.py").write_text("def late():\n  import userpack.d\n")
     (package / "c.py").write_text("def f(): pass\n")
     (package / "unused.py").write_text("")

@@ -107,6 +107,26 @@ def test_a_family_without_a_record_is_named(monkeypatch):
         write_config(ModelConfig(architecture="t6", **SIZES), read_tokenizers(DATA / "t5"))
 
 
+OLDEST = {
+    "vocab_size": 272, "d_model": 8, "d_kv": 6, "d_ff": 12, "num_heads": 2, "num_layers": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, tied, architecture, scaled", [("t5", True, "t5_1_0", True), ("mt5", False, "mt5", False)]
+)
+def test_absent_keys(kind, tied, architecture, scaled):
+    """The first published files say no more than sizes: `t5-small` has no activation."""
+    config = read_config({"model_type": kind, **OLDEST}, tied, "test")
+    assert config.architecture == architecture
+    assert (config.decoder_layers, config.head_dim, config.relative_buckets) == (2, 6, 32)
+    assert (config.relative_max_distance, config.dropout_rate) == (128, 0.1)
+    assert config.scale_tied_logits == scaled
+    # Files of transformers 4 say by tie_word_embeddings whether logits are scaled.
+    settings = {"model_type": "t5", "tie_word_embeddings": False, **OLDEST}
+    assert not read_config(settings, False, "test").scale_tied_logits
+
+
 def test_ids_of_absent_keys():
     """As `transformers` takes them where a `config.json` leaves them out."""
     for kind in ("t5", "mt5"):

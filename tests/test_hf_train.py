@@ -21,7 +21,9 @@ LENGTHS = {"inputs": 64, "targets": 20}
 SHORTEST = 8
 
 
-@pytest.mark.parametrize("name", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["bart", *(pytest.param(t5, marks=pytest.mark.slow) for t5 in ("t5", "t5_1_0", "mt5"))]
+)
 def test_trained_here_served_there(name, tmp_path):
     """50 steps with two experts and one vanilla layer; greedy, through both tokenizers."""
     transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
@@ -34,10 +36,10 @@ def test_trained_here_served_there(name, tmp_path):
         model = hf_models.bart(max_position_embeddings=80, **sizes)
         hf_models.save(model, source, (DATA / "bart" / "tokenizer.json").read_text())
     else:
-        model = hf_models.t5(d_model=32, d_kv=16, d_ff=64)
+        model = hf_models.MODELS[name](d_model=32, d_kv=16, d_ff=64)
         model.save_pretrained(source)
         for file in ("spiece.model", "tokenizer_config.json"):
-            (source / file).write_bytes((DATA / "t5" / file).read_bytes())
+            (source / file).write_bytes((DATA / name / file).read_bytes())
     from_hf(str(source), tmp_path / "ours")
 
     (tmp_path / "three.py").write_text(MIXTURE)

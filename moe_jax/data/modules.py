@@ -20,6 +20,9 @@ import gin
 import moe_jax
 from moe_jax.core.errors import UserError
 
+# Also those of the user and of the system, which sysconfig leaves out within an environment.
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
+
 
 def load_module(name: str) -> ModuleType:
     """Imports 'package.module', or the file at 'path/to/file.py'. The working directory counts.
@@ -112,10 +115,12 @@ def source_files(module: ModuleType) -> list[str]:
 
 
 def _is_users(path: str) -> bool:
+    path = Path(os.path.abspath(path))
+    if path.suffix != ".py" or not _INSTALLED.isdisjoint(path.parts):
+        return False
     directories = [sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")]
     directories.append(os.path.dirname(moe_jax.__file__))
-    path = os.path.abspath(path)
-    return path.endswith(".py") and not any(Path(path).is_relative_to(d) for d in directories)
+    return not any(path.is_relative_to(directory) for directory in directories)
 
 
 def _imports(module: ModuleType) -> Iterator[str]:

@@ -1,10 +1,12 @@
 """A plan in words: a short table, and what would help where it does not fit."""
 
 import dataclasses
+import math
 
+import jax
 from jax.sharding import Mesh
 
-from moe_jax.core.sharding import MESH_AXES, MeshConfig, make_mesh
+from moe_jax.core.sharding import MESH_AXES, MeshConfig, group_shards, make_mesh
 from moe_jax.model.task_moe import TaskMoE
 from moe_jax.planning.step_plan import BatchShape, Plan, abstract_state, local_bytes
 from moe_jax.training.optimizer import OptimizerConfig
@@ -79,7 +81,7 @@ def advice(
 ) -> list[str]:
     """What would help a plan that does not fit, by what takes the memory."""
     of_state = _advice_on_state(plan, model, optimizer_config, mesh)
-    of_temporaries = _advice_on_temporaries(plan, model, shape)
+    of_temporaries = _advice_on_temporaries(plan, model, mesh, shape)
     room = plan.memory_bytes - plan.state_bytes
     if room < plan.memory_bytes / 4:  # the state leaves little, whatever a step takes
         return [*of_state, *of_temporaries]
@@ -108,16 +110,17 @@ def _advice_on_state(
         if size < (1 - WORTHWHILE) * plan.state_bytes:
             result.append(f"{name}: about {_size(size)} of state, not {_size(plan.state_bytes)}")
     if plan.state_bytes > plan.memory_bytes / 2:
-        whole = plan.state_bytes * mesh.devices.size
-        enough = -(-whole * 2 // plan.memory_bytes)
+        leaves = jax.tree.leaves(abstract_state(model, optimizer_config, mesh))
+        whole = padded * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        enough = math.ceil(2 * whole / plan.memory_bytes)
         result.append(
-            f"more devices: with about {enough:,.0f} of them and MeshConfig.fsdp as large, the "
+            f"more devices: with about {enough:,.0f} of them and MeshConfig.fsdp to match, the "
             "state takes half of their memory"
         )
     return result
 
 
-def _advice_on_temporaries(plan: Plan, model: TaskMoE, shape: BatchShape) -> list[str]:
+def _advice_on_temporaries(plan: Plan, model: TaskMoE, mesh: Mesh, shape: BatchShape) -> list[str]:
     """Changes that make activations smaller, where they are what takes the memory."""
     if plan.temporary_bytes < plan.memory_bytes / 4:
         return []
@@ -133,4 +136,7 @@ def _advice_on_temporaries(plan: Plan, model: TaskMoE, shape: BatchShape) -> lis
             f"DataConfig.rows_per_group={shape.rows // 2}, of {shape.rows}: as many rows in a "
             "step, about half as many activations at a time"
         )
-    return result
+    shares_weights = not model.routed or model.experts_per_layer == model.config.experts
+    if shares_weights and shape.groups > group_shards(mesh):
+        result.append("StepConfig.groups_at_once=1: the activations of one group at a time")
+    return [*result, "TASK_FEATURE_LENGTHS: shorter rows"]

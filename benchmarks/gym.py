@@ -9,8 +9,8 @@ from benchmarks.common import CACHE
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedMixture, digest, read_mixture
-from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.data.prepared import ensure_prepared
+from moe_jax.data.vocabulary import VocabularyConfig
 
 MIXTURE = "crossfit_train"
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "gym" / "crossfit"
@@ -48,7 +48,7 @@ def mixture(crossfit_dir: str, cache_dir: str, vocabulary_size: int) -> Prepared
     if not (tokenizer / "config.json").exists():
         _train(directory, tokenizer, vocabulary_size)
     return ensure_prepared(
-        cache, MIXTURE, ("tasks.crossfit",),
+        cache, MIXTURE, ("moe_jax.builtin_tasks.crossfit",),
         VocabularyConfig(kind="tokenizers", path=str(tokenizer)), ("train",),
         {"CROSSFIT_DIR": str(directory.resolve())},
     )[MIXTURE]  # fmt: skip

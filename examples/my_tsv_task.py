@@ -6,8 +6,8 @@ from pathlib import Path
 import seqio
 import tensorflow as tf
 
+from moe_jax.builtin_tasks.crossfit_data import read_tsv
 from moe_jax.metrics import answers_or_target, exact_match
-from tasks.crossfit_data import read_tsv
 
 # What `moe_jax.tasks list` and the report group tasks by; a module without it is "no category".
 ONTOLOGY = {"rewriting": {"inflection": ["my_plurals"]}}

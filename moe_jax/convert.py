@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's BART, T5 and mT5, or of T5X's T5 and mT5, in; a plain model out.
+"""Converts BART, T5 and mT5 from Hugging Face or T5X, and back to Hugging Face.
 
     python -m moe_jax.convert from-hf DIR OUT
     python -m moe_jax.convert from-t5x CHECKPOINT_DIR OUT [--sentencepiece FILE]

@@ -1,4 +1,4 @@
-"""A whole experiment: data, dense baseline, both stages, scores, few-shot adaptation, report.
+"""Runs a whole experiment: data, training, scores, few-shot adaptation, report.
 
     python -m moe_jax.experiment --gin_file=experiments/quickstart.gin \\
         --gin.MODEL_DIR=runs/quickstart

@@ -1,4 +1,4 @@
-"""Few-shot adaptation to unseen tasks from several starting points; average relative gain.
+"""Adapts models to unseen tasks with a few examples each, and compares their gains.
 
     python -m moe_jax.finetune --gin_file=runs/skills_gym_finetune.gin \
         --gin.MODEL_DIR=/tmp/few_shot --gin.DENSE_DIR=/tmp/dense --gin.MOE_DIR=/tmp/stage2

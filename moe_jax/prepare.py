@@ -1,4 +1,4 @@
-"""Makes SeqIO tasks ready for training: tokenised once, read ever after without TensorFlow.
+"""Tokenises SeqIO tasks once, into a cache that training reads without TensorFlow.
 
     python -m moe_jax.prepare --gin.MIXTURE_OR_TASK_NAME=skills_gym_train --gin.CACHE_DIR=cache
 

@@ -1,4 +1,6 @@
-"""The registered tasks: `python -m moe_jax.tasks list | show NAME | check NAME`.
+"""Lists, shows and checks the registered tasks.
+
+    python -m moe_jax.tasks list | show NAME | check NAME
 
     list   every task by category, with splits and metrics, and every mixture
     show   the first examples of a task, as text and as tokens
@@ -8,7 +10,6 @@ Exit status 1 means that the command line is wrong or, for `check`, that a task 
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import sys
@@ -20,10 +21,10 @@ import numpy as np
 
 from moe_jax import metrics
 from moe_jax.core.errors import UserError
+from moe_jax.data.modules import DEFAULT_TASK_MODULES
 
 # `moe_jax.data.registry` imports TensorFlow (5 s): only inside functions, not for --help.
 
-DEFAULT_MODULES = ("tasks.skills_gym", "tasks.crossfit")
 Row = dict[str, Any]  # one example of a SeqIO task, as NumPy
 
 
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "--task_modules",
         metavar="MODULE,...",
         help="modules that register tasks: dotted names or .py files "
-        f"(default: {','.join(DEFAULT_MODULES)})",
+        f"(default: {','.join(DEFAULT_TASK_MODULES)})",
     )
     one = argparse.ArgumentParser(add_help=False)
     one.add_argument("name", metavar="NAME", help="a task or a mixture")
@@ -76,14 +77,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load_modules(names: str | None) -> list[ModuleType]:
-    """Imports the task modules; without `names` those of the default ones that are installed."""
+    """Imports the task modules, the built-in ones unless others are named."""
     from moe_jax.data import registry
 
-    if names is None:
-        chosen = [n for n in DEFAULT_MODULES if importlib.util.find_spec(n) is not None]
-    else:
-        chosen = [name for name in names.split(",") if name]
-    return registry.load_task_modules(chosen)
+    chosen = DEFAULT_TASK_MODULES if names is None else filter(None, names.split(","))
+    return registry.load_task_modules(list(chosen))
 
 
 # ---- list ----

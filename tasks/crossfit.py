@@ -22,7 +22,8 @@ import seqio
 import tensorflow as tf
 
 from moe_jax.metrics import METRICS, answers_or_target
-from tasks import crossfit_data as data
+
+from . import crossfit_data as data
 
 # Environment variables that decide what is registered.
 ENVIRONMENT = (data.DATA_DIR, data.FULL_DIR, data.PARTITION)

@@ -2,7 +2,7 @@
 
 A task is one small function decorated with `skill`. It draws a single example from a NumPy
 generator; everything else (splits, balance of labels, uniqueness) happens in `examples`. No
-TensorFlow here: `tasks.skills_gym` is the only module of the gym that knows SeqIO.
+TensorFlow here: `skills_gym` is the only module of the gym that knows SeqIO.
 """
 
 import hashlib

@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np
 
-from tasks.skills_base import maybe, pick, pick_several, skill
-from tasks.skills_language import (
+from .skills_base import maybe, pick, pick_several, skill
+from .skills_language import (
     ADJECTIVES,
     ANIMALS,
     COLOURS,

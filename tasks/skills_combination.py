@@ -4,9 +4,9 @@ from functools import partial
 
 import numpy as np
 
-from tasks.skills_base import maybe, pick, pick_several, skill
-from tasks.skills_knowledge import ANIMAL_CLASSES, COUNTRIES
-from tasks.skills_language import (
+from .skills_base import maybe, pick, pick_several, skill
+from .skills_knowledge import ANIMAL_CLASSES, COUNTRIES
+from .skills_language import (
     NEGATIVE,
     PEOPLE,
     PLACES,

@@ -15,7 +15,8 @@ import seqio
 import tensorflow as tf
 
 from moe_jax import metrics
-from tasks.skills_table import ONTOLOGY, SKILLS, TRAIN, UNSEEN, examples
+
+from .skills_table import ONTOLOGY, SKILLS, TRAIN, UNSEEN, examples
 
 __all__ = ["ONTOLOGY"]
 

@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from tasks.skills_base import pick, skill
-from tasks.skills_language import PEOPLE, PLACES
+from .skills_base import pick, skill
+from .skills_language import PEOPLE, PLACES
 
 knowledge = partial(skill, "world_knowledge")
 Drawn = tuple[str, str | tuple[str, ...]]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tasks.skills_base import maybe, pick
+from .skills_base import maybe, pick
 
 PEOPLE = (
     "Anna", "Omar", "Lucy", "Ben", "Mia", "Tom", "Nina", "Sam",

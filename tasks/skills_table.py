@@ -1,13 +1,13 @@
 """The whole skills gym as a table, without SeqIO: importing the families fills it."""
 
-from tasks import (  # noqa: F401
+from . import (  # noqa: F401
     skills_classification,
     skills_combination,
     skills_extractive,
     skills_generation,
     skills_knowledge,
 )
-from tasks.skills_base import SKILLS, examples
+from .skills_base import SKILLS, examples
 
 __all__ = ["ONTOLOGY", "SKILLS", "TRAIN", "UNSEEN", "examples"]
 

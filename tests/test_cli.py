@@ -54,6 +54,18 @@ def test_every_gin_file_parses(path):
     assert build(Config) and build(FewShotConfig)
 
 
+def test_gin_files_that_import_built_in_tasks_by_their_former_name(tmp_path, monkeypatch):
+    (tmp_path / "tasks.py").write_text("raise RuntimeError('imported the wrong tasks')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a.gin").write_text(
+        "import tasks.crossfit_data\ncrossfit.data_dir = '/gym'\n"
+        "DataConfig.environment = @crossfit()\n"
+        "TASK_FEATURE_LENGTHS = {'inputs': 4, 'targets': 4}\n"
+    )
+    parse(files=["a.gin"], paths=[tmp_path])
+    assert build(DataConfig).environment == {"CROSSFIT_DIR": "/gym"}
+
+
 # ------------------------------------------------------------------------------ bad input
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import gin
 import pytest
 
+from moe_jax.builtin_tasks import crossfit_data as data
 from moe_jax.core.errors import UserError
 from moe_jax.metrics import METRICS
-from tasks import crossfit_data as data
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -237,7 +237,7 @@ def test_registration(layout):
     out, stderr = _python(
         """
         import seqio
-        from tasks import crossfit
+        from moe_jax.builtin_tasks import crossfit
         from moe_jax.core.errors import UserError
         out["tasks"] = sorted(seqio.TaskRegistry.names())
         out["own"] = {n: sorted(t.name for t in seqio.MixtureRegistry.get(n).tasks)
@@ -303,7 +303,7 @@ def test_without_a_directory():
     out, stderr = _python(
         """
         import seqio
-        from tasks import crossfit
+        from moe_jax.builtin_tasks import crossfit
         out["names"] = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
         out["hints"] = [crossfit.missing_hint(f"crossfit_{x}train") for x in ("", "full_")]
         """

@@ -1,23 +1,129 @@
 """What an installation brings and what a command imports, in processes of their own."""
 
 import os
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
+import pytest
+from test_docs import NOT_HERE, run_readme
+
+from moe_jax import __main__ as console
+
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = (
-    "prepare", "train", "eval", "infer", "finetune", "represent", "report", "experiment", "convert",
-    "tasks", "plan",
-)  # fmt: skip
+
+
+def run(*command, cwd=None, path=ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+# ------------------------------------------------------------------------------ imports
 
 
 def test_importing_the_commands_imports_no_other_framework(tmp_path):
     for name in ("tensorflow", "tensorflow_text", "seqio", "torch", "transformers"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('imported {name}')")
-    code = "import " + ", ".join(f"moe_jax.{command}" for command in COMMANDS)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    code = "import " + ", ".join(f"moe_jax.{command}" for command in console.COMMANDS)
+    done = run(sys.executable, "-c", code, path=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ------------------------------------------------------------------------------ moe_jax COMMAND
+
+
+def moe_jax(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "moe_jax", *arguments, **kwargs)
+
+
+def test_help_lists_the_commands_and_imports_none(tmp_path):
+    (tmp_path / "jax.py").write_text("raise RuntimeError('imported jax')")
+    done = moe_jax("--help", path=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line[:2] == "  "]
+    # Commands are what can be run with `python -m`.
+    modules = [*ROOT.glob("moe_jax/*.py"), *ROOT.glob("moe_jax/*/__main__.py")]
+    known = {
+        path.parent.name if path.stem == "__main__" else path.stem
+        for path in modules
+        if "__main__" in path.read_text() and path.parent.name + path.stem != "moe_jax__main__"
+    }
+    assert {name for name, _ in lines} == known
+    assert all(len(summary) > 20 for _, summary in lines)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["trian"], "error: there is no command 'trian'; did you mean 'train'"),
+    ([], "usage: moe_jax COMMAND"),
+])  # fmt: skip
+def test_what_is_no_command(arguments, message):
+    done = moe_jax(*arguments)
+    assert done.returncode == 1 and done.stderr.startswith(message)
+
+
+def test_arguments_reach_the_command():
+    done = moe_jax("report", "--help")
+    assert done.returncode == 0 and "--routes NAME" in done.stdout
+    done = moe_jax("eval", "--gin.MODEL_DIR=nowhere")
+    assert done.returncode == 1 and done.stderr.startswith("error: nowhere holds no run")
+
+
+# ------------------------------------------------------------------------------ built-in tasks
+
+
+def test_commands_beside_a_module_called_tasks(tmp_path):
+    """T5X users have a `tasks.py` of their own in the directory that they start commands in."""
+    (tmp_path / "tasks.py").write_text("raise RuntimeError('imported the wrong tasks')")
+    arguments = ["--gin.MIXTURE_OR_TASK_NAME=skills_capital_of", "--gin.CACHE_DIR=cache"]
+    for more in ([], ["--gin.TASK_MODULES=('tasks.skills_gym',)"]):
+        done = moe_jax("prepare", *arguments, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "skills_capital_of: 1 tasks" in done.stdout
+
+
+def test_modules_of_a_package_called_tasks(tmp_path):
+    """The user's `tasks.mine` beside the built-in `tasks.skills_gym`."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "__init__.py").touch()
+    (tmp_path / "tasks" / "mine.py").write_text(
+        "import seqio\nseqio.MixtureRegistry.add('mine', [('skills_capital_of', 1)])\n"
+    )
+    modules = "--task_modules=tasks.skills_gym,tasks.mine"
+    done = moe_jax("tasks", "list", modules, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["mine", "1", "tasks"] in lines and any("skills_capital_of" in line for line in lines)
+
+
+# ------------------------------------------------------------------------------ a wheel
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_the_readme_from_an_empty_directory(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "venv"
+    for name in ("moe_jax", "tasks", "gin_configs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(target)
+    python = target / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True)
+    (site,) = target.glob("lib/python*/site-packages")
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"moe_jax"}
+    # The packages that it needs are those of this environment.
+    others = [path for path in sys.path if path.endswith("-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    ran = run_readme(empty, tmp_path, python.parent, {*NOT_HERE, "examples"})
+    assert len(ran) >= 3
+    done = run(
+        target / "bin" / "moe_jax", "tasks", "check", "skills_capital_of", cwd=empty, path=""
+    )
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("ok")

@@ -55,6 +55,18 @@ def test_a_run_goes_on_under_its_own_configuration(tmp_path):
     directory.check_config(tmp_path, configs(*SETTINGS, *free))
 
 
+def test_runs_that_call_the_built_in_tasks_by_their_former_names(tmp_path):
+    full = "TASK_MODULES = ('moe_jax.builtin_tasks.skills_gym', 'mine')"
+    former = "TASK_MODULES = ('tasks.skills_gym', 'mine')"
+    assert configs(*SETTINGS, former) == configs(*SETTINGS, full)
+    directory.write_config(tmp_path, configs(*SETTINGS, full))
+    for name in (directory.CONFIG_JSON, directory.CONFIG):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace("moe_jax.builtin_tasks.", "tasks."))
+        directory.check_config(tmp_path, configs(*SETTINGS, full))
+        (tmp_path / directory.CONFIG_JSON).unlink(missing_ok=True)  # older runs have config.gin
+
+
 @pytest.mark.parametrize(("line", "message"), [
     ("TRAIN_STEPS = 8", "there TRAIN_STEPS is 7, here 8"),
     ("MIXTURE_OR_TASK_NAME = 'b'", "there MIXTURE_OR_TASK_NAME is 'a_mixture', here 'b'"),

@@ -15,8 +15,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from moe_jax import metrics
-from tasks import skills_base
-from tasks.skills_table import ONTOLOGY, SKILLS, TRAIN, UNSEEN, examples
+from moe_jax.builtin_tasks import skills_base
+from moe_jax.builtin_tasks.skills_table import ONTOLOGY, SKILLS, TRAIN, UNSEEN, examples
 
 SEEDS = (13, 21, 42)
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -251,7 +251,7 @@ def test_errors_name_the_task_and_the_split():
 
 DIGEST = """
 import hashlib, json, sys
-from tasks.skills_table import SKILLS, examples
+from moe_jax.builtin_tasks.skills_table import SKILLS, examples
 rows = [(n, s, examples(t, s)) for n, t in SKILLS.items() for s in t.sizes]
 assert not {"tensorflow", "seqio"} & set(sys.modules), "the table imports TensorFlow"
 print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())
@@ -259,12 +259,12 @@ print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 
 SEQIO = """
 import json
-from tasks import skills_table
+from moe_jax.builtin_tasks import skills_table
 draw = skills_table.examples
 def refuse(*_): raise AssertionError("importing the module drew examples")
 skills_table.examples = refuse
 import seqio
-from tasks import skills_gym
+from moe_jax.builtin_tasks import skills_gym
 skills_gym.examples = draw
 
 def texts(name, split):

@@ -22,6 +22,20 @@ from moe_jax.core.errors import UserError
 
 # Also those of the user and of the system, which sysconfig leaves out within an environment.
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
+# The package of `tasks/`, at the top of the repository.
+BUILTIN_TASKS = "moe_jax.builtin_tasks"
+DEFAULT_TASK_MODULES = (f"{BUILTIN_TASKS}.skills_gym", f"{BUILTIN_TASKS}.crossfit")
+
+
+def full_name(name: str) -> str:
+    """The name of a module; a built-in task module may also be called `tasks.NAME`.
+
+    That was its name when `tasks` was a package of its own, and it means the built-in module even
+    where the working directory has a `tasks` too.
+    """
+    package, _, module = name.rpartition(".")
+    builtin = f"{BUILTIN_TASKS}.{module}"
+    return builtin if package == "tasks" and importlib.util.find_spec(builtin) else name
 
 
 def load_module(name: str) -> ModuleType:
@@ -38,7 +52,7 @@ def load_module(name: str) -> ModuleType:
 
 def _load_package(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(full_name(name))
     except ImportError as e:
         raise UserError(f"cannot import module {name!r}: {e}") from e
 
@@ -99,28 +113,29 @@ def quiet() -> Iterator[None]:
 def source_files(module: ModuleType) -> list[str]:
     """Files of `module` and of the user's own modules that it imports, directly or not, sorted.
 
-    Installed packages and moe_jax itself are left out. Imports are read from the source, so that
-    the answer does not depend on what else the process has imported.
+    Installed packages and moe_jax itself are left out, except its built-in tasks. Imports are read
+    from the source, so that the answer does not depend on what else the process has imported.
     """
     found: dict[str, None] = {}
     waiting = [module]
     while waiting:
         module = waiting.pop()
         path = getattr(module, "__file__", None)
-        if path is None or path in found or not _is_users(path):
+        if path is None or path in found or not _is_task_code(path):
             continue
         found[path] = None
         waiting += (sys.modules[name] for name in _imports(module) if name in sys.modules)
     return sorted(map(os.path.abspath, found))
 
 
-def _is_users(path: str) -> bool:
-    path = Path(os.path.abspath(path))
+def _is_task_code(path: str) -> bool:
+    path, package = Path(os.path.abspath(path)), Path(moe_jax.__file__).parent
+    if path.is_relative_to(package / "builtin_tasks"):
+        return True
     if path.suffix != ".py" or not _INSTALLED.isdisjoint(path.parts):
         return False
     directories = [sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")]
-    directories.append(os.path.dirname(moe_jax.__file__))
-    return not any(path.is_relative_to(directory) for directory in directories)
+    return not any(map(path.is_relative_to, [package, *directories]))
 
 
 def _imports(module: ModuleType) -> Iterator[str]:

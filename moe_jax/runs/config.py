@@ -6,6 +6,7 @@ from typing import Literal
 
 from moe_jax.core.errors import UserError, check_fields
 from moe_jax.core.sharding import MeshConfig
+from moe_jax.data.modules import DEFAULT_TASK_MODULES, full_name
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.model.config import ModelConfig, RouterConfig
@@ -13,11 +14,11 @@ from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 
 # Every command starts from these; gin files and flags set the macros (T5X's names).
-BASE_BINDINGS = """
+BASE_BINDINGS = f"""
 MODEL_DIR = None
 MIXTURE_OR_TASK_NAME = None
-TASK_MODULES = ('tasks.skills_gym', 'tasks.crossfit')
-TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 64}
+TASK_MODULES = {DEFAULT_TASK_MODULES}
+TASK_FEATURE_LENGTHS = {{'inputs': 512, 'targets': 64}}
 CACHE_DIR = 'cache'
 TRAIN_STEPS = None
 BATCH_SIZE = 32
@@ -98,6 +99,9 @@ class DataConfig:
                 f"not {lengths!r}"
             )
         check_fields(self)
+        names = self.task_modules
+        names = (names,) if isinstance(names, str) else names
+        object.__setattr__(self, "task_modules", tuple(map(full_name, names)))
         for name in ("batch_size", "rows_per_group", "row_shapes"):
             if getattr(self, name) < 1:
                 raise UserError(f"DataConfig.{name} must be at least 1, not {getattr(self, name)}")

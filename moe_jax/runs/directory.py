@@ -153,10 +153,10 @@ def check_config(model_dir: str | Path, config: Any) -> None:
     Raises:
         UserError: naming the first setting that differs.
     """
-    old = read_lines(model_dir)
-    if not old:
+    lines = read_lines(model_dir)
+    if not lines:
         return
-    old = _defaults(type(config)) | old
+    old = config_lines(config_from(type(config), lines, f"{model_dir}/{CONFIG}"))
     for name, value in config_lines(config).items():
         free = _FREE.fullmatch(name)
         free = free or (isinstance(config, Config) and _FREE_IN_TRAINING.fullmatch(name))
@@ -165,20 +165,6 @@ def check_config(model_dir: str | Path, config: Any) -> None:
                 f"{model_dir} holds another run: there {_MACROS.get(name, name)} is "
                 f"{old[name]!r}, here {value!r}; give another MODEL_DIR"
             )
-
-
-def _defaults(cls: type) -> Lines:
-    """The default of every setting."""
-    hints, lines = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            lines |= _defaults(hints[field.name])
-        else:
-            made = field.default is dataclasses.MISSING
-            lines[f"{cls.__name__}.{field.name}"] = (
-                field.default_factory() if made else field.default
-            )
-    return lines
 
 
 def copy_vocabulary(model_dir: str | Path, source: Path) -> None:

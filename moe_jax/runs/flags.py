@@ -22,7 +22,7 @@ from moe_jax.data import modules
 from moe_jax.runs import configurables, directory, help
 from moe_jax.runs.config import BASE_BINDINGS
 
-GIN_CONFIGS = Path(__file__).resolve().parents[2] / "gin_configs"
+GIN_CONFIGS = Path(__file__).resolve().parents[1] / "gin_configs"
 
 _GIN_FILE = flags.DEFINE_multi_string(
     "gin_file", [], "Gin file; repeatable, later ones override earlier ones."
@@ -214,11 +214,16 @@ def _parse(texts: Sequence[tuple[object, str]]) -> None:
     gin.parse_config(BASE_BINDINGS)
     for source, text in texts:
         try:
-            gin.parse_config(text)
+            gin.parse_config(_with_full_names(text))
         except (SyntaxError, ValueError, TypeError, AttributeError, ImportError) as e:
             line = getattr(e, "lineno", None)
             where = f"{source}:{line}" if line else str(source)
             raise UserError(f"{where}: {_explain(e)}") from e
+
+
+def _with_full_names(text: str) -> str:
+    """Gin's text, in which `import tasks.NAME` means the built-in task module."""
+    return re.sub(r"(?m)^(import\s+)(\S+)", lambda m: m[1] + modules.full_name(m[2]), text)
 
 
 def given_bindings() -> list[tuple[str, str]]:

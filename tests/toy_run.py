@@ -170,14 +170,22 @@ def bindings(model_dir: Path, **settings) -> list[str]:
     return [f"{name} = {value!r}" for name, value in everything.items()]
 
 
-def start(program: str, arguments: list[str], devices: int = 1, code: str | None = None):
-    """Starts `python -m moe_jax.PROGRAM`; with `code`, `python -c CODE`, which must run it."""
+def start(
+    program: str, arguments: list[str], devices: int = 1, code: str | None = None,
+    path: Path | None = None,
+):  # fmt: skip
+    """Starts `python -m moe_jax.PROGRAM`; with `code`, `python -c CODE`, which must run it.
+
+    Args:
+        path: directory where modules are looked up besides.
+    """
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    more = {"PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}"} if path else {}
     command = ["-c", code] if code else ["-m", f"moe_jax.{program}"]
     return subprocess.Popen(
         [sys.executable, *command, *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": flags} | more,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

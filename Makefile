@@ -26,4 +26,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs cache
+	rm -rf $(VENV) runs cache build

@@ -15,9 +15,12 @@ from moe_jax import __main__ as console
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*command, cwd=None, path=ROOT) -> subprocess.CompletedProcess:
+PIP = [sys.executable, "-m", "pip", "--quiet"]
+
+
+def run(*command, path=ROOT, **kwargs) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, **kwargs)
 
 
 # ------------------------------------------------------------------------------ imports
@@ -107,12 +110,11 @@ def test_a_wheel_runs_the_readme_from_an_empty_directory(tmp_path):
         shutil.copytree(ROOT / name, source / name, symlinks=True)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, source], check=True)
+    run(*PIP, "wheel", "--no-deps", "-w", tmp_path, source, path="", check=True)
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(target)
     python = target / "bin" / "python"
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True)
+    run(*PIP, "--python", python, "install", "--no-deps", wheel, path="", check=True)
     (site,) = target.glob("lib/python*/site-packages")
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"moe_jax"}
     # The packages that it needs are those of this environment.

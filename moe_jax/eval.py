@@ -17,6 +17,7 @@ import jax
 from moe_jax.core.errors import check_fields
 from moe_jax.core.sharding import make_mesh
 from moe_jax.evaluation.evaluator import Evaluator, TaskScore, mean_score, write_scores
+from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
@@ -56,12 +57,13 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
     run = with_tasks(run, names, settings.representations)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
+        params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(
             run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
         )
         for mixture in found.values():
             scores = evaluator.tasks(
-                run.params, run.step, mixture, run.task_ids, split, settings.examples
+                params, run.step, mixture, run.task_ids, split, settings.examples
             )
             if jax.process_index() == 0:
                 directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"

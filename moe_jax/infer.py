@@ -22,6 +22,7 @@ from moe_jax.core.errors import UserError, check_fields, nearest
 from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
 from moe_jax.evaluation.evaluator import Evaluator, route_json
+from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
@@ -77,7 +78,7 @@ def infer(config: Config, settings: InferConfig) -> None:
     mesh = make_mesh(config.mesh)
 
     def answers() -> Iterator[dict]:
-        routes = evaluator.routes(run.params, run.step) if run.model.routed else None
+        routes = evaluator.routes(params, run.step) if run.model.routed else None
         route = None if routes is None else route_json(np.asarray(routes)[task_id])
         lines = _lines(settings.input)
         while texts := list(islice(lines, rows)):
@@ -85,11 +86,12 @@ def infer(config: Config, settings: InferConfig) -> None:
             encoded = encode_inputs(vocabulary, filled, data.lengths["inputs"])
             arrays = {name: array[0] for name, array in encoded.items()}
             arrays["input_segments"][len(texts) :] = 0
-            predictions = evaluator.predict(run.params, routes, task_id, arrays)
+            predictions = evaluator.predict(params, routes, task_id, arrays)
             for text, prediction in zip(texts, predictions, strict=False):
                 yield {"input": text, "prediction": prediction, "route": route}
 
     with jax.set_mesh(mesh):
+        params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh, config.decoding)
         if output == "-":
             for answer in answers():

@@ -23,7 +23,7 @@ from moe_jax.evaluation.evaluator import (
     write_scores,
 )
 from moe_jax.model.backbone import EncoderDecoder
-from moe_jax.model.task_moe import init_params
+from moe_jax.model.task_moe import init_params, parameter_shardings
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
 
@@ -111,6 +111,23 @@ def test_what_was_learned_is_decoded_exactly(task, learned, evaluator):
         ended = (tokens[:, 1 : i + 1] == EOS).any(1)
         tokens[:, i + 1] = np.where(ended, PAD, np.argmax(np.asarray(logits)[:, i], -1))
     assert tokens[:, 1:].tolist() == wanted
+
+
+@pytest.mark.parametrize("tasks", [[0] * 8, [1, 0] * 4])
+def test_cut_parameters_answer_as_whole_ones(tasks, learned):
+    """Rows of one task, whose one expert per layer every device gets whole; and of both."""
+    model, params, _, _ = learned
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
+    rows = pack_rows([[(source, [EOS])] for source in [*INPUTS, *INPUTS]], 6, 6)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(jax.device_get(params), parameter_shardings(model, mesh))
+        kernel = placed["backbone"]["encoder"]["layers"]["routed"]["feed_forward"]["in_kernel"]
+        assert not kernel.sharding.is_fully_replicated
+        evaluator = Evaluator(model, Tokens(), {"inputs": 6, "targets": 6}, 8, mesh)
+        routes = evaluator.routes(placed, jnp.int32(STEPS))
+        found = evaluator.predict(placed, routes, np.array(tasks), rows)
+    targets = [TARGETS[task][i % len(INPUTS)] for i, task in enumerate(tasks)]
+    assert found == [target + [PAD] * (6 - len(target)) for target in targets]
 
 
 def test_routes_at_evaluation_have_no_noise(learned):

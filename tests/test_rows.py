@@ -73,7 +73,7 @@ def routed_layer(experts: int, block: int):
 
     @jax.jit
     def run(stack, routes, x_RxD, other_R):
-        places = jax.tree.map(lambda a: a[0], rows.all_places(routes))
+        places = jax.tree.map(lambda a: a[0], rows.all_places(routes, experts))
         params_S = places.experts(jax.tree.map(lambda p: p[0], stack))
         entered = (places.enter(x_RxD), places.enter(other_R))
         result = by_expert(expert, params_S, places, block, *entered)

@@ -17,6 +17,7 @@ from flax import struct
 
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.experts import routed
 from moe_jax.model.routed_stack import layer_runs
 from moe_jax.model.task_moe import TaskMoE
 
@@ -50,7 +51,8 @@ class RowRoutes(NamedTuple):
     With S = K, every row uses all slots in order. Weights are zero nowhere but in padding.
 
     Attributes:
-        experts_NxS: int32, the S experts of each layer that the batch uses ("slots").
+        experts_NxS: int32, the S experts of each layer that the batch uses ("slots"); None where
+            the model's parameters are those of the slots.
         slots_NxRxK: int32 in [0, S), the K slots of each row.
         weights_NxRxK: float32.
     """
@@ -137,11 +139,12 @@ class Places(NamedTuple):
         return jnp.einsum("kr,kr...->r...", weights, y_KxRx)
 
 
-def all_places(routes: RowRoutes) -> Places:
-    """`Places` of all N layers, stacked."""
-    experts_NxS, slots_NxRxK, weights_NxRxK = map(jnp.asarray, routes)
+def all_places(routes: RowRoutes, experts: int) -> Places:
+    """`Places` of all N layers, stacked; the parameters have so many experts per layer."""
+    experts_NxS, slots_NxRxK, weights_NxRxK = jax.tree.map(jnp.asarray, routes)
     weights_NxKxR = weights_NxRxK.swapaxes(1, 2)
-    layers, count = experts_NxS.shape
+    layers = slots_NxRxK.shape[0]
+    count = experts if experts_NxS is None else experts_NxS.shape[1]
     if count == slots_NxRxK.shape[2]:
         return Places(experts_NxS, weights_NxKxR)
     slots_NxV = slots_NxRxK.swapaxes(1, 2).reshape(layers, -1)
@@ -250,7 +253,14 @@ class RowModel:
 
     @property
     def _dispatch(self) -> ByExpert | None:
-        return None if self.routes is None else ByExpert(all_places(self.routes))
+        return None if self.routes is None else ByExpert(self._places)
+
+    @property
+    def _places(self) -> Places:
+        experts = 1
+        for _, stack, *_ in routed(self.params):
+            experts = jax.tree.leaves(stack)[0].shape[1]
+        return all_places(self.routes, experts)
 
     def encode(self, inputs_RxL, segments_RxL, positions_RxL) -> jax.Array:
         """int [R, L_in] tokens, segments (0: padding), positions -> [R, L_in, D]."""
@@ -268,17 +278,17 @@ class RowModel:
 
         Parameters are arrays of their own, in the type that they are computed with.
         """
-        routed = None if self.routes is None else all_places(self.routes)
+        all_layers = None if self.routes is None else self._places
         first = self.config.encoder_routed_layers
         result = []
         for kind, at in layer_runs(self.config, "decoder"):
             stack = self.params["decoder"]["layers"][kind]
             for layer in range(at.start, at.stop):
-                if kind == "vanilla" or routed is None:
+                if kind == "vanilla" or all_layers is None:
                     params, places = jax.tree.map(lambda p, i=layer: p[i, 0], stack), Places()
                 else:
                     params = jax.tree.map(lambda p, i=layer: p[i], stack)
-                    places = jax.tree.map(lambda a, n=first + layer: a[n], routed)
+                    places = jax.tree.map(lambda a, n=first + layer: a[n], all_layers)
                     if places.experts_S is None and places.slots == 1:
                         params = jax.tree.map(lambda p: p[0], params)
                 cast = [as_computed(p, self.config.dtype) for p in places.experts(params)]

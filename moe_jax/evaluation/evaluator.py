@@ -24,8 +24,9 @@ from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
-from moe_jax.model.experts import Params
-from moe_jax.model.task_moe import TaskMoE, routes_of
+from moe_jax.model.experts import Params, gather
+from moe_jax.model.placement import Placement
+from moe_jax.model.task_moe import TaskMoE, parameter_shardings, routes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,16 @@ class Evaluator:
             local, mesh=mesh, in_specs=(P(), spread_routes, rows, rows), out_specs=rows,
             axis_names=set(GROUP_AXES), check_vma=False,
         )  # fmt: skip
-        return jax.jit(spread, out_shardings=replicated(mesh))
+        cut = Placement.of(parameter_shardings(self.model, mesh)["backbone"], "float32")
+
+        def call(backbone, routes, batch, row):
+            if routes is not None and cut is not None:
+                # Whole on every device are only the experts that the batch uses.
+                backbone = gather(backbone, routes.experts_NxS)
+                routes = routes._replace(experts_NxS=None)
+            return spread(backbone, routes, batch, row)
+
+        return jax.jit(call, out_shardings=replicated(mesh))
 
     def _arguments(self, params, routes_TxNxE, task_id, arrays, names) -> tuple:
         """What the compiled functions take, inputs cut to the bucket that holds them."""

@@ -6,12 +6,15 @@
 `out["routes"]` is the route that every group took.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from moe_jax.core.sharding import shardings
 from moe_jax.data.batch import Batch, of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
@@ -224,6 +227,12 @@ def routes_of(
         return model.random_routes()
     model = model.clone(tasks=params["representations"].shape[0])
     return model.apply({"params": params}, step, key, method="task_routes")
+
+
+@cache
+def parameter_shardings(model: TaskMoE, mesh: Mesh) -> Params:
+    """NamedSharding of every parameter."""
+    return shardings(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
 
 
 def shapes_of(model: TaskMoE) -> dict[str, list[int]]:

@@ -13,7 +13,7 @@ each group's gradient is added in place to that of the whole model.
 """
 
 import dataclasses
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from moe_jax.core.sharding import (
     GROUP_AXES,
     SHARD_AXES,
     group_shards,
-    shardings,
     size_of,
 )
 from moe_jax.data.batch import Batch, of_rows
@@ -34,7 +33,7 @@ from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.dispatch import Gather, Mix
 from moe_jax.model.experts import Params, gather, scatter_add
 from moe_jax.model.placement import Placement
-from moe_jax.model.task_moe import TaskMoE, init_params
+from moe_jax.model.task_moe import TaskMoE, parameter_shardings
 from moe_jax.training.loss import token_losses_in_chunks
 from moe_jax.training.slots import Slots
 
@@ -58,13 +57,6 @@ class Grouping:
     groups_at_once: int
     backbone_free: bool = True
     routes_free: bool = True
-
-
-@cache
-def backbone_shardings(model: TaskMoE, mesh: Mesh) -> Params:
-    """NamedSharding of every array of the backbone."""
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return shardings(boxed["backbone"], mesh)
 
 
 def group_loss(
@@ -119,7 +111,7 @@ def grouped_loss(
 
 def _forward(grouping, into, weights, backbone, batch, index, slots, scale, key):
     mesh = grouping.mesh
-    places = backbone_shardings(grouping.model, mesh)
+    places = parameter_shardings(grouping.model, mesh)["backbone"]
     placement = Placement.of(places, grouping.model.config.dtype)
     parts = jax.tree.map(_parts, places)
     groups = P(GROUP_AXES)
@@ -274,7 +266,8 @@ def _sum_over_devices(grouping: Grouping, total: Params) -> Params:
         axes = ("data",) if cut else GROUP_AXES
         return jax.lax.psum(gradient, axes) if size_of(grouping.mesh, axes) > 1 else gradient
 
-    return total and jax.tree.map(one, backbone_shardings(grouping.model, grouping.mesh), total)
+    places = parameter_shardings(grouping.model, grouping.mesh)["backbone"]
+    return total and jax.tree.map(one, places, total)
 
 
 def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows, key):

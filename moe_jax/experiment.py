@@ -122,7 +122,9 @@ class Stages:
         arguments = []
         if gin_file is not None:  # without one, the stage reads the config.gin of a run
             arguments = [f"--gin_file={self._model}", f"--gin_file={gin_file}"]
-            bindings = {**dict(flags.given_bindings()), **bindings}
+            given = flags.given_bindings()
+            given = {k: v for k, v in given if not k.startswith("experiment.")}
+            bindings = {**given, **bindings}
         arguments += [f"--gin.{key}={value}" for key, value in bindings.items()]
         self._history.update(repr((module, arguments)).encode())
         for file in (self._model, gin_file):

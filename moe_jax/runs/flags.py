@@ -110,7 +110,7 @@ def _help(config: type, settings: type | None) -> str:
 
 def fail(error: Exception) -> None:
     """Ends the process: one line on standard error, exit code 1."""
-    # Threads of a failed save print as well: lines they have begun are let end, others dropped.
+    # Threads of a failed save print as well: they may finish a line; later ones are dropped.
     stderr, sys.stderr = sys.stderr, io.StringIO()
     time.sleep(0.1)
     # Gin appends where a configurable was called from; the first line is ours.

@@ -90,7 +90,7 @@ def schedule(config: OptimizerConfig, step: jax.Array, total_steps: int) -> jax.
 
 
 def _decayed(params: Any) -> Any:
-    """True for matrices of the backbone: names of norms and biases tell the rest."""
+    """True for matrices of the backbone; norms and biases are told by their names."""
 
     def is_matrix(path: tuple, _) -> bool:
         names = [getattr(p, "key", "") for p in path]
@@ -100,7 +100,7 @@ def _decayed(params: Any) -> Any:
 
 
 def _labels(params: Any, config: OptimizerConfig) -> Any:
-    """What becomes of each parameter: a name of `make_optimizer`'s transformations."""
+    """Parameter -> the name of its transformation in `make_optimizer`."""
 
     def label(part: str) -> str:
         return "frozen" if part in config.frozen else part
@@ -115,7 +115,7 @@ def clip_scale(config: OptimizerConfig, grads: Any, step: jax.Array) -> tuple[ja
 
     Args:
         grads: by part; zero where a part is frozen (see `step.gradients`).
-        step: says which parts rest in an alternation: they have no share in the norm.
+        step: says which parts wait in an alternation: they have no share in the norm.
     """
     squares = {part: optax.tree.norm(g, squared=True) for part, g in grads.items()}
     if config.alternate_every:

@@ -1,0 +1,226 @@
+"""What `plan` reads from compiled programs, against counts by hand and the compiler's."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.planning.flops import flops
+from moe_jax.planning.hlo import Program, tuple_parts, type_bytes
+from moe_jax.planning.traffic import bytes_accessed, collectives
+
+# ------------------------------------------------------------------------------ text, by hand
+
+TPU = """
+HloModule jit_step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %add.1 = f32[]{:T(128)} add(%a, %b)
+}
+
+%start (p: bf16[100,4]) -> (bf16[100,4], bf16[100,64]) {
+  %p = bf16[100,4]{0,1:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[100,64]{0,1:T(8,128)(2,1)} all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}, frontend_attributes={chain_id="0"}
+  ROOT %mark = (bf16[100,4]{0,1}, bf16[100,64]{0,1}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (p: bf16[100,64]) -> bf16[100,64] {
+  %p.1 = bf16[100,64]{0,1:T(8,128)(2,1)} parameter(0)
+  %all-gather.2 = bf16[100,64]{0,1:T(8,128)(2,1)} all-gather(%p.1), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}, frontend_attributes={chain_id="0"}
+  ROOT %mark.1 = bf16[100,64]{0,1} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%condition (state: (s32[], f32[16,2])) -> pred[] {
+  %twelve = s32[]{:T(128)} constant(12)
+  %state = (s32[]{:T(128)}, f32[16,2]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %twelve), direction=LT
+}
+
+%body (state.1: (s32[], f32[16,2])) -> (s32[], f32[16,2]) {
+  %state.1 = (s32[]{:T(128)}, f32[16,2]{1,0:T(8,128)}) parameter(0)
+  %x = f32[16,2]{1,0:T(8,128)} get-tuple-element(%state.1), index=1
+  %all_to_all.3 = f32[16,2]{1,0:T(8,128)S(1)} all-to-all(%x), replica_groups={}, dimensions={0}
+  ROOT %out = (s32[]{:T(128)}, f32[16,2]{1,0:T(8,128)}) tuple(%i.1, %all_to_all.3)
+}
+
+ENTRY %main (arg: bf16[100,4], x: f32[16,2]) -> f32[16,2] {
+  %arg = bf16[100,4]{0,1:T(8,128)(2,1)} parameter(0)
+  %begun = (bf16[100,4]{0,1}, bf16[100,64]{0,1}) fusion(%arg), kind=kCustom, calls=%start
+  %part = bf16[100,64]{0,1} get-tuple-element(%begun), index=1
+  %ended = bf16[100,64]{0,1} fusion(%part), kind=kCustom, calls=%done
+  %initial = (s32[], f32[16,2]) tuple(%zero, %x.1)
+  %loop = (s32[]{:T(128)}, f32[16,2]{1,0:T(8,128)}) while(%initial), condition=%condition, body=%body
+  %reduced = (f32[10]{0:T(128)}, f32[]{:T(128)}) all-reduce(%u, %v), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%sum
+  %scattered = f32[5]{0:T(128)} reduce-scatter(%w), replica_groups=[2,4]<=[8], to_apply=%sum
+  ROOT %y = f32[16,2]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+ASYNC = """
+ENTRY main {
+  p = f32[8]{0} parameter(0)
+  gs = (f32[8]{0}, f32[32]{0}) all-gather-start(p), replica_groups={{0,1,2,3}}
+  gd = f32[32]{0} all-gather-done(gs)
+  ps = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(p), source_target_pairs={{0,1}}
+  pd = f32[8]{0} collective-permute-done(ps)
+  rs = f32[8]{0} all-reduce-start(p), replica_groups={}, to_apply=sum
+  rd = f32[8]{0} all-reduce-done(rs)
+  ss = ((f32[8]{0}), f32[2]{0}) reduce-scatter-start(p), replica_groups={{0,1,2,3}}
+  ROOT sd = f32[2]{0} reduce-scatter-done(ss)
+}
+"""
+
+
+def summary(text, devices):
+    found = collectives(Program(text), devices)
+    return {kind: (c.count, c.bytes, c.largest_bytes, c.wire_bytes) for kind, c in found.items()}
+
+
+def test_collectives_of_a_tpu_program():
+    """A chain of fusions is one all-gather; the loop's condition tells how often it runs."""
+    assert summary(TPU, 8) == {
+        "all-gather": (1, 12800, 12800, 12800 * 3 / 4),
+        "all-reduce": (1, 44, 44, 2 * 44 * 3 / 4),
+        "all-to-all": (12, 12 * 128, 128, 12 * 128 * 7 / 8),
+        "reduce-scatter": (1, 80, 80, 80 * 3 / 4),
+    }
+
+
+def test_collectives_that_start_and_end():
+    assert summary(ASYNC, 4) == {
+        "all-gather": (1, 128, 128, 96),
+        "all-reduce": (1, 32, 32, 2 * 32 * 3 / 4),
+        "collective-permute": (1, 32, 32, 32),
+        "reduce-scatter": (1, 32, 32, 24),
+    }
+
+
+def test_what_stays_on_the_chip_is_not_accessed():
+    program = Program(
+        """
+ENTRY main {
+  a = f32[100]{0:T(128)} parameter(0)
+  c = (f32[100]{0:T(128)S(1)}, f32[100]{0:T(128)}, u32[]{:S(2)}) copy-start(a)
+  d = f32[100]{0:T(128)S(1)} copy-done(c)
+  e = f32[100]{0:T(128)S(1)} negate(d)
+  ROOT f = f32[100]{0:T(128)} add(e, a)
+}
+"""
+    )
+    assert bytes_accessed(program) == 400 + 0 + 800
+
+
+def test_known_trip_counts_win_and_unknown_ones_are_told():
+    loop = """
+c {
+  s = (s32[]) parameter(0)
+  ROOT l = pred[] compare(s, n), direction=LT
+}
+
+b {
+  s = (s32[]) parameter(0)
+  ROOT r = f32[4] all-gather(s), replica_groups={}
+}
+
+ENTRY main {
+  p = (s32[]) parameter(0)
+  ROOT w = (s32[]) while(p), condition=c, body=b%s
+}
+"""
+    known = Program(loop % ', backend_config={"known_trip_count":{"n":"7"}}')
+    assert (known.runs["b"], known.unknown_loops) == (7, set())
+    unknown = Program(loop % "")
+    assert (unknown.runs["b"], unknown.unknown_loops) == (1, {"w"})
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("f32[8,4]{1,0}", 128), ("(bf16[3], s8[2]{0})", 8), ("pred[5]", 5), ("s4[3]", 2),
+    ("f8e4m3fn[6]", 6), ("token[]", 0), ("c64[2]", 16), ("f32[]", 4),
+])  # fmt: skip
+def test_bytes_of_a_type(text, size):
+    assert type_bytes(text) == size
+
+
+def test_parts_of_a_tuple():
+    assert tuple_parts("((f32[2,3]{1,0}, s32[]), u8[4])") == ["(f32[2,3]{1,0}, s32[])", "u8[4]"]
+    assert tuple_parts("f32[2,3]{1,0}") == ["f32[2,3]{1,0}"]
+
+
+# ------------------------------------------------------------------------------ compiled here
+
+
+def compiled(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def test_collectives_of_a_compiled_program():
+    """Once before and three times in a loop, on 8 devices."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def local(x_N, y_Nx4):
+        whole = jax.lax.all_gather(x_N, "x", tiled=True)
+
+        def add(total, _):
+            return jax.lax.psum(total, "x") * 0.5, None
+
+        total, _ = jax.lax.scan(add, y_Nx4, None, length=3)
+        return whole.sum() + jax.lax.psum_scatter(total, "x", tiled=True)
+
+    function = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"), check_vma=False
+    )
+    found = summary(compiled(function, (64,), (16, 4)).as_text(), 8)
+    assert found == {
+        "all-gather": (1, 256, 256, 256 * 7 / 8),
+        "all-reduce": (3, 3 * 256, 256, 3 * 2 * 256 * 7 / 8),
+        "reduce-scatter": (1, 256, 256, 256 * 7 / 8),
+    }
+
+
+def test_bytes_accessed_without_loops_are_what_the_compiler_counts():
+    program = compiled(lambda x, w, v: jnp.tanh(x @ w) @ v, (64, 128), (128, 256), (256, 32))
+    wanted = program.cost_analysis()["bytes accessed"]
+    assert bytes_accessed(Program(program.as_text())) == pytest.approx(wanted, rel=0.05)
+
+
+def test_bytes_accessed_of_a_loop_are_those_of_its_slices():
+    """Ten matrices of a stack are read, one in each iteration, and ten rows are written."""
+
+    def function(x, w_L):
+        return jax.lax.scan(lambda x, w: (x @ w, x @ w), x, w_L)[1]
+
+    program = compiled(function, (1, 256), (10, 256, 256))
+    matrices = 10 * 256 * 256 * 4
+    found = bytes_accessed(Program(program.as_text()))
+    # A slice may be copied before it is multiplied with: read, written, read.
+    assert matrices <= found <= 3.2 * matrices
+    # The compiler counts the loop's body once.
+    assert program.cost_analysis()["bytes accessed"] < matrices
+
+
+def test_flops_count_loops_and_what_is_computed_again():
+    def layers(x, w_L, remat):
+        def body(x, w):
+            return jnp.sin(x @ w), None
+
+        return jax.lax.scan(jax.checkpoint(body) if remat else body, x, w_L)[0].sum()
+
+    x, w_L = jnp.zeros((4, 8)), jnp.zeros((5, 8, 8))
+    one = 5 * 2 * 4 * 8 * 8  # forward; backward takes two more
+    assert flops(lambda x, w: layers(x, w, False), x, w_L) == one
+    assert flops(jax.grad(lambda x, w: layers(x, w, False), (0, 1)), x, w_L) == 3 * one
+    assert flops(jax.grad(lambda x, w: layers(x, w, True), (0, 1)), x, w_L) == 4 * one
+
+
+def test_flops_are_one_devices():
+    mesh = jax.make_mesh((4, 2), ("x", "model"), axis_types=(AxisType.Auto,) * 2)
+    function = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"),
+        axis_names={"x"}, check_vma=False,
+    )  # fmt: skip
+    assert flops(jax.jit(function), jnp.zeros((8, 6)), jnp.zeros((6, 10))) == 2 * 8 * 6 * 10 / 8

@@ -1,8 +1,8 @@
 """Batches from the prepared cache, through Grain.
 
-Training batch b is a pure function of the arguments and b: a schedule says which task each group
-is of and how many groups of that task came before; the task's epoch plans say which examples its
-rows hold. So any batch can be read at once, the state to save is an index, resuming is exact, and the
+Training batch b is a pure function of the arguments and b: a schedule says which task each group is
+of and how many groups of that task came before; the task's epoch plans say which examples its rows
+hold. So any batch can be read at once, the state to save is an index, resuming is exact, and the
 batches of P processes put together are those of one process.
 """
 

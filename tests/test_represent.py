@@ -20,6 +20,7 @@ from toy_run import (
 )
 from toy_run import tiny_params as fresh_params
 
+import moe_jax.represent  # noqa: F401  which makes its settings known to gin
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
 from moe_jax.data.representations import Representations

@@ -16,8 +16,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import contextlib
 from pathlib import Path
 
-# PyTorch's default wheels bring Triton. It crashes the process if TensorFlow was imported first.
+# TensorFlow's libraries are loaded after those of PyTorch's default wheels, if these are installed.
+# Otherwise importing Triton crashes the process, and PyTorch warns that CUDA is broken.
 with contextlib.suppress(ImportError):
+    import torch  # noqa: F401
     import triton  # noqa: F401
 
 import gin

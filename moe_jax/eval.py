@@ -9,12 +9,11 @@ file that `represent` made (eval.representations=FILE).
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from moe_jax.core.errors import check_fields
+from moe_jax.core.configuration import Configuration, Examples, Name, Names
 from moe_jax.core.sharding import make_mesh
 from moe_jax.evaluation.evaluator import Evaluator, TaskScore, mean_score, write_scores
 from moe_jax.model.task_moe import parameter_shardings
@@ -25,7 +24,7 @@ from moe_jax.runs.mixtures import prepare_mixtures
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Configuration, called="eval"):
     """Settings of this command.
 
     Attributes:
@@ -35,16 +34,13 @@ class EvalConfig:
         representations: file with those of the tasks that the model was not trained on.
     """
 
-    split: str = "test"
-    examples: int | None = None
-    mixtures: Sequence[str] = ()
-    representations: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "eval")
+    split: Name = "test"
+    examples: Examples = None
+    mixtures: Names = ()
+    representations: Name | None = None
 
 
-configurables.register(EvalConfig, "eval")
+configurables.register(EvalConfig)
 
 
 def evaluate(config: Config, settings: EvalConfig) -> None:

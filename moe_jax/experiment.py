@@ -16,17 +16,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.configuration import Configuration, Examples, Text
+from moe_jax.core.errors import UserError
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import RunConfig
 
 DONE = "done.json"
+Setting = Annotated[str, Text(0, 4096)]
 
 
 @dataclasses.dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(Configuration, called="experiment"):
     """Settings of this command.
 
     Attributes:
@@ -41,20 +44,17 @@ class ExperimentConfig:
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
     """
 
-    model: str = ""
-    dense: str = ""
-    stage1: str = ""
-    stage2: str = ""
-    finetune: str = ""
-    unseen: str = ""
+    model: Setting = ""
+    dense: Setting = ""
+    stage1: Setting = ""
+    stage2: Setting = ""
+    finetune: Setting = ""
+    unseen: Setting = ""
     stage2_from_dense: bool = False
-    eval_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "experiment")
+    eval_examples: Examples = None
 
 
-configurables.register(ExperimentConfig, "experiment")
+configurables.register(ExperimentConfig)
 
 
 def experiment(run: RunConfig, settings: ExperimentConfig) -> None:

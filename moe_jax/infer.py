@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, check_fields, nearest
+from moe_jax.core.configuration import Configuration, Name
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
 from moe_jax.evaluation.evaluator import Evaluator, route_json
@@ -30,7 +31,7 @@ from moe_jax.runs.mixtures import prepare_mixtures
 
 
 @dataclasses.dataclass(frozen=True)
-class InferConfig:
+class InferConfig(Configuration, called="infer"):
     """Settings of this command.
 
     Attributes:
@@ -40,16 +41,13 @@ class InferConfig:
         representations: file with that of the task, if the model was not trained on it.
     """
 
-    task: str | None = None
-    input: str = "-"
-    output: str = "-"
-    representations: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "infer")
+    task: Name | None = None
+    input: Name = "-"
+    output: Name = "-"
+    representations: Name | None = None
 
 
-configurables.register(InferConfig, "infer")
+configurables.register(InferConfig)
 
 
 def infer(config: Config, settings: InferConfig) -> None:

@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, sharding."""
+"""What every room uses: errors, configurations, files, sharding."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.configuration import Configuration, Range
+from moe_jax.core.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "model")
 # Groups, the leading axis of a batch, are spread over these.
@@ -46,7 +47,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Configuration):
     """Sizes of the mesh axes.
 
     Attributes:
@@ -56,16 +57,10 @@ class MeshConfig:
         model: parts that heads, hidden units and the vocabulary are cut into, in computing too.
     """
 
-    data: int = 0
-    fsdp: int = 1
-    expert: int = 1
-    model: int = 1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for axis in MESH_AXES:
-            if getattr(self, axis) < (0 if axis == "data" else 1):
-                raise UserError(f"MeshConfig.{axis} is {getattr(self, axis)}, below its minimum")
+    data: Annotated[int, Range(0, 2**20)] = 0
+    fsdp: Annotated[int, Range(1, 2**20)] = 1
+    expert: Annotated[int, Range(1, 2**20)] = 1
+    model: Annotated[int, Range(1, 2**20)] = 1
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:

@@ -16,20 +16,20 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import sentencepiece
 import tokenizers
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.configuration import Configuration, Range, Text
+from moe_jax.core.errors import UserError
 from moe_jax.data import tokenizer_files
 from moe_jax.data.tokenizer_files import TOKENIZER
 
 DIRECTORY = "vocabulary"  # of a model directory: a copy of the prepared vocabulary
 FILE = "vocabulary.json"
 MODEL = "sentencepiece.model"
-KINDS = ("sentencepiece", "tokenizers", "bytes", "seqio", "task")
 # Training text is capped so that `prepare` stays quick; BPE takes about 0.4 s per megabyte.
 MAX_TEXTS = 200_000
 MAX_CHARACTERS = 8_000_000
@@ -40,7 +40,7 @@ NORMALISATION = "D A\tA\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class VocabularyConfig:
+class VocabularyConfig(Configuration):
     """Which vocabulary tokenises a run's tasks.
 
     Attributes:
@@ -56,19 +56,15 @@ class VocabularyConfig:
         extra_ids: sentinel tokens at the end of the vocabulary, counted in `Vocabulary.size`.
     """
 
-    kind: str = "sentencepiece"
-    size: int = 4096
-    trained_on: str = ""
-    path: str = ""
-    factory: str = ""
-    extra_ids: int = 0
+    kind: Literal["sentencepiece", "tokenizers", "bytes", "seqio", "task"] = "sentencepiece"
+    size: Annotated[int, Range(1, 2**24)] = 4096
+    trained_on: Annotated[str, Text(0, 4096)] = ""
+    path: Annotated[str, Text(0, 4096)] = ""
+    factory: Annotated[str, Text(0, 4096)] = ""
+    extra_ids: Annotated[int, Range(0, 2**16)] = 0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            hint = nearest(self.kind, KINDS)
-            raise UserError(f"VocabularyConfig.kind is {self.kind!r}, not one of {KINDS}{hint}")
-        if not isinstance(self.trained_on, str):
-            raise UserError(f"VocabularyConfig.trained_on is one name, not {self.trained_on!r}")
+        super().__post_init__()
         if (self.kind == "seqio") != bool(self.factory):
             raise UserError("VocabularyConfig.factory goes with kind='seqio', and only with it")
         if self.kind == "tokenizers" and not self.path:

@@ -50,7 +50,7 @@ class Evaluator:
         decoding: how; greedy when None.
 
     Raises:
-        UserError: `DecodingConfig.max_length` is beyond the model's positions.
+        UserError: inputs or answers are longer than the model's positions.
     """
 
     def __init__(
@@ -68,11 +68,7 @@ class Evaluator:
         self.rows = rows
         decoding = decoding or DecodingConfig()
         length = decoding.max_length or lengths["targets"]
-        if model.config.family.positions == "learned" and length > model.config.max_positions:
-            raise UserError(
-                f"DecodingConfig.max_length is {length}, but ModelConfig.max_positions "
-                f"{model.config.max_positions}"
-            )
+        model.config.check_lengths(**lengths, answers=length)
         ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
         spread = rows % group_shards(mesh) == 0
         self._by_row = NamedSharding(mesh, P(GROUP_AXES) if spread else P())

@@ -103,7 +103,10 @@ def write_initial(
         vocabulary.write_vocabulary(new / vocabulary.DIRECTORY, own.settings, own.contents)
         vocabulary_config = VocabularyConfig(kind="tokenizers", path=os.path.abspath(out))
         only.append(VocabularyConfig)
-    data = DataConfig(lengths=_LENGTHS, vocabulary=vocabulary_config)
+    lengths = _LENGTHS
+    if config.family.positions == "learned":
+        lengths = {name: min(n, config.max_positions) for name, n in _LENGTHS.items()}
+    data = DataConfig(lengths=lengths, vocabulary=vocabulary_config)
     # The rest is left to the run that starts from here.
     directory.write_config(new, Config(RunConfig(), data, config), only, ["DataConfig.lengths"])
 

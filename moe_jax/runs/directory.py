@@ -7,13 +7,13 @@ can be given as --gin_file. Reading needs no gin and imports nothing that the fi
 import ast
 import dataclasses
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError
+from moe_jax.core.configuration import Configuration, hints
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import vocabulary
 from moe_jax.runs.config import BASE_BINDINGS, Config
 
@@ -42,8 +42,8 @@ def root(path: str | Path) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
-def config_lines(config: Any) -> Lines:
-    """Every setting in a tree of dataclasses, as `ModelConfig.d_model` -> 64."""
+def config_lines(config: Configuration) -> Lines:
+    """Every setting in a tree of configurations, as `ModelConfig.d_model` -> 64."""
     lines: Lines = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -52,28 +52,37 @@ def config_lines(config: Any) -> Lines:
         else:
             value = dict(value) if isinstance(value, Mapping) else value
             value = tuple(value) if isinstance(value, list) else value
-            lines[f"{type(config).__name__}.{field.name}"] = value
+            lines[f"{config.called}.{field.name}"] = value
     return lines
 
 
-def config_from(cls: type, lines: Lines, source: Any) -> Any:
-    """The dataclass that `config_lines` describes; what the lines lack has its default.
+def config_from(cls: type[Configuration], lines: Lines, source: Any) -> Any:
+    """The configuration that `config_lines` describes; what the lines lack has its default.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a setting that is not there, or a value that cannot be.
     """
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for field in dataclasses.fields(cls):
-        name = f"{cls.__name__}.{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = config_from(hints[field.name], lines, source)
-        elif name in lines:
-            values[field.name] = lines[name]
-    try:
+    known: list[str] = []
+
+    def made(cls: type[Configuration]) -> Configuration:
+        values = {}
+        for field, hint in hints(cls).items():
+            name = f"{cls.called}.{field}"
+            if dataclasses.is_dataclass(hint):
+                values[field] = made(hint)
+            elif name in lines:
+                values[field] = lines[name]
+            known.append(name)
         return cls(**values)
+
+    try:
+        result = made(cls)
     except UserError as e:
         raise UserError(f"{source}: {e}") from e
+    for name in lines:
+        if name not in known:
+            raise UserError(f"{source}: there is no setting {name!r}{nearest(name, known)}")
+    return result
 
 
 def gin_text(lines: Lines) -> str:

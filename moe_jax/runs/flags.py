@@ -62,7 +62,7 @@ def run(
 
     Args:
         config: the dataclass of the run's configuration, made from gin's bindings.
-        settings: the dataclass of the command's own settings, if it has some; registered by
+        settings: that of the command's own settings, if it has some; registered by
             `configurables.register`.
         from_model_dir: starts from the configuration of the run in MODEL_DIR, so that flags need
             say only what differs.
@@ -93,7 +93,7 @@ def run(
 
 def _help(config: type, settings: type | None) -> str:
     """The command's docstring, its flags, and the settings that it reads."""
-    own = [] if settings is None else help.settings(settings, configurables.name_of(settings))
+    own = [] if settings is None else help.settings(settings)
     return "\n".join(
         [
             (sys.modules["__main__"].__doc__ or "").strip(),

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import by_group, group_shards, make_mesh
+from moe_jax.core.sharding import by_group, make_mesh
 from moe_jax.data.pipeline import train_batches
 from moe_jax.evaluation.evaluator import Evaluator, mean_score, tasks_with_split, write_routes
 from moe_jax.kernels import memory
@@ -47,11 +47,7 @@ def train(config: Config) -> None:
     vocabulary = mixture.vocabulary
     model = build_model(config.model, config.router, vocabulary.size, len(tasks))
     mesh = make_mesh(config.mesh)
-    if data.groups % group_shards(mesh):
-        raise UserError(
-            f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} rows: "
-            f"no multiple of the mesh's {group_shards(mesh)} data shards"
-        )
+    config.check_groups(mesh)
     if run.eval_period:
         tasks_with_split(mixture, run.eval_split)
     with jax.set_mesh(mesh):

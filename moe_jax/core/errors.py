@@ -1,6 +1,7 @@
 """Errors that a user can mend: one clear line, no traceback."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -12,3 +13,8 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     """Returns a hint such as `; did you mean 'a' or 'b'?`, or '' when nothing is near."""
     near = difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def say(text: str) -> None:
+    """One line of news for the user, on standard error: what a command prints is for programs."""
+    print(text, file=sys.stderr, flush=True)

@@ -181,7 +181,7 @@ class RouterConfig(Configuration):
     temperature: Temperature = 1.0
     temperature_schedule: Literal["exponential", "linear", "constant"] = "exponential"
     temperature_rate: Annotated[float, Range(0, 1e6)] = 0.0
-    temperature_floor: Temperature = 0.1
+    temperature_floor: Annotated[float, Range(1e-6, 1e6)] = 0.1
     exploration_epsilon: Share = 0.0
     exploration_route: Literal["one_hot", "uniform"] = "one_hot"
     seed: Seed = 0

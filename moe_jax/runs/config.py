@@ -171,7 +171,7 @@ class RunConfig(Configuration):
     eval_split: Name = "validation"
     eval_examples: Examples = 32
     eval_batch_rows: Rows = 32
-    keep_checkpoints: Annotated[int, Range(1, 10_000)] = 1
+    keep_checkpoints: Annotated[int, Range(1, 10_000)] = 2
     extensions: Name | Names = ()
     seed: Seed = 0
 

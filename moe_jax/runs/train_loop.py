@@ -74,9 +74,11 @@ def train(config: Config) -> None:
         params = initial_params(model, run, tasks, sharding.params)
         checkpoints = Checkpoints(model_dir, run.keep_checkpoints)
         state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
-        start = checkpoints.latest() or 0
-        if start:
-            state, meta = checkpoints.restore(start, state)
+        start = 0
+        found = checkpoints.restore_latest(state)
+        if found is not None:
+            state, meta = found
+            start = meta["step"]
             if meta["tasks"] != tasks:
                 raise UserError(f"{model_dir} was trained on another task table")
             if meta["data"] != mixture.fingerprint:

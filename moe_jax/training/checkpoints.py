@@ -1,16 +1,21 @@
 """Checkpoints of a run: parameters, optimizer, data position and what they belong to (Orbax)."""
 
+import contextlib
+import itertools
 import logging
 import os
 import re
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from jax.experimental import multihost_utils
 
+from moe_jax.core import checksums, errors, files
 from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params, add_noise
@@ -19,6 +24,12 @@ from moe_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
 SCORE = "mean_score"
+SEALED = "sealed"  # of the meta data: there are checksums beside them
+_DAMAGED = ".damaged"
+_OLD = ".old"  # is being removed
+_LEFT = re.compile(rf"\d+({re.escape(_OLD)}|\.orbax-checkpoint-tmp.*)")
+# What Orbax writes to a checkpoint's directory after it is finalised; nothing reads it.
+_CHANGING = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def _quiet() -> None:
@@ -26,37 +37,52 @@ def _quiet() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
+class _SealingHandler(ocp.CompositeCheckpointHandler):
+    """Adds checksums when all processes have written, before the directory gets its name."""
+
+    notes: Any = None
+
+    def finalize(self, directory: Any) -> None:
+        super().finalize(directory)
+        checksums.seal(Path(directory), self.notes, without=_CHANGING)
+
+
+@ocp.args.register_with_handler(_SealingHandler, for_save=True, for_restore=True)
+class _Items(ocp.args.Composite):
+    """What is saved and restored of a checkpoint."""
+
+
 class Checkpoints:
     """The checkpoints of one model directory: the latest ones and the best by dev score.
 
-    A checkpoint is whole or absent: Orbax writes to a temporary directory and renames it.
+    A checkpoint is whole or absent: Orbax writes to a temporary directory, the checksums of its
+    files are added, and then it gets its name. One that is damaged later is set aside: it is
+    called `STEP.damaged`, and the one before is taken.
+
+    Args:
+        keep: how many of the latest ones.
     """
 
-    def __init__(self, model_dir: str | Path, keep: int = 1):
+    def __init__(self, model_dir: str | Path, keep: int = 2):
         _quiet()
         self.directory = Path(model_dir).absolute() / DIRECTORY
-        policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics[SCORE],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+        self._keep = keep
+        self._handler = _SealingHandler(
+            params=ocp.StandardCheckpointHandler(),
+            optimizer=ocp.StandardCheckpointHandler(),
+            meta=ocp.JsonCheckpointHandler(),
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            # Temporary directories are what a killed run was writing.
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=True
-            ),
-            item_names=("params", "optimizer", "meta"),
-        )
+        self._checkpointer = ocp.AsyncCheckpointer(self._handler)
+        if jax.process_index() == 0:
+            with _failing(f"cannot write {self.directory}"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for left in self.directory.iterdir():  # by a run that was killed
+                    if _LEFT.fullmatch(left.name):
+                        shutil.rmtree(left)
 
     def latest(self) -> int | None:
         """Step of the latest checkpoint."""
-        return self._manager.latest_step()
+        return max(steps(self.directory), default=None)
 
     def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
         """Starts saving; the arrays may be donated as soon as this returns.
@@ -64,29 +90,84 @@ class Checkpoints:
         Args:
             meta: JSON; the data iterator's state and what the parameters belong to.
             score: mean dev score, if it was measured at this step.
+
+        Raises:
+            UserError: this one, or the one before, cannot be written.
         """
+        self.wait()
         step = int(state.step)
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
+        meta = {**meta, "step": step, "shapes": parameter_shapes(state.params), SEALED: True}
+        self._handler.notes = {SCORE: score}
+        with _failing(f"cannot save to {self.directory}"):
+            self._checkpointer.save(
+                self.directory / str(step),
+                args=_Items(
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(state.opt_state),
-                    meta=ocp.args.JsonSave(
-                        {**meta, "step": step, "shapes": parameter_shapes(state.params)}
-                    ),
+                    meta=ocp.args.JsonSave(meta),
                 ),
-                metrics=None if score is None else {SCORE: score},
             )
-        except Exception as e:  # OSError or whatever TensorStore makes of a full disk
-            raise UserError(f"cannot save to {self.directory}: {_reason(e)}") from e
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as e:  # OSError or whatever TensorStore makes of a full disk
-            raise UserError(f"cannot save to {self.directory}: {_reason(e)}") from e
+        """Returns when everything is on disk, and what is not kept is gone.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with _failing(f"cannot save to {self.directory}"):
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                self._tidy()
+
+    def _tidy(self) -> None:
+        """Removes all but the latest ones and the best."""
+        found = sorted(steps(self.directory))
+        scores = {step: _score(self.directory / str(step)) for step in found}
+        scored = [step for step in found if scores[step] is not None]
+        kept = {*found[-self._keep :], *sorted(scored, key=scores.get)[-1:]}
+        for step in found:
+            if step not in kept:
+                old = self.directory / f"{step}{_OLD}"
+                (self.directory / str(step)).rename(old)
+                shutil.rmtree(old)
+
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the latest whole checkpoint; those that are damaged are set aside, and said.
+
+        Args:
+            like: a state of the wanted shapes and shardings.
+
+        Returns:
+            (state, meta data); None where there is no checkpoint.
+
+        Raises:
+            UserError: a parameter has another shape (the first one is named), or no checkpoint is
+                whole.
+        """
+        step = 0
+        if jax.process_index() == 0:
+            step = self._whole() or 0
+        if jax.process_count() > 1:  # all processes take the same one
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step < 0:
+            raise UserError(
+                f"no checkpoint in {self.directory} is whole: they were set aside as *{_DAMAGED};"
+                " give another MODEL_DIR, or remove them to begin anew"
+            )
+        return self.restore(step, like) if step else None
+
+    def _whole(self) -> int | None:
+        """The latest step whose checkpoint is whole; -1 where all are damaged."""
+        for step in sorted(steps(self.directory), reverse=True):
+            place = self.directory / str(step)
+            problem = damage(place)
+            if problem is None:
+                return step
+            aside = _free(place.with_name(f"{step}{_DAMAGED}"))
+            with _failing(f"cannot rename {place}"):
+                place.rename(aside)
+            _say(f"damaged checkpoint set aside as {aside}: {problem}")
+        return -1 if any(self.directory.glob(f"*{_DAMAGED}*")) else None
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores a state of the shapes and shardings of `like`, and its meta data.
@@ -106,10 +187,66 @@ class Checkpoints:
         return state, meta
 
     def _restore(self, step: int, **items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as e:  # whatever a damaged file makes Orbax raise
-            raise UserError(f"cannot restore {self.directory}/{step}: {_reason(e)}") from e
+        place = self.directory / str(step)
+        with _failing(f"cannot restore {place}"):
+            return self._checkpointer.restore(place, args=_Items(**items))
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Context: whatever is raised becomes a UserError of one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # OSError, or whatever TensorStore makes of a full disk, a damaged file
+        raise UserError(f"{what}: {_reason(e)}") from e
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        errors.say(text)
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a directory `checkpoints`, in no order."""
+    if not directory.is_dir():
+        return []
+    return [int(path.name) for path in directory.iterdir() if re.fullmatch(r"\d+", path.name)]
+
+
+def damage(place: Path, parts: Sequence[str] = ("",)) -> str | None:
+    """What is wrong with a checkpoint, in words that name the file; None where nothing is.
+
+    One that was written before there were checksums is taken as it is, and that is said.
+
+    Args:
+        parts: what its files' names begin with that are to be read.
+    """
+    if checksums.is_sealed(place):
+        return checksums.damage(place, parts)
+    try:
+        meta = files.read_json(place / "meta" / "metadata")
+    except UserError as e:
+        return str(e)
+    if not isinstance(meta, dict) or SEALED in meta:
+        return f"{place / checksums.FILE} is missing"
+    _say(f"{place} has no checksums: it was written by an earlier version, and is read as it is")
+    return None
+
+
+def _score(place: Path) -> float | None:
+    """The mean dev score at a checkpoint, where there is one."""
+    try:
+        return checksums.read_notes(place)[SCORE]
+    except UserError:  # written by an earlier version; or damaged, which is said when it is read
+        return None
+
+
+def _free(path: Path) -> Path:
+    """A path that is not taken: this one, or with a number after it."""
+    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(2)))
+    return next(place for place in map(path.with_name, names) if not place.exists())
 
 
 def _reason(error: Exception) -> str:
@@ -131,32 +268,41 @@ def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], sour
 def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict[str, Any]]:
     """Parameters (NumPy) and meta data of a model directory or one of its checkpoints.
 
+    Says which step it reads. A damaged checkpoint is left where it is (a run may be at work), and
+    the one before is read, unless the path or `step` names it.
+
     Args:
         path: MODEL_DIR, MODEL_DIR/checkpoints or MODEL_DIR/checkpoints/STEP.
         step: which checkpoint; the latest when None and `path` names none.
 
     Raises:
-        UserError: there is no checkpoint, or it cannot be read.
+        UserError: there is no checkpoint that is whole, or it cannot be read.
     """
     _quiet()
     path = Path(path).absolute()
     if path.name.isdigit() and (path / "params").is_dir():
-        step, directory = int(path.name), path.parent
+        directory, step = path.parent, int(path.name)
     else:
         directory = path if path.name == DIRECTORY else path / DIRECTORY
-        found = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
-        if not found:
-            raise UserError(f"no checkpoint in {path}")
-        step = max(found) if step is None else step
-    try:
-        meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory / str(step) / "meta")
+    found = sorted(steps(directory), reverse=True) if step is None else [step]
+    for step in found:
+        place = directory / str(step)
+        problem = damage(place, ("params/", "meta/"))
+        if problem is None:
+            break
+        if step == found[-1]:
+            raise UserError(f"cannot restore {place}: {problem}")
+        _say(f"checkpoint {step} is damaged: {problem}")
+    else:
+        raise UserError(f"no checkpoint in {path}")
+    with _failing(f"cannot restore {place}"):
+        meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(place / "meta")
         checkpointer = ocp.PyTreeCheckpointer()
-        place = directory / str(step) / "params"
-        tree = checkpointer.metadata(place).item_metadata.tree
+        tree = checkpointer.metadata(place / "params").item_metadata.tree
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return merge_heads(checkpointer.restore(place, restore_args=args)), meta
-    except Exception as e:  # see `Checkpoints._restore`
-        raise UserError(f"cannot restore {directory}/{step}: {_reason(e)}") from e
+        params = merge_heads(checkpointer.restore(place / "params", restore_args=args))
+    _say(f"read {place}")
+    return params, meta
 
 
 def merge_heads(params: Params) -> Params:

@@ -60,8 +60,7 @@ class Start:
             selection=run.model.selection.settled or run.model.selection.name,
             exploration_epsilon=0.0,
             temperature=float(temperature_at(run.model.router_config, run.step)),
-            temperature_rate=0.0,
-            temperature_floor=0.0,
+            temperature_schedule="constant",
         )
         self._trained = run.model.clone(router_config=router)
         if self.tune == "free_route":

@@ -1,0 +1,105 @@
+"""Checksums of a directory's files: written when it is complete, compared when it is read."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+
+FILE = "checksums.json"
+_THREADS = 4  # hashing leaves Python's lock
+
+
+def of_bytes(data: bytes) -> str:
+    """The checksum of what a file holds."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def of_file(path: str | os.PathLike) -> str:
+    """The checksum of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def seal(directory: Path, notes: Any = None, without: Iterable[str] = ()) -> None:
+    """Writes the checksums of all files below a directory, and notes with a checksum of their own.
+
+    Args:
+        notes: a JSON value.
+        without: names of files that may still change.
+
+    Raises:
+        UserError: the file cannot be written.
+        OSError: a file cannot be read.
+    """
+    names = [name for name in _names(directory) if name not in without]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = pool.map(of_file, (directory / name for name in names))
+        content = {"files": dict(zip(names, sums, strict=True)), "notes": notes}
+    files.write_json(directory / FILE, content | {"self": _of_content(content)})
+
+
+def is_sealed(directory: Path) -> bool:
+    """Whether there are checksums."""
+    return (directory / FILE).exists()
+
+
+def read_notes(directory: Path) -> Any:
+    """The notes of a sealed directory.
+
+    Raises:
+        UserError: the checksums cannot be read, or are not what was written.
+    """
+    return _read(directory)["notes"]
+
+
+def damage(directory: Path, below: Iterable[str] = ("",)) -> str | None:
+    """What is wrong with a sealed directory, in words that name the file; None where nothing is.
+
+    Args:
+        below: only files whose names begin so are compared.
+    """
+    try:
+        sums = _read(directory)["files"]
+    except UserError as e:
+        return str(e)
+    names = [name for name in sums if name.startswith(tuple(below))]
+
+    def problem(name: str) -> str | None:
+        try:
+            differs = of_file(directory / name) != sums[name]
+        except OSError as e:
+            return f"{directory / name} cannot be read: {e.strerror or e}"
+        return f"{directory / name} is not what was written: its checksum differs" * differs
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return next(filter(None, pool.map(problem, names)), None)
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / FILE
+    content = files.read_json(path)
+    if isinstance(content, dict) and content.keys() == {"files", "notes", "self"}:
+        own = content.pop("self")
+        if own == _of_content(content):
+            return content
+    raise UserError(f"{path} is not what was written")
+
+
+def _of_content(content: Any) -> str:
+    return of_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def _names(directory: Path) -> Iterator[str]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != FILE:
+            yield path.relative_to(directory).as_posix()

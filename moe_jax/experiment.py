@@ -11,14 +11,13 @@ stopped. Macros given on this command line are given to every stage that has a g
 import dataclasses
 import hashlib
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from moe_jax.core import files
+from moe_jax.core import files, processes
 from moe_jax.core.configuration import Configuration, Examples, Text
 from moe_jax.core.errors import UserError
 from moe_jax.runs import configurables, flags
@@ -70,7 +69,11 @@ def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
                 "--gin_file=experiments/quickstart.gin"
             )
     run.require("model_dir")
-    root = Path(run.model_dir)
+    with processes.lock(run.model_dir):
+        _run_stages(Path(run.model_dir), settings)
+
+
+def _run_stages(root: Path, settings: ExperimentConfig) -> None:
     begin = time.perf_counter()
     at = {name: str(root / name) for name in ("dense", "stage1", "stage2", "few_shot", "report")}
     stages = Stages(root, settings.model)
@@ -145,7 +148,7 @@ class Stages:
 
     @staticmethod
     def _call(command: Sequence[str], name: str) -> None:
-        code = subprocess.run(command).returncode
+        code = processes.call(command)
         if code:
             raise UserError(f"{name} failed with exit code {code}: see above")
 

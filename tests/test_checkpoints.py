@@ -58,7 +58,9 @@ def same(a, b):
 def saved(directory, steps=(5,), scores=(), keep=1):
     checkpoints = Checkpoints(directory, keep)
     for step, score in itertools.zip_longest(steps, scores):
-        checkpoints.save(state(step, seed=step), META, score)
+        checkpoints.save(state(step, seed=step), META)
+        if score is not None:
+            checkpoints.scores[step] = score
     checkpoints.wait()
     return checkpoints
 
@@ -91,13 +93,6 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert kept(tmp_path / "b") == {2, 3, 4}
     saved(tmp_path / "c", [1, 2, 3])
     assert kept(tmp_path / "c") == {3}
-    # The best one is known when another process goes on, too.
-    again = Checkpoints(tmp_path / "a", keep=1)
-    again.save(state(6, seed=6), META, 0.5)
-    again.wait()
-    assert kept(tmp_path / "a") == {2, 6}
-    shutil.rmtree(tmp_path / "a" / "checkpoints" / "6")
-    saved(tmp_path / "a", [5], keep=2)
     for path in (tmp_path / "a" / "checkpoints" / "2", tmp_path / "a"):
         step = 2 if path.name == "2" else 5
         assert same(load_params(path)[0], state(seed=step).params)
@@ -160,7 +155,7 @@ def check_damaged(directory: Path, step: Path, name: Path, damage: str, capsys) 
             said.count("\n") == 1 and str(name) in said and f"{copy}/checkpoints/6.damaged" in said
         )
         assert files_below(copy / "checkpoints" / "6.damaged")  # set aside, not deleted
-        checkpoints.save(state(6, seed=6), META, None)  # goes on
+        checkpoints.save(state(6, seed=6), META)  # goes on
         checkpoints.wait()
         assert Checkpoints(copy).restore_latest(state())[1]["step"] == 6
     shutil.rmtree(copy)
@@ -229,7 +224,7 @@ from moe_jax.runs import flags
 checkpoints = Checkpoints(Path(sys.argv[2]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
 try:
-    checkpoints.save(state(6), META, None)
+    checkpoints.save(state(6), META)
     checkpoints.wait()
 except UserError as e:
     flags.fail(e)
@@ -248,7 +243,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_the_last_checkpoint(tmp_path)
     again = Checkpoints(tmp_path)
     assert again.latest() == 5
     assert same(again.restore(5, state())[0], state(5, seed=5))
-    again.save(state(6, seed=6), META, None)
+    again.save(state(6, seed=6), META)
     again.wait()
     assert kept(tmp_path) == {5, 6}
 
@@ -259,7 +254,7 @@ def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
     (tmp_path / "left").rename(tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 5
-    checkpoints.save(state(6, seed=6), META, None)
+    checkpoints.save(state(6, seed=6), META)
     checkpoints.wait()
     assert kept(tmp_path) == {5, 6}
     assert same(load_params(tmp_path)[0], state(seed=6).params)

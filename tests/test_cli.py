@@ -2,12 +2,15 @@
 
 import dataclasses
 import importlib
+import os
 import re
+import socket
 
 import pytest
-from toy_run import bindings, start
+from toy_run import bindings, flags_of, start
 
 from moe_jax.core.errors import UserError
+from moe_jax.core.processes import lock
 from moe_jax.model.config import ModelConfig
 from moe_jax.runs import configurables, flags, help
 from moe_jax.runs.config import BASE_BINDINGS, Config, DataConfig, FewShotConfig, RunConfig
@@ -152,6 +155,27 @@ def test_every_program_ends_bad_input_in_one_line(tmp_path):
     lines = bindings(tmp_path / "run", MIXTURE_OR_TASK_NAME="toy_trian")
     process = start("train", [f"--gin_bindings={line}" for line in lines])
     assert "'toy_trian'" in (line := one_error_line(process)) and "'toy_train'" in line
+
+
+def test_a_directory_in_which_another_process_works(tmp_path):
+    names = ("train", "finetune", "experiment")
+    settings = {
+        "finetune": {"DENSE_DIR": "x"},
+        "experiment": {
+            f"experiment.{name}": name
+            for name in ("model", "dense", "stage1", "stage2", "finetune", "unseen")
+        },
+    }
+    with lock(tmp_path):
+        started = {
+            name: start(name, flags_of(bindings(tmp_path, **settings.get(name, {}))))
+            for name in names
+        }
+        for process in started.values():
+            line = one_error_line(process)
+            assert (
+                f"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}" in line
+            )
 
 
 # ------------------------------------------------------------------------------ help

@@ -49,7 +49,7 @@ class Tokens:
 def learned():
     """(model, parameters, losses, mesh) after training on TARGETS, packed."""
     model = tiny_model(
-        tasks=2, experts=2, d_model=32, temperature=2.0, temperature_rate=0.02,
+        tasks=2, experts=2, d_model=32, max_positions=48, temperature=2.0, temperature_rate=0.02,
     )  # fmt: skip
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     config = OptimizerConfig(

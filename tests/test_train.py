@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import socket
 import time
@@ -62,24 +63,35 @@ def test_a_training_process_imports_no_tensorflow(whole):
 
 
 def test_killed_runs_go_on_exactly(whole, tmp_path):
-    """SIGKILL at seeded moments: between steps, while evaluating, while saving."""
+    """Signals at seeded moments: between steps, while evaluating, while saving.
+
+    After SIGTERM and SIGINT nothing is lost; every start says so in one line and exits with 75.
+    """
     model_dir = tmp_path / "killed"
     arguments = flags_of(bindings(model_dir, **SETTINGS))
     rng = random.Random(4)
     log = model_dir / "metrics.jsonl"
-    kills = 0
-    for first in (1, 9, 20):  # lines after which this start may be killed
+    ends = []
+    # Lines after which a start gets a signal.
+    for first, number in ((1, signal.SIGKILL), (7, signal.SIGTERM), (13, signal.SIGINT),
+                          (20, signal.SIGKILL)):  # fmt: skip
         process = start("train", arguments)
         lines, wait = first + rng.randrange(6), rng.random() * 0.1
         while process.poll() is None:
             if log.exists() and log.read_bytes().count(b"\n") >= lines:
                 time.sleep(wait)
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(number)
                 break
             time.sleep(0.002)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 2  # on a fast machine the last one may come too late
+        _, err = process.communicate()
+        ends.append(process.returncode)
+        if process.returncode == 75:
+            (said,) = re.findall(rf"^stopped by {number.name}.*$", err, re.M)
+            assert err.rstrip().endswith(said) and "Traceback" not in err
+            step = re.search(r"after step (\d+); the same command goes on from there", said)
+            if step:  # not while it evaluated
+                assert (model_dir / "checkpoints" / step[1]).is_dir()
+    assert ends[:2] == [-signal.SIGKILL, 75] and ends[2] in (75, 0)  # a fast machine is done
     with log.open("a") as f:
         f.write('{"step": 999, "kind": "tr')  # a line cut short
     finish(start("train", arguments))
@@ -102,19 +114,33 @@ def _port() -> int:
         return s.getsockname()[1]
 
 
-def test_two_processes_give_the_metrics_of_one(whole, tmp_path):
-    """Over loopback; also resumed: the second start goes on from the first one's checkpoint."""
-    model_dir = tmp_path / "two"
+def start_two(model_dir):
     arguments = flags_of(bindings(model_dir, **SETTINGS))
     port = _port()
-    processes = [
+    return [
         start("train", [
             *arguments, "--multiprocess_gpu", f"--coordinator_address=127.0.0.1:{port}",
             "--process_count=2", f"--process_index={index}",
         ])
         for index in range(2)
     ]  # fmt: skip
-    for process in processes:
+
+
+def test_two_processes_give_the_metrics_of_one(whole, tmp_path):
+    """Over loopback. A signal to one of them stops both after the same step; they go on there."""
+    model_dir = tmp_path / "two"
+    log = model_dir / "metrics.jsonl"
+    first, second = start_two(model_dir)
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 5):
+        assert first.poll() is None and second.poll() is None
+        time.sleep(0.01)
+    second.send_signal(signal.SIGTERM)
+    ends = [process.communicate(timeout=120)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [75, 75], ends
+    steps = [re.findall(r"^stopped by .* after step (\d+); the same", end, re.M) for end in ends]
+    assert len(steps[0]) == 1 and steps[0] == steps[1]
+    assert (model_dir / "checkpoints" / steps[0][0]).is_dir()
+    for process in start_two(model_dir):
         finish(process)
     ours, wanted = metrics(model_dir), metrics(whole[0])
     assert [(line["step"], line["kind"]) for line in ours] == [

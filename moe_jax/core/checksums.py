@@ -30,11 +30,10 @@ def of_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def seal(directory: Path, notes: Any = None, without: Iterable[str] = ()) -> None:
-    """Writes the checksums of all files below a directory, and notes with a checksum of their own.
+def seal(directory: Path, without: Iterable[str] = ()) -> None:
+    """Writes the checksums of all files below a directory, and one of these.
 
     Args:
-        notes: a JSON value.
         without: names of files that may still change.
 
     Raises:
@@ -43,23 +42,13 @@ def seal(directory: Path, notes: Any = None, without: Iterable[str] = ()) -> Non
     """
     names = [name for name in _names(directory) if name not in without]
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(of_file, (directory / name for name in names))
-        content = {"files": dict(zip(names, sums, strict=True)), "notes": notes}
-    files.write_json(directory / FILE, content | {"self": _of_content(content)})
+        sums = dict(zip(names, pool.map(lambda n: of_file(directory / n), names), strict=True))
+    files.write_json(directory / FILE, {"files": sums, "self": _of_content(sums)})
 
 
 def is_sealed(directory: Path) -> bool:
     """Whether there are checksums."""
     return (directory / FILE).exists()
-
-
-def read_notes(directory: Path) -> Any:
-    """The notes of a sealed directory.
-
-    Raises:
-        UserError: the checksums cannot be read, or are not what was written.
-    """
-    return _read(directory)["notes"]
 
 
 def damage(directory: Path, below: Iterable[str] = ("",)) -> str | None:
@@ -69,7 +58,7 @@ def damage(directory: Path, below: Iterable[str] = ("",)) -> str | None:
         below: only files whose names begin so are compared.
     """
     try:
-        sums = _read(directory)["files"]
+        sums = _read(directory)
     except UserError as e:
         return str(e)
     names = [name for name in sums if name.startswith(tuple(below))]
@@ -85,18 +74,18 @@ def damage(directory: Path, below: Iterable[str] = ("",)) -> str | None:
         return next(filter(None, pool.map(problem, names)), None)
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def _read(directory: Path) -> dict[str, str]:
     path = directory / FILE
     content = files.read_json(path)
-    if isinstance(content, dict) and content.keys() == {"files", "notes", "self"}:
-        own = content.pop("self")
-        if own == _of_content(content):
-            return content
+    if isinstance(content, dict) and content.keys() == {"files", "self"}:
+        sums = content["files"]
+        if content["self"] == _of_content(sums):
+            return sums
     raise UserError(f"{path} is not what was written")
 
 
-def _of_content(content: Any) -> str:
-    return of_bytes(json.dumps(content, sort_keys=True).encode())
+def _of_content(sums: Any) -> str:
+    return of_bytes(json.dumps(sums, sort_keys=True).encode())
 
 
 def _names(directory: Path) -> Iterator[str]:

@@ -102,7 +102,7 @@ Rate = Annotated[float, Range(0, 1000)]  # of learning
 Temperature = Annotated[float, Range(1e-7, 1e6)]  # whose inverse float32 holds
 Rows = Annotated[int, Range(1, 2**20)]
 Examples = Annotated[int, Range(1, INT32)] | None
-TokenId = Annotated[int, Range(0, 2**24)]
+TokenId = Annotated[int, Range(0, INT32)]
 
 
 @dataclasses.dataclass(frozen=True)

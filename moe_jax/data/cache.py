@@ -10,7 +10,6 @@ process without TensorFlow can see that it is stale. Nothing is ever changed in 
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -351,17 +350,3 @@ def _changed(path: str, size: int, mtime_ns: int, content: str) -> bool:
     if (status.st_size, status.st_mtime_ns) == (size, mtime_ns):
         return False
     return file_digest(path) != content
-
-
-@contextlib.contextmanager
-def lock(cache_dir: str | os.PathLike) -> Iterator[None]:
-    """Lets one process at a time prepare in `cache_dir`; the others wait."""
-    path = Path(cache_dir) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (closed below)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from moe_jax.core import files
+from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache, registry, vocabulary
 from moe_jax.data.cache import Example, Request
@@ -349,7 +350,13 @@ def _save_vocabulary(
 
 
 def _child(job_file: str) -> int:
-    """Runs a job; a UserError goes to the file that the parent reads, which reports it once."""
+    """Runs a job; a UserError goes to the file that the parent reads, which reports it once.
+
+    Stopped by a signal, it clears away what is half written; the parent says so.
+    """
+    processes.end_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     job = files.read_json(job_file)
     try:
         materialise(Path(job["cache_dir"]), Request.from_json(job["request"]))

@@ -1,13 +1,12 @@
 """Mixtures of the cache: looked up, and prepared first where they are missing or stale."""
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_jax.core import files
+from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache
 from moe_jax.data.cache import PreparedMixture, Request
@@ -30,7 +29,7 @@ def prepare(
     from moe_jax.data.materialise import materialise  # TensorFlow
 
     request = Request.make(names, task_modules, vocabulary, splits, environment)
-    with cache.lock(cache_dir):
+    with processes.lock(cache_dir, wait=True):
         materialise(Path(cache_dir), request)
     return _found(cache_dir, request)
 
@@ -64,10 +63,10 @@ def ensure_prepared(
     """
     request = Request.make(names, task_modules, vocabulary, splits, environment)
     if not _up_to_date(cache_dir, request):
-        with cache.lock(cache_dir):
+        with processes.lock(cache_dir, wait=True) as lock:
             # Another process may have prepared it while this one waited for the lock.
             if not _up_to_date(cache_dir, request):
-                _run_child(cache_dir, request)
+                _run_child(cache_dir, request, lock)
     return _found(cache_dir, request)
 
 
@@ -83,7 +82,7 @@ def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, Prepared
     return found
 
 
-def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
+def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         error = Path(directory) / "error"
         job = {"cache_dir": str(cache_dir), "request": request.to_json(), "error": str(error)}
@@ -91,12 +90,13 @@ def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
         # The child finds this package and the user's modules where this process does, and leaves
         # the accelerator alone.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        child = subprocess.run(
+        code = processes.call(
             [sys.executable, "-m", "moe_jax.data.materialise", f"{directory}/job.json"],
             env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+            keep=[lock],
         )
         if error.exists():
             raise UserError(error.read_text(encoding="utf-8"))
-        if child.returncode != 0:
+        if code != 0:
             names = ", ".join(request.names)
-            raise UserError(f"preparing {names} failed: see above (exit {child.returncode})")
+            raise UserError(f"preparing {names} failed: see above (exit {code})")

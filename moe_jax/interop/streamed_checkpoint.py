@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from moe_jax.core import checksums
-from moe_jax.training.checkpoints import DIRECTORY, SCORE, SEALED
+from moe_jax.training.checkpoints import DIRECTORY, SEALED
 
 _FILE_BYTES = 1 << 27  # what waits to be written stays in memory until it fills a file
 
@@ -74,4 +74,4 @@ def save_params(model_dir: Path, step: int, params: Any, meta: dict[str, Any]) -
         checkpointer.save(place / "params", args=args)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         checkpointer.save(place / "meta", args=ocp.args.JsonSave({**meta, SEALED: True}))
-    checksums.seal(place, {SCORE: None})
+    checksums.seal(place)

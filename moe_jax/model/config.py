@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from moe_jax.core.configuration import (
+    INT32,
     Configuration,
     Known,
     Range,
@@ -57,7 +58,7 @@ class ModelConfig(Configuration):
     """
 
     architecture: Annotated[str, Known(families)] = "bart"
-    vocabulary_size: Annotated[int, Range(0, 2**24)] = 0
+    vocabulary_size: Annotated[int, Range(0, INT32)] = 0
     d_model: Width = 768
     d_ff: Width = 3072
     heads: Annotated[int, Range(1, 4096)] = 12

@@ -13,13 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import gin
+import jax
 from absl import app, flags, logging
 
+from moe_jax.core import processes
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import modules
-from moe_jax.runs import configurables, directory, help
+from moe_jax.kernels import memory
+from moe_jax.runs import configurables, directory, help, stopping
 from moe_jax.runs.config import BASE_BINDINGS
 
 GIN_CONFIGS = Path(__file__).resolve().parents[1] / "gin_configs"
@@ -58,7 +62,8 @@ def run(
 ) -> None:  # fmt: skip
     """Parses flags and gin, calls `main(config, settings)`, and ends the process.
 
-    A `UserError` or gin error ends in one line on standard error and exit code 1.
+    A `UserError` or gin error ends in one line on standard error and exit code 1; SIGTERM and
+    SIGINT in one line and `stopping.EXIT_CODE`.
 
     Args:
         config: the dataclass of the run's configuration, made from gin's bindings.
@@ -70,6 +75,7 @@ def run(
 
     def start(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)
+        stopping.install()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
@@ -79,16 +85,18 @@ def run(
             main(*parts)
         except UserError as e:
             fail(e)
+        except stopping.Stopped as e:
+            if e.together and _several_processes():
+                jax.distributed.shutdown()  # the others are as far
+            end(str(e), stopping.EXIT_CODE)
 
+    processes.end_with_parent()
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(_help(config, settings))
         return
-    try:
-        app.run(start, argv=rewrite_gin_flags(sys.argv))
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+    app.run(start, argv=rewrite_gin_flags(sys.argv))
 
 
 def _help(config: type, settings: type | None) -> str:
@@ -108,17 +116,22 @@ def _help(config: type, settings: type | None) -> str:
     )
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception) -> NoReturn:
     """Ends the process: one line on standard error, exit code 1."""
+    # Gin appends where a configurable was called from; the first line is ours.
+    end(f"error: {str(error).strip().splitlines()[0]}", 1)
+
+
+def end(line: str, code: int) -> NoReturn:
+    """Ends the process: one line on standard error."""
     # Threads of a failed save print as well: they may finish a line; later ones are dropped.
     stderr, sys.stderr = sys.stderr, io.StringIO()
     time.sleep(0.1)
-    # Gin appends where a configurable was called from; the first line is ours.
-    print(f"error: {str(error).strip().splitlines()[0]}", file=stderr)
+    print(line, file=stderr)
     for stream in (sys.stdout, stderr):
         stream.flush()
     # Not `sys.exit`: those threads would go on.
-    os._exit(1)
+    os._exit(code)
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
@@ -293,15 +306,17 @@ def _explain(error: Exception) -> str:
     return message
 
 
+def _several_processes() -> bool:
+    return _MULTIPROCESS.value or _MULTIPROCESS_TPU.value
+
+
 def _start_jax() -> None:
-    import jax
-
-    from moe_jax.kernels import memory
-
     memory.run_in_main_thread()
     if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    # Its handler of SIGTERM would take the place of ours.
+    jax.config.update("jax_enable_preemption_service", False)
     if _MULTIPROCESS.value:
         for flag in ("coordinator_address", "process_count", "process_index"):
             if flags.FLAGS[flag].value is None:

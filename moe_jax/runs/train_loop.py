@@ -1,27 +1,30 @@
 """The training loop.
 
-In every step: the batch, the step, its metrics, dev scores, the checkpoint, in this order.
+In every step: the batch, the step, its metrics, the checkpoint, dev scores, in this order.
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from moe_jax.core import processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import by_group, make_mesh
 from moe_jax.data.pipeline import train_batches
 from moe_jax.evaluation.evaluator import Evaluator, mean_score, tasks_with_split, write_routes
 from moe_jax.kernels import memory
-from moe_jax.runs import directory
+from moe_jax.runs import directory, stopping
 from moe_jax.runs.config import Config
 from moe_jax.runs.initial import initial_params
 from moe_jax.runs.load import build_model
 from moe_jax.runs.mixtures import prepare_mixtures
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.logs import MetricsLog, Window
+from moe_jax.training.logs import SCORE, MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.step import init_state, make_train_step, state_shardings
 
@@ -31,13 +34,19 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: what the configuration asks for does not fit the data, the devices or what the
-            directory holds.
+            directory holds, or another process trains there.
+        Stopped: a signal asked for it; the state after the step at hand is saved.
     """
+    config.run.require("model_dir", "train_steps")
+    lead = jax.process_index() == 0
+    with processes.lock(config.run.model_dir) if lead else contextlib.nullcontext():
+        _train(config, lead)
+
+
+def _train(config: Config, lead: bool) -> None:
     # ---------------------------------------------------------------- configuration
     run, data, optimizer_config = config.run, config.data, config.optimizer
-    run.require("model_dir", "train_steps")
     model_dir = Path(run.model_dir)
-    lead = jax.process_index() == 0
     directory.check_config(model_dir, config)
 
     # ---------------------------------------------------------------- data and model
@@ -50,7 +59,7 @@ def train(config: Config) -> None:
     config.check_groups(mesh)
     if run.eval_period:
         tasks_with_split(mixture, run.eval_split)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as scope:
         optimizer = make_optimizer(optimizer_config)
         sharding = state_shardings(model, optimizer, mesh)
         batches = iter(
@@ -72,17 +81,17 @@ def train(config: Config) -> None:
 
         # ------------------------------------------------------------ state: own checkpoint first
         params = initial_params(model, run, tasks, sharding.params)
-        checkpoints = Checkpoints(model_dir, run.keep_checkpoints)
+        checkpoints = scope.enter_context(Checkpoints(model_dir, run.keep_checkpoints))
         state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
-        start = 0
+        start, rows = 0, []
         found = checkpoints.restore_latest(state)
         if found is not None:
             state, meta = found
-            start = meta["step"]
             if meta["tasks"] != tasks:
                 raise UserError(f"{model_dir} was trained on another task table")
             if meta["data"] != mixture.fingerprint:
                 raise UserError(f"the data changed since {model_dir} was trained on it")
+            start, rows = meta["step"], meta.get("window", [])
             batches.set_state(meta["iterator"])
         if lead:
             directory.write_config(model_dir, config)
@@ -98,10 +107,28 @@ def train(config: Config) -> None:
             model, vocabulary, data.lengths, run.eval_batch_rows, mesh, config.decoding
         )
         log = MetricsLog(model_dir, start, enabled=lead)
-        window = Window()
-        bar = tqdm(
-            total=run.train_steps, initial=start, desc=model_dir.name, unit="step", disable=not lead
-        )
+        checkpoints.scores = log.scores
+        stop = scope.enter_context(stopping.after_a_step(mesh))
+        bar = scope.enter_context(
+            tqdm(total=run.train_steps, initial=start, desc=model_dir.name, unit="step",
+                 disable=not lead)
+        )  # fmt: skip
+
+        def is_due(period: int, step: int) -> bool:
+            return bool(period) and (step % period == 0 or step == run.train_steps)
+
+        def evaluate(step: int) -> None:
+            with stop.at_once():
+                found = evaluator.tasks(
+                    state.params, step, mixture, task_ids, run.eval_split, run.eval_examples, lead
+                )
+            per_task = {f"score/{s.task.name}": s.score for s in found}
+            log.write(step, "eval", {SCORE: mean_score(found), **per_task})
+
+        # A run that was stopped or killed while it evaluated has saved before.
+        if start and is_due(run.eval_period, start) and _lead_says(start not in log.scores):
+            evaluate(start)
+        window = Window(rows)
         for step in range(start + 1, run.train_steps + 1):
             # 1. The batch, made while the device was busy.
             batch = next(batches)
@@ -114,37 +141,34 @@ def train(config: Config) -> None:
                 memory.keep_freed()
             window.add(metrics)
             bar.update()
-            last = step == run.train_steps
-            evaluate = run.eval_period and (step % run.eval_period == 0 or last)
-            save = step % run.checkpoint_period == 0 or last
+            evaluates = is_due(run.eval_period, step)
+            save = evaluates or is_due(run.checkpoint_period, step)
+            stops = stop.agreed()
             # 3. A line of metrics; also where a resumed run would start, so that its lines match.
-            if step % run.log_period == 0 or save or evaluate:
+            if step % run.log_period == 0 or save:
                 line = window.close()
                 log.write(step, "train", line)
                 bar.set_postfix_str(_postfix(line), refresh=False)
-            # 4. Scores on the dev split.
-            score = None
-            if evaluate:
-                scores = evaluator.tasks(
-                    state.params, step, mixture, task_ids, run.eval_split, run.eval_examples, lead
-                )
-                score = mean_score(scores)
-                per_task = {f"score/{s.task.name}": s.score for s in scores}
-                log.write(step, "eval", {"mean_score": score, **per_task})
-            # 5. The checkpoint, with the position in the data.
-            if save:
+            # 4. The checkpoint, with the position in the data.
+            if save or stops:
                 meta = {
                     "tasks": tasks,
                     "data": mixture.fingerprint,
                     "iterator": batches.get_state(),
+                    "window": window.rows(),
                 }
-                checkpoints.save(state, meta, score)
-            if save or evaluate:
+                checkpoints.save(state, meta)
+            if stops:
+                checkpoints.wait()
+                raise stop.stopped(step)
+            # 5. Scores on the dev split.
+            if evaluates:
+                evaluate(step)
+            if save:
                 window = Window()
-        bar.close()
+        checkpoints.wait()
 
         # ------------------------------------------------------------ results
-        checkpoints.wait()
         if model.routed:
             routes = np.asarray(evaluator.routes(state.params, jnp.int32(run.train_steps)))
             if lead:
@@ -152,6 +176,13 @@ def train(config: Config) -> None:
                     model_dir / "routes.json", model, routes, run.train_steps, mixture, task_ids
                 )
         log.close()
+
+
+def _lead_says(yes: bool) -> bool:
+    """What process 0 says, on all processes."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))
 
 
 def _postfix(line: dict[str, float]) -> str:

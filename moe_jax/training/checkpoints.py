@@ -23,7 +23,6 @@ from moe_jax.model.task_moe import parameter_shapes
 from moe_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
-SCORE = "mean_score"
 SEALED = "sealed"  # of the meta data: there are checksums beside them
 _DAMAGED = ".damaged"
 _OLD = ".old"  # is being removed
@@ -40,11 +39,9 @@ def _quiet() -> None:
 class _SealingHandler(ocp.CompositeCheckpointHandler):
     """Adds checksums when all processes have written, before the directory gets its name."""
 
-    notes: Any = None
-
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        checksums.seal(Path(directory), self.notes, without=_CHANGING)
+        checksums.seal(Path(directory), without=_CHANGING)
 
 
 @ocp.args.register_with_handler(_SealingHandler, for_save=True, for_restore=True)
@@ -53,7 +50,7 @@ class _Items(ocp.args.Composite):
 
 
 class Checkpoints:
-    """The checkpoints of one model directory: the latest ones and the best by dev score.
+    """The checkpoints of one model directory: the latest ones and the best by mean dev score.
 
     A checkpoint is whole or absent: Orbax writes to a temporary directory, the checksums of its
     files are added, and then it gets its name. One that is damaged later is set aside: it is
@@ -61,18 +58,25 @@ class Checkpoints:
 
     Args:
         keep: how many of the latest ones.
+
+    Attributes:
+        scores: step -> mean dev score.
+
+    A context, which ends when everything is on disk.
     """
 
     def __init__(self, model_dir: str | Path, keep: int = 2):
         _quiet()
         self.directory = Path(model_dir).absolute() / DIRECTORY
         self._keep = keep
-        self._handler = _SealingHandler(
-            params=ocp.StandardCheckpointHandler(),
-            optimizer=ocp.StandardCheckpointHandler(),
-            meta=ocp.JsonCheckpointHandler(),
+        self.scores: dict[int, float] = {}
+        self._checkpointer = ocp.AsyncCheckpointer(
+            _SealingHandler(
+                params=ocp.StandardCheckpointHandler(),
+                optimizer=ocp.StandardCheckpointHandler(),
+                meta=ocp.JsonCheckpointHandler(),
+            )
         )
-        self._checkpointer = ocp.AsyncCheckpointer(self._handler)
         if jax.process_index() == 0:
             with _failing(f"cannot write {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -84,12 +88,21 @@ class Checkpoints:
         """Step of the latest checkpoint."""
         return max(steps(self.directory), default=None)
 
-    def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if error is None:
+                raise
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts saving; the arrays may be donated as soon as this returns.
 
         Args:
             meta: JSON; the data iterator's state and what the parameters belong to.
-            score: mean dev score, if it was measured at this step.
 
         Raises:
             UserError: this one, or the one before, cannot be written.
@@ -97,7 +110,6 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         meta = {**meta, "step": step, "shapes": parameter_shapes(state.params), SEALED: True}
-        self._handler.notes = {SCORE: score}
         with _failing(f"cannot save to {self.directory}"):
             self._checkpointer.save(
                 self.directory / str(step),
@@ -122,9 +134,8 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Removes all but the latest ones and the best."""
         found = sorted(steps(self.directory))
-        scores = {step: _score(self.directory / str(step)) for step in found}
-        scored = [step for step in found if scores[step] is not None]
-        kept = {*found[-self._keep :], *sorted(scored, key=scores.get)[-1:]}
+        scored = [step for step in found if step in self.scores]
+        kept = {*found[-self._keep :], *sorted(scored, key=self.scores.get)[-1:]}
         for step in found:
             if step not in kept:
                 old = self.directory / f"{step}{_OLD}"
@@ -233,14 +244,6 @@ def damage(place: Path, parts: Sequence[str] = ("",)) -> str | None:
         return f"{place / checksums.FILE} is missing"
     _say(f"{place} has no checksums: it was written by an earlier version, and is read as it is")
     return None
-
-
-def _score(place: Path) -> float | None:
-    """The mean dev score at a checkpoint, where there is one."""
-    try:
-        return checksums.read_notes(place)[SCORE]
-    except UserError:  # written by an earlier version; or damaged, which is said when it is read
-        return None
 
 
 def _free(path: Path) -> Path:

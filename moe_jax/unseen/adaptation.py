@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax.core import files
+from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
 from moe_jax.data.cache import PreparedMixture
@@ -237,9 +237,13 @@ def search(
 
 def adapt_all(whole: FewShotConfig) -> None:
     """Adapts every starting point to every task, and writes the average relative gain."""
-    # ---------------------------------------------------------------- configuration
+    whole.run.require("model_dir")
+    with processes.lock(whole.run.model_dir):
+        _adapt_all(whole)
+
+
+def _adapt_all(whole: FewShotConfig) -> None:
     run, data, config = whole.run, whole.data, whole.finetune
-    run.require("model_dir")
     model_dir = Path(run.model_dir)
     directory.check_config(model_dir, whole)
     mixture = prepare_mixtures(data)[data.mixture_or_task_name]

@@ -107,7 +107,7 @@ def _checked_partition(path: str) -> dict[str, list[str]]:
     where: dict[str, str] = {}
     for part, names in lists.items():
         for task in names:
-            if task not in TASKS:
+            if not isinstance(task, str) or task not in TASKS:
                 raise UserError(f"{path}: unknown task {task!r}{nearest(str(task), TASKS)}")
             if task in where:
                 raise UserError(f"{path}: {task!r} is in {where[task]!r} and again in {part!r}")

@@ -24,7 +24,7 @@ from moe_jax.interop.hf_write import to_hf
 from moe_jax.model.config import RouterConfig
 from moe_jax.model.task_moe import TaskMoE, init_params, shapes_of
 from moe_jax.runs.load import read_run
-from moe_jax.training.checkpoints import fit_backbone, split_layers
+from moe_jax.training.shapes import fit_backbone, split_layers
 
 DATA = Path(__file__).with_name("data") / "hf"
 WEIGHTS = "model.safetensors"

@@ -180,6 +180,8 @@ def test_directory(layout, monkeypatch):
         ({"train": ["glue-rt"], "dev": [], "test": []}, "unknown task 'glue-rt'; did you mean"),
         ({"train": ["glue-rte"], "dev": []}, 'must be {"train"'),
         (["glue-rte"], 'must be {"train"'),
+        ({"train": [["glue-rte"]], "dev": [], "test": []}, "unknown task"),
+        ({"train": [{"a": 1}, None], "dev": [], "test": []}, "unknown task"),
     ],
 )
 def test_bad_partition(tmp_path, monkeypatch, given, message):

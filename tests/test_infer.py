@@ -67,6 +67,10 @@ def rows(routed, tmp_path_factory):
     return path, candidates[other]
 
 
+def stdin(data: bytes):
+    return io.TextIOWrapper(io.BytesIO(data))
+
+
 def call(program, model_dir, **settings):
     """A program in this process; a setting is one of its arguments or a macro."""
     prefix, own = (
@@ -96,11 +100,14 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
         mixture = {} if given else {"MIXTURE_OR_TASK_NAME": "toy_unseen"}
         output = tmp_path / f"{kind}.jsonl"
         text = "".join(line["input"] + "\n" for line in wanted)
-        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        monkeypatch.setattr("sys.stdin", stdin(text.encode()))
         call(infer.infer, model_dir, task="toy_reverse", output=str(output), **given, **mixture)
         found = [json.loads(line) for line in output.read_text().splitlines()]
         keys = ("input", "prediction", "route")
-        assert found == [{key: line[key] for key in keys} for line in wanted]
+        assert found == [
+            {"line": number, **{key: line[key] for key in keys}}
+            for number, line in enumerate(wanted, 1)
+        ]
         vector = row if given else np.asarray(params["representations"]).mean(0)
         route = np.asarray(routes_of(model, {**params, "representations": vector[None]}, 3))[0]
         assert found[0]["route"] == np.argmax(route, -1).tolist()
@@ -109,10 +116,10 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
 
 
 def test_a_dense_model_has_no_routes(dense, rows, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("red blue\n"))
+    monkeypatch.setattr("sys.stdin", stdin(b"red blue\n"))
     call(infer.infer, dense, task="toy_reverse", representations=str(rows[0]))
     unseen = json.loads(capsys.readouterr().out)
-    monkeypatch.setattr("sys.stdin", io.StringIO("red blue\n"))
+    monkeypatch.setattr("sys.stdin", stdin(b"red blue\n"))
     call(infer.infer, dense, task="toy_copy")
     assert json.loads(capsys.readouterr().out) == unseen
     assert unseen["input"] == "red blue" and unseen["route"] is None
@@ -129,3 +136,25 @@ def test_a_misspelt_task_is_refused_with_the_nearest(model_dir, rows, request):
     # Not of the mixture, however well known it is.
     with pytest.raises(UserError, match="no 'toy_reverse'"):
         call(infer.infer, model_dir, task="toy_reverse")
+
+
+def test_a_line_ends_at_a_line_feed(dense, monkeypatch, capsys):
+    """Not at a carriage return, a form feed or a separator of Unicode; answers are numbered."""
+    lines = ["one\rtwo", "\x0bthree\x0c", "four\u2028five\x85", "", "six"]
+    monkeypatch.setattr("sys.stdin", stdin("\n".join(lines).encode() + b"\r\n"))
+    call(infer.infer, dense, task="toy_copy")
+    found = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [row["input"] for row in found] == lines
+    assert [row["line"] for row in found] == [1, 2, 3, 4, 5]
+
+
+def test_a_line_that_is_no_text_ends_the_answers_there(dense, monkeypatch, capsys, tmp_path):
+    data = b"red\nblue\n\xff\xfe\nred\n"
+    monkeypatch.setattr("sys.stdin", stdin(data))
+    with pytest.raises(UserError, match=r"^-:3: the line is not UTF-8$"):
+        call(infer.infer, dense, task="toy_copy")
+    assert len(capsys.readouterr().out.splitlines()) == 2  # those before it are answered
+    (tmp_path / "in.txt").write_bytes(data)
+    with pytest.raises(UserError, match=r"in\.txt:3: the line is not UTF-8$"):
+        call(infer.infer, dense, task="toy_copy", input=str(tmp_path / "in.txt"))
+    assert not capsys.readouterr().out

@@ -311,7 +311,11 @@ def test_the_last_line_of_a_step_counts(tmp_path, undrawn):
         ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl:2: not valid JSON"),
         ("metrics.jsonl", '{"loss": 1}\n', "entry 1 has no integer 'step'"),
         ("eval/test/scores.jsonl", '{"task": "a"}\n', "entry 1 lacks"),
-        ("eval/test/scores.jsonl", '{"task": "a", "metric": "m", "score": NaN}\n', "not finite"),
+        (
+            "eval/test/scores.jsonl",
+            '{"task": "a", "metric": "m", "score": NaN}\n',
+            "no finite number",
+        ),
         ("eval/test/scores.jsonl", '{"task": "a", "metric": "m", "score": null}\n', "not a number"),
         ("routes.json", "{}", "not a file of routes"),
         ("routes.json", '{"step": 1, "experts": 2, "layers": ["e.0"], "tasks": {}}', "no tasks"),

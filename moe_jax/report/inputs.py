@@ -1,7 +1,6 @@
 """Reads the parts of run directories that a report shows."""
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -142,8 +141,6 @@ def _read_scores(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
         score = line["score"]
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise UserError(f"{path}: the score of {line['task']!r} is {score!r}, not a number")
-        if not math.isfinite(score):
-            raise UserError(f"{path}: the score of {line['task']!r} is not finite")
         by_split.setdefault(str(line.get("split")), {}).setdefault(line["task"], dict(line))
     folder = path.parent.name
     if len(by_split) == 1:

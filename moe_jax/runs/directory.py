@@ -131,13 +131,13 @@ def _read_gin(path: Path) -> Lines:
     if not path.exists():
         return {}
     lines: Lines = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(files.read_text(path).splitlines(), 1):
         name, equals, text = line.partition(" = ")
         if not equals or re.fullmatch(r"@\w+\(\)", text):  # its fields have lines of their own
             continue
         try:
             lines[_NAMES.get(name, name)] = ast.literal_eval(text)
-        except (ValueError, SyntaxError) as e:
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
             raise UserError(f"{path}:{number}: {name} is no plain value: {text}") from e
     return lines
 
@@ -190,5 +190,14 @@ def write_task_table(model_dir: str | Path, tasks: Sequence[str]) -> None:
 
 
 def read_task_table(model_dir: str | Path) -> list[str]:
-    """The ordered task names of a run."""
-    return files.read_json(Path(model_dir) / TASK_TABLE)["tasks"]
+    """The ordered task names of a run.
+
+    Raises:
+        UserError: the file is missing, or holds something else.
+    """
+    path = Path(model_dir) / TASK_TABLE
+    value = files.read_json(path)
+    names = value.get("tasks") if isinstance(value, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{path}: must be {{"tasks": [names]}}')
+    return names

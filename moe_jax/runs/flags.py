@@ -19,7 +19,7 @@ import gin
 import jax
 from absl import app, flags, logging
 
-from moe_jax.core import processes
+from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import modules
 from moe_jax.kernels import memory
@@ -85,6 +85,8 @@ def run(
             main(*parts)
         except UserError as e:
             fail(e)
+        except OSError as e:  # no room for what is written without `files`, such as events
+            fail(UserError(f"{e.filename or 'cannot write'}: {e.strerror or e}"))
         except stopping.Stopped as e:
             if e.together and _several_processes():
                 jax.distributed.shutdown()  # the others are as far
@@ -209,7 +211,7 @@ def _with_includes(path: Path, search_paths: Sequence[str], seen: tuple[Path, ..
     if path in seen:
         raise UserError(f"{path} includes itself")
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in files.read_text(path).splitlines():
         found = re.fullmatch(r"\s*include\s+(['\"])(.+)\1\s*(#.*)?", line)
         if found is None:
             lines.append(line)

@@ -13,7 +13,8 @@ from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE, parameter_shapes, shapes_of
 from moe_jax.runs import directory
-from moe_jax.training.checkpoints import check_shapes, load_params
+from moe_jax.training.checkpoints import load_params
+from moe_jax.training.shapes import check_shapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Checkpoints of a run: parameters, optimizer, data position and what they belong to (Orbax)."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,9 @@ from jax.experimental import multihost_utils
 
 from moe_jax.core import checksums, errors, files
 from moe_jax.core.errors import UserError
-from moe_jax.model.config import ModelConfig
-from moe_jax.model.experts import Params, add_noise
+from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import parameter_shapes
+from moe_jax.training.shapes import check_shapes, merge_heads
 from moe_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
@@ -31,9 +34,18 @@ _LEFT = re.compile(rf"\d+({re.escape(_OLD)}|\.orbax-checkpoint-tmp.*)")
 _CHANGING = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
+@functools.cache  # once
 def _quiet() -> None:
     # Orbax logs the traceback of every thread; what went wrong is in the error that we raise.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        # TensorStore's threads, which go on after a failed save, find no one to tell.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = show
 
 
 class _SealingHandler(ocp.CompositeCheckpointHandler):
@@ -80,9 +92,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             with _failing(f"cannot write {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                for left in self.directory.iterdir():  # by a run that was killed
-                    if _LEFT.fullmatch(left.name):
-                        shutil.rmtree(left)
+                self._clear()  # what a run that was killed has left
 
     def latest(self) -> int | None:
         """Step of the latest checkpoint."""
@@ -110,7 +120,7 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         meta = {**meta, "step": step, "shapes": parameter_shapes(state.params), SEALED: True}
-        with _failing(f"cannot save to {self.directory}"):
+        with self._saving():
             self._checkpointer.save(
                 self.directory / str(step),
                 args=_Items(
@@ -126,10 +136,30 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
-        with _failing(f"cannot save to {self.directory}"):
+        with self._saving():
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 self._tidy()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            with _failing(f"cannot save to {self.directory}"):
+                yield
+        except UserError:
+            if jax.process_index() == 0:
+                for _ in range(20):  # its threads may still be writing
+                    with contextlib.suppress(OSError):
+                        self._clear()
+                        break
+                    time.sleep(0.1)
+            raise
+
+    def _clear(self) -> None:
+        """Removes what is half written or half removed."""
+        for left in self.directory.iterdir():
+            if _LEFT.fullmatch(left.name):
+                shutil.rmtree(left)
 
     def _tidy(self) -> None:
         """Removes all but the latest ones and the best."""
@@ -259,15 +289,6 @@ def _reason(error: Exception) -> str:
     return os.strerror(int(code[1])) if code else text.splitlines()[0]
 
 
-def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], source: Any) -> None:
-    """Raises a UserError naming the first parameter that differs."""
-    for name in sorted(wanted | found):
-        if found.get(name) != wanted.get(name):
-            has = f"has shape {found[name]}" if name in found else "is absent"
-            needs = f"needs shape {wanted[name]}" if name in wanted else "has no such parameter"
-            raise UserError(f"{source}: {name} {has}, the model {needs}")
-
-
 def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict[str, Any]]:
     """Parameters (NumPy) and meta data of a model directory or one of its checkpoints.
 
@@ -306,88 +327,3 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
         params = merge_heads(checkpointer.restore(place / "params", restore_args=args))
     _say(f"read {place}")
     return params, meta
-
-
-def merge_heads(params: Params) -> Params:
-    """Parameters with heads and their width as one axis, as 0.1's first checkpoints did not."""
-
-    def merged(path, p):
-        *_, block, name = (key.key for key in path) if len(path) > 1 else ("", "")
-        if not block.endswith("_attention"):
-            return p
-        if name == "out_kernel":  # [layer, expert, H, K, D]
-            return p.reshape(*p.shape[:2], -1, p.shape[-1])
-        own = {"out_bias": 3}.get(name, 5 if name.endswith("_kernel") else 4)
-        return p.reshape(*p.shape[: own - 1], -1) if p.ndim > own else p
-
-    return jax.tree_util.tree_map_with_path(merged, params)
-
-
-def split_layers(backbone: Params, config: ModelConfig) -> Params:
-    """A dense backbone without vanilla layers, those of `config` put apart."""
-    result = {**backbone}
-    for side in ("encoder", "decoder"):
-        layers = backbone[side]["layers"]
-        vanilla = list(getattr(config, f"{side}_vanilla_layers"))
-        depth, experts = jax.tree.leaves(layers)[0].shape[:2]
-        same_depth = depth == getattr(config, f"{side}_layers")
-        if vanilla and list(layers) == ["routed"] and experts == 1 and same_depth:
-            places = {"routed": [i for i in range(depth) if i not in vanilla], "vanilla": vanilla}
-            layers = {
-                kind: jax.tree.map(lambda p, at=at: p[at], layers["routed"])
-                for kind, at in places.items()
-                if at
-            }
-        result[side] = {**backbone[side], "layers": layers}
-    return result
-
-
-def fit_backbone(
-    backbone: Params, like: Params, noise: float, key: jax.Array, source: Any
-) -> Params:
-    """A loaded backbone in the shape of `like`: one expert fills all of a layer's, plus noise.
-
-    Raises:
-        UserError: it has another architecture, or neither one nor E experts.
-    """
-    filled = False
-
-    def fill(path, leaf, wanted):
-        nonlocal filled
-        # [layer, expert, ...]: only the number of experts may differ.
-        routed = "routed" in (p.key for p in path)
-        if routed and leaf.shape[1] == 1 < wanted.shape[1]:
-            filled = True
-            return np.broadcast_to(leaf, (leaf.shape[0], wanted.shape[1], *leaf.shape[2:]))
-        return leaf
-
-    if jax.tree.structure(backbone) == jax.tree.structure(like):
-        backbone = jax.tree_util.tree_map_with_path(fill, backbone, like)
-    check_shapes(parameter_shapes(backbone), parameter_shapes(like), source)
-    if filled and noise:
-        for side in ("encoder", "decoder"):
-            key = jax.random.fold_in(key, 0)
-            layers = backbone[side]["layers"]
-            if "routed" in layers:
-                layers["routed"] = add_noise(
-                    jax.tree.map(jax.numpy.asarray, layers["routed"]), key, noise
-                )
-    return backbone
-
-
-def fit_table(params: Params, like: Params, found: list[str], tasks: list[str], source: Any):
-    """Router and representations of another run, rows matched by task name.
-
-    Raises:
-        UserError: the router has another shape, or a task has no row.
-    """
-    missing = [task for task in tasks if task not in found]
-    if missing:
-        raise UserError(f"{source}: its task table has no {missing[0]!r}")
-    rows = np.array([found.index(task) for task in tasks])
-    result = {
-        "router": params["router"],
-        "representations": np.asarray(params["representations"])[rows],
-    }
-    check_shapes(parameter_shapes(result), parameter_shapes({k: like[k] for k in result}), source)
-    return result

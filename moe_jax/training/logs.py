@@ -67,15 +67,19 @@ class MetricsLog:
 
 
 class EventFile:
-    """Scalars for TensorBoard, in a new file of `directory`.
+    """Scalars for TensorBoard, in one file of `directory`, however often a run is started.
 
     Args:
-        first_step: TensorBoard drops what earlier files of the directory hold from this step on.
+        first_step: TensorBoard drops what is there already from this step on.
     """
 
     def __init__(self, directory: str | Path, first_step: int):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(open(Path(directory) / name, "ab"))  # noqa: SIM115
+        earlier = sorted(Path(directory).glob("events.out.tfevents.*"))
+        path = earlier[-1] if earlier else Path(directory) / name
+        file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+        file.truncate(_whole_records(path))
+        self._records = RecordWriter(file)
         self._add(file_version="brain.Event:2")
         self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
@@ -91,6 +95,18 @@ class EventFile:
     def close(self) -> None:
         """Closes the file."""
         self._records.close()
+
+
+def _whole_records(path: Path) -> int:
+    """Bytes of the records before one that a kill cut short, which would hide all after it."""
+    size, end = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while len(head := file.read(8)) == 8:  # length, its checksum, the event, its checksum
+            next_end = end + 16 + int.from_bytes(head, "little")
+            if next_end > size:
+                break
+            file.seek(end := next_end)
+    return end
 
 
 def _kept(path: Path, step: int) -> list[dict[str, Any]]:

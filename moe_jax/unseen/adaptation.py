@@ -292,6 +292,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Finished runs; a line that a kill cut short is dropped from the file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    files.write_text(path, "".join(line for line in lines if line.endswith("}\n")))
+    lines = path.read_bytes().splitlines(keepends=True)
+    files.write_bytes(path, b"".join(line for line in lines if line.endswith(b"}\n")))
     return list(files.read_jsonl(path))

@@ -30,6 +30,12 @@ def of_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def digest(value: Any) -> str:
+    """Short hash of a JSON value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return of_bytes(text.encode())[:16]
+
+
 def seal(directory: Path, without: Iterable[str] = ()) -> None:
     """Writes the checksums of all files below a directory, and one of these.
 

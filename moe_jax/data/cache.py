@@ -5,14 +5,13 @@
     CACHE/mixtures/<mixture>-<key>.json
 
 A mixture's file lists its tasks' directories and the source files that they came from, so that a
-process without TensorFlow can see that it is stale. Nothing is ever changed in place.
+process without TensorFlow can see that it is stale. Nothing is ever changed in place. Everything
+has checksums: what is damaged is prepared again.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,28 +21,16 @@ import grain
 import msgpack
 import numpy as np
 
-from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core import checksums, files
+from moe_jax.core.checksums import digest
+from moe_jax.core.errors import UserError, nearest, say
+from moe_jax.data import staleness
 from moe_jax.data.modules import resolve
 from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
 from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
-FORMAT = 1  # of every file of the cache; a change makes all caches stale
+FORMAT = 2  # of every file of the cache; a change makes all caches stale
 SPEC = "spec.json"
-
-
-def digest(value: Any) -> str:
-    """Short hash of a JSON value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """Short hash of a file's bytes, or of the names in a directory."""
-    if os.path.isdir(path):
-        return digest(sorted(os.listdir(path)))
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +151,8 @@ class Records(Sequence[Example]):
             names = ", ".join(self._paths)
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise UserError(
-                f"missing or damaged shard in {names} ({reason}); delete its directory to have it"
-                " prepared again"
+                f"missing or damaged shard in {names} ({reason}); start again to have it prepared"
+                " again"
             ) from e
 
 
@@ -234,9 +221,7 @@ class PreparedTask:
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes, not {size}"
-                raise UserError(
-                    f"shard {path} {state}; delete {self.directory} to have it prepared again"
-                )
+                raise UserError(f"shard {path} {state}; start again to have it prepared again")
         return Records([self.directory / name for name, _ in self.split(split).shards])
 
     def metric_fns(self) -> dict[str, Callable[[list, list], Mapping[str, float]]]:
@@ -286,10 +271,8 @@ class PreparedMixture:
         raise UserError(f"mixture {self.name!r} has no task {name!r}{nearest(name, self.names)}")
 
 
-def read_mixture(cache_dir: str | os.PathLike, path: Path) -> PreparedMixture:
-    """Reads a prepared mixture's file and the spec of each of its tasks."""
-    cache_dir = Path(cache_dir)
-    stored = files.read_json(path)
+def _mixture(cache_dir: Path, stored: Mapping[str, Any]) -> PreparedMixture:
+    """What a prepared mixture's file says, and the spec of each of its tasks."""
     vocabulary_dir = cache_dir / "vocabularies" / stored["vocabulary"]
     tasks = tuple(_read_task(cache_dir / entry["dir"], entry) for entry in stored["tasks"])
     content = [
@@ -318,35 +301,48 @@ def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
     )
 
 
-def find(cache_dir: str | os.PathLike, request: Request, name: str) -> PreparedMixture | None:
-    """The prepared mixture `name` of `request`, or None where it is missing or stale."""
+def find(
+    cache_dir: str | os.PathLike, request: Request, name: str, quiet: bool = False
+) -> PreparedMixture | None:
+    """The prepared mixture `name` of `request`, or None where it is missing, stale or damaged.
+
+    Args:
+        quiet: does not say what is damaged.
+    """
+    cache_dir = Path(cache_dir)
     path = request.path(cache_dir, name)
     if not path.is_file():
         return None
-    stored = files.read_json(path)
-    directories = [f"vocabularies/{stored['vocabulary']}"] + [t["dir"] for t in stored["tasks"]]
-    if not all((Path(cache_dir) / directory).is_dir() for directory in directories):
+    stored, problem = _read_sealed(path)
+    if stored is not None:
+        directories = [f"vocabularies/{stored['vocabulary']}", *(t["dir"] for t in stored["tasks"])]
+        if not all((cache_dir / directory).is_dir() for directory in directories):
+            return None
+        problems = (checksums.damage(cache_dir / directory) for directory in directories)
+        problem = next(filter(None, problems), None)
+    if problem is not None:
+        if not quiet:
+            say(f"damaged, and prepared again: {problem}")
         return None
     environment = {**os.environ, **request.environment}
     if any(environment.get(k) != v for k, v in stored["environment"].items()):
         return None
-    if any(_changed(source, *state) for source, state in stored["inputs"].items()):
+    if any(staleness.changed(source, state) for source, state in stored["inputs"].items()):
         return None
-    return read_mixture(cache_dir, path)
+    return _mixture(cache_dir, stored)
 
 
-def state(path: str) -> tuple[int, int, str]:
-    """Size, modification time in ns and digest of a source file or directory."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, file_digest(path)
+def write_mixture(path: Path, stored: Mapping[str, Any]) -> None:
+    """Writes a prepared mixture's file, with a digest of its own."""
+    files.write_json(path, {**stored, "digest": digest(stored)})
 
 
-def _changed(path: str, size: int, mtime_ns: int, content: str) -> bool:
-    """Whether a source differs. One that is gone does not: a cache may travel without sources."""
+def _read_sealed(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """(what `write_mixture` wrote, None), or (None, what is wrong with the file)."""
     try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    if (status.st_size, status.st_mtime_ns) == (size, mtime_ns):
-        return False
-    return file_digest(path) != content
+        stored = files.read_json(path)
+    except UserError as e:
+        return None, str(e)
+    if isinstance(stored, dict) and stored.pop("digest", None) == digest(stored):
+        return stored, None
+    return None, f"{path} is not what was written"

@@ -23,9 +23,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from moe_jax.core import files, processes
+from moe_jax.core import checksums, files, processes
 from moe_jax.core.errors import UserError
-from moe_jax.data import cache, registry, vocabulary
+from moe_jax.data import cache, registry, staleness, vocabulary
 from moe_jax.data.cache import Example, Request
 from moe_jax.data.modules import source_files
 from moe_jax.data.registry import seqio  # through it, so that importing TensorFlow is quiet
@@ -57,7 +57,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
         name: f"tasks/{name}/" + cache.digest([vocabulary_id, splits[name], sources.digest(task)])
         for name, task in tasks.items()
     }
-    waiting = [name for name in tasks if not (cache_dir / directories[name]).is_dir()]
+    waiting = [name for name in tasks if not _is_whole(cache_dir / directories[name])]
     examples = 0
     with tqdm(total=sum(len(splits[n]) for n in waiting), unit=" splits", disable=None) as bar:
         for name in waiting:
@@ -70,20 +70,31 @@ def materialise(cache_dir: Path, request: Request) -> None:
                 spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
                 spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
                 files.write_json(directory / cache.SPEC, spec)
+                checksums.seal(directory)
             examples += sum(split["examples"] for split in spec["splits"].values())
     for name, found in mixtures.items():
         used = {task.name: directories[task.name] for task in found}
         mixture = _mixture(cache_dir, name, used, sources)
         behind = [name, *filter(None, [request.vocabulary.trained_on])]
         inputs = [*sources.files(behind), *request.vocabulary.files()]
-        mixture["inputs"] = {path: cache.state(path) for path in inputs}
+        mixture["inputs"] = {path: staleness.state(path) for path in inputs}
         mixture["environment"] = sources.environment(behind)
         mixture |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
-        files.write_json(request.path(cache_dir, name), mixture)
+        cache.write_mixture(request.path(cache_dir, name), mixture)
     if waiting:
         seconds = time.perf_counter() - start
         print(f"prepared {len(waiting)} tasks, {examples:,} examples, in {seconds:.1f} s in"
               f" {cache_dir}", file=sys.stderr)  # fmt: skip
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether there is such a directory of the cache; one that is damaged is removed."""
+    if not directory.is_dir():
+        return False
+    if checksums.damage(directory) is None:
+        return True
+    shutil.rmtree(directory)
+    return False
 
 
 def _chosen(task: seqio.Task, wanted: Sequence[str] | None) -> list[str]:
@@ -102,7 +113,7 @@ class _Sources:
     def __init__(self, modules: Sequence[ModuleType]):
         self.modules = modules
         self._code = {module.__name__: source_files(module) for module in modules}
-        self._file_digest = functools.cache(cache.file_digest)
+        self._content = functools.cache(staleness.content)
         self.ontology = {}
         self.categories = {}
         for module in modules:
@@ -119,18 +130,23 @@ class _Sources:
 
     def files(self, names: Sequence[str]) -> list[str]:
         """Files and directories that decide what the tasks or mixtures `names` hold, sorted."""
-        found = {os.path.abspath(v) for v in self.environment(names).values() if v}
+        found = set()
         for name in names:
             for module in registry.owners(name, self.modules):
                 found.update(self._code[module.__name__])
+                for variable in getattr(module, "ENVIRONMENT", ()):
+                    if path := os.environ.get(variable):
+                        # Of a directory, a module may say itself which files a task reads.
+                        alone = os.path.isdir(path) and hasattr(module, "data_files")
+                        found.add(os.path.abspath(path) + "/" * alone)
             for task in registry.find_tasks(name, self.modules):
                 found.update(registry.data_files(task, self.modules))
-        return sorted(path for path in found if os.path.exists(path))
+        return sorted(path for path in found if staleness.exists(path))
 
     def digest(self, task: seqio.Task) -> str:
         """Hash of the code and data behind one task."""
         paths = self.files([task.name])
-        contents = [(os.path.basename(path), self._file_digest(path)) for path in paths]
+        contents = [(os.path.basename(path.rstrip("/")), self._content(path)) for path in paths]
         return cache.digest([cache.FORMAT, self.environment([task.name]), contents])
 
 
@@ -269,7 +285,7 @@ def _prepare_vocabulary(
             raise UserError(f"VocabularyConfig.trained_on: {e}") from e
         digests = [sources.digest(task) for task in trainers]
         name = cache.digest([config.size, config.extra_ids, config.trained_on, digests])
-        if not (parent / name).is_dir():
+        if not _is_whole(parent / name):
             print(f"training a vocabulary on {config.trained_on!r}", file=sys.stderr)
             model = vocabulary.train_sentencepiece(_texts(trainers), config.size)
             _save_vocabulary(parent / name, _sentencepiece(model, config.extra_ids))
@@ -299,7 +315,7 @@ def _prepare_vocabulary(
     with tempfile.TemporaryDirectory() as directory:
         _save_vocabulary(Path(directory) / "new", found, settings)
         name = files.read_json(Path(directory) / "new" / vocabulary.FILE)["fingerprint"]
-    if not (parent / name).is_dir():
+    if not _is_whole(parent / name):
         _save_vocabulary(parent / name, found, settings)
     return name, None if config.kind == "task" else found
 
@@ -347,6 +363,7 @@ def _save_vocabulary(
         settings = {"kind": "seqio", **settings}
     with files.new_directory(path) as directory:
         vocabulary.write_vocabulary(directory, settings, contents)
+        checksums.seal(directory)
 
 
 def _child(job_file: str) -> int:

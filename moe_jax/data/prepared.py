@@ -62,20 +62,26 @@ def ensure_prepared(
             unreadable source, no room or permission to write, a child that died.
     """
     request = Request.make(names, task_modules, vocabulary, splits, environment)
-    if not _up_to_date(cache_dir, request):
+    found = look_up(cache_dir, request)
+    if None in found.values():
         with processes.lock(cache_dir, wait=True) as lock:
             # Another process may have prepared it while this one waited for the lock.
-            if not _up_to_date(cache_dir, request):
+            found = look_up(cache_dir, request, quiet=True)
+            if None in found.values():
                 _run_child(cache_dir, request, lock)
-    return _found(cache_dir, request)
+                found = _found(cache_dir, request)
+    return found
 
 
-def _up_to_date(cache_dir: str | os.PathLike, request: Request) -> bool:
-    return all(cache.find(cache_dir, request, name) for name in request.names)
+def look_up(
+    cache_dir: str | os.PathLike, request: Request, quiet: bool = False
+) -> dict[str, PreparedMixture | None]:
+    """The mixtures of a request as far as they are in the cache; see `cache.find`."""
+    return {name: cache.find(cache_dir, request, name, quiet) for name in request.names}
 
 
 def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
-    found = {name: cache.find(cache_dir, request, name) for name in request.names}
+    found = look_up(cache_dir, request)
     for name, mixture in found.items():
         if mixture is None:
             raise UserError(f"the sources of {name!r} changed while they were being prepared")

@@ -25,6 +25,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax.core.errors import UserError, nearest
+from moe_jax.data import staleness
 from moe_jax.data.modules import load_module, quiet, resolve
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -122,7 +123,7 @@ def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:
 
 
 def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
-    """Local files and directories that `task` reads, sorted, as far as can be told."""
+    """Local files, directories and patterns that `task` reads, sorted, as far as can be told."""
     found = {
         str(path)
         for module in owners(task.name, modules)
@@ -131,6 +132,8 @@ def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
     }
     source = task.source
     if isinstance(source, seqio.FileDataSource):
+        for patterns in source._split_to_filepattern.values():
+            found.update([patterns] if isinstance(patterns, str | Path) else patterns)
         found.update(file for split in source.splits for file in source.list_shards(split))
     elif isinstance(source, seqio.TfdsDataSource):
         found.add(os.path.join(source.tfds_dataset.builder.data_dir, "dataset_info.json"))
@@ -138,9 +141,11 @@ def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
         partial = source._dataset_fn
         while isinstance(partial, functools.partial):
             values = [*partial.args, *partial.keywords.values()]
-            found.update(str(v) for v in values if isinstance(v, str | Path) and os.path.exists(v))
+            paths = [str(v) for v in values if isinstance(v, str | Path)]
+            found.update(p for p in paths if os.path.exists(p) or "/" in p)  # or a pattern
             partial = partial.func
-    return sorted(os.path.abspath(path) for path in found if os.path.exists(path))
+    paths = {os.path.abspath(path) for path in found if str(path)}
+    return sorted(path for path in paths if staleness.exists(path))
 
 
 def reference(function: Any, task: seqio.Task, role: str) -> str:

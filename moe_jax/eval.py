@@ -46,7 +46,7 @@ configurables.register(EvalConfig)
 def evaluate(config: Config, settings: EvalConfig) -> None:
     """Scores the run in MODEL_DIR."""
     run_config, data, split = config.run, config.data, settings.split
-    found = prepare_mixtures(data, *settings.mixtures)
+    found = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
     vocabulary = found[data.mixture_or_task_name].vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     names = [name for mixture in found.values() for name in mixture.names]

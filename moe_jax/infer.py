@@ -22,12 +22,13 @@ from moe_jax.core.configuration import Configuration, Name
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
+from moe_jax.data.vocabulary import load_vocabulary
 from moe_jax.evaluation.evaluator import Evaluator, route_json
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
-from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.runs.mixtures import prepare_mixtures, run_vocabulary
 
 Line = tuple[int, str]  # number, from 1, and text
 
@@ -64,10 +65,17 @@ def infer(config: Config, settings: InferConfig) -> None:
     lines = _lines(settings.input) if settings.input == "-" else list(_lines(settings.input))
     task, output, representations = settings.task, settings.output, settings.representations
     run_config, data = config.run, config.data
-    mixture = prepare_mixtures(data)[data.mixture_or_task_name]
-    vocabulary = mixture.vocabulary
+    # What it was trained on is looked at only where the run itself does not say enough.
+    own, mixture = run_vocabulary(run_config.model_dir), None
+    if own is None:
+        mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    vocabulary = load_vocabulary(own) if own is not None else mixture.vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
-    known = dict.fromkeys([*run.task_ids, *mixture.names])
+    known = dict.fromkeys(run.task_ids)
+    if task not in known and representations is None:
+        if mixture is None:
+            mixture = prepare_mixtures(data, run=run_config.model_dir)[data.mixture_or_task_name]
+        known |= dict.fromkeys(mixture.names)
     if task not in known and representations is None:
         raise UserError(
             f"the task table has no {task!r}; a task that the model was not trained on needs"

@@ -200,7 +200,7 @@ def test_only_the_best_on_dev_is_scored_on_test(done, monkeypatch):
 def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path, monkeypatch):
     """And before MODEL_DIR holds the run, which would refuse another file later."""
     mixture = types.SimpleNamespace(names=("a", "b"), vocabulary=types.SimpleNamespace(size=24))
-    monkeypatch.setattr(program, "prepare_mixtures", lambda data: {"a_mixture": mixture})
+    monkeypatch.setattr(program, "prepare_mixtures", lambda data, run: {"a_mixture": mixture})
     monkeypatch.setattr(
         program, "read_starts", lambda *_: pytest.fail("training is about to start")
     )

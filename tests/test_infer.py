@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from toy import toy_mixtures
+from toy import toy_cache, toy_mixtures
 from toy_run import bindings, random_backbone, tiny_model, tiny_params
 
 from moe_jax import eval as eval_program
@@ -158,3 +158,40 @@ def test_a_line_that_is_no_text_ends_the_answers_there(dense, monkeypatch, capsy
     with pytest.raises(UserError, match=r"in\.txt:3: the line is not UTF-8$"):
         call(infer.infer, dense, task="toy_copy", input=str(tmp_path / "in.txt"))
     assert not capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run that carries its vocabulary."""
+    model_dir = tmp_path_factory.mktemp("own") / "run"
+    write_run(model_dir, experts=1)
+    directory.copy_vocabulary(model_dir, toy_mixtures()[0].vocabulary_dir)
+    return model_dir
+
+
+def test_answers_need_no_training_data(own, monkeypatch, capsys, tmp_path):
+    """Neither the task module nor the cache."""
+    said = []
+    for settings in ({}, {"TASK_MODULES": ("gone.py",), "CACHE_DIR": str(tmp_path / "nowhere")}):
+        monkeypatch.setattr("sys.stdin", stdin(b"copy: red blue\n"))
+        call(infer.infer, own, task="toy_copy", **settings)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and json.loads(said[0])["prediction"]
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_keeps_its_vocabulary_when_its_data_change(own, tmp_path):
+    """As if the text that trains the vocabulary had changed: of the same size, with other ids."""
+    predictions = []
+    for vocabulary, cache_dir in (("toy_train", toy_cache()), ("toy_unseen", tmp_path / "cache")):
+        lines = [f"MODEL_DIR = {str(own)!r}", f"CACHE_DIR = {str(cache_dir)!r}",
+                 "eval.examples = 4", f"VocabularyConfig.trained_on = {vocabulary!r}"]  # fmt: skip
+        flags.parse_gin([], lines, [], from_model_dir=True)
+        eval_program.evaluate(build(Config), build(eval_program.EvalConfig))
+        path = own / "eval" / "toy_train_test" / "predictions.jsonl"
+        predictions.append(path.read_text())
+    assert predictions[0] == predictions[1]
+    (used,) = {path.parent.name for path in (tmp_path / "cache").glob("vocabularies/*/*.json")}
+    files_of = [d / "sentencepiece.model" for d in (own / "vocabulary",
+                tmp_path / "cache" / "vocabularies" / used)]  # fmt: skip
+    assert files_of[0].read_bytes() == files_of[1].read_bytes()

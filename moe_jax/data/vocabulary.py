@@ -206,8 +206,8 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
         UserError: `vocabulary.json` or the model is missing, or of an unknown kind.
     """
     directory = Path(directory)
-    settings = files.read_json(directory / FILE)
-    match settings.get("kind"):
+    settings = read_settings(directory)
+    match settings["kind"]:
         case "bytes":
             return ByteVocabulary(settings["extra_ids"])
         case "sentencepiece":
@@ -220,8 +220,24 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
             from moe_jax.data import registry  # TensorFlow, which no other kind needs
 
             return SeqioVocabulary(registry.load_vocabulary(settings))
-        case kind:
-            raise UserError(f"{directory / FILE}: unknown kind of vocabulary {kind!r}")
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What `vocabulary.json` says: `kind`, what the kind needs.
+
+    Raises:
+        UserError: it is missing, damaged, or of an unknown kind.
+    """
+    path = directory / FILE
+    settings = files.read_json(path)
+    kind = settings.get("kind") if isinstance(settings, dict) else None
+    needed = {"bytes": ["extra_ids"], "sentencepiece": [], "tokenizers": ["ids"], "seqio": []}
+    if not isinstance(kind, str) or kind not in needed:
+        raise UserError(f"{path}: unknown kind of vocabulary {kind!r}")
+    for name in needed[kind]:
+        if name not in settings:
+            raise UserError(f"{path}: it has no {name!r}")
+    return settings
 
 
 def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:

@@ -22,7 +22,7 @@ from moe_jax.runs import directory, stopping
 from moe_jax.runs.config import Config
 from moe_jax.runs.initial import initial_params
 from moe_jax.runs.load import build_model
-from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.logs import SCORE, MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer
@@ -51,6 +51,8 @@ def _train(config: Config, lead: bool) -> None:
 
     # ---------------------------------------------------------------- data and model
     mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    if run.initial_checkpoint_path and lead:
+        check_vocabulary(run.initial_checkpoint_path, mixture)
     tasks = list(mixture.names)
     task_ids = {name: i for i, name in enumerate(tasks)}
     vocabulary = mixture.vocabulary

@@ -28,7 +28,7 @@ from moe_jax.runs import directory
 from moe_jax.runs.config import DataConfig, FewShotConfig, FinetuneConfig
 from moe_jax.runs.initial import initial_params
 from moe_jax.runs.load import Run, read_run
-from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
 from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.tuning import Tuner
 
@@ -246,7 +246,9 @@ def _adapt_all(whole: FewShotConfig) -> None:
     run, data, config = whole.run, whole.data, whole.finetune
     model_dir = Path(run.model_dir)
     directory.check_config(model_dir, whole)
-    mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    mixture = prepare_mixtures(data, run=config.dense_dir)[data.mixture_or_task_name]
+    if config.moe_dir is not None:
+        check_vocabulary(config.moe_dir, mixture)
     check_file(config, mixture.names)  # before the work, not in the middle of it
     directory.write_config(model_dir, whole)
     rows = _read_rows(model_dir / RUNS)

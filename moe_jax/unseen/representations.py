@@ -111,7 +111,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     if not output.endswith(".npz"):
         raise UserError(f"represent.output {output!r} must end in .npz")
     earlier = Representations.read(pca_from) if pca_from else None
-    found = prepare_mixtures(data, *settings.mixtures)
+    found = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
     vocabulary = found[data.mixture_or_task_name].vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     if run.model.routed:

@@ -80,11 +80,13 @@ class Gather(struct.PyTreeNode):
         weights_NxK: their weights.
         peers_NxPxK: where parameters are cut, the experts that each of the P devices along
             `SHARD_AXES` uses at the same time.
+        slots_NxPxK: the slots of the gradients of these (`placement.Slotted`), if they have some.
     """
 
     index_NxK: jax.Array
     weights_NxK: jax.Array
     peers_NxPxK: jax.Array | None = None
+    slots_NxPxK: jax.Array | None = None
 
     def __call__(
         self, layer: nn.Module, x: jax.Array, rows: Sequence[jax.Array], shared: Sequence[Any],
@@ -94,9 +96,10 @@ class Gather(struct.PyTreeNode):
         for k in range(self.index_NxK.shape[0]):
 
             def pick(params, k=k):
-                if placement is not None:
-                    return placement.exchange(params, self.peers_NxPxK[:, k], prefix)
-                return expert(params, self.index_NxK[k])
+                if placement is None:
+                    return expert(params, self.index_NxK[k])
+                slot_P = None if self.slots_NxPxK is None else self.slots_NxPxK[:, k]
+                return placement.exchange(params, self.peers_NxPxK[:, k], slot_P, prefix)
 
             y = with_params(layer, pick, x, *rows, *shared)
             total = total + weighted(y, self.weights_NxK[k])

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
@@ -20,6 +21,18 @@ from moe_jax.core.sharding import SHARD_AXES
 Params = Any
 # The name of fetched weights, for `jax.checkpoint`: they are not kept for the backward pass.
 FETCHED = "fetched_weights"
+
+
+class Slotted(struct.PyTreeNode):
+    """An array of E experts, whose gradient goes to an array of fewer slots (`training.slots`).
+
+    Attributes:
+        experts_Ex: gets no gradient itself.
+        slots_Sx: zeros, which are never read: the gradient by them is that of the experts in use.
+    """
+
+    experts_Ex: jax.Array
+    slots_Sx: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,35 +96,86 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    def exchange(self, params_E: Params, expert_P: jax.Array, prefix: str) -> Params:
+    def exchange(
+        self, params_E: Params, expert_P: jax.Array, slot_P: jax.Array | None, prefix: str
+    ) -> Params:
         """Every device's own expert, whole, by one all-to-all for each array.
 
         A device sends each of its peers that peer's expert, as far as it holds it. What travels is
         one layer's size, whatever E is. Backwards, gradients return the same way to their owners.
 
         Args:
-            params_E: this device's parts of one layer's E experts.
+            params_E: this device's parts of one layer's E experts; arrays, or all `Slotted`.
             expert_P: int, the expert that each of the P devices along `SHARD_AXES` wants.
+            slot_P: int, the slots of these experts' gradients, where arrays are `Slotted`.
             prefix: of the layer's names in the backbone.
         """
         axes = self.axes(prefix)
-        own = expert_P[jax.lax.axis_index(SHARD_AXES)]
+        own = jax.lax.axis_index(SHARD_AXES)
 
-        def whole(path, x_Ex):
+        def whole(path, x):
             axis = axes.get(_name(path))
+            chosen_Px = _choose(x, expert_P, slot_P)
             if axis is None:
-                return jax.lax.dynamic_index_in_dim(x_Ex, own, keepdims=False)
+                return chosen_Px[own]
             # Cast after the choice, so that gradients are added up in float32.
-            parts_Px = _take(x_Ex, expert_P).astype(self.dtype)
+            parts_Px = _cast(chosen_Px, self.dtype)
             # Of [layer, expert, ...], two axes are gone and one of peers has come.
             y = jax.lax.all_to_all(parts_Px, SHARD_AXES, 0, axis - 1, tiled=True)
             return _fetched(y[0])
 
-        return jax.tree_util.tree_map_with_path(whole, params_E)
+        return jax.tree_util.tree_map_with_path(whole, params_E, is_leaf=_is_slotted)
+
+
+def slotted(whole: Params, slots: Params) -> Params:
+    """Parameters whose gradients go to `slots`: equal arrays, and zeros for experts (`Slotted`)."""
+
+    def one(x, slots_Sx):
+        same = x.shape == slots_Sx.shape
+        return slots_Sx if same else Slotted(jax.lax.stop_gradient(x), slots_Sx)
+
+    return jax.tree.map(one, whole, slots)
+
+
+def _is_slotted(x: Any) -> bool:
+    return isinstance(x, Slotted)
+
+
+def _choose(x: jax.Array | Slotted, expert_P: jax.Array, slot_P: jax.Array | None) -> jax.Array:
+    if not _is_slotted(x):
+        return _take(x, expert_P)
+    return _take_slotted(x.slots_Sx.shape[0], x.slots_Sx, x.experts_Ex, expert_P, slot_P)
 
 
 def _take(x_Ex: jax.Array, index_P: jax.Array) -> jax.Array:
     return x_Ex.at[index_P].get(mode="promise_in_bounds")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take_slotted(count, slots_Sx, x_Ex, expert_P, slot_P):
+    del count, slots_Sx, slot_P
+    return _take(x_Ex, expert_P)
+
+
+def _take_slotted_forward(count, slots_Sx, x_Ex, expert_P, slot_P):
+    return _take_slotted(count, slots_Sx, x_Ex, expert_P, slot_P), slot_P
+
+
+def _take_slotted_backward(count, slot_P, dy_Px):
+    zeros_Sx = jnp.zeros((count, *dy_Px.shape[1:]), dy_Px.dtype)
+    return zeros_Sx.at[slot_P].add(dy_Px), None, None, None
+
+
+_take_slotted.defvjp(_take_slotted_forward, _take_slotted_backward)
+
+
+def _cast(x: jax.Array, dtype: str) -> jax.Array:
+    if jnp.dtype(dtype).itemsize < x.dtype.itemsize:
+        # Changes no number. A TPU's compiler moves a cast alone out of the loop over layers, and
+        # then casts all experts of all layers.
+        info = jnp.finfo(dtype)
+        x = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)
 
 
 def _fetched(x: jax.Array) -> jax.Array:
@@ -138,7 +202,7 @@ def _sum_and_cut(x: jax.Array, axis: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _all_gather(x: jax.Array, axis: int, dtype: str) -> jax.Array:
-    return jax.lax.all_gather(x.astype(dtype), SHARD_AXES, axis=axis, tiled=True)
+    return jax.lax.all_gather(_cast(x, dtype), SHARD_AXES, axis=axis, tiled=True)
 
 
 def _all_gather_forward(x, axis, dtype):

@@ -32,7 +32,7 @@ from moe_jax.data.batch import Batch, of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.dispatch import Gather, Mix
 from moe_jax.model.experts import Params, gather, scatter_add
-from moe_jax.model.placement import Placement
+from moe_jax.model.placement import Placement, slotted
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings
 from moe_jax.training.loss import token_losses_in_chunks
 from moe_jax.training.slots import Slots
@@ -176,12 +176,11 @@ def _local_gradients(
     xs = {"tokens": tokens, "weights": weights, "key": keys_G}
     whole = backbone if placement is None else placement.outside(backbone)
     if not merge:
-        slots_GxNxK = index if slots is None else slots.slots_GxNxK
-        xs |= {"index": own(index), "slots": own(slots_GxNxK)}
+        xs |= {"index": own(index), "slots": own(index if slots is None else slots.slots_GxNxK)}
         if placement is not None:
-            xs["peers"] = _of_peers(mesh, groups, slots_GxNxK)
-            if slots is not None:
-                whole = gather(whole, slots.experts_NxS)
+            xs["peers"] = _of_peers(mesh, groups, index)
+            xs["peers_slots"] = slots and _of_peers(mesh, groups, slots.slots_GxNxK)
+    into = whole if slots is None else _with_slots(whole, slots.experts_NxS)
     differentiate = partial(_differentiate, grouping, placement, scale)
 
     def merged(x_W):
@@ -203,9 +202,9 @@ def _local_gradients(
         """One group, whose layers fetch their experts from all devices."""
 
         def dispatch(weights_NxK):
-            return Gather(x["slots"], weights_NxK, x["peers"])
+            return Gather(x["index"], weights_NxK, x["peers"], x["peers_slots"])
 
-        return differentiate(dispatch, whole, x["weights"], x["tokens"], x["key"])
+        return differentiate(dispatch, whole, x["weights"], x["tokens"], x["key"], into)
 
     def add(carry, x_W):
         """Adds W groups."""
@@ -227,10 +226,8 @@ def _local_gradients(
                 total = _add(total, grads)
         return (total_loss + losses_W.sum(), total), d_weights
 
-    like = whole if grouping.backbone_free else None
-    if like is not None and slots is not None and placement is None:
-        like = jax.eval_shape(gather, whole, slots.experts_NxS)
-    nothing = (jnp.float32(0), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like))
+    like = into if grouping.backbone_free else None
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, like))
     xs = jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), xs)
     if groups == at_once:
         (loss, total), d_weights = add(nothing, jax.tree.map(lambda a: a[0], xs))
@@ -270,11 +267,25 @@ def _sum_over_devices(grouping: Grouping, total: Params) -> Params:
     return total and jax.tree.map(one, places, total)
 
 
-def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows, key):
-    """(scaled loss, its gradient by the backbone, its gradient by the weights), or None for it."""
+def _with_slots(whole: Params, experts_NxS: jax.Array) -> Params:
+    """The form that gradients have: the backbone, with zeros in S slots for its experts."""
+
+    def one(x, like):
+        return x if x.shape == like.shape else jnp.zeros(like.shape, like.dtype)
+
+    return jax.tree.map(one, whole, jax.eval_shape(gather, whole, experts_NxS))
+
+
+def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows, key, into=None):
+    """(scaled loss, its gradient by the backbone, its gradient by the weights), or None for it.
+
+    `into` has the form of the gradient by the backbone, if that is another (`placement.slotted`).
+    """
+    into = backbone if into is None else into
 
     def loss(free):
-        chosen, route = (free.get("backbone", backbone), free.get("weights", weights))
+        chosen = slotted(backbone, free.get("backbone", into))
+        route = free.get("weights", weights)
         how = None if route is None else dispatch(route)
         return scale * group_loss(
             grouping.model, chosen, how, rows, key, grouping.label_smoothing, placement
@@ -282,7 +293,7 @@ def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows
 
     free = {}
     if grouping.backbone_free:
-        free["backbone"] = backbone
+        free["backbone"] = into
     if grouping.routes_free and weights is not None:
         free["weights"] = weights
     value, grads = jax.value_and_grad(loss)(free)

@@ -1,4 +1,4 @@
-"""Training on meshes of 8 devices is training on one; no device holds more than its share."""
+"""Training on meshes of 8 devices equals training on one; each device holds only its share."""
 
 import functools
 
@@ -26,7 +26,7 @@ MESHES = {
     "2 fsdp, 2 expert, 2 model": MeshConfig(data=1, fsdp=2, expert=2, model=2),
 }
 # Routed and vanilla layers in turn: hard routes of one and of two experts, soft routes, no routes.
-# Where groups share all weights they are merged, and dropout depends on which they are.
+# No dropout where groups share all weights: they are merged, and the masks depend on the merge.
 LAYERS = {"encoder_layers": 2, "encoder_vanilla_layers": (0,)}
 ROUTES = {
     "hard": {"selection": "gumbel_softmax_st", "experts_per_layer": 1, "dropout_rate": 0.1},
@@ -42,7 +42,8 @@ BATCHES = [random_batch(groups=16, rows=1, seed=seed) for seed in (0, 1, 0)]
 
 @functools.cache
 def trained(mesh_name: str, routes: str, remat: bool, differentiate: bool):
-    """(gradients of the first batch, if wanted, parameters after 3 steps, metrics of each)."""
+    """(gradients of the first batch if `differentiate`, parameters after 3 steps, metrics of
+    each)."""
     model = tiny_model(**LAYERS, **ROUTES[routes], remat=remat)
     one = mesh_name == "1 device"
     mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if one else make_mesh(MESHES[mesh_name])
@@ -84,10 +85,10 @@ def check(mesh_name: str, routes: str, remat: bool, differentiate: bool) -> None
     wanted_grads, wanted, wanted_seen = trained("1 device", routes, False, differentiate)
     assert_close(grads, wanted_grads)
     assert_close(params, wanted)
-    for found, expected in zip(seen, wanted_seen, strict=True):
-        assert found.keys() == expected.keys()
-        for key in found:  # among them the loss and the norm of the gradient
-            np.testing.assert_allclose(found[key], expected[key], rtol=1e-5, err_msg=key)
+    for actual, expected in zip(seen, wanted_seen, strict=True):
+        assert actual.keys() == expected.keys()
+        for key in actual:  # among them the loss and the norm of the gradient
+            np.testing.assert_allclose(actual[key], expected[key], rtol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize(("mesh", "routes", "remat"), [
@@ -124,7 +125,7 @@ def test_parameters_and_optimizer_state_are_sharded(name, shape):
     kernel = arrays["backbone"]["decoder"]["layers"]["routed"]["feed_forward"]["in_kernel"]
     assert kernel.shape == (1, 4, 16, 1, 32)
     assert {s.data.shape for s in kernel.addressable_shards} == {shape}
-    # Adam's moments lie beside their parameters.
+    # Adam's moments have the shardings of their parameters.
     wanted = {a.sharding for a in jax.tree.leaves(arrays)}
     assert {a for a in jax.tree.leaves(places.opt_state) if a.spec} <= wanted
     if name == "2 fsdp, 2 expert, 2 model":

@@ -1,4 +1,4 @@
-"""The `moe_jax.tasks` command, on tasks of which most are broken in one way."""
+"""The `moe_jax.tasks` command, on tasks that are mostly broken in one way each."""
 
 import json
 import os

@@ -18,7 +18,9 @@ SHORT = " --gin.TRAIN_STEPS=2 --gin.EVAL_PERIOD=2 --gin.RunConfig.eval_examples=
 def ran(tmp_path_factory):
     """(working directory, outputs) of the page's commands, with fewer steps."""
     directory = tmp_path_factory.mktemp("mine")
-    blocks = re.findall(r"```(?:python|gin)\n# (my_\w+\.\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```(?:python|gin)\n# (my_\w+\.\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL
+    )
     for name, text in blocks:
         (directory / name).write_text(text)
     outputs = []

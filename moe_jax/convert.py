@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     writer = commands.add_parser("to-hf", help="write a task's plain model")
     writer.add_argument("checkpoint", metavar="MODEL_DIR", help="or one of its checkpoints")
     writer.add_argument("out", metavar="OUT", help="Hugging Face directory to write")
-    writer.add_argument("--task", metavar="NAME", help="whose expert to take in every layer")
+    writer.add_argument("--task", metavar="NAME", help="the task whose experts are taken")
     writer.add_argument(
         "--average",
         action="store_true",
-        help="average the experts' parameters, weighted by the task's route or, without --task,"
-        " all alike",
+        help="average the experts' parameters, weighted by the task's route or,"
+        " without --task, equally",
     )
     writer.add_argument(
         "--approximate",

@@ -44,7 +44,7 @@ def plan(config: Config) -> None:
     if data.groups % group_shards(mesh):
         raise UserError(
             f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} rows: "
-            f"no multiple of the mesh's {group_shards(mesh)} data shards"
+            f"not a multiple of the mesh's {group_shards(mesh)} data shards"
         )
     model = TaskMoE(model_config, config.router, _TASKS.value)
     shape = BatchShape(data.groups, data.rows_per_group, **data.lengths)

@@ -284,7 +284,7 @@ def _find_tasks(args: argparse.Namespace, modules: Sequence[ModuleType]) -> list
     try:
         _ = vocabulary.vocab_size  # the file is read here
     except Exception as e:
-        raise UserError(f"--vocabulary {args.vocabulary} is no SentencePiece model") from e
+        raise UserError(f"--vocabulary {args.vocabulary} is not a SentencePiece model") from e
     return [registry.with_vocabulary(task, vocabulary) for task in tasks]
 
 

@@ -190,7 +190,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
         assert captured.err.count("\n") == 1 and not captured.out
         return captured.err
 
-    assert "is no directory" in fails("from-hf", tmp_path / "none", tmp_path / "out")
+    assert "is not a directory" in fails("from-hf", tmp_path / "none", tmp_path / "out")
     shutil.copytree(DATA / "bart", tmp_path / "torch")
     (tmp_path / "torch" / WEIGHTS).rename(tmp_path / "torch" / "pytorch_model.bin")
     assert "save_pretrained" in fails("from-hf", tmp_path / "torch", tmp_path / "out")

@@ -166,7 +166,10 @@ def test_the_command_where_it_does_not_fit(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--devices=8"], "ModelConfig.vocabulary_size is 0"),
-    (["--devices=8", VOCABULARY, "--gin.BATCH_SIZE=4"], "no multiple of the mesh's 8 data shards"),
+    (
+        ["--devices=8", VOCABULARY, "--gin.BATCH_SIZE=4"],
+        "not a multiple of the mesh's 8 data shards",
+    ),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(arguments, message):
     result = command(*arguments)

@@ -230,7 +230,7 @@ def test_equal_routes_are_reported_honestly(tmp_path):
     files.write_json(run / "routes.json", value)
     made = report(tmp_path / "report", {"run": run})
     text = " ".join(made.findings)
-    assert "All 12 tasks of “run” take one and the same route." in text
+    assert "All 12 tasks of “run” take the same route." in text
     assert "cannot be measured: all tasks take the same route" in text
     assert "every expert's weight is the same for all tasks" in text
     assert "no layer's route depends on the task" in text

@@ -162,7 +162,7 @@ def test_text_embedding_ignores_padding():
 
 @pytest.mark.parametrize("kind", ["text", "fisher"])
 def test_many_devices_share_the_rows_and_agree_with_one(kind, monkeypatch):
-    """Four shards of a mesh that also splits the model; 6 rows are no multiple of them."""
+    """Four shards of a mesh that also splits the model; 6 rows are not a multiple of them."""
     mixture, _ = toy_mixtures()
     size = mixture.vocabulary.size
     model = tiny_model(experts=1, max_positions=48, vocabulary_size=size)

@@ -124,7 +124,7 @@ def test_a_rows_draws_are_its_own():
     tokens = run(arrays, numbers)
     order = rng.permutation(rows)
     np.testing.assert_array_equal(run(take(arrays, order), numbers[order]), tokens[order])
-    # Other rows in place of the second half.
+    # Replaces the second half by other rows.
     half = np.where(np.arange(rows) < 8, np.arange(rows), 0)
     other = run(take(arrays, half), np.where(np.arange(rows) < 8, numbers, 7))
     np.testing.assert_array_equal(other[:8], tokens[:8])

@@ -225,7 +225,7 @@ KEY = "encoder/layers_1/attention/key/kernel"
         (lambda a: a.update({NORM: np.ones((9,), np.float32)}), "shape [9], the others say [8]"),
         (
             lambda a: a.update({"encoder/relpos_bias/rel_embedding": np.ones(4, np.float32)}),
-            "has shape [4], it is no matrix",
+            "has shape [4], it is not a matrix",
         ),
         (
             lambda a: a.update({"decoder/decoder_norm/bias": np.ones(8, np.float32)}),

@@ -233,7 +233,7 @@ def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:
     """Loads a `.model` file.
 
     Raises:
-        UserError: it is missing, is no SentencePiece model, or has no pad or EOS token.
+        UserError: it is missing, is not a SentencePiece model, or has no pad or EOS token.
     """
     try:
         vocabulary = SentencePieceVocabulary(Path(path).read_bytes())

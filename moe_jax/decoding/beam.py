@@ -69,7 +69,7 @@ def beam_search(
         seen = state.seen_RxQxC | (own_QxC & (position_C == index))
         logits, cache = decoder.step(state.token_RxQ, index, state.cache, seen)
         likelihood = constrain(jax.nn.log_softmax(logits), index) + state.score_RxQ[..., None]
-        # 2 Q candidates: at most Q of them end here, so that Q can go on.
+        # 2 Q candidates: at most Q of them end here, so at least Q can continue.
         vocabulary = logits.shape[-1]
         score_RxP, place_RxP = jax.lax.top_k(likelihood.reshape(rows, -1), 2 * beams)
         parent_RxP, token_RxP = place_RxP // vocabulary, place_RxP % vocabulary

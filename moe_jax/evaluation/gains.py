@@ -57,10 +57,10 @@ def relative_gains(rows: Iterable[Mapping[str, Any]], baseline: str = "untrained
         tasks), `tasks` (how many count), `no_relative_gain` (names)}, `differences` (ARG of a
         later start minus that of an earlier one: `arg`, `ci95`, `per_seed`) and `tasks` {task:
         {start: `mean`, `std` (None with one seed), `per_seed`, `selected`, `relative_gain`}}. Gains
-        are fractions (0.026 is 2.6 %); `relative_gain` is None where there is none.
+        are fractions (0.026 is 2.6 %); `relative_gain` is None if undefined.
 
     Raises:
-        UserError: no rows; a row without a key or with a score that is no finite number; a task
+        UserError: no rows; a row without a key or with a score that is not a finite number; a task
             that lacks a start, a seed or a grid point; a grid point with two different scores.
     """
     grid = _grid(rows)

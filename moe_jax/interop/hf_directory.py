@@ -33,14 +33,14 @@ def find(name: str) -> Path:
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name} is no directory")
+        raise UserError(f"{name} is not a directory")
     import huggingface_hub  # importing it takes a second, and most calls do not need it
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
     except Exception as e:  # many types, all for a failed download
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{name} is no directory, nor to be had from the Hub: {reason}") from e
+        raise UserError(f"{name} is not a directory, and not on the Hub: {reason}") from e
 
 
 class Weights:

@@ -67,7 +67,7 @@ def to_hf(
             for name, content in own.contents.items():
                 files.write_bytes(new / name, content)
         else:
-            said.append("its vocabulary is none of transformers': no tokenizer was written")
+            said.append("no tokenizer was written: transformers cannot read its vocabulary")
     return "; ".join(said)
 
 

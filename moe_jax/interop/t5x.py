@@ -161,7 +161,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], source: Path) -> ModelCon
         if shape is None:
             raise UserError(f"{source}: the weights have no {name}{nearest(name, shapes)}")
         if len(shape) != 2 or 0 in shape:
-            raise UserError(f"{source}: {name} has shape {list(shape)}, it is no matrix")
+            raise UserError(f"{source}: {name} has shape {list(shape)}, it is not a matrix")
         return shape
 
     def depth(side: str) -> int:

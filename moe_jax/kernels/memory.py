@@ -1,8 +1,8 @@
 """Makes glibc's malloc keep freed memory, which speeds up steps of large models on CPU.
 
-XLA allocates temporary arrays in every step. By default, glibc maps such large blocks anew and
-unmaps them when they are freed, and the kernel must clear each page again. That takes a tenth of a
-step, or a third with many experts. With another C library, these functions do nothing.
+XLA allocates temporary arrays in every step. By default, glibc maps such large blocks for each use
+and unmaps them when they are freed, and the kernel must clear each page again. That takes a tenth
+of a step, or a third with many experts. With another C library, these functions do nothing.
 """
 
 import ctypes

@@ -36,7 +36,7 @@ def attend(
 
     Args:
         mask: bool, broadcastable to [R, H, L_q, L_k]; True means visible.
-        bias: added to the scores, broadcastable likewise.
+        bias: added to the scores, broadcastable to the same shape.
         scale: of the scores; D ** -0.5 when None.
         dropout_rate: dropout of the attention weights; fused implementations can be used only if it
             is 0.

@@ -85,7 +85,7 @@ class ModelConfig:
         if self.head_dim == 0:
             if self.d_model % self.heads:
                 raise UserError(
-                    f"ModelConfig.d_model {self.d_model} is no multiple of heads {self.heads}"
+                    f"ModelConfig.d_model {self.d_model} is not a multiple of heads {self.heads}"
                 )
             object.__setattr__(self, "head_dim", self.d_model // self.heads)
 
@@ -130,7 +130,7 @@ class RouterConfig:
         selection: how logits become routes (`model.selection`): `softmax`, `gumbel_softmax`,
             `gumbel_softmax_st` (straight-through), `argmax` (straight-through, no noise), `top_k`,
             and the baselines `average`, `random_task` (random experts per task and layer, fixed by
-            `seed`) and `random_instance` (drawn anew for every group; use one example per group).
+            `seed`) and `random_instance` (drawn again for every group; use one example per group).
         experts_per_layer: k: only the k experts with the largest weights are computed in each
             layer. 0 computes all, or one if routes are random.
         temperature: temperature of the softmax at step 0.

@@ -102,7 +102,7 @@ class PublishedRouter(Router):
         name = "hidden_dim" if specific else "representation_dim"
         if config.kind.startswith("transformer") and getattr(config, name) % HEADS:
             raise UserError(
-                f"RouterConfig.{name} {getattr(config, name)} is no multiple of the "
+                f"RouterConfig.{name} {getattr(config, name)} is not a multiple of the "
                 f"{HEADS} heads of kind '{config.kind}'"
             )
 

@@ -27,7 +27,7 @@ def sections(run: Run, permutations: int, seed: int) -> list[Section]:
 
 def without_routes() -> list[Section]:
     """The one section that says that there are no routes."""
-    sentence = "No run has a routes.json, so nothing can be said about routes."
+    sentence = "No run has a routes.json, so routes are left out."
     return [Section("routes", "Routes", [page.missing(sentence)])]
 
 
@@ -56,7 +56,7 @@ def _routes(run: Run, similarity_TxT: np.ndarray) -> Section:
         },
     }
     if distinct == 1 and tasks > 1:
-        sentence = f"All {tasks} tasks of “{run.name}” take one and the same route."
+        sentence = f"All {tasks} tasks of “{run.name}” take the same route."
     elif tasks == 1:
         sentence = f"“{run.name}” has routes of one task only."
     else:
@@ -157,7 +157,7 @@ def _agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: in
             result.add(
                 page.missing(
                     f"{level.capitalize()} are left out: {len(labels)} tasks in {classes} of them "
-                    "are no grouping that clusters could agree or disagree with."
+                    "are not a grouping that clusters could match."
                 )
             )
             continue

@@ -119,7 +119,7 @@ class DataConfig:
             )
         if self.batch_size % self.rows_per_group:
             raise UserError(
-                f"BATCH_SIZE {self.batch_size} is no multiple of "
+                f"BATCH_SIZE {self.batch_size} is not a multiple of "
                 f"DataConfig.rows_per_group {self.rows_per_group}"
             )
 
@@ -204,9 +204,10 @@ class FinetuneConfig:
             tasks', that of the `nearest` one (whose route has the lowest loss on the few
             examples), `random` (standard normal, as before training), or that of a `file`.
         representations_path: the file (see `data.representations`).
-        tune: what of the mixture of experts is trained: `all`; with a `frozen_router`, its experts
-            and the task's representation; `route_only`, that representation alone; `free_route`,
-            the route logits [N, E] in place of it. The dense starts are always trained whole.
+        tune: the trained parts of the mixture of experts: `all`; with a `frozen_router`, its
+            experts and the task's representation; `route_only`, that representation alone;
+            `free_route`, the route logits [N, E] instead. All parameters of the dense starts are
+            trained.
     """
 
     dense_dir: str | None = None

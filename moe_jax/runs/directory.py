@@ -129,7 +129,7 @@ def _read_gin(path: Path) -> Lines:
         try:
             lines[_NAMES.get(name, name)] = ast.literal_eval(text)
         except (ValueError, SyntaxError) as e:
-            raise UserError(f"{path}:{number}: {name} is no plain value: {text}") from e
+            raise UserError(f"{path}:{number}: {name} is not a plain value: {text}") from e
     return lines
 
 

@@ -101,7 +101,7 @@ def _help(config: type, settings: type | None) -> str:
             flags.FLAGS.main_module_help().split(":", 1)[-1].strip("\n"),
             "\nMacros, as T5X has them (--gin.NAME=VALUE, or NAME = VALUE in a gin file):\n",
             help.macros(),
-            "\nSettings (likewise):\n",
+            "\nSettings (--gin.NAME=VALUE):\n",
             *own,
             *help.settings(config),
         ]

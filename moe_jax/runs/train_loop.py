@@ -49,7 +49,7 @@ def train(config: Config) -> None:
     if data.groups % group_shards(mesh):
         raise UserError(
             f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} rows: "
-            f"no multiple of the mesh's {group_shards(mesh)} data shards"
+            f"not a multiple of the mesh's {group_shards(mesh)} data shards"
         )
     if run.eval_period:
         tasks_with_split(mixture, run.eval_split)

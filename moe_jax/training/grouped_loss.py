@@ -5,11 +5,11 @@ Groups run one after the other, forward and backward, so that only the activatio
 in memory. Each group's gradient is added in place to the gradient of the whole model.
 
 - If every device holds all parameters, a group gathers the experts that its task uses and runs a
-dense model: weights are routed, not tokens.
+  dense model: weights are routed, not tokens.
 - If parameters are sharded, each layer fetches the expert that it needs (`model.placement`), and
-gradients stay sharded.
+  gradients stay sharded.
 - If all groups use all weights (the dense model, or all experts), their rows are merged into one
-batch.
+  batch.
 """
 
 import dataclasses

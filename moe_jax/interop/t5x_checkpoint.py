@@ -47,7 +47,8 @@ class Checkpoint:
         if not (directory / FILE).is_file():
             steps = [path.name for path in directory.glob(f"{FILE}_*")]
             raise UserError(
-                f"{directory} is not a T5X checkpoint: it has no file {FILE!r}{nearest(FILE, steps)}"
+                f"{directory} is not a T5X checkpoint: it has no file {FILE!r}"
+                f"{nearest(FILE, steps)}"
             )
         try:
             with open(directory / FILE, "rb") as f:

@@ -40,7 +40,7 @@ def find(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
     except Exception as e:  # many types, all for a failed download
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{name} is not a directory, and not on the Hub: {reason}") from e
+        raise UserError(f"{name} is not a directory, and the Hub gave none: {reason}") from e
 
 
 class Weights:

@@ -4,9 +4,9 @@
         --gin.infer.task=skills_capital_of [--gin.infer.input=FILE] [--gin.infer.output=FILE]
 
 Inputs are read one per line. For each, a JSON line is written: {"input", "prediction", "route"}.
-A task that the model was not trained on is answered zero-shot, as in `eval`: its representation is
-its own from a file that `represent` made (infer.representations=FILE), or the mean where it is a
-task of MIXTURE_OR_TASK_NAME.
+A task that the model was not trained on is answered zero-shot, as in `eval`. Its representation
+comes from a file that `represent` made (infer.representations=FILE). Without such a file, a task of
+MIXTURE_OR_TASK_NAME gets the mean representation.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ class InferConfig:
     """Settings of this command.
 
     Attributes:
-        task: whose route to take.
+        task: the task whose route is used.
         input: file with one input per line, or - for standard input.
         output: file of JSON lines, or - for standard output.
-        representations: file with that of the task, if the model was not trained on it.
+        representations: file with the representation of a task that the model was not trained on.
     """
 
     task: str | None = None

@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what comes back, and what is said about damaged or foreign ones."""
+"""Checkpoints: which are kept, restoring, and errors for damaged or foreign ones."""
 
 import itertools
 import shutil
@@ -114,7 +114,7 @@ def test_the_first_parameter_of_another_shape_is_named(tmp_path):
 
 
 def read_damaged(directory: Path, damage: str) -> None:
-    """Damages every file of a checkpoint in turn; reading gives a UserError, or what was saved."""
+    """Damages every file of a checkpoint in turn. Reading gives a UserError or the saved values."""
     saved(directory / "good")
     step = directory / "good" / "checkpoints" / "5"
     files = sorted(p.relative_to(step) for p in step.rglob("*") if p.is_file())
@@ -148,7 +148,8 @@ def read_damaged(directory: Path, damage: str) -> None:
     pytest.param("gone", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_damaged_file_is_an_error_in_one_line_or_harmless(damage, tmp_path):
-    """Its own process: Orbax leaves coroutines behind, which warn when they are collected."""
+    """Runs in its own process, because Orbax leaves coroutines that warn when they are
+    collected."""
     program = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_checkpoints import Path, read_damaged\n"
@@ -158,7 +159,7 @@ def test_a_damaged_file_is_an_error_in_one_line_or_harmless(damage, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# Its own process: threads of a failed save go on for a while.
+# Runs in its own process, because threads of a failed save keep running for a while.
 FAILING = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -176,12 +177,12 @@ except UserError as e:
 
 
 def test_a_write_that_fails_is_one_line_and_leaves_the_last_checkpoint(tmp_path):
-    """A full disk, played by a limit on the size of files."""
+    """A full disk, simulated by a limit on file sizes."""
     saved(tmp_path)
     command = [sys.executable, "-c", FAILING, str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    # The last line: now and then a thread of Orbax's says that it was left behind.
+    # Only the last line is checked, because a thread of Orbax sometimes prints a warning before.
     error = f"error: cannot save to {tmp_path}/checkpoints: File too large"
     assert done.stderr.splitlines()[-1] == error
     again = Checkpoints(tmp_path)
@@ -247,7 +248,7 @@ def test_the_table_is_matched_by_task_name():
 
 
 def test_heads_apart_are_merged():
-    """As checkpoints were written before heads and their width became one axis."""
+    """The layout of checkpoints before heads and head width became one axis."""
     model = tiny_model(experts=2, heads=2)
     params = tiny_params(model)
     heads, dim = model.config.heads, model.config.head_dim

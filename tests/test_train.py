@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toy_run import bindings, finish, flags_of, metrics, start
 
-# Everything that draws random numbers is on: noise, exploration, dropout, data order.
+# All sources of randomness are on: noise, exploration, dropout, data order.
 SETTINGS = {
     "TRAIN_STEPS": 48,
     "EVAL_PERIOD": 16,
@@ -79,7 +79,7 @@ def test_killed_runs_go_on_exactly(whole, tmp_path):
             time.sleep(0.002)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-    assert kills >= 2  # on a fast machine the last one may come too late
+    assert kills >= 2  # on a fast machine the last kill may come too late
     with log.open("a") as f:
         f.write('{"step": 999, "kind": "tr')  # a line cut short
     finish(start("train", arguments))
@@ -103,7 +103,7 @@ def _port() -> int:
 
 
 def test_two_processes_give_the_metrics_of_one(whole, tmp_path):
-    """Over loopback; also resumed: the second start goes on from the first one's checkpoint."""
+    """Two processes on this machine; the second start resumes from the first one's checkpoint."""
     model_dir = tmp_path / "two"
     arguments = flags_of(bindings(model_dir, **SETTINGS))
     port = _port()

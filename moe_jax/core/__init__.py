@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, sharding."""
+"""Used by all other subpackages: errors, files, sharding."""

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one clear line, no traceback."""
+"""Errors that a user can fix: one clear line, no traceback."""
 
 import difflib
 import types
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Bad input: a file, a name, a setting. Binaries print it as one line and exit with 1."""
+    """Bad input: a file, a name, a setting. Commands print it as one line and exit with 1."""
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """Returns a hint such as `; did you mean 'a' or 'b'?`, or '' when nothing is near."""
+    """Returns a hint such as `; did you mean 'a' or 'b'?`, or '' when no option is similar."""
     near = difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
@@ -20,13 +20,13 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
 def check_fields(config: Any, name: str | None = None) -> None:
     """Checks that every field of a dataclass holds a value of its annotated type.
 
-    An int is a float; a list is as good as a tuple.
+    An int is accepted as a float, and a list as a tuple.
 
     Args:
-        name: what messages call the configuration, if not by its class.
+        name: the configuration's name in messages; its class name by default.
 
     Raises:
-        UserError: naming the first field that does not, and for a Literal the nearest choices.
+        UserError: names the first wrong field and, for a Literal, the nearest choices.
     """
     for field, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, field)

@@ -1,11 +1,11 @@
-"""The prepared cache: what `prepare` wrote, read without TensorFlow or SeqIO.
+"""Reads the cache that `prepare` wrote, without TensorFlow or SeqIO.
 
     CACHE/vocabularies/<id>/vocabulary.json, sentencepiece.model
     CACHE/tasks/<task>/<id>/spec.json, <split>-00000-of-0000N.array_record, <split>.lengths.npy
     CACHE/mixtures/<mixture>-<key>.json
 
-A mixture's file lists its tasks' directories and the source files that they came from, so that a
-process without TensorFlow can see that it is stale. Nothing is ever changed in place.
+A mixture's file lists its tasks' directories and their source files, so that a process without
+TensorFlow can tell whether the cache is stale. Files are never changed in place.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from moe_jax.data.modules import resolve
 from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
 from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
-FORMAT = 1  # of every file of the cache; a change makes all caches stale
+FORMAT = 1  # version of the cache's files; a change makes all caches stale
 SPEC = "spec.json"
 
 
@@ -49,13 +49,13 @@ def file_digest(path: str | os.PathLike) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be prepared, as a key: everything that a user chooses.
+    """What to prepare: every choice of the user. Serves as the key of the cache.
 
     Attributes:
         names: mixtures or tasks.
         task_modules: dotted names or .py files that register them.
         vocabulary: how they are tokenised.
-        splits: only these; None for all that a task has.
+        splits: the splits to prepare; None for all splits of a task.
         environment: variables to set before the modules are imported.
     """
 
@@ -74,7 +74,7 @@ class Request:
         splits: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> "Request":
-        """Normalises: paths absolute, and the mixture that trains the vocabulary written out."""
+        """Makes a request with absolute paths and the vocabulary's training mixture filled in."""
         names = (names,) if isinstance(names, str) else tuple(names)
         modules = (task_modules,) if isinstance(task_modules, str) else task_modules
         if vocabulary.path:
@@ -97,21 +97,21 @@ class Request:
         return cls.make(**{**value, "vocabulary": VocabularyConfig(**value["vocabulary"])})
 
     def path(self, cache_dir: str | os.PathLike, name: str) -> Path:
-        """File of the prepared mixture `name`, one of `names`."""
+        """File of the prepared mixture `name`, which is one of `names`."""
         key = digest({**self.to_json(), "names": name, "format": FORMAT})
         return Path(cache_dir) / "mixtures" / f"{name}-{key}.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One example as prepared, whatever lengths are used later.
+    """One prepared example, not truncated.
 
     Attributes:
         inputs: int32 [n] token ids, EOS last where the task adds one.
         targets: int32 [m] token ids, EOS last.
         inputs_text: text of the inputs.
-        references: the post-processed target, that is what the task's metrics take as target:
-            usually the list of valid outputs.
+        references: the post-processed target, as the task's metrics expect it: usually the list of
+            valid outputs.
     """
 
     inputs: np.ndarray
@@ -136,7 +136,7 @@ class Example:
 
 
 class Records(Sequence[Example]):
-    """A split's examples, random access. Reading a damaged shard raises UserError naming it."""
+    """Random access to a split's examples. A damaged shard raises a UserError that names it."""
 
     def __init__(self, paths: Sequence[Path]):
         self._paths = [str(path) for path in paths]
@@ -154,14 +154,15 @@ class Records(Sequence[Example]):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """Examples at `indices`."""
         with self._named_errors():
-            # One by one: the source's own `__getitems__` starts threads, at ten times the cost.
+            # One by one, because the source's own `__getitems__` starts threads and takes ten times
+            # as long.
             return [Example.from_bytes(self._source[int(i)]) for i in indices]
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # ArrayRecord, msgpack and absl raise many kinds
+        except Exception as e:  # ArrayRecord, msgpack and absl raise many types
             names = ", ".join(self._paths)
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise UserError(
@@ -172,7 +173,7 @@ class Records(Sequence[Example]):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split: number of examples, hash of the records, (file name, bytes) of each shard."""
+    """A split: number of examples, hash of the records, (file name, bytes) of each shard."""
 
     examples: int
     fingerprint: str
@@ -186,7 +187,7 @@ class PreparedTask:
     Attributes:
         name: as registered with SeqIO.
         category, subcategory: from the task module's ONTOLOGY; '' without one.
-        directory: of its shards.
+        directory: directory of its shards.
         rate: SeqIO's mixing rate, resolved to a number.
         splits: by name.
         metrics: 'module:function' of each metric function.
@@ -232,9 +233,9 @@ class PreparedTask:
         """
         for name, size in self.split(split).shards:
             path = self.directory / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes, not {size}"
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != size:
+                state = "is missing" if actual is None else f"has {actual} bytes, not {size}"
                 raise UserError(
                     f"shard {path} {state}; delete {self.directory} to have it prepared again"
                 )
@@ -251,14 +252,14 @@ class PreparedTask:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedMixture:
-    """A mixture (or a single task as one) in the cache.
+    """A mixture, or a single task treated as one, in the cache.
 
     Attributes:
         name: as registered.
         tasks: sorted by name; this order is the default task table.
         ontology: {category: {subcategory: [task names]}} of these tasks, in the module's order.
-        vocabulary_dir: directory of the vocabulary that all its tasks share.
-        fingerprint: hash of the content: records of all splits, rates, vocabulary.
+        vocabulary_dir: directory of the vocabulary, which all its tasks share.
+        fingerprint: hash of all splits' records, the rates and the vocabulary.
     """
 
     name: str
@@ -279,7 +280,7 @@ class PreparedMixture:
         """The task called `name`.
 
         Raises:
-            UserError: it is not in the mixture; the message gives the nearest names.
+            UserError: the mixture has no such task; the message gives the nearest names.
         """
         for task in self.tasks:
             if task.name == name:
@@ -320,7 +321,7 @@ def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
 
 
 def find(cache_dir: str | os.PathLike, request: Request, name: str) -> PreparedMixture | None:
-    """The prepared mixture `name` of `request`, or None where it is missing or stale."""
+    """The prepared mixture `name` of `request`, or None if it is missing or stale."""
     path = request.path(cache_dir, name)
     if not path.is_file():
         return None
@@ -343,7 +344,8 @@ def state(path: str) -> tuple[int, int, str]:
 
 
 def _changed(path: str, size: int, mtime_ns: int, content: str) -> bool:
-    """Whether a source differs. One that is gone does not: a cache may travel without sources."""
+    """Whether a source changed. A missing one counts as unchanged: caches are copied without
+    sources."""
     try:
         status = os.stat(path)
     except OSError:
@@ -355,7 +357,7 @@ def _changed(path: str, size: int, mtime_ns: int, content: str) -> bool:
 
 @contextlib.contextmanager
 def lock(cache_dir: str | os.PathLike) -> Iterator[None]:
-    """Lets one process at a time prepare in `cache_dir`; the others wait."""
+    """A lock: one process at a time prepares in `cache_dir`, the others wait."""
     path = Path(cache_dir) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

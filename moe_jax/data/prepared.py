@@ -1,4 +1,4 @@
-"""Mixtures of the cache: looked up, and prepared first where they are missing or stale."""
+"""Looks mixtures up in the cache; prepares those that are missing or stale."""
 
 import os
 import subprocess
@@ -24,15 +24,15 @@ def prepare(
 ) -> dict[str, PreparedMixture]:
     """Materialises mixtures in this process, importing TensorFlow; see `ensure_prepared`.
 
-    Tasks are written one by one, each whole or not at all: after a kill, the next call goes on
-    where this one stopped. What is already there is not made again.
+    Tasks are written one by one, each completely or not at all. After a kill, the next call
+    continues with the missing tasks. Tasks in the cache are not written again.
     """
-    from moe_jax.data.materialise import materialise  # TensorFlow
+    from moe_jax.data.materialise import materialise  # imports TensorFlow
 
     request = Request.make(names, task_modules, vocabulary, splits, environment)
     with cache.lock(cache_dir):
         materialise(Path(cache_dir), request)
-    return _found(cache_dir, request)
+    return _mixtures(cache_dir, request)
 
 
 def ensure_prepared(
@@ -46,9 +46,9 @@ def ensure_prepared(
     """Looks mixtures up in the cache; prepares what is missing or stale in one child process.
 
     Args:
-        cache_dir: directory of the cache; made if needed. Processes may share it.
-        names: mixtures or tasks. A SentencePiece vocabulary with neither `path` nor `trained_on`
-            is trained on the first.
+        cache_dir: directory of the cache; created if needed. Processes may share it.
+        names: mixtures or tasks. A SentencePiece vocabulary with neither `path` nor `trained_on` is
+            trained on the first one.
         task_modules: modules that register them: dotted names or .py files.
         vocabulary: how to tokenise.
         splits: only these splits; None for all that each task has.
@@ -60,7 +60,7 @@ def ensure_prepared(
     Raises:
         UserError: unknown mixture (with the nearest names), unknown or empty split, a metric or
             postprocess function that another process cannot find, a target without EOS, an
-            unreadable source, no room or permission to write, a child that died.
+            unreadable source, no space or permission to write, a child process that died.
     """
     request = Request.make(names, task_modules, vocabulary, splits, environment)
     if not _up_to_date(cache_dir, request):
@@ -68,19 +68,19 @@ def ensure_prepared(
             # Another process may have prepared it while this one waited for the lock.
             if not _up_to_date(cache_dir, request):
                 _run_child(cache_dir, request)
-    return _found(cache_dir, request)
+    return _mixtures(cache_dir, request)
 
 
 def _up_to_date(cache_dir: str | os.PathLike, request: Request) -> bool:
     return all(cache.find(cache_dir, request, name) for name in request.names)
 
 
-def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
-    found = {name: cache.find(cache_dir, request, name) for name in request.names}
-    for name, mixture in found.items():
+def _mixtures(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
+    mixtures = {name: cache.find(cache_dir, request, name) for name in request.names}
+    for name, mixture in mixtures.items():
         if mixture is None:
             raise UserError(f"the sources of {name!r} changed while they were being prepared")
-    return found
+    return mixtures
 
 
 def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
@@ -88,8 +88,8 @@ def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
         error = Path(directory) / "error"
         job = {"cache_dir": str(cache_dir), "request": request.to_json(), "error": str(error)}
         files.write_json(Path(directory) / "job.json", job)
-        # The child finds this package and the user's modules where this process does, and leaves
-        # the accelerator alone.
+        # The child imports this package and the user's modules from the same places as this
+        # process, and does not use the accelerator.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         child = subprocess.run(
             [sys.executable, "-m", "moe_jax.data.materialise", f"{directory}/job.json"],

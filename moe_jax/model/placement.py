@@ -1,8 +1,9 @@
-"""How a layer's weights reach the device that computes it, from the devices that hold their parts.
+"""Sends a layer's weights from the devices that store their shards to the device that computes it.
 
-Under `fsdp` and `expert`, a device holds one part of every array (`core.sharding`). Whole, it only
-ever has the layer at hand: fetched when the layer is computed, again in the backward pass, and
-dropped after. Functions here run inside `jax.shard_map`, where arrays are a device's own parts.
+Under `fsdp` and `expert`, a device stores one shard of every array (`core.sharding`). It holds only
+the current layer in full: the layer is fetched when it is computed, fetched again in the backward
+pass, and dropped afterwards. Functions here run inside `jax.shard_map`, where arrays are the shards
+of one device.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from moe_jax.core.sharding import SHARD_AXES
 
 Params = Any
-# The name of fetched weights, for `jax.checkpoint`: they are not kept for the backward pass.
+# The name of fetched weights for `jax.checkpoint`, so that they are not kept for the backward pass.
 FETCHED = "fetched_weights"
 
 
@@ -37,11 +38,11 @@ class Slotted(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Which axis of which array is cut.
+    """Which axis of each array is sharded.
 
     Attributes:
-        cut: (name of a parameter such as `encoder/norm/scale`, axis) of every array that is cut.
-        dtype: weights travel in it.
+        cut: (name of a parameter such as `encoder/norm/scale`, axis) of every sharded array.
+        dtype: the dtype in which weights are sent.
     """
 
     cut: tuple[tuple[str, int], ...]
@@ -49,7 +50,7 @@ class Placement:
 
     @classmethod
     def of(cls, shardings: Params, dtype: str) -> "Placement | None":
-        """The placement of a backbone; None where every device holds all of it.
+        """The placement of a backbone; None if every device holds all of it.
 
         Args:
             shardings: its tree of NamedShardings.
@@ -60,16 +61,17 @@ class Placement:
         return cls(tuple(cut), dtype) if cut else None
 
     def axes(self, prefix: str = "") -> dict[str, int]:
-        """Parameter -> axis, of those whose name starts with `prefix`, which is taken off."""
+        """Parameter -> axis, for names that start with `prefix`, which is removed."""
         names = {name: axis for name, axis in self.cut if name.startswith(prefix)}
         return {name.removeprefix(prefix): axis for name, axis in names.items()}
 
     def gather(self, params: Params, prefix: str = "", stacked: int = 0) -> Params:
-        """Whole arrays from the parts of all devices (all-gather; backwards, reduce-scatter).
+        """Full arrays from the shards of all devices (all-gather; in the backward pass,
+        reduce-scatter).
 
         Args:
             prefix: of the names of `params` in the backbone.
-            stacked: leading axes that were taken off the arrays.
+            stacked: number of leading axes that the arrays no longer have.
         """
         axes = self.axes(prefix)
 
@@ -80,11 +82,11 @@ class Placement:
         return jax.tree_util.tree_map_with_path(whole, params)
 
     def outside(self, backbone: Params) -> Params:
-        """The backbone with everything whole but its layers, in float32."""
+        """The backbone with all arrays outside layers gathered, in float32."""
         return self._map_outside(lambda x, axis: _all_gather(x, axis, "float32"), backbone)
 
     def put_back(self, gradients: Params) -> Params:
-        """Gradients by what `outside` returned -> gradients by this device's parts."""
+        """Turns gradients by the result of `outside` into gradients by this device's shards."""
         return self._map_outside(_sum_and_cut, gradients)
 
     def _map_outside(self, function: Callable[[jax.Array, int], jax.Array], tree: Params) -> Params:
@@ -99,14 +101,14 @@ class Placement:
     def exchange(
         self, params_E: Params, expert_P: jax.Array, slot_P: jax.Array | None, prefix: str
     ) -> Params:
-        """Every device's own expert, whole, by one all-to-all for each array.
+        """Fetches each device's expert in full, by one all-to-all per array.
 
-        A device sends each of its peers that peer's expert, as far as it holds it. What travels is
-        one layer's size, whatever E is. Backwards, gradients return the same way to their owners.
+        Each device sends every peer its shard of the peer's expert. The volume is one layer,
+        whatever E is. In the backward pass, gradients return to their owners the same way.
 
         Args:
-            params_E: this device's parts of one layer's E experts; arrays, or all `Slotted`.
-            expert_P: int, the expert that each of the P devices along `SHARD_AXES` wants.
+            params_E: this device's shards of one layer's E experts; arrays, or all `Slotted`.
+            expert_P: int, the expert that each of the P devices along `SHARD_AXES` uses.
             slot_P: int, the slots of these experts' gradients, where arrays are `Slotted`.
             prefix: of the layer's names in the backbone.
         """
@@ -118,7 +120,7 @@ class Placement:
             chosen_Px = _choose(x, expert_P, slot_P)
             if axis is None:
                 return chosen_Px[own]
-            # Cast after the choice, so that gradients are added up in float32.
+            # Cast after the selection, so that gradients are summed in float32.
             parts_Px = _cast(chosen_Px, self.dtype)
             # Of [layer, expert, ...], two axes are gone and one of peers has come.
             y = jax.lax.all_to_all(parts_Px, SHARD_AXES, 0, axis - 1, tiled=True)
@@ -211,7 +213,7 @@ def _all_gather_forward(x, axis, dtype):
 
 def _all_gather_backward(axis, dtype, _, dy):
     del dtype
-    # Summed in float32, whatever the weights travelled in.
+    # Summed in float32, whatever dtype the weights were sent in.
     return (_sum_and_cut(dy.astype(jnp.float32), axis),)
 
 

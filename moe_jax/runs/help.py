@@ -1,4 +1,4 @@
-"""What `--help` of a command says of the settings: their meaning and defaults."""
+"""The meaning and defaults of settings, for `--help`."""
 
 import dataclasses
 import inspect
@@ -27,7 +27,7 @@ MACROS = {
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field -> its paragraph in the docstring's `Attributes` section; fields without one lack."""
+    """Field -> its text in the docstring's `Attributes` section, for documented fields."""
     _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
     result = {}
     for block in re.split(r"\n(?=    \S)", section.rstrip()):
@@ -42,7 +42,7 @@ def settings(cls: type, name: str | None = None) -> Iterator[str]:
     """Lines of help for a tree of dataclasses.
 
     Args:
-        name: what gin calls the class, if not by its own name.
+        name: the name of the class in gin, if it is not its own.
     """
     hints, inner = typing.get_type_hints(cls), []
     docs, own = field_docs(cls), []

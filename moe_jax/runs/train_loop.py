@@ -1,6 +1,6 @@
 """The training loop.
 
-In every step: the batch, the step, its metrics, dev scores, the checkpoint, in this order.
+The order in every step: batch, update, metrics, dev scores, checkpoint.
 """
 
 from pathlib import Path
@@ -27,11 +27,10 @@ from moe_jax.training.step import init_state, make_train_step, state_shardings
 
 
 def train(config: Config) -> None:
-    """Trains as the configuration says; goes on from the last checkpoint, if there is one.
+    """Trains; continues from the last checkpoint if there is one.
 
     Raises:
-        UserError: what the configuration asks for does not fit the data, the devices or what the
-            directory holds.
+        UserError: the configuration does not fit the data, the devices or the run in the directory.
     """
     # ---------------------------------------------------------------- configuration
     run, data, optimizer_config = config.run, config.data, config.optimizer
@@ -50,7 +49,7 @@ def train(config: Config) -> None:
     if data.groups % group_shards(mesh):
         raise UserError(
             f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} rows: "
-            f"no multiple of the mesh's {group_shards(mesh)} data shards"
+            f"not a multiple of the mesh's {group_shards(mesh)} data shards"
         )
     if run.eval_period:
         tasks_with_split(mixture, run.eval_split)
@@ -105,7 +104,7 @@ def train(config: Config) -> None:
             total=run.train_steps, initial=start, desc=model_dir.name, unit="step", disable=not lead
         )
         for step in range(start + 1, run.train_steps + 1):
-            # 1. The batch, made while the device was busy.
+            # 1. The batch. It was made while the device was busy.
             batch = next(batches)
             arrays = jax.tree.map(
                 lambda a: jax.make_array_from_process_local_data(by_group(mesh), a), batch
@@ -119,7 +118,8 @@ def train(config: Config) -> None:
             last = step == run.train_steps
             evaluate = run.eval_period and (step % run.eval_period == 0 or last)
             save = step % run.checkpoint_period == 0 or last
-            # 3. A line of metrics; also where a resumed run would start, so that its lines match.
+            # 3. A line of metrics. Also before each checkpoint, so that a resumed run writes the
+            # same lines.
             if step % run.log_period == 0 or save or evaluate:
                 line = window.close()
                 log.write(step, "train", line)

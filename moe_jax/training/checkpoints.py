@@ -1,4 +1,4 @@
-"""Checkpoints of a run: parameters, optimizer, data position and what they belong to (Orbax)."""
+"""Checkpoints of a run (Orbax): parameters, optimizer state, data position and meta data."""
 
 import logging
 import os
@@ -22,14 +22,14 @@ SCORE = "mean_score"
 
 
 def _quiet() -> None:
-    # Orbax logs the traceback of every thread; what went wrong is in the error that we raise.
+    # Orbax logs the traceback of every thread; the error that we raise is enough.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
     """The checkpoints of one model directory: the latest ones and the best by dev score.
 
-    A checkpoint is whole or absent: Orbax writes to a temporary directory and renames it.
+    A checkpoint is complete or absent: Orbax writes to a temporary directory and renames it.
     """
 
     def __init__(self, model_dir: str | Path, keep: int = 1):
@@ -47,7 +47,7 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
-            # Temporary directories are what a killed run was writing.
+            # Temporary directories are incomplete checkpoints of killed runs.
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, cleanup_tmp_directories=True
             ),
@@ -62,7 +62,7 @@ class Checkpoints:
         """Starts saving; the arrays may be donated as soon as this returns.
 
         Args:
-            meta: JSON; the data iterator's state and what the parameters belong to.
+            meta: JSON; among others the data iterator's state and the task table.
             score: mean dev score, if it was measured at this step.
         """
         step = int(state.step)
@@ -78,21 +78,21 @@ class Checkpoints:
                 ),
                 metrics=None if score is None else {SCORE: score},
             )
-        except Exception as e:  # OSError or whatever TensorStore makes of a full disk
+        except Exception as e:  # OSError, or TensorStore's error for a full disk
             raise UserError(f"cannot save to {self.directory}: {_reason(e)}") from e
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
+        """Waits until everything is on disk."""
         try:
             self._manager.wait_until_finished()
-        except Exception as e:  # OSError or whatever TensorStore makes of a full disk
+        except Exception as e:  # OSError, or TensorStore's error for a full disk
             raise UserError(f"cannot save to {self.directory}: {_reason(e)}") from e
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores a state of the shapes and shardings of `like`, and its meta data.
 
         Raises:
-            UserError: a parameter has another shape; the first one is named.
+            UserError: a parameter has another shape; the message names the first one.
         """
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
         check_shapes(meta["shapes"], parameter_shapes(like.params), self.directory)
@@ -108,19 +108,19 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as e:  # whatever a damaged file makes Orbax raise
+        except Exception as e:  # Orbax's error for a damaged file
             raise UserError(f"cannot restore {self.directory}/{step}: {_reason(e)}") from e
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error in one line."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's
     return os.strerror(int(code[1])) if code else text.splitlines()[0]
 
 
 def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], source: Any) -> None:
-    """Raises a UserError naming the first parameter that differs."""
+    """Raises a UserError that names the first parameter with another shape."""
     for name in sorted(wanted | found):
         if found.get(name) != wanted.get(name):
             has = f"has shape {found[name]}" if name in found else "is absent"
@@ -133,7 +133,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
 
     Args:
         path: MODEL_DIR, MODEL_DIR/checkpoints or MODEL_DIR/checkpoints/STEP.
-        step: which checkpoint; the latest when None and `path` names none.
+        step: which checkpoint; None for the one that `path` names, or the latest.
 
     Raises:
         UserError: there is no checkpoint, or it cannot be read.
@@ -160,7 +160,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
 
 
 def merge_heads(params: Params) -> Params:
-    """Parameters with heads and their width as one axis, as 0.1's first checkpoints did not."""
+    """Merges the axes of heads and head width, which were separate in early checkpoints of 0.1."""
 
     def merged(path, p):
         *_, block, name = (key.key for key in path) if len(path) > 1 else ("", "")
@@ -175,7 +175,7 @@ def merge_heads(params: Params) -> Params:
 
 
 def split_layers(backbone: Params, config: ModelConfig) -> Params:
-    """A dense backbone without vanilla layers, those of `config` put apart."""
+    """Moves the vanilla layers of `config` out of a dense backbone's routed layers."""
     result = {**backbone}
     for side in ("encoder", "decoder"):
         layers = backbone[side]["layers"]
@@ -196,10 +196,11 @@ def split_layers(backbone: Params, config: ModelConfig) -> Params:
 def fit_backbone(
     backbone: Params, like: Params, noise: float, key: jax.Array, source: Any
 ) -> Params:
-    """A loaded backbone in the shape of `like`: one expert fills all of a layer's, plus noise.
+    """A loaded backbone in the shape of `like`. A single expert is copied to all experts, plus
+    noise.
 
     Raises:
-        UserError: it has another architecture, or neither one nor E experts.
+        UserError: the architecture differs, or the number of experts is neither one nor E.
     """
     filled = False
 

@@ -1,4 +1,5 @@
-"""Metrics of a run: a JSON-lines file that survives interruptions, and TensorBoard events."""
+"""Metrics of a run: a JSON-lines file that is consistent after interruptions, and TensorBoard
+events."""
 
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Not a SummaryWriter: tensorboardX's and PyTorch's import torch, TensorBoard's own TensorFlow.
+# Not a SummaryWriter: those of tensorboardX and PyTorch import torch, TensorBoard's TensorFlow.
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -25,7 +26,7 @@ class MetricsLog:
     """metrics.jsonl and TensorBoard events of a model directory.
 
     Args:
-        step: the step the run starts at; lines after it, left by an interrupted run, are dropped.
+        step: the step the run starts at; lines of an interrupted run after this step are dropped.
         enabled: only one process of a run writes.
     """
 
@@ -50,7 +51,7 @@ class MetricsLog:
             raise UserError(f"step {step}: cannot log {kind} metrics: {e}") from e
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes and closes both files."""
         if self._enabled:
             self._file.close()
             self._events.close()
@@ -60,7 +61,7 @@ class EventFile:
     """Scalars for TensorBoard, in a new file of `directory`.
 
     Args:
-        first_step: TensorBoard drops what earlier files of the directory hold from this step on.
+        first_step: TensorBoard ignores data from this step on in the directory's earlier files.
     """
 
     def __init__(self, directory: str | Path, first_step: int):
@@ -88,7 +89,7 @@ def _kept(path: Path, step: int) -> list[Any]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # the write that a kill cut short
+        except json.JSONDecodeError:  # the last line of a killed run may be incomplete
             continue
         if row["step"] <= step:
             kept.append(row)
@@ -96,7 +97,7 @@ def _kept(path: Path, step: int) -> list[Any]:
 
 
 class Window:
-    """Means over the steps since the last line, read from the device one step late."""
+    """Means over the steps since the last line. Metrics are read from the device one step late."""
 
     def __init__(self):
         self._waiting: list[dict[str, jax.Array]] = []
@@ -105,7 +106,7 @@ class Window:
         self.last: dict[str, float] = {}
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes a step's metrics without waiting for them."""
+        """Adds a step's metrics without waiting for the device."""
         self._waiting.append(metrics)
         if len(self._waiting) > 1:
             self._read()

@@ -1,9 +1,9 @@
-"""Time of this checkout over that of another commit, side by side in one run.
+"""Compares the speed of this checkout with another commit, side by side in one run.
 
     python -m benchmarks.against 8258515 [--only train_dense] [--rounds 7] [--json FILE]
 
 Two processes, one for each commit (the other one in a `git worktree`), measure in turn, so that
-both see the same machine. Ratios above 1: this checkout is slower.
+both run under the same load. A ratio above 1 means that this checkout is slower.
 """
 
 import argparse
@@ -32,21 +32,21 @@ def main() -> None:
     parser.add_argument("--size", default="small", help="of `benchmarks.common.SIZES`")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    found = {}
+    results = {}
     with other_checkout(args.commit) as other:
         for case in args.only or CASES:
             workers = [Worker(path, case, args.size) for path in (ROOT, other)]
-            for worker in workers:  # compiles, one after the other
+            for worker in workers:  # compiles one case at a time
                 worker.measure(2)
             rounds = [[worker.measure(1) for worker in workers] for _ in range(args.rounds)]
             for worker in workers:
                 worker.close()
             here, there = np.median(rounds, axis=0)
             ratio = float(np.median([a / b for a, b in rounds]))
-            found[case] = {"here_s": here, "there_s": there, "ratio": ratio}
+            results[case] = {"here_s": here, "there_s": there, "ratio": ratio}
             print(f"{case:<16}{here:>9.4f} s {there:>9.4f} s   ratio {ratio:.3f}", flush=True)
             if args.json:
-                Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+                Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ class Worker:
         )  # fmt: skip
 
     def measure(self, times: int) -> float:
-        """Seconds of the last of so many calls."""
+        """Seconds of the last of `calls` calls."""
         self._process.stdin.write(f"{times}\n")
         self._process.stdin.flush()
         return float(self._process.stdout.readline())
@@ -85,7 +85,7 @@ class Worker:
 
 
 def work(case: str, size: str) -> None:
-    """What a worker does. Only names that both checkouts have."""
+    """The loop of a worker process. Uses only names that both checkouts have."""
     import time
 
     from benchmarks.common import ALL_EXPERTS, ROUTED, Training, build, random_batch
@@ -93,7 +93,7 @@ def work(case: str, size: str) -> None:
 
     try:
         from moe_jax.kernels import memory
-    except ImportError:  # where it was before
+    except ImportError:  # its place in older commits
         from moe_jax import memory
     memory.run_in_main_thread()
     if case.startswith("train"):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, machine, models, interleaved timing, table and JSON."""
+"""Shared by the benchmarks: command line, machine, models, interleaved timing, table and JSON."""
 
 import argparse
 import datetime
@@ -41,7 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "decoder_layers": 12,
     },
 }  # fmt: skip
-# The route of training: one expert per layer by Gumbel-softmax with straight-through gradients.
+# Routing in training: one expert per layer by Gumbel-softmax with straight-through gradients.
 ROUTED = RouterConfig(selection="gumbel_softmax_st", experts_per_layer=1)
 ALL_EXPERTS = RouterConfig(selection="gumbel_softmax_st")
 
@@ -52,12 +52,12 @@ def parser(doc: str) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--quick", action="store_true", help="small sizes, within 3 minutes")
-    result.add_argument("--tiny", action="store_true", help="only to see that it runs")
+    result.add_argument("--tiny", action="store_true", help="smallest sizes, to test that it runs")
     result.add_argument("--json", metavar="FILE", help="also write the results here")
     result.add_argument(
         "--rounds",
         type=int,
-        help="measurements of each, for their median (5, --quick 3); of short ones twice",
+        help="measurements per case (default 5, --quick 3; short ones twice)",
     )
     return result
 
@@ -83,7 +83,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on. `load` is what the machine did in the minute before."""
+    """The machine of the measurements. `load` is its load average over the last minute."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -107,11 +107,11 @@ def machine() -> dict[str, Any]:
 
 
 def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, `rounds` times, one after the other so that all see the same machine.
+    """Seconds of each run, `rounds` times. Runs take turns, so that all see the same load.
 
     Args:
-        runs: name -> what to time; must return only when it is done. Each is called twice before
-            (the first call compiles).
+        runs: name -> function to time, which must block until it is done. Each is called twice
+            first, because the first call compiles.
     """
     for run in runs.values():
         run()
@@ -130,11 +130,11 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 class Report:
-    """Collects what a benchmark found; `finish` prints it and writes the JSON."""
+    """Collects a benchmark's results; `finish` prints them and writes the JSON."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         self._json = args.json
-        self._found: dict[str, Any] = {
+        self._result: dict[str, Any] = {
             "benchmark": name,
             "scale": args.scale,
             "machine": machine(),
@@ -158,27 +158,27 @@ class Report:
             for key, value in facts.items():
                 unit = key.removesuffix("_per_run")
                 row |= {key: value} if unit == key else {f"{unit}_per_s": value / median}
-            self._found["rows"].append(row)
+            self._result["rows"].append(row)
             print(f"  {row['what']}: {median:.4g} s", flush=True)
         return medians
 
     def fact(self, what: str, **facts: Any) -> None:
         """A row without times."""
-        self._found["rows"].append({"what": what, **facts})
+        self._result["rows"].append({"what": what, **facts})
 
     def ratio(self, name: str, value: float) -> None:
         """One entry of `ratios`."""
-        self._found["ratios"][name] = float(f"{value:.4g}")
+        self._result["ratios"][name] = float(f"{value:.4g}")
 
     def finish(self) -> None:
-        """Prints everything; writes it where --json says."""
-        found = self._found
-        print(f"\n{found['benchmark']} ({found['scale']})")
-        for key, value in found["machine"].items():
+        """Prints the results and writes them to the file of --json."""
+        result = self._result
+        print(f"\n{result['benchmark']} ({result['scale']})")
+        for key, value in result["machine"].items():
             print(f"  {key}: {value}")
         rows = [
             {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-            for row in found["rows"]
+            for row in result["rows"]
         ]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         widths = [max(len(c), *(len(row.get(c, "")) for row in rows)) for c in columns]
@@ -186,10 +186,10 @@ class Report:
             cells = (row.get(c, "").ljust(w) for c, w in zip(columns, widths, strict=True))
             print("  ".join(cells).rstrip())
         print("ratios")
-        for name, value in found["ratios"].items():
+        for name, value in result["ratios"].items():
             print(f"  {name}: {value}")
         if self._json:
-            files.write_json(self._json, found)
+            files.write_json(self._json, result)
 
 
 # ------------------------------------------------------------------------------ models and steps
@@ -204,7 +204,8 @@ def build(size: str, experts: int, router: RouterConfig = ROUTED, tasks: int = 8
 def random_batch(
     model: TaskMoE, groups: int, rows: int, lengths: tuple[int, int], seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Random tokens without padding: [G, R, L] arrays; neighbouring groups are of other tasks."""
+    """Random tokens without padding: [G, R, L] arrays. Neighbouring groups are of different
+    tasks."""
     rng = np.random.default_rng(seed)
     batch = {}
     for side, length in zip(("input", "target"), lengths, strict=True):
@@ -232,7 +233,7 @@ class Training:
             params = jax.jit(
                 lambda key: nn.meta.unbox(init_params(model, key)), out_shardings=places.params
             )(jax.random.key(0, impl=PRNG))
-            # Apart: the moments take no memory while the parameters are drawn.
+            # A separate call: the moments take no memory while the parameters are drawn.
             self.state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
             step_config = step_config or StepConfig()
             self.step = make_train_step(model, config, step_config, self.mesh, 1_000_000, seed=0)
@@ -242,7 +243,7 @@ class Training:
         return jax.device_put(dict(batch), by_group(self.mesh))
 
     def run(self, batch: Mapping[str, Any]) -> float:
-        """One step to its end; the loss."""
+        """Runs one step to its end; returns the loss."""
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.step(self.state, batch, self.rates)
             jax.block_until_ready(self.state)

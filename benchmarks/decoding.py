@@ -2,12 +2,12 @@
 
     python -m benchmarks.decoding [--quick] [--json FILE]
 
-Every answer has the full length: the end of sequence is ruled out before, on both sides.
+Every answer has the full length: on both sides, the end of sequence is forbidden until then.
 `greedy_to_torch` and `beam4_to_torch` are sequences per second over those of `generate`, of the
-dense model, one task; `..._short` is of long inputs and short answers, where encoding is most of
-the work. `mixed_to_single` (and `mixed_to_single_beam4`) is the time of a batch whose
-rows are all of different tasks over that of a single task, 3 experts, one per layer.
-`equal_tokens` and `equal_tokens_beam4` are the share of tokens on which both sides agree.
+dense model, one task; `..._short` has long inputs and short answers, so that encoding is most of
+the work. `mixed_to_single` (and `mixed_to_single_beam4`) is the time of a batch whose rows are all
+of different tasks over that of a single task, 3 experts, one per layer. `equal_tokens` and
+`equal_tokens_beam4` are the share of tokens on which both sides agree.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def decoder(model, length: int, beams: int):
 
 
 def against_generate(args: argparse.Namespace, report: Report, **peer: Any) -> None:
-    """The dense model on both sides, at both pairs of lengths."""
+    """Compares dense models on both sides, at both pairs of lengths."""
     size, rows, *lengths = PLANS[args.scale]
     for suffix, pair in zip(("", "_short"), lengths, strict=True):
         _against_generate(report, args.rounds, size, rows, pair, suffix, **peer)
@@ -98,7 +98,7 @@ def _against_generate(
 
 
 def mixed_tasks(args: argparse.Namespace, report: Report, **settings: Any) -> None:
-    """Rows of one task, and rows of as many tasks as there are rows."""
+    """Compares rows of one task with rows that are all of different tasks."""
     size, rows, (input_length, length), _ = PLANS[args.scale]
     ours = Training(build(size, 3, ROUTED, tasks=rows, **settings))
     params = ours.state.params["backbone"]

@@ -1,20 +1,20 @@
-"""The other benchmarks on one NVIDIA GPU in bfloat16, model FLOPs use, and what fits.
+"""The other benchmarks on one NVIDIA GPU in bfloat16, with model FLOPs use and largest batches.
 
     python -m benchmarks.gpu [--cache_dir DIR] [--quick] [--json FILE]
 
 PyTorch runs under bfloat16 autocast with `torch.compile` and SDPA. `dense_to_torch_<model>` is
 time over time; `mfu_<model>` is the share of the measured peak of a bfloat16 matrix product that
 the step's multiplications (three times those of the forward pass; attention and logits counted,
-rematerialisation and dropout not) come to. The mixture is read from a prepared cache: make it with
-`python -m benchmarks.training --quick`, and carry the directory along. Needs no network, and of the
-project's dependencies only jax, flax, optax, orbax, torch and transformers, and the small wheels
-absl-py, array-record, gin-config, grain, sentencepiece and tokenizers.
+rematerialisation and dropout not) amount to. The mixture is read from a prepared cache: make it
+with `python -m benchmarks.training --quick` and copy the directory to the GPU machine. Needs no
+network, and of the project's dependencies only jax, flax, optax, orbax, torch and transformers, and
+the small wheels absl-py, array-record, gin-config, grain, sentencepiece and tokenizers.
 """
 
 import os
 import time
 
-# PyTorch needs room beside JAX.
+# PyTorch needs memory beside JAX.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -47,7 +47,7 @@ def flops(config: ModelConfig, rows: int, lengths: tuple[int, int]) -> float:
 
 
 def peak_flops(size: int = 8192, rounds: int = 20) -> float:
-    """FLOP/s of a large bfloat16 matrix product: the best of some."""
+    """FLOP/s of a large bfloat16 matrix product: the best of several."""
     a = jnp.ones((size, size), jnp.bfloat16)
     product = jax.jit(lambda a, b: a @ b)
     best = float("inf")
@@ -60,7 +60,7 @@ def peak_flops(size: int = 8192, rounds: int = 20) -> float:
 
 
 def dense(report: Report, size: str, rows: int, lengths: tuple[int, int], rounds: int) -> None:
-    """One dense bfloat16 step on both sides, and how much of the peak it uses."""
+    """Compares one dense bfloat16 step with PyTorch's; also gives the share of peak FLOP/s."""
     from benchmarks import torch_models as torch
 
     ours = Training(build(size, 1, **BFLOAT16))
@@ -79,7 +79,7 @@ def dense(report: Report, size: str, rows: int, lengths: tuple[int, int], rounds
 
 
 def largest_batch(size: str, lengths: tuple[int, int], experts: int, limit: int = 4096) -> int:
-    """The most rows, a power of two, that a step has memory for; 0 for none."""
+    """The largest power of two of rows that fits into memory; 0 if none does."""
     training = Training(build(size, experts, **BFLOAT16))
     rows = 1
     while rows <= limit:
@@ -105,9 +105,9 @@ def main() -> None:
         dense(report, size, rows, lengths, args.rounds)
         if args.scale == "full":
             for experts in (1, 3):
-                found = largest_batch(size, lengths, experts)
+                largest = largest_batch(size, lengths, experts)
                 report.fact(
-                    "largest batch", model=size, experts=experts, rows=found, lengths=lengths
+                    "largest batch", model=size, experts=experts, rows=largest, lengths=lengths
                 )
     plans = {"tiny": [("tiny", 3, 2, 2)], "quick": [("bart_base", 3, 4, 8)]}
     plans["full"] = [("bart_base", e, 4, 32) for e in (3, 6)] + [("small", 24, 8, 32)]

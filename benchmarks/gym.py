@@ -18,7 +18,7 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 def add_flags(arguments) -> None:
-    """Where the data is."""
+    """Adds flags for the data's directories."""
     default = os.environ.get("CROSSFIT_DIR", DEFAULT)
     arguments.add_argument("--crossfit_dir", default=default, help="default: $CROSSFIT_DIR")
     arguments.add_argument(
@@ -29,20 +29,20 @@ def add_flags(arguments) -> None:
 def mixture(crossfit_dir: str, cache_dir: str, vocabulary_size: int) -> PreparedMixture:
     """The few-shot training mixture; prepared if it is not in `cache_dir`.
 
-    Where there is no CrossFit directory, a prepared mixture of `cache_dir` is taken as it is.
+    Without a CrossFit directory, a prepared mixture in `cache_dir` is used.
 
     Raises:
         UserError: there is neither.
     """
     directory = Path(crossfit_dir)
     if not directory.is_dir():
-        found = sorted(Path(cache_dir, str(vocabulary_size)).glob(f"mixtures/{MIXTURE}-*.json"))
-        if not found:
+        prepared = sorted(Path(cache_dir, str(vocabulary_size)).glob(f"mixtures/{MIXTURE}-*.json"))
+        if not prepared:
             raise UserError(
                 f"no CrossFit directory at {directory}, no prepared mixture in {cache_dir}; "
                 "give --crossfit_dir or CROSSFIT_DIR"
             )
-        return read_mixture(Path(cache_dir, str(vocabulary_size)), found[0])
+        return read_mixture(Path(cache_dir, str(vocabulary_size)), prepared[0])
     cache = Path(cache_dir, str(vocabulary_size))
     tokenizer = cache / f"tokenizer-{digest(str(directory.resolve()))}"
     if not (tokenizer / "config.json").exists():

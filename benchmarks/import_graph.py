@@ -1,10 +1,10 @@
-"""Rooms of the package, and which of them imports which: circles and floors.
+"""Prints which subpackages ("rooms") import which, with circles and layers ("floors").
 
     python -m benchmarks.import_graph
 
-A room is a subpackage of `moe_jax`; the modules at its top level are the room `commands`. An arrow
-goes from a room to one that it imports from. Imports inside functions count, those for type
-checkers do not. Nothing is imported: the arrows are read from the source.
+A room is a subpackage of `moe_jax`; the modules at the top level form the room `commands`. An arrow
+goes from a room to a room that it imports from. Imports inside functions count, imports for type
+checkers do not. The source is parsed, not imported.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def _name(path: Path, package: Path) -> str:
 
 
 def _imports(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
-    """Dotted names that a module imports, also those of attributes that are no modules."""
+    """Dotted names that a module imports, including names that are not modules."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -62,14 +62,14 @@ def _imports(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
 
 
 def _module(imported: str, modules: Mapping[str, Path]) -> str | None:
-    """The module that a dotted name stands for or lies in; None: of another package."""
+    """The module that a dotted name is or belongs to; None for other packages."""
     while imported and imported not in modules:
         imported = imported.rpartition(".")[0]
     return imported or None
 
 
 def room(module: str, modules: Iterable[str]) -> str:
-    """The room of one of `modules`, all by their dotted names."""
+    """The room of a module; names are dotted."""
     parts = module.split(".")
     is_package = any(other.startswith(f"{module}.") for other in modules)
     return parts[1] if len(parts) > 2 or (len(parts) == 2 and is_package) else COMMANDS
@@ -103,7 +103,7 @@ def circles(graph: Graph) -> list[list[str]]:
 
 
 def floors(graph: Graph) -> list[list[str]]:
-    """Nodes by the length of the longest path down from them: the first import nothing.
+    """Nodes by the length of their longest import path. The first floor imports nothing.
 
     Raises:
         graphlib.CycleError: the graph has a circle.
@@ -133,17 +133,17 @@ def main(argv: list[str] | None = None) -> int:
               (("modules", modules), ("rooms", rooms))}  # fmt: skip
     print(f"\n{len(modules)} modules, {arrows['modules']} arrows between them")
     print(f"{len(rooms)} rooms, {arrows['rooms']} arrows between them")
-    found = {"modules": circles(modules), "rooms": circles(rooms)}
-    for what, groups in found.items():
+    all_circles = {"modules": circles(modules), "rooms": circles(rooms)}
+    for what, groups in all_circles.items():
         print(f"circles between {what}: {len(groups)}")
         for group in groups:
             print(f"  {' <-> '.join(group)}")
-    if not found["rooms"]:
+    if not all_circles["rooms"]:
         levels = floors(rooms)
         print(f"floors: {len(levels)}")
         for number, names in enumerate(levels):
             print(f"  {number}: {', '.join(names)}")
-    return int(any(found.values()))
+    return int(any(all_circles.values()))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory [--quick] [--json FILE]
 
-Every model has a process of its own. `peak_gb` is the peak resident size of that process (on GPU,
-of the device), less what it held before the model; `program_gb` is what XLA says the step needs:
+Every model runs in its own process. `peak_gb` is the peak resident size of that process (on GPU, of
+the device) minus its size before the model was made; `program_gb` is XLA's figure for the step:
 state (parameters, two moments) and temporary memory. `memory_E<n>_to_dense` are peaks over the
 dense model's, `memory_per_parameter_E<n>` bytes per parameter.
 """
@@ -37,7 +37,7 @@ PLANS = {
 
 
 def child(size: str, groups: int, rows: int, experts: int, every: bool) -> dict[str, float]:
-    """Two steps in this process; GB and the number of parameters."""
+    """Runs two steps in this process; returns GB and the number of parameters."""
     jax.devices()
     before = _peak()
     training = Training(build(size, experts, ALL_EXPERTS if every else ROUTED))
@@ -66,7 +66,7 @@ def _peak() -> int:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--child", help="for itself: measures one model")
+    arguments.add_argument("--child", help="used internally: measures one model")
     args = parse(arguments)
     if args.child:
         print(json.dumps(child(*json.loads(args.child))))
@@ -85,16 +85,18 @@ def measure(report: Report, size: str, groups: int, rows: int, experts: tuple[in
             [sys.executable, "-m", "benchmarks.memory", "--child", job],
             check=True, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        found = json.loads(done.stdout.splitlines()[-1])
+        result = json.loads(done.stdout.splitlines()[-1])
         name = "dense" if count == 1 else f"E={count}" + (", all experts" if every else "")
-        print(f"  {name}: {found['peak_gb']:.2f} GB", flush=True)
-        report.fact(name, model=size, groups=groups, rows=rows, lengths=LENGTHS, **found)
-        dense = dense or found
+        print(f"  {name}: {result['peak_gb']:.2f} GB", flush=True)
+        report.fact(name, model=size, groups=groups, rows=rows, lengths=LENGTHS, **result)
+        dense = dense or result
         if every:
             continue
-        report.ratio(f"memory_per_parameter_E{count}", 1e9 * found["peak_gb"] / found["parameters"])
+        report.ratio(
+            f"memory_per_parameter_E{count}", 1e9 * result["peak_gb"] / result["parameters"]
+        )
         if count > 1:
-            report.ratio(f"memory_E{count}_to_dense", found["peak_gb"] / dense["peak_gb"])
+            report.ratio(f"memory_E{count}_to_dense", result["peak_gb"] / dense["peak_gb"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Step time against the number of experts, one per layer, beside the dense model and all experts.
+"""Step time by number of experts, with one per layer, against the dense model and all experts.
 
     python -m benchmarks.routing [--quick] [--json FILE]
 
@@ -56,12 +56,12 @@ def compare(
     report: Report, rounds: int, key: str, size: str, experts: int, groups: int, rows: int,
     with_all: bool, **settings: Any,
 ) -> None:  # fmt: skip
-    """One number of experts against the dense model, and against computing all experts."""
+    """Compares one number of experts with the dense model and with computing all experts."""
     dense = Training(build(size, 1, **settings))
     routed = Training(build(size, experts, ROUTED, **settings))
     batch = dense.put(random_batch(dense.model, groups, rows, LENGTHS))
     runs = {"dense": lambda: dense.run(batch), "routed": lambda: routed.run(batch)}
-    if experts >= 12:  # two optimizers' states must fit
+    if experts >= 12:  # the states of both optimizers must fit into memory
         lazy = Training(build(size, experts, ROUTED, **settings), lazy=True)
         runs["routed, lazy"] = lambda: lazy.run(batch)
     if with_all:

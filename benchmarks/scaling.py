@@ -22,10 +22,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step to compile: so many groups of 4 rows of 512 + 64 tokens, one expert per layer.
+    """A step to compile: groups of 4 rows of 512 + 64 tokens, one expert per layer.
 
     Attributes:
-        where: flag that names the devices.
+        where: the flag that names the devices.
         embedding_bytes: of the float32 token embedding.
         more: further gin settings.
     """
@@ -39,7 +39,7 @@ class Case:
     more: tuple[str, ...] = ()
 
     def flags(self) -> list[str]:
-        """Of `moe_jax.plan`."""
+        """Command-line flags of `moe_jax.plan`."""
         settings = {
             "ModelConfig.experts": self.experts,
             "ModelConfig.dtype": "bfloat16",
@@ -56,7 +56,7 @@ class Case:
         return [self.where, f"--gin_file=models/{self.model}.gin", *gin, *more]
 
 
-# A configuration of which a step on one device is mostly parameters.
+# A configuration in which parameters take most of a step's memory on one device.
 PARAMETERS = (
     "ModelConfig.dtype=float32", "ModelConfig.vocabulary_size=8192", "ModelConfig.d_model=512",
     "ModelConfig.d_ff=2048", "ModelConfig.heads=8", "DataConfig.rows_per_group=1",
@@ -82,19 +82,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    found = {}
+    plans = {}
     for name in args.only:
-        found[name] = plan(name)
-        print(f"{name}: {describe(name, found[name])}", flush=True)
-    ratios = compare(found)
+        plans[name] = plan(name)
+        print(f"{name}: {describe(name, plans[name])}", flush=True)
+    ratios = compare(plans)
     for name, ratio in ratios.items():
         print(f"{name:<50}{ratio:8.3f}")
     if args.json:
-        files.write_json(args.json, {"plans": found, "ratios": ratios})
+        files.write_json(args.json, {"plans": plans, "ratios": ratios})
 
 
 def plan(name: str) -> dict[str, Any]:
-    """What `moe_jax.plan` writes of a case, whether it fits or not."""
+    """The JSON that `moe_jax.plan` writes for a case, whether it fits or not."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "plan.json"
         command = [sys.executable, "-m", "moe_jax.plan", *CASES[name].flags(), f"--json={path}"]
@@ -104,38 +104,38 @@ def plan(name: str) -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-def describe(name: str, found: dict[str, Any]) -> str:
+def describe(name: str, figures: dict[str, Any]) -> str:
     """The figures of one case, in one line."""
     mesh = ", ".join(f"{axis}={size}" for axis, size in CASES[name].mesh.items()) or "one device"
     parts = [
-        f"{found['devices']} x {found['device']}, {mesh}",
-        f"state {found['state_bytes'] / GIB:.3f} GiB",
-        f"temporaries {found['temporary_bytes'] / GIB:.3f} GiB",
-        "fits" if found["fits"] else "does not fit",
+        f"{figures['devices']} x {figures['device']}, {mesh}",
+        f"state {figures['state_bytes'] / GIB:.3f} GiB",
+        f"temporaries {figures['temporary_bytes'] / GIB:.3f} GiB",
+        "fits" if figures["fits"] else "does not fit",
     ]
     parts += [
         f"{kind} {c['count']} x, {c['bytes'] / GIB:.3f} GiB, "
         f"largest {c['largest_bytes'] / 2**20:.1f} MiB"
-        for kind, c in found["collectives"].items()
+        for kind, c in figures["collectives"].items()
     ]
-    if found["least_seconds"] is not None:
-        parts.append(f"at least {found['least_seconds'] * 1e3:.1f} ms")
+    if figures["least_seconds"] is not None:
+        parts.append(f"at least {figures['least_seconds'] * 1e3:.1f} ms")
     return "; ".join(parts)
 
 
-def compare(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+def compare(plans: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Ratios of the cases that were compiled."""
     ratios = {}
 
     def ratio(name: str, key: str, of: str, to: str) -> None:
-        if of in found and to in found:
-            ratios[name] = found[of][key] / found[to][key]
+        if of in plans and to in plans:
+            ratios[name] = plans[of][key] / plans[to][key]
 
     ratio("large: state of 64 devices to 16", "state_bytes", "large_64", "large")
     ratio("large: temporaries of 64 devices to 16", "temporary_bytes", "large_64", "large")
     ratio("large: temporaries of E=48 to E=12", "temporary_bytes", "large_e48", "large")
     ratio("cpu: state and temporaries of 8 devices to 1", "total_bytes", "cpu_8", "cpu_1")
-    for name, plan_of in found.items():
+    for name, plan_of in plans.items():
         if CASES[name].where.startswith("--topology") and plan_of["collectives"]:
             largest = plan_of["collectives"].get("all-reduce", {"largest_bytes": 0})
             key = f"{name}: largest all-reduce to the embedding"

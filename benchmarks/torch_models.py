@@ -1,8 +1,7 @@
-"""The peer: `transformers`' BART in PyTorch, and on top of it a mixture computing all experts.
+"""The baseline: `transformers`' BART in PyTorch, and a mixture on top that computes all experts.
 
 The published mixture computes every expert of every layer for every example and sums them by the
-weights of the example's task; so does `Mixture`, without its faults (DESIGN: a task takes one
-route in a batch).
+weights of the example's task; so does `Mixture`, except that a task takes one route in a batch.
 """
 
 import copy
@@ -61,7 +60,7 @@ def load(model: transformers.BartForConditionalGeneration, backbone: Any, config
 
 
 class AllExperts(torch.nn.Module):
-    """E layers in the place of one: their outputs, summed by the weights of each example."""
+    """E layers in place of one. Outputs are summed with the weights of each example."""
 
     def __init__(self, layer: torch.nn.Module, experts: int):
         super().__init__()
@@ -100,7 +99,7 @@ class Mixture(torch.nn.Module):
 
 
 def mixture(model: TaskMoE, ids: Any = OWN_IDS) -> torch.nn.Module:
-    """The peer of a model: plain BART where it has one expert."""
+    """The PyTorch counterpart of a model: plain BART if there is one expert."""
     plain = bart(model.config, ids)
     experts = model.config.experts
     return Mixture(plain, experts, model.tasks) if experts > 1 else plain
@@ -124,7 +123,7 @@ class TorchTraining:
         )
 
     def run(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> float:
-        """One step to its end; the loss per target token."""
+        """Runs one step to its end; returns the loss per target token."""
         count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         total = 0.0
         for batch in batches:

@@ -8,9 +8,8 @@
    the examples of the same batches, shuffled, 16 at once, padded to the longest of the 16. Ratios
    `padding_share` (3 row shapes), `padding_share_one_shape` and `padding_share_unpacked`,
    `tokens_per_s_to_torch_all_experts` (E = 3) and, without --quick, `tokens_per_s_to_torch_dense`
-   are tokens per second, without padding, over PyTorch's. `pipeline_to_repeated_batch` is our
-   step's time with the batches as they come (those of one shape) over that of one of them again
-   and again.
+   are tokens per second, without padding, over PyTorch's. `pipeline_to_repeated_batch` compares our
+   step's time on the pipeline's batches (of one shape) with its time on one repeated batch.
 """
 
 import argparse
@@ -40,7 +39,7 @@ from moe_jax.data.pipeline import train_batches
 EXPERTS = 3
 MICRO_BATCH = 16  # examples that PyTorch runs at once
 ROW_SHAPES = 3  # DataConfig.row_shapes of the mixture
-PADDING_BATCHES = 50  # that the padding is counted in
+PADDING_BATCHES = 50  # batches over which padding is measured
 # scale: (model size, groups and rows of the unpadded batch, its lengths, groups, rows and lengths
 # of the mixture's batches, how many of them)
 PLANS: dict[str, tuple] = {
@@ -66,7 +65,7 @@ def main() -> None:
 
 
 def same_batch(report: Report, scale: str, rounds: int, experts: int, **peer: Any) -> None:
-    """The same batch without padding on both sides, all experts computed."""
+    """Compares steps on the same batch without padding, with all experts computed."""
     from benchmarks import torch_models as torch
 
     size, (groups, rows), lengths, *_ = PLANS[scale]
@@ -88,7 +87,7 @@ def same_batch(report: Report, scale: str, rounds: int, experts: int, **peer: An
 def read(
     args: argparse.Namespace, report: Report
 ) -> tuple[PreparedMixture, Callable[..., Iterator[Any]]]:
-    """The mixture, and what gives its endless batches; reports their padding."""
+    """Returns the mixture and a function for its batches; reports their padding."""
     size, _, _, (groups, rows), lengths, _ = PLANS[args.scale]
     mixture = gym.mixture(args.crossfit_dir, args.cache_dir, SIZES[size]["vocabulary_size"])
     limits = dict(zip(("inputs", "targets"), lengths, strict=True))
@@ -98,8 +97,8 @@ def read(
 
     shapes = {"": ROW_SHAPES, "_one_shape": 1}
     for name, count in shapes.items():
-        found = itertools.islice(batches(shapes=count), PADDING_BATCHES)
-        shares = [padding_share(batch) for batch in found]
+        first = itertools.islice(batches(shapes=count), PADDING_BATCHES)
+        shares = [padding_share(batch) for batch in first]
         padding = {key: float(np.mean([share[key] for share in shares])) for key in shares[0]}
         report.fact(f"padding, {count} row shapes, {PADDING_BATCHES} batches", **padding)
         report.ratio(f"padding_share{name}", padding["all"])
@@ -111,7 +110,7 @@ def on_mixture(
     report: Report, scale: str, rounds: int, experts: int, mixture: PreparedMixture,
     pipeline: Iterator[Any], **peer: Any,
 ) -> Training:  # fmt: skip
-    """The same examples on both sides: one expert per layer here, all of them there.
+    """Compares steps on the same examples: one expert per layer here, all experts in PyTorch.
 
     Returns our side.
     """
@@ -148,7 +147,7 @@ def on_mixture(
 
 
 def fed(report: Report, scale: str, rounds: int, ours: Training, pipeline: Iterator[Any]) -> None:
-    """Steps with the batches as they come, of one shape, and with one of them again and again."""
+    """Compares steps on the pipeline's batches, of one shape, with steps on one repeated batch."""
     size, *_, lengths, _ = PLANS[scale]
     first = next(pipeline)
     batch = ours.put(first)

@@ -21,7 +21,7 @@ def roman(number: int) -> str:
 
 
 class RomanNumerals(tfds.core.GeneratorBasedBuilder):
-    """Numbers 1 to 399. Stands for any dataset that TFDS can build or load."""
+    """Numbers 1 to 399. An example of any dataset that TFDS can build or load."""
 
     VERSION = tfds.core.Version("1.0.0")
 

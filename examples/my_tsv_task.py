@@ -9,7 +9,7 @@ import tensorflow as tf
 from moe_jax.builtin_tasks.crossfit_data import read_tsv
 from moe_jax.metrics import answers_or_target, exact_match
 
-# What `moe_jax.tasks list` and the report group tasks by; a module without it is "no category".
+# Groups tasks in `moe_jax.tasks list` and reports; without it they have "no category".
 ONTOLOGY = {"rewriting": {"inflection": ["my_plurals"]}}
 
 FILES = {

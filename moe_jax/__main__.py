@@ -26,7 +26,7 @@ def main() -> None:
         near = nearest(name, COMMANDS)
         sys.exit(f"error: there is no command {name!r}{near}; see moe_jax --help")
     else:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, for modules of the user's
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: finds the user's modules
         del sys.argv[1]
         runpy.run_module(f"moe_jax.{name}", run_name="__main__", alter_sys=True)
 
@@ -34,11 +34,12 @@ def main() -> None:
 def _help() -> str:
     lines = ["usage: moe_jax COMMAND [ARGUMENTS]", "", "commands:"]
     lines += [f"  {name:<12}{_summary(name)}" for name in COMMANDS]
-    return "\n".join([*lines, "", "moe_jax COMMAND --help says more about each."])
+    return "\n".join([*lines, "", "moe_jax COMMAND --help explains a command."])
 
 
 def _summary(name: str) -> str:
-    """First line of a command's docstring; the command is not imported, which takes seconds."""
+    """First line of a command's docstring, read without importing the command, which takes
+    seconds."""
     source = Path(find_spec(f"moe_jax.{name}").origin).read_text(encoding="utf-8")
     return ast.get_docstring(ast.parse(source)).partition("\n")[0]
 

@@ -4,15 +4,15 @@
     python -m moe_jax.convert from-t5x CHECKPOINT_DIR OUT [--sentencepiece FILE]
     python -m moe_jax.convert to-hf MODEL_DIR OUT --task NAME [--average] [--approximate]
 
-`from-hf` writes a model directory for INITIAL_CHECKPOINT_PATH, the tokenizer with it:
+`from-hf` writes a model directory with its tokenizer. A run can start from it:
 
     python -m moe_jax.train --gin_file=OUT/config.gin --gin_file=runs/skills_gym_stage1.gin \
         --gin.ModelConfig.experts=3 --gin.INITIAL_CHECKPOINT_PATH=OUT --gin.MODEL_DIR=...
 
-`from-t5x` does the same with a checkpoint of T5X, which holds no tokenizer: give its SentencePiece
-model, or name its vocabulary to `train` (VocabularyConfig).
+`from-t5x` does the same with a checkpoint of T5X. Such a checkpoint holds no tokenizer: give its
+SentencePiece model here, or choose a vocabulary in `train` (VocabularyConfig).
 
-`to-hf` takes a task's expert in every layer, which leaves a plain model that `transformers` loads.
+`to-hf` takes one task's expert in every layer and writes a plain model that `transformers` loads.
 """
 
 import argparse
@@ -35,32 +35,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    reader = commands.add_parser("from-hf", help="weights and tokenizer in")
+    reader = commands.add_parser("from-hf", help="read a Hugging Face model and its tokenizer")
     reader.add_argument("source", metavar="DIR", help="Hugging Face directory, or name on the Hub")
     reader.add_argument("out", metavar="OUT", help="model directory to write")
-    t5x = commands.add_parser("from-t5x", help="weights of a T5X checkpoint of T5 or mT5 in")
+    t5x = commands.add_parser("from-t5x", help="read weights of a T5X checkpoint of T5 or mT5")
     t5x.add_argument(
         "source", metavar="CHECKPOINT_DIR", help="local directory, such as checkpoint_1000000"
     )
     t5x.add_argument("out", metavar="OUT", help="model directory to write")
     t5x.add_argument("--sentencepiece", metavar="FILE", help="the model's tokenizer")
-    writer = commands.add_parser("to-hf", help="a task's plain model out")
+    writer = commands.add_parser("to-hf", help="write a task's plain model")
     writer.add_argument("checkpoint", metavar="MODEL_DIR", help="or one of its checkpoints")
     writer.add_argument("out", metavar="OUT", help="Hugging Face directory to write")
-    writer.add_argument("--task", metavar="NAME", help="whose expert to take in every layer")
+    writer.add_argument("--task", metavar="NAME", help="the task whose experts are taken")
     writer.add_argument(
         "--average",
         action="store_true",
-        help="average the experts' parameters, weighted by the task's route or, without --task,"
-        " all alike",
+        help="average the experts' parameters, weighted by the task's route or,"
+        " without --task, equally",
     )
     writer.add_argument(
         "--approximate",
         action="store_true",
-        help="of a soft route take the largest expert, and print the error that this makes",
+        help="for a soft route, take the largest expert and print the error of doing so",
     )
     args = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to who trains on it
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to training processes
     try:
         if args.command == "to-hf":
             flags = {"average": args.average, "approximate": args.approximate}

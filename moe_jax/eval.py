@@ -28,10 +28,10 @@ class EvalConfig(Configuration, called="eval"):
     """Settings of this command.
 
     Attributes:
-        split: of every task; tasks without it are left out.
+        split: the split to score; tasks without it are left out.
         examples: at most this many per task, evenly spaced; None for all.
         mixtures: further mixtures to score, each into a directory of its own.
-        representations: file with those of the tasks that the model was not trained on.
+        representations: file of representations for tasks that the model was not trained on.
     """
 
     split: Name = "test"
@@ -46,10 +46,10 @@ configurables.register(EvalConfig)
 def evaluate(config: Config, settings: EvalConfig) -> None:
     """Scores the run in MODEL_DIR."""
     run_config, data, split = config.run, config.data, settings.split
-    found = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
-    vocabulary = found[data.mixture_or_task_name].vocabulary
+    mixtures = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
+    vocabulary = mixtures[data.mixture_or_task_name].vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
-    names = [name for mixture in found.values() for name in mixture.names]
+    names = [name for mixture in mixtures.values() for name in mixture.names]
     run = with_tasks(run, names, settings.representations)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -57,7 +57,7 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
         evaluator = Evaluator(
             run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
         )
-        for mixture in found.values():
+        for mixture in mixtures.values():
             scores = evaluator.tasks(
                 params, run.step, mixture, run.task_ids, split, settings.examples
             )

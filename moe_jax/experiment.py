@@ -3,9 +3,10 @@
     python -m moe_jax.experiment --gin_file=experiments/quickstart.gin \\
         --gin.MODEL_DIR=runs/quickstart
 
-Every stage is one of this package's commands, printed as it is run, in a directory of its own
-under MODEL_DIR. A stage that is done is not done again; an interrupted one goes on where it
-stopped. Macros given on this command line are given to every stage that has a gin file.
+Every stage is one of this package's commands. It is printed before it runs, and has its own
+directory under MODEL_DIR. Started again, the experiment skips finished stages and continues an
+interrupted one where it stopped. Macros given on this command line are passed to every stage that
+has a gin file.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ class ExperimentConfig(Configuration, called="experiment"):
         stage2: gin file of its second stage.
         finetune: gin file of the few-shot adaptation.
         unseen: the mixture of unseen tasks.
-        stage2_from_dense: stage 2 starts its experts from the dense model, not afresh.
+        stage2_from_dense: stage 2 starts its experts from the dense model, not from fresh weights.
         eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
     """
@@ -101,14 +102,15 @@ def _run_stages(root: Path, settings: ExperimentConfig) -> None:
 
     names = ("dense", "stage1", "stage2")
     result = report(at["report"], {n: at[n] for n in names}, at["few_shot"], routes="stage1")
-    print("\nWhat was found:")
+    print("\nResults:")
     for finding in result.findings:
         print(f"- {finding}")
     print(f"\n{time.perf_counter() - begin:.0f} s in all; the report is {result.page}")
 
 
 class Stages:
-    """Runs commands in order; each is done once for its command, gin files and predecessors."""
+    """Runs commands in order. A finished stage runs again only if its inputs or predecessors
+    changed."""
 
     def __init__(self, root: Path, model: str):
         self._path = root / DONE
@@ -117,13 +119,13 @@ class Stages:
         self._history = hashlib.sha256()
 
     def run(self, name: str, module: str, gin_file: str | None, bindings: dict[str, str]) -> None:
-        """Runs `python -m moe_jax.MODULE` unless it is done.
+        """Runs `python -m moe_jax.MODULE` unless the stage is finished.
 
         Raises:
-            UserError: it failed; what it said stands above.
+            UserError: the command failed; its output is above the message.
         """
         arguments = []
-        if gin_file is not None:  # without one, the stage reads the config.gin of a run
+        if gin_file is not None:  # without one, the stage reads a run's config.gin
             arguments = [f"--gin_file={self._model}", f"--gin_file={gin_file}"]
             given = flags.given_bindings()
             given = {k: v for k, v in given if not k.startswith("experiment.")}

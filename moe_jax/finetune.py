@@ -4,8 +4,9 @@
         --gin.MODEL_DIR=/tmp/few_shot --gin.DENSE_DIR=/tmp/dense --gin.MOE_DIR=/tmp/stage2
 
 For every starting point, task of the mixture and few-shot sample: trains on the task's few examples
-with every learning rate and batch size, and scores dev; what is best there is scored on test.
-Writes MODEL_DIR/runs.jsonl (started again, it goes on after the last line) and arg.{json,csv,txt}.
+with every learning rate and batch size and scores each on dev. The best one is scored on test.
+Writes MODEL_DIR/runs.jsonl and arg.{json,csv,txt}. Started again, the command continues after the
+last line of runs.jsonl.
 """
 
 from moe_jax.runs import flags

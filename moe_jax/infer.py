@@ -38,10 +38,10 @@ class InferConfig(Configuration, called="infer"):
     """Settings of this command.
 
     Attributes:
-        task: whose route to take.
+        task: the task whose route is used.
         input: file with one input per line, or - for standard input.
         output: file of JSON lines, or - for standard output.
-        representations: file with that of the task, if the model was not trained on it.
+        representations: file with the representation of a task that the model was not trained on.
     """
 
     task: Name | None = None

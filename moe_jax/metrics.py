@@ -34,12 +34,12 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def answers_or_target(
     text: str, example: Mapping[str, Any] | None = None, is_target: bool = False
 ) -> list[str] | str:
-    """SeqIO postprocess function: what a metric compares.
+    """SeqIO postprocess function: returns the value that a metric compares.
 
     Args:
         text: decoded target or prediction.
-        example: features of the example; `answers` [n] (str or UTF-8 bytes) holds every valid
-            output where there are several.
+        example: features of the example; `answers` [n] (str or UTF-8 bytes) holds all valid outputs
+            if there are several.
         is_target: whether `text` is the target.
 
     Returns:
@@ -59,14 +59,14 @@ def exact_match(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[
 
 
 def accuracy(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of predictions equal to a valid output but for letter case."""
+    """Share of predictions equal to a valid output, ignoring case."""
     return {"ACC": _mean_of_best(_same_lowercase, targets, predictions)}
 
 
 def qa_f1(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
     """Mean F1 of the token multisets of prediction and valid output, each after `normalize`.
 
-    Texts without a common token score 0, even where both are empty after normalisation (as in
+    Texts without a common token score 0, even if both are empty after normalisation (as in
     CrossFit: the answer "the" cannot be matched).
     """
     return {"QA-F1": _mean_of_best(_token_f1, targets, predictions)}
@@ -105,7 +105,7 @@ def classification_f1(targets: Sequence[Answers], predictions: Sequence[str]) ->
 def matthews(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
     """Matthews correlation of "acceptable" against everything else (CoLA's labels).
 
-    0.0 where targets or predictions are constant.
+    0.0 if targets or predictions are constant.
 
     Raises:
         UserError: a target is neither "acceptable" nor "unacceptable".
@@ -129,9 +129,8 @@ def matthews(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str
 def pearson(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
     """Pearson correlation of the first valid outputs and the predictions, read as numbers.
 
-    Where CrossFit's result is NaN this one is defined: a correlation with a constant is 0.0, and
-    a prediction that is no finite number counts as the mean of those that are, so it neither
-    helps nor spoils the others (CrossFit: one of them makes the score NaN).
+    Two cases are NaN in CrossFit and defined here. A correlation with a constant is 0.0. A
+    prediction that is not a finite number is replaced by the mean of the others.
 
     Raises:
         UserError: a target is not a finite number.

@@ -1,12 +1,12 @@
-"""Says whether a run fits devices that are not at hand, and how long a step takes at least.
+"""Tells whether a run fits given devices, and the least time of a step. The devices need not exist.
 
     python -m moe_jax.plan --topology=v5e:4x4 --gin_file=models/bart_large.gin \
         --gin_file=runs/paper_stage1.gin --gin.ModelConfig.vocabulary_size=50265
     python -m moe_jax.plan --devices=8 ...
 
-Compiles the run's own train step: for a TPU topology (this takes `pip install 'moe_jax[plan]'`, but
-no TPU), for virtual CPU devices, or without either flag for the devices of this machine. Reads no
-data. Exit code 0 where the step fits, 3 where it does not.
+Compiles the run's train step for a TPU topology (needs `pip install 'moe_jax[plan]'`, but no TPU),
+for virtual CPU devices, or, without either flag, for the devices of this machine. Reads no data.
+The exit code is 0 if the step fits and 3 if it does not.
 """
 
 import sys
@@ -33,12 +33,12 @@ _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
 def plan(config: Config) -> None:
-    """Compiles, prints, and ends the process with the exit code."""
+    """Compiles the step, prints the plan, and exits."""
     data, model_config = config.data, config.model
     if not model_config.vocabulary_size:
         raise UserError(
-            "ModelConfig.vocabulary_size is 0, to be taken from the data, which `plan` does not "
-            "read: give it, such as --gin.ModelConfig.vocabulary_size=50265"
+            "ModelConfig.vocabulary_size is 0, which means the data's, but `plan` does not "
+            "read data: give it, such as --gin.ModelConfig.vocabulary_size=50265"
         )
     mesh = make_mesh(config.mesh, plan_devices(_TOPOLOGY.value, _DEVICES.value))
     config.check_groups(mesh)
@@ -46,14 +46,14 @@ def plan(config: Config) -> None:
     shape = BatchShape(data.groups, data.rows_per_group, **data.lengths)
     print(f"compiling for {mesh.devices.size} devices, a minute or two ...", file=sys.stderr)
     begin = time.perf_counter()
-    found = plan_step(model, config.optimizer, config.step, mesh, shape)
+    result = plan_step(model, config.optimizer, config.step, mesh, shape)
     print(f"compiled in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    print(table(found, mesh))
+    print(table(result, mesh))
     if _JSON.value:
-        files.write_json(_JSON.value, found.json())
-    if not found.fits:
+        files.write_json(_JSON.value, result.json())
+    if not result.fits:
         print("What would help:")
-        for line in advice(found, model, config.optimizer, mesh, shape):
+        for line in advice(result, model, config.optimizer, mesh, shape):
             print(f"- {line}")
         sys.exit(DOES_NOT_FIT)
 

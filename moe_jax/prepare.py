@@ -2,8 +2,8 @@
 
     python -m moe_jax.prepare --gin.MIXTURE_OR_TASK_NAME=skills_gym_train --gin.CACHE_DIR=cache
 
-`train`, `eval` and the others do this by themselves, which costs nothing where the cache is up to
-date. A child process prepares, so that the caller never imports TensorFlow.
+`train`, `eval` and the other commands do this themselves if the cache is not up to date. A child
+process does the work, so that the calling process never imports TensorFlow.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ configurables.register(PrepareConfig)
 
 
 def main(data: DataConfig, settings: PrepareConfig) -> None:
-    """Prepares MIXTURE_OR_TASK_NAME and prints what it holds."""
+    """Prepares MIXTURE_OR_TASK_NAME and prints its size."""
     for name, mixture in prepare_mixtures(data, *settings.mixtures).items():
         examples = sum(split.examples for task in mixture.tasks for split in task.splits.values())
         print(

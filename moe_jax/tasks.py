@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.command(args, _load_modules(args.task_modules))
     except UserError as e:
         sys.exit(f"error: {e}")
-    except BrokenPipeError:  # `... | head`
+    except BrokenPipeError:  # the reader of a pipe stopped, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--category", help="only the tasks of this category")
     sub.set_defaults(command=_list)
     sub = commands.add_parser("show", parents=[one, shared], help="first examples, text and tokens")
-    sub.add_argument("--split", help="default: train, or else the first there is")
+    sub.add_argument("--split", help="default: train, or the first split")
     sub.add_argument("--examples", type=int, default=3, help="how many (default: 3)")
     sub.set_defaults(command=_show)
     sub = commands.add_parser("check", parents=[one, shared], help="is the task usable?")
@@ -126,7 +126,7 @@ def _categories(modules: Sequence[ModuleType]) -> dict[str, tuple[str, str]]:
 
 
 def _short(splits: Sequence[str]) -> str:
-    """`train validation test`, with the few-shot splits of all seeds as one word."""
+    """`train validation test`, with the few-shot splits of all seeds summarised as one word."""
     plain = [split for split in splits if not split.startswith("fewshot_")]
     seeds = {split.split("_")[1] for split in splits if split.startswith("fewshot_")}
     return " ".join(plain) + (f" few-shot({len(seeds)} seeds)" if seeds else "")
@@ -181,7 +181,7 @@ def _check(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
 
 
 def _problems(task: Any, limits: dict[str, int], count: int) -> Iterator[str]:
-    """Prints what the task's splits hold; yields what makes it unusable, in one line each."""
+    """Prints a summary of the task's splits; yields each problem as one line."""
     if not task.splits:
         yield "no splits"
     for split in ("train", "validation", "test"):
@@ -201,7 +201,7 @@ def _problems(task: Any, limits: dict[str, int], count: int) -> Iterator[str]:
         at_least = "at least " if len(rows) == count else ""
         print(f"  {split}: {at_least}{len(rows)} examples")
         if split.startswith("fewshot_"):
-            continue  # samples of the others
+            continue  # they sample the other splits
         for feature, limit in limits.items():
             print(f"    {feature:<8} {length_summary([len(r[feature]) for r in rows], limit)}")
         if scored is None or split in ("validation", "test"):
@@ -284,7 +284,7 @@ def _find_tasks(args: argparse.Namespace, modules: Sequence[ModuleType]) -> list
     try:
         _ = vocabulary.vocab_size  # the file is read here
     except Exception as e:
-        raise UserError(f"--vocabulary {args.vocabulary} is no SentencePiece model") from e
+        raise UserError(f"--vocabulary {args.vocabulary} is not a SentencePiece model") from e
     return [registry.with_vocabulary(task, vocabulary) for task in tasks]
 
 
@@ -292,7 +292,7 @@ def _rows(task: Any, split: str, count: int) -> list[Row]:
     """First examples of a split in the source's order, preprocessed and not truncated.
 
     Raises:
-        UserError: no such split, or whatever the task's own code raised, as one line.
+        UserError: no such split, or an error of the task's own code, as one line.
     """
     from moe_jax.data import registry
 
@@ -308,7 +308,7 @@ def _rows(task: Any, split: str, count: int) -> list[Row]:
 
 
 def _postprocess(task: Any, rows: Sequence[Row], is_target: bool) -> list[Any]:
-    """What the metrics compare: of the targets, or of the targets taken as predictions."""
+    """The values that metrics compare, for targets or for targets used as predictions."""
     from moe_jax.data import registry
 
     vocabulary = task.output_features["targets"].vocabulary

@@ -3,7 +3,7 @@
     python -m moe_jax.train --gin_file=models/tiny.gin --gin_file=runs/skills_gym_stage1.gin \
         --gin.MODEL_DIR=/tmp/stage1
 
-Started again, the same command goes on from the last checkpoint, exactly.
+Started again, the same command continues from the last checkpoint, exactly.
 """
 
 from moe_jax.runs import flags

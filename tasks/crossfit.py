@@ -2,7 +2,7 @@
 
 Set CROSSFIT_DIR (few-shot files) and CROSSFIT_FULL_DIR (full-size files), or gin's
 `crossfit.data_dir`, `crossfit.full_dir`; CROSSFIT_PARTITION or `crossfit.partition` may add a
-partition's JSON file. Registered are, for what is present there:
+partition's JSON file. For the tasks present there, these names are registered:
 
     crossfit_<task>, crossfit_full_<task>                      '-' in the task's name becomes '_'
     crossfit_{train,dev,test}, crossfit_full_{...}             the partition "random" (120/20/20)
@@ -29,7 +29,7 @@ from . import crossfit_data as data
 ENVIRONMENT = (data.DATA_DIR, data.FULL_DIR, data.PARTITION)
 # {category: {subcategory: [registered task names]}}
 ONTOLOGY: dict[str, dict[str, list[str]]] = {}
-# Mixture -> how many tasks its partition lists, of which the mixture has those present.
+# Mixture -> number of tasks in its partition. The mixture holds those that are present.
 LISTED: dict[str, int] = {}
 
 
@@ -47,7 +47,7 @@ class _Kind(NamedTuple):
         return self.prefix + task.replace("-", "_")
 
 
-# The longer prefix first: a name belongs to the first kind whose prefix it has.
+# The longer prefix comes first, because a name belongs to the first kind whose prefix matches.
 _KINDS = (
     _Kind("crossfit_full_", data.FULL_DIR, "full_dir", data.full_splits, data.read_full),
     _Kind("crossfit_", data.DATA_DIR, "data_dir", data.few_shot_splits, data.read_few_shot),
@@ -61,7 +61,7 @@ def data_files(name: str) -> list[str]:
 
 
 def missing_hint(name: str) -> str | None:
-    """Why the CrossFit task or mixture `name` is not registered; None where it is no such name."""
+    """Why the CrossFit task or mixture `name` is not registered; None for other names."""
     kind = _kind_of(name)
     if kind is None:
         return None
@@ -82,8 +82,8 @@ def _kind_of(name: str) -> _Kind | None:
 def _dataset(
     split: str, shuffle_files: bool, seed: int | None = None, *, task: str, name: str
 ) -> tf.data.Dataset:
-    """The examples of a split. Files are read here, not in TensorFlow, for one clear error."""
-    del shuffle_files, seed  # the order is the files'; shuffling is the input pipeline's
+    """The examples of a split. Files are read here, not in TensorFlow, for clear errors."""
+    del shuffle_files, seed  # examples keep the files' order; the input pipeline shuffles
     examples = _kind_of(name).read(_files[name], split)
     answers = tf.RaggedTensor.from_row_lengths(
         [answer for _, *outputs in examples for answer in outputs],

@@ -8,7 +8,8 @@ EMNLP 2021, arXiv 2104.08835). The data is the user's:
     full      DIR/<task>/{train,test}.tsv                             CROSSFIT_FULL_DIR
 
 A line is `input<TAB>output[<TAB>other valid output ...]` in UTF-8: split at tabs and nothing else,
-so quotes are text. A last line without newline, CRLF line ends and a byte order mark are accepted.
+so quotes are part of the text. A last line without newline, CRLF line ends and a byte order mark
+are accepted.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from moe_jax.core.files import read_json
 TASKS: dict[str, dict[str, str]] = read_json(Path(__file__).with_name("crossfit_tasks.json"))
 PUBLISHED = {
     name: {
-        # train_non_nli_test_nli as published has `sick` in train and dev: not in train here.
+        # The published train_non_nli_test_nli has `sick` in both train and dev; here only in dev.
         "train": [task for task in lists["train"] if task not in lists["dev"] + lists["test"]],
         "dev": lists["dev"],
         "test": lists["test"],
@@ -33,8 +34,8 @@ PUBLISHED = {
     for name, lists in read_json(Path(__file__).with_name("crossfit_partitions.json")).items()
 }
 
-# Settings travel in the environment because tasks are registered in a child process of `train`
-# (the one that imports TensorFlow), where gin is not configured.
+# Settings are passed as environment variables, because tasks are registered in a child process
+# (which imports TensorFlow), where gin is not configured.
 DATA_DIR, FULL_DIR, PARTITION = "CROSSFIT_DIR", "CROSSFIT_FULL_DIR", "CROSSFIT_PARTITION"
 
 _FEW_SHOT_FILE = re.compile(r"_(\d+)_(\d+)_(train|dev|test)\.tsv")
@@ -48,7 +49,7 @@ Example = tuple[str, ...]  # input, output, other valid outputs
 def settings(
     data_dir: str | None = None, full_dir: str | None = None, partition: str | None = None
 ) -> dict[str, str]:
-    """Environment variables that say what gin says: {"CROSSFIT_DIR": absolute path, ...}."""
+    """The gin settings as environment variables: {"CROSSFIT_DIR": absolute path, ...}."""
     given = {DATA_DIR: data_dir, FULL_DIR: full_dir, PARTITION: partition}
     return {name: os.path.abspath(path) for name, path in given.items() if path is not None}
 
@@ -57,7 +58,7 @@ def directory(variable: str) -> Path | None:
     """The directory that `variable` names, or None where it is unset or empty.
 
     Raises:
-        UserError: it is no directory, or no CrossFit task is in it.
+        UserError: it is not a directory, or contains no CrossFit task.
     """
     value = os.environ.get(variable)
     if not value:
@@ -125,14 +126,14 @@ def few_shot_splits(path: Path, task: str) -> dict[str, list[Path]]:
     Raises:
         UserError: the directory holds files of more than one k.
     """
-    found: dict[str, dict[int, Path]] = {"train": {}, "dev": {}, "test": {}}
+    by_part: dict[str, dict[int, Path]] = {"train": {}, "dev": {}, "test": {}}
     shots = set()
     for file in (path / task).iterdir():
         match = _FEW_SHOT_FILE.fullmatch(file.name.removeprefix(task))
         if match:
             k, seed, part = match.groups()
             shots.add(int(k))
-            found[part][int(seed)] = file
+            by_part[part][int(seed)] = file
     if len(shots) > 1:
         raise UserError(
             f"{path / task}: files of several k ({', '.join(map(str, sorted(shots)))}); "
@@ -140,10 +141,10 @@ def few_shot_splits(path: Path, task: str) -> dict[str, list[Path]]:
         )
     splits: dict[str, list[Path]] = {}
     for part, name in (("train", "train"), ("dev", "validation")):
-        seeds = sorted(found[part])
-        splits[name] = [found[part][seed] for seed in seeds]
-        splits |= {f"fewshot_{seed}_{name}": [found[part][seed]] for seed in seeds}
-    splits["test"] = [found["test"][seed] for seed in sorted(found["test"])[:1]]
+        seeds = sorted(by_part[part])
+        splits[name] = [by_part[part][seed] for seed in seeds]
+        splits |= {f"fewshot_{seed}_{name}": [by_part[part][seed]] for seed in seeds}
+    splits["test"] = [by_part["test"][seed] for seed in sorted(by_part["test"])[:1]]
     return {name: files for name, files in splits.items() if files}
 
 
@@ -198,7 +199,8 @@ def read_full(splits: Splits, split: str) -> list[Example]:
 
 
 def read_tsv(path: Path) -> list[Example]:
-    """Reads a file of `input<TAB>output[<TAB>other outputs]` lines; empty other outputs go.
+    """Reads a file of `input<TAB>output[<TAB>other outputs]` lines; empty other outputs are
+    dropped.
 
     Raises:
         UserError: missing or empty file; or, with the line number, a line without a tab, with an

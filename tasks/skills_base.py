@@ -1,8 +1,8 @@
-"""What every task of the skills gym shares: its table entry, its splits, its random numbers.
+"""Shared by all tasks of the skills gym: the table of tasks, splits, random numbers.
 
 A task is one small function decorated with `skill`. It draws a single example from a NumPy
 generator; everything else (splits, balance of labels, uniqueness) happens in `examples`. No
-TensorFlow here: `skills_gym` is the only module of the gym that knows SeqIO.
+TensorFlow here: only `skills_gym` imports SeqIO.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 SEED = 7
 SIZES = {"train": 192, "validation": 32, "test": 64}
 FEWSHOT_SEEDS = (13, 21, 42)
-FEWSHOT = 16  # examples in a few-shot split; of each label, where a task has labels
+FEWSHOT = 16  # examples in a few-shot split; per label, if a task has labels
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def skill(
     labels: Sequence[str] = (),
     unseen: bool = False,
 ) -> Callable[[Callable], Callable]:
-    """Enters the decorated `draw` function (see `Skill`) in the table, under its own name."""
+    """Decorator: adds the `draw` function (see `Skill`) to the table under its name."""
 
     def enter(draw: Callable) -> Callable:
         name = f"skills_{draw.__name__}"

@@ -1,10 +1,10 @@
 """The skills gym: text-to-text tasks generated from a seed, built from planted skills.
 
-The embedded default data. Training tasks (mixture `skills_gym_train`) teach four categories of
+This is the default data. Training tasks (mixture `skills_gym_train`) teach four categories of
 skill: extractive, classification, world knowledge and generation. Unseen tasks (mixture
-`skills_gym_unseen`) are new tasks of these skills, and combinations of two; they also have
-few-shot splits `fewshot_<seed>_train` and `fewshot_<seed>_validation`. `ONTOLOGY` says which
-skill was planted where, so that it can be compared with what the routes learn.
+`skills_gym_unseen`) are new tasks of these skills, and combinations of two; they also have few-shot
+splits `fewshot_<seed>_train` and `fewshot_<seed>_validation`. `ONTOLOGY` says which skill was
+planted where, so that it can be compared with what the routes learn.
 
 Registering is cheap: examples are drawn when a split is read.
 """
@@ -24,7 +24,7 @@ __all__ = ["ONTOLOGY"]
 def _dataset(
     name: str, split: str, shuffle_files: bool = False, seed: int | None = None
 ) -> tf.data.Dataset:
-    """A split as strings: `inputs`, `targets` and, where some example has several, `answers`.
+    """A split as strings: `inputs`, `targets`, and `answers` if any example has several.
 
     `shuffle_files` and `seed` are SeqIO's; the order is fixed, and the pipeline shuffles.
     """

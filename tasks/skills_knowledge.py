@@ -1,4 +1,4 @@
-"""World knowledge: the answer is not in the input, a model can only remember it.
+"""World knowledge: the answer is not in the input, so the model must remember it.
 
 Training and test inputs share the facts and differ in the wording. Unseen tasks ask for the same
 facts the other way round.

@@ -2,7 +2,7 @@
 
 import os
 
-# Tests run each program a few times: compiling it quickly (and once per machine) is what counts.
+# Tests run each program only a few times, so compiling must be quick (and once per machine).
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
@@ -16,8 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import contextlib
 from pathlib import Path
 
-# TensorFlow's libraries are loaded after those of PyTorch's default wheels, if these are installed.
-# Otherwise importing Triton crashes the process, and PyTorch warns that CUDA is broken.
+# If PyTorch's default wheels are installed, load them before TensorFlow. Otherwise importing Triton
+# crashes the process, and PyTorch warns that CUDA is broken.
 with contextlib.suppress(ImportError):
     import torch  # noqa: F401
     import triton  # noqa: F401
@@ -29,7 +29,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parent.parent
-# Tables that tests have made, to be printed at the end, whichever process made them.
+# Tables made by tests in any process, printed at the end.
 TABLES = pytest.StashKey[list[str]]()
 
 
@@ -54,7 +54,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def no_gin_bindings():
-    """What a test binds ends with it."""
+    """Clears gin after every test."""
     yield
     gin.clear_config()
 

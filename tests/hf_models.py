@@ -1,4 +1,4 @@
-"""Tiny BARTs and T5s made by `transformers`, with what it computes of them. Needs PyTorch."""
+"""Tiny BARTs and T5s made by `transformers`, and their outputs. Needs PyTorch."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ VOCABULARY = 272
 
 
 def bart(**settings) -> BartForConditionalGeneration:
-    """Another depth in the encoder than in the decoder."""
+    """A BART with different depths of encoder and decoder."""
     config = {
         "vocab_size": VOCABULARY,
         "d_model": 8,
@@ -66,13 +66,13 @@ def t5_1_0(**settings) -> T5ForConditionalGeneration:
 
 
 def mt5(*, tied: bool = False, **settings) -> MT5ForConditionalGeneration:
-    """mT5, whose logits are not scaled; with `tied`, the embedding makes them."""
+    """mT5, whose logits are not scaled; with `tied`, they use the input embedding."""
     config = MT5Config(**_T5 | settings)
     return _random(_untied(MT5ForConditionalGeneration(config), tied))
 
 
 def _untied(model, tied: bool):
-    """Version 5 ties all T5s until it reads files with both embeddings."""
+    """Version 5 of transformers ties all T5s, unless it reads files with both embeddings."""
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
         model.config.tie_word_embeddings = False
@@ -83,7 +83,8 @@ MODELS = {"bart": bart, "t5": t5, "t5_1_0": t5_1_0, "mt5": mt5}
 
 
 def _random(model):
-    """Every parameter from one normal distribution: fresh biases are zero and test nothing."""
+    """Draws every parameter from one normal distribution, because fresh biases are zero and would
+    not be tested."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -111,7 +112,7 @@ def batch(vocabulary: int = VOCABULARY, rows: int = 3, inputs: int = 9, targets:
 
 
 def reference(model, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What `transformers` computes: `encoded`, `logits`, `loss` and its `gradient/NAME`s."""
+    """The results of `transformers`: `encoded`, `logits`, `loss` and `gradient/NAME`."""
     ids = {name: torch.tensor(array).long() for name, array in arrays.items()}
     labels = ids["targets"].masked_fill(ids["target_segments"] == 0, -100)
     model.zero_grad()
@@ -129,7 +130,7 @@ def reference(model, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def save(model, directory: Path, tokenizer: str) -> Path:
-    """`save_pretrained`, and a tokenizer."""
+    """Saves a model by `save_pretrained`, with a tokenizer."""
     model.save_pretrained(directory)
     (directory / "tokenizer.json").write_text(tokenizer)
     return directory

@@ -1,8 +1,8 @@
-"""Writes tests/data/hf: a tiny model of each family by `transformers`, and what it computes of it.
+"""Writes tests/data/hf: a tiny `transformers` model of each family, and its outputs.
 
     python tests/make_hf_fixture.py [FAMILY ...]
 
-Needs the extra `hf`. The tests that read it do not, so that parity is checked everywhere.
+Needs the extra `hf`. Tests that read the files do not, so that parity is always checked.
 """
 
 import io
@@ -58,7 +58,7 @@ def byte_level() -> str:
 
 
 def unigram(size: int, **settings) -> bytes:
-    """A SentencePiece model like T5's; the identity is small, T5's own normalisation 240 kB."""
+    """A SentencePiece model like T5's, with identity normalisation (T5's own takes 240 kB)."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -106,7 +106,7 @@ TOKENIZERS = {
 
 
 def write(name: str) -> None:
-    """One family's directory: the model, its tokenizer, and what `transformers` computes."""
+    """Writes one family's directory: model, tokenizer, and outputs of `transformers`."""
     directory = DATA / name
     shutil.rmtree(directory, ignore_errors=True)
     model = hf_models.MODELS[name]()

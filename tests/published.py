@@ -128,7 +128,7 @@ def router(params: Published, kind: str, layers: int) -> dict:
     hidden = params["rnn.weight_hh_l0"].shape[1]
 
     def both(name: str) -> jax.Array:
-        """[directions, gates, H, ...]: PyTorch has the gates of all units below each other."""
+        """[directions, gates, H, ...]; PyTorch concatenates the gates of all units in one axis."""
         arrays = [params[f"rnn.{name}_l0{suffix}"] for suffix in ("", "_reverse")]
         return jnp.stack([a.reshape(-1, hidden, *a.shape[1:]) for a in arrays])
 

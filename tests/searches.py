@@ -9,7 +9,7 @@ from toy_run import EOS, PAD
 from moe_jax.decoding.search import DecodingConfig
 
 Answer = tuple[int, ...]
-Logits = Callable[[Answer], np.ndarray]  # of a row's next token, given those decoded
+Logits = Callable[[Answer], np.ndarray]  # logits of a row's next token, given the decoded tokens
 
 
 def following(
@@ -27,7 +27,7 @@ def following(
 
 
 def greedy(logits: Logits, length: int, config: DecodingConfig) -> Answer:
-    """The likeliest token again and again."""
+    """Greedy search: the most likely token at every step."""
     decoded: Answer = ()
     while len(decoded) < length and EOS not in decoded:
         scores = following(logits, decoded, length, config)
@@ -36,7 +36,7 @@ def greedy(logits: Logits, length: int, config: DecodingConfig) -> Answer:
 
 
 def beams(logits: Logits, length: int, config: DecodingConfig) -> tuple[Answer, int]:
-    """The answer, and the number of steps that it took."""
+    """Beam search: the answer and the number of steps."""
     count, penalty = config.num_beams, config.length_penalty
     unfinished: list[tuple[float, Answer]] = [(0.0, ())]
     finished: list[tuple[float, Answer]] = []

@@ -1,4 +1,4 @@
-"""T5X's checkpoints, written as it publishes them, of the tensors of a T5 of `transformers`."""
+"""Writes checkpoints in T5X's published layout from the tensors of a `transformers` T5."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from flax import serialization
 
 
 def arrays_of(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """T5X's parameters, by name, of the tensors of a T5 of `transformers`."""
+    """T5X's parameters by name, from the tensors of a `transformers` T5."""
     t = dict(tensors)
-    found = {"token_embedder/embedding": t.pop("shared.weight")}
+    arrays = {"token_embedder/embedding": t.pop("shared.weight")}
     if "lm_head.weight" in t:
-        found["decoder/logits_dense/kernel"] = t.pop("lm_head.weight").T
+        arrays["decoder/logits_dense/kernel"] = t.pop("lm_head.weight").T
     for side in ("encoder", "decoder"):
         first = f"{side}.block.0.layer.0.SelfAttention"
         bias = t.pop(f"{first}.relative_attention_bias.weight")
-        found[f"{side}/relpos_bias/rel_embedding"] = bias.T
-        found[f"{side}/{side}_norm/scale"] = t.pop(f"{side}.final_layer_norm.weight")
+        arrays[f"{side}/relpos_bias/rel_embedding"] = bias.T
+        arrays[f"{side}/{side}_norm/scale"] = t.pop(f"{side}.final_layer_norm.weight")
         layer = 0
         while f"{side}.block.{layer}.layer.0.layer_norm.weight" in t:
             theirs, ours = f"{side}.block.{layer}.layer", f"{side}/layers_{layer}"
@@ -29,19 +29,19 @@ def arrays_of(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                     ("EncDecAttention", "encoder_decoder_attention", "pre_cross_attention"),
                 ]
             for i, (block, attention, norm) in enumerate(blocks):
-                found[f"{ours}/{norm}_layer_norm/scale"] = t.pop(f"{theirs}.{i}.layer_norm.weight")
+                arrays[f"{ours}/{norm}_layer_norm/scale"] = t.pop(f"{theirs}.{i}.layer_norm.weight")
                 for short, long in zip("qkvo", ("query", "key", "value", "out"), strict=True):
                     kernel = t.pop(f"{theirs}.{i}.{block}.{short}.weight")
-                    found[f"{ours}/{attention}/{long}/kernel"] = kernel.T
+                    arrays[f"{ours}/{attention}/{long}/kernel"] = kernel.T
             i = len(blocks)
-            found[f"{ours}/pre_mlp_layer_norm/scale"] = t.pop(f"{theirs}.{i}.layer_norm.weight")
+            arrays[f"{ours}/pre_mlp_layer_norm/scale"] = t.pop(f"{theirs}.{i}.layer_norm.weight")
             gated = f"{theirs}.{i}.DenseReluDense.wi_0.weight" in t
             for which in ("wi_0", "wi_1", "wo") if gated else ("wi", "wo"):
                 kernel = t.pop(f"{theirs}.{i}.DenseReluDense.{which}.weight")
-                found[f"{ours}/mlp/{which}/kernel"] = kernel.T
+                arrays[f"{ours}/mlp/{which}/kernel"] = kernel.T
             layer += 1
     assert not t.keys() - {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
-    return found
+    return arrays
 
 
 def write_zarr(path: Path, array: np.ndarray) -> dict:

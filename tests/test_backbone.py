@@ -106,7 +106,7 @@ def test_packed_row_equals_separate_rows(architecture):
 @pytest.mark.parametrize("used", [1, E])
 @pytest.mark.parametrize("architecture", ["bart", "t5", "t5_1_0"])
 def test_cached_steps_equal_teacher_forcing(architecture, used):
-    """Every row has a route of its own; with one expert per layer, rows are sorted by expert."""
+    """Every row has its own route. With one expert per layer, rows are sorted by expert."""
     config, params, _ = model(architecture)
     batch, _ = packed_and_separate()
     batch = {k: v[1:] for k, v in batch.items()}  # one example per row
@@ -122,7 +122,7 @@ def test_cached_steps_equal_teacher_forcing(architecture, used):
         row_model = RowModel(TaskMoE(config, RouterConfig(), rows), params, routes)
         segments = batch["input_segments"]
         encoded = row_model.encode(batch["inputs"], segments, batch["input_positions"])
-        # A cache longer than the target: what has not been written must not be seen.
+        # A cache longer than the target: unwritten places must have no effect.
         decoder = CachedDecoder(row_model, encoded, segments, L_OUT + 2)
 
         def step(cache, token_and_place):

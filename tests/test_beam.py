@@ -1,4 +1,4 @@
-"""Beam search by itself, against one in plain Python."""
+"""Beam search against an implementation in plain Python."""
 
 import itertools
 
@@ -16,7 +16,7 @@ LENGTH = 8
 
 
 class History:
-    """In place of a decoder: logits that depend on all of a beam's past, read from its cache.
+    """A fake decoder: logits depend on all of a beam's past, which is read from the cache.
 
     The cache [R, C] holds the tokens fed in; each of those seen adds a row of its position's table.
     """
@@ -64,13 +64,13 @@ def test_beam_search(count):
         wanted = [beams(logits_of(row), LENGTH, config) for row in range(rows)]
         answers = padded([answer for answer, _ in wanted], LENGTH)
         steps_R = np.array([steps for _, steps in wanted])
-        # Everything; the rows that stop soon, which the others then do not hold up; nothing.
+        # All rows; rows that stop early, which must not wait for the others; no rows.
         soon = np.sort(steps_R)[rows // 10]
         for empty_R in (np.arange(rows) == 7, steps_R > soon, np.ones(rows, bool)):
             history.steps.clear()
-            found = np.asarray(search(empty_R))
+            actual = np.asarray(search(empty_R))
             jax.effects_barrier()
-            np.testing.assert_array_equal(found, np.where(empty_R[:, None], PAD, answers))
+            np.testing.assert_array_equal(actual, np.where(empty_R[:, None], PAD, answers))
             assert len(history.steps) == max(steps_R[~empty_R], default=0)
         different.add(answers.tobytes())
         stops.append(soon)

@@ -1,4 +1,4 @@
-"""Every benchmark runs, prints its table and writes the ratios that it promises."""
+"""Every benchmark runs, prints its table and writes its documented ratios."""
 
 import json
 import os
@@ -23,7 +23,7 @@ RATIOS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RATIOS)
 def test_benchmark(name, request, tmp_path):
-    flags = ["--tiny", "--rounds=1", f"--json={tmp_path / 'found.json'}"]
+    flags = ["--tiny", "--rounds=1", f"--json={tmp_path / 'result.json'}"]
     if name in ("decoding", "training"):
         pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
     if name == "training":
@@ -34,8 +34,8 @@ def test_benchmark(name, request, tmp_path):
         cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert RATIOS[name] <= found["ratios"].keys()
-    assert all(value > 0 for value in found["ratios"].values())
-    for ratio in found["ratios"]:
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert RATIOS[name] <= result["ratios"].keys()
+    assert all(value > 0 for value in result["ratios"].values())
+    for ratio in result["ratios"]:
         assert ratio in done.stdout

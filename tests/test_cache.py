@@ -1,4 +1,4 @@
-"""Reading the prepared cache, and saying what is wrong with it."""
+"""Reading the prepared cache, and clear errors for damaged ones."""
 
 import os
 import pickle
@@ -209,7 +209,7 @@ def test_another_request_is_another_mixture(tmp_path):
     ]
     paths = {r.path(tmp_path, "toy_unseen") for r in [base, *others]}
     assert len(paths) == 1 + len(others)
-    # The rest of a list of names does not count, nor how a path is written.
+    # Other names in the list, and the spelling of a path, do not matter.
     same = Request.make("toy_train", os.path.relpath(TASKS), VOCABULARY)
     assert same.path(tmp_path, "toy_train") == base.path(tmp_path, "toy_train")
     assert Request.from_json(base.to_json()) == base

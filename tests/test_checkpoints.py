@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what comes back, and what is said about damaged or foreign ones."""
+"""Checkpoints: which are kept, restoring, and errors for damaged or foreign ones."""
 
 import itertools
 import json
@@ -209,7 +209,7 @@ def test_checkpoints_of_before_there_were_checksums_are_read(tmp_path, capsys):
     assert capsys.readouterr().err.count("has no checksums: it was written by an earlier") == 2
 
 
-# Its own process: threads of a failed save go on for a while.
+# Runs in its own process, because threads of a failed save keep running for a while.
 FAILING = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -227,7 +227,7 @@ except UserError as e:
 
 
 def test_a_write_that_fails_is_one_line_and_leaves_the_last_checkpoint(tmp_path):
-    """A full disk, played by a limit on the size of files."""
+    """A full disk, simulated by a limit on file sizes."""
     saved(tmp_path)
     command = [sys.executable, "-c", FAILING, str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -298,7 +298,7 @@ def test_the_table_is_matched_by_task_name():
 
 
 def test_heads_apart_are_merged():
-    """As checkpoints were written before heads and their width became one axis."""
+    """The layout of checkpoints before heads and head width became one axis."""
     model = tiny_model(experts=2, heads=2)
     params = tiny_params(model)
     heads, dim = model.config.heads, model.config.head_dim

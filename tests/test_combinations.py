@@ -1,6 +1,6 @@
 """Every router x selection x execution path (all experts, gathered), on layers of one matrix.
 
-Outputs and route gradients are written out in NumPy; the router itself is that of test_router.
+Outputs and route gradients are computed in NumPy; the router is the one of test_router.
 """
 
 import functools
@@ -36,7 +36,7 @@ OPTIONS = [
     ("top_k", E),
     ("average", 0),
 ]
-# These do not read the router: with one kind of it.
+# These selections ignore the router, so one kind is enough.
 RANDOM = [
     ("random_task", 1),
     ("random_task", 2),
@@ -85,7 +85,7 @@ LAYER = Layer()
 
 @jax.jit
 def run_layers(assignment):
-    """Output [G, D] by the path that the assignment asks for, and its gradient by the weights."""
+    """Output [G, D] on the execution path of the assignment, and its gradient by the weights."""
     encoder, decoder = (jnp.asarray(w[None]) for w in LAYERS_NxExDxD)
     backbone = {
         "encoder": {"layers": {"routed": {"w": encoder}}},
@@ -109,8 +109,8 @@ def run_layers(assignment):
 
 
 @functools.cache
-def found(kind):
-    """Of every option: output, assignment, routes, and gradient by the representations."""
+def actual(kind):
+    """For every option: output, assignment, routes, and gradient by the representations."""
 
     def one(params, selection, count, by_weights):
         model = model_of(kind, selection, count)
@@ -173,11 +173,11 @@ def router_of(kind):
 )
 def test_combination(kind, option):
     selection, count = option
-    y_GxD, (index, weights), routes, grads = found(kind)[option]
+    y_GxD, (index, weights), routes, grads = actual(kind)[option]
     assert (index is None) == (count in (0, E))
     logits, pull_back = router_of(kind)
 
-    # ---- routes, by definition; random ones are taken as they are.
+    # ---- routes, by definition; random routes are taken from the model.
     temperature = 2.0 * np.exp(-0.1 * STEP)
     if selection.startswith("gumbel"):
         logits = logits + np.asarray(jax.random.gumbel(jax.random.split(KEY)[0], logits.shape))
@@ -202,7 +202,7 @@ def test_combination(kind, option):
         assert np.all(np.sum(full_GxNxE > 0, -1) == count)
         np.testing.assert_allclose(full_GxNxE.sum(-1), 1, atol=1e-6)
 
-    # ---- outputs: gathered experts give what all experts would.
+    # ---- outputs: gathered experts give the same as all experts.
     for g in range(G):
         np.testing.assert_allclose(y_GxD[g], plain_output(full_GxNxE[g], X_GxD[g]), atol=1e-5)
 
@@ -213,7 +213,7 @@ def test_combination(kind, option):
     by_routes_TxNxE = np.zeros((T, N, E))
     for g, task in enumerate(TASK_ID):
         for n, e in np.ndindex(N, E):
-            if index is None or e in np.asarray(index)[g, n]:  # else nothing was computed
+            if index is None or e in np.asarray(index)[g, n]:  # other experts were not computed
                 step = np.zeros((N, E))
                 step[n, e] = 1e-5
                 up, down = (plain_output(full_GxNxE[g] + s * step, X_GxD[g]) for s in (1, -1))

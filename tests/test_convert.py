@@ -1,4 +1,4 @@
-"""Weights in and out: bit-exact there and back, refusals, memory."""
+"""Conversion of weights: bit-exact round trips, refused models, memory."""
 
 import dataclasses
 import os
@@ -48,7 +48,7 @@ def plain(tensors):
 
 
 def without_prefix(tensors):
-    """As `BartModel` is saved, with the embedding repeated."""
+    """The layout in which `BartModel` is saved, with a copy of the embedding."""
     result = {k.removeprefix("model."): v for k, v in tensors.items() if k != "final_logits_bias"}
     names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     return result | {name: result["shared.weight"].copy() for name in names}
@@ -65,7 +65,7 @@ def brain_floats(tensors):
 
 
 def left_over(tensors):
-    """As early T5 files are: a table that nothing reads; mixed dtypes."""
+    """The layout of early T5 files: an unused table; mixed dtypes."""
     name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     half = {k: v.astype(np.float16) if "wo" in k else v for k, v in tensors.items()}
     return half | {name: np.arange(16, dtype=np.float32).reshape(8, 2)}
@@ -106,7 +106,7 @@ def test_there_and_back_is_bit_exact(name, change, sharded, tmp_path, monkeypatc
 
 
 def test_shards_are_complete(tmp_path, monkeypatch):
-    """As `transformers` reads them: every tensor in the shard that the index names."""
+    """Every tensor is in the shard that the index names, as `transformers` requires."""
     monkeypatch.setattr(directory, "SHARD_BYTES", 10_000)
     tensors = load_file(DATA / "t5" / WEIGHTS)
     directory.write_weights(tmp_path, tensors.items())
@@ -180,7 +180,7 @@ def test_other_models_are_refused_in_one_line(name, change, settings, message, t
     with pytest.raises(UserError, match=message) as error:
         from_hf(str(source), tmp_path / "out")
     assert "\n" not in str(error.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]  # nothing is left behind
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]  # no partial files
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):
@@ -191,7 +191,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
         assert error.startswith("error: ") and not captured.out
         return error
 
-    assert "is no directory" in fails("from-hf", tmp_path / "none", tmp_path / "out")
+    assert "is not a directory" in fails("from-hf", tmp_path / "none", tmp_path / "out")
     shutil.copytree(DATA / "bart", tmp_path / "torch")
     (tmp_path / "torch" / WEIGHTS).rename(tmp_path / "torch" / "pytorch_model.bin")
     assert "save_pretrained" in fails("from-hf", tmp_path / "torch", tmp_path / "out")
@@ -236,9 +236,9 @@ def _convert(source, out, **environment) -> tuple[int, set[str]]:
 
 
 def test_conversion_streams_and_needs_no_torch(tmp_path):
-    """Of 200 MB: what it takes beside Python and its libraries, less than 1.3 times as much.
+    """A model of 200 MB takes less than 1.3 times its size, beside Python and its libraries.
 
-    For models that dwarf the libraries, as all published ones do, that is the peak.
+    For published models, which are much larger than the libraries, that is the peak.
     """
     sizes = {"encoder_layers": 12, "decoder_layers": 6, "d_model": 512, "encoder_ffn_dim": 2048}
     sizes |= {"decoder_ffn_dim": 2048, "encoder_attention_heads": 8, "decoder_attention_heads": 8}
@@ -271,7 +271,7 @@ def test_conversion_streams_and_needs_no_torch(tmp_path):
 
 
 def test_names_on_the_hub_are_looked_up(tmp_path):
-    """In the Hub's own cache, which is all that there is offline."""
+    """A name is looked up in the Hub's local cache, the only source when offline."""
     snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "abc"
     shutil.copytree(DATA / "t5", snapshot)
     refs = snapshot.parents[1] / "refs"

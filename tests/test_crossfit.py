@@ -26,7 +26,7 @@ def _write(path: Path, text: str | bytes) -> Path:
 
 @pytest.fixture
 def layout(tmp_path) -> Path:
-    """A data directory with one complete task, two seeds, and other things lying about."""
+    """A data directory with one complete task, two seeds, and unrelated files."""
     for seed, name in ((13, "one"), (100, "two")):
         for part in ("train", "dev", "test"):
             lines = f"{part} {name}\tyes\n" + "shared\tno\tnope\n" * (part != "test")
@@ -216,7 +216,7 @@ def test_twenty_thousand_lines_read_quickly(tmp_path):
 
 
 def _python(code: str, **environment: str) -> tuple[dict, str]:
-    """What `code` put into `out`, run in a process of its own with SeqIO, and its stderr."""
+    """Runs `code` in its own process with SeqIO; returns the value of `out` and its stderr."""
     code = f"import json\nout = {{}}\n{textwrap.dedent(code)}\nprint(json.dumps(out))"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CROSSFIT_")}
     done = subprocess.run(

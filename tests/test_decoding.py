@@ -1,4 +1,4 @@
-"""Every search against a second one in plain Python, and against `transformers`."""
+"""Every search against an implementation in plain Python, and against `transformers`."""
 
 import functools
 
@@ -72,7 +72,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_whole_models(name):
-    """A batch of mixed tasks, against logits of the whole answer, computed without a cache."""
+    """A batch of mixed tasks, against logits of the whole answer computed without a cache."""
     architecture, kind, settings = CASES[name]
     config = DecodingConfig(**settings)
     model = tiny_model(
@@ -83,7 +83,7 @@ def test_whole_models(name):
     route_TxNxE = None if kind is None else routes(kind)
     used = {None: 0, "hard": 1, "two": 2, "soft": E}[kind]
     by_row = None if kind is None else row_routes(route_TxNxE, TASK_OF_ROW, used)
-    found = np.asarray(decoder(model, config, LENGTH)(backbone, by_row, inputs()))
+    actual = np.asarray(decoder(model, config, LENGTH)(backbone, by_row, inputs()))
 
     whole = jax.jit(EncoderDecoder(model.config).apply)
 
@@ -108,12 +108,12 @@ def test_whole_models(name):
         return beams(logits_of(row), LENGTH, config)[0]
 
     wanted = [answer(row) for row in range(ROWS)]
-    np.testing.assert_array_equal(found, padded(wanted, LENGTH))
+    np.testing.assert_array_equal(actual, padded(wanted, LENGTH))
     check_variety([answer for answer in wanted if answer])
 
 
 def check_variety(answers: list[Answer]) -> None:
-    """Answers and their lengths differ; they might not, were something left out."""
+    """Answers and their lengths differ, so that the comparison tests something."""
     assert len(set(answers)) > len(answers) / 2
     assert len({len(answer) for answer in answers}) > 1
 
@@ -137,16 +137,17 @@ def test_ended_rows_hold_nothing_up(monkeypatch):
     for kept_R in (length_R <= LENGTH, length_R < LENGTH, length_R < 4, length_R < 0):
         steps.clear()
         arrays = inputs() | {"input_segments": inputs()["input_segments"] * kept_R[:, None]}
-        found = np.asarray(run(backbone, None, arrays))
+        actual = np.asarray(run(backbone, None, arrays))
         jax.effects_barrier()
-        np.testing.assert_array_equal(found, np.where(kept_R[:, None], answers, PAD))
+        np.testing.assert_array_equal(actual, np.where(kept_R[:, None], answers, PAD))
         kept_R = kept_R & (np.arange(ROWS) != EMPTY)
         assert len(steps) == max(length_R[kept_R], default=0)
     assert run._cache_size() == 1
 
 
 def test_few_shapes_compile():
-    """Whatever the tasks and parameters: by the number of experts in use, 1, 2 or 4."""
+    """Compiled shapes depend only on the number of used experts (1, 2 or 4), not on tasks or
+    parameters."""
     model = tiny_model(experts=E)
     run = decoder(model, DecodingConfig(), LENGTH)
     rng = np.random.default_rng(0)
@@ -205,7 +206,7 @@ def load(theirs, config, backbone) -> None:
 
 
 def generate(theirs, arrays, config: DecodingConfig, length: int, eos: int) -> list[Answer]:
-    """Answers up to the end of sequence; what pads them depends on the search."""
+    """Answers up to the end of sequence, without padding."""
     import torch
 
     settings = {
@@ -251,7 +252,7 @@ def pair(kind: str):
     + [(t5, name) for t5 in ("t5", "t5_1_0", "mt5") for name in ("4 beams", "greedy")],
 )
 def test_transformers(kind, name):
-    """Token for token; of the routed model, each task's squeezed into a dense one."""
+    """Equal tokens. For the routed model, each task is compared with its squeezed dense model."""
     pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
     import hf_models
 
@@ -263,13 +264,13 @@ def test_transformers(kind, name):
     everything = []
     for seed in range(4):
         backbone = random_backbone(model, seed)
-        # The long embedding is that of the end of sequence.
+        # The end of sequence has the long embedding.
         backbone["embedding"][[EOS, ids.eos]] = backbone["embedding"][[ids.eos, EOS]]
-        if kind == "t5_1_0":  # with it, most answers would end at once
+        if kind == "t5_1_0":  # otherwise most answers would end at once
             backbone["embedding"][ids.eos] *= 0.4
         if kind == "routed":
             route_TxNxE = routes("hard")
-            found = run(backbone, row_routes(route_TxNxE, TASK_OF_ROW, 1), arrays)
+            actual = run(backbone, row_routes(route_TxNxE, TASK_OF_ROW, 1), arrays)
             wanted = [()] * ROWS
             for task, route_NxE in enumerate(route_TxNxE):
                 load(theirs, model.config, squeeze(backbone, model.config, route_NxE))
@@ -279,9 +280,9 @@ def test_transformers(kind, name):
                 for row, answer in zip(np.flatnonzero(mine), answers, strict=True):
                     wanted[row] = answer
         else:
-            found = run(backbone, None, arrays)
+            actual = run(backbone, None, arrays)
             load(theirs, model.config, backbone)
             wanted = generate(theirs, arrays, config, 10, ids.eos)
-        np.testing.assert_array_equal(found, padded(wanted, 10, ids.pad))
+        np.testing.assert_array_equal(actual, padded(wanted, 10, ids.pad))
         everything += wanted
     check_variety(everything)

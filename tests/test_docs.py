@@ -1,4 +1,4 @@
-"""Every command in the README names things that exist; the slow test runs them."""
+"""Every command in the docs names things that exist; slow tests run the commands."""
 
 import os
 import re
@@ -22,7 +22,10 @@ def commands(path: Path) -> list[str]:
     return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md"]
+# docs/extending.md, whose commands need files of its own, is run by test_extensions.
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "docs/method.md", "examples/README.md", "tpu/README.md")
+]
 COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
 BINARIES = [c for c in COMMANDS if "python -m moe_jax." in c]
 
@@ -64,24 +67,40 @@ def test_gin_file_parses(path):
     assert config_lines(build(Config))
 
 
-def run_readme(directory: Path, work: Path, binaries: Path, without: set[str]) -> list[str]:
-    """Runs the README's commands in `directory`, with few steps; returns those that ran.
+# Fewer steps and examples than the documents say.
+SHORT = {
+    "train": "--gin.TRAIN_STEPS=2 --gin.EVAL_PERIOD=0",
+    "represent": "--gin.represent.examples=4 --gin.represent.steps=1",
+    "eval": "--gin.eval.examples=2",
+}
+# What needs CrossFit's data, T5X's files or a TPU compiler is run by the tests of its command.
+NOT_HERE = {"crossfit", "from-t5x", "plan"}
+
+
+def run_document(
+    document: Path, directory: Path, work: Path, binaries: Path, without: set[str]
+) -> list[str]:
+    """Runs a document's commands in `directory`; returns those that ran.
 
     Args:
         work: where runs and the cache go.
         binaries: directory of the interpreter.
-        without: commands with one of these words are left out.
+        without: leaves out commands with one of these words.
     """
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
     ran = []
-    for command in commands(ROOT / "README.md"):
-        # What needs others' files, or the quickstart's, is run by the tests of its command.
-        if without & set(re.split(r"[ =/]", command)) or "python -m moe_jax." not in command:
+    for command in commands(document):
+        if without & set(re.split(r"[ =/.]", command)) or "python -m moe_jax." not in command:
             continue
+        module = re.search(r"moe_jax\.(\w+)", command)[1]
         command = command.replace("runs/mine", f"{work}/runs/mine")
-        if "moe_jax.train" in command:
-            command += f" --gin.TRAIN_STEPS=2 --gin.EVAL_PERIOD=0 --gin.CACHE_DIR={work}/cache"
+        command = command.replace("runs/quickstart", f"{work}/runs/quickstart")
+        command = command.replace("from-hf DIR runs/bart", f"from-hf {BART} {work}/runs/bart")
+        command = command.replace(" OUT ", f" {work}/out ")
+        command += f" {SHORT.get(module, '')}"
+        if module == "train":
+            command += f" --gin.CACHE_DIR={work}/cache"
         done = subprocess.run(
             ["bash", "-c", f"set -o pipefail; {command}"],
             cwd=directory, env=environment, capture_output=True, text=True, timeout=600,
@@ -91,9 +110,26 @@ def run_readme(directory: Path, work: Path, binaries: Path, without: set[str]) -
     return ran
 
 
-NOT_HERE = {"DIR", "OUT", "quickstart"}
+BART = ROOT / "tests" / "data" / "hf" / "bart"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """A directory with the dense run of the quickstart, of two steps."""
+    work = tmp_path_factory.mktemp("docs")
+    page = work / "dense.md"
+    page.write_text(
+        "```sh\npython -m moe_jax.train --gin_file=models/tiny.gin"
+        " --gin_file=runs/skills_gym_dense.gin --gin.MODEL_DIR=runs/quickstart/dense\n```\n"
+    )
+    run_document(page, ROOT, work, Path(sys.executable).parent, set())
+    return work
 
 
 @pytest.mark.slow
-def test_readme_runs(tmp_path):
-    run_readme(ROOT, tmp_path, Path(sys.executable).parent, NOT_HERE)
+@pytest.mark.parametrize(("name", "least"), [
+    ("README.md", 8), ("docs/method.md", 3), ("examples/README.md", 4),
+])  # fmt: skip
+def test_document_runs(name, least, quickstart):
+    ran = run_document(ROOT / name, ROOT, quickstart, Path(sys.executable).parent, NOT_HERE)
+    assert len(ran) >= least

@@ -1,4 +1,4 @@
-"""Learning and decoding end to end: a tiny model memorises a few examples and says them."""
+"""Learning and decoding end to end: a tiny model memorises and reproduces a few examples."""
 
 import dataclasses
 import json
@@ -98,7 +98,7 @@ def test_what_was_learned_is_decoded_exactly(task, learned, evaluator):
         found = evaluator.predict(params, routes, task, rows)
     wanted = [target + [PAD] * (6 - len(target)) for target in TARGETS[task]]
     assert found == [*wanted, [PAD] * 6]
-    # Without a cache: the whole target so far goes through the model for every next token.
+    # Without a cache: the model reads the whole target so far for every next token.
     module, route = EncoderDecoder(model.config), np.asarray(routes)[task]
     forward = jax.jit(lambda batch: module.apply({"params": params["backbone"]}, batch, route))
     tokens = np.full((4, 7), PAD, np.int32)
@@ -115,7 +115,7 @@ def test_what_was_learned_is_decoded_exactly(task, learned, evaluator):
 
 @pytest.mark.parametrize("tasks", [[0] * 8, [1, 0] * 4])
 def test_cut_parameters_answer_as_whole_ones(tasks, learned):
-    """Rows of one task, whose one expert per layer every device gets whole; and of both."""
+    """Rows of one task, where only its expert per layer is gathered, and rows of both tasks."""
     model, params, _, _ = learned
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     rows = pack_rows([[(source, [EOS])] for source in [*INPUTS, *INPUTS]], 6, 6)

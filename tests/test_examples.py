@@ -1,4 +1,4 @@
-"""The example task modules: they register, read and score, offline, from a shell."""
+"""The example task modules register, read and score, offline, from a shell."""
 
 import os
 import subprocess

@@ -74,7 +74,7 @@ def test_gather_and_scatter_add(index, unroll):
 
 
 def test_scatter_add_is_the_transpose_of_gather():
-    """What `jax.grad` through `gather` would give is what the training step adds up."""
+    """`scatter_add` gives the same gradients as `jax.grad` through `gather`."""
     rng = np.random.default_rng(1)
     index_NxK = np.array(INDICES[1], np.int32)
     total, cotangent = tree(rng, E), tree(rng, 2)
@@ -100,7 +100,7 @@ class Affine(nn.Module):
 
 
 def dispatched(dispatch, params, x, dtype="float32"):
-    """The layer's output as a dispatch uses its experts."""
+    """The layer's output under a dispatch."""
     use = nn.apply(lambda layer, x: dispatch(layer, x, (), (), None, ""), Affine(dtype))
     return use({"params": params}, x)
 
@@ -121,7 +121,7 @@ def test_mix(experts, by_row):
 
 
 def test_mix_of_one_expert():
-    """Whose parameters have no axis of experts."""
+    """One expert: parameters have no axis of experts."""
     params = {"kernel": np.eye(3, 2, dtype=np.float32), "bias": np.ones(2, np.float32)}
     y = dispatched(Mix(jnp.array([0.9])), params, X)
     np.testing.assert_allclose(y, 0.9 * (X[:, :2] + 1.0), atol=1e-6)

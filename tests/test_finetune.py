@@ -1,4 +1,4 @@
-"""Few-shot adaptation: where a new task starts, what is trained, what is scored and written."""
+"""Few-shot adaptation: the start of a new task, trained parts, scores and files."""
 
 import dataclasses
 import itertools
@@ -91,7 +91,7 @@ def test_tasks_of_one_route_are_tried_once():
 
 @pytest.mark.parametrize("tune", FROZEN)
 def test_a_new_task_is_routed_as_the_training_tasks_were(tune):
-    """At the last temperature, without noise, whether by the router or by logits of its own."""
+    """At the last temperature, without noise, by the router or by free logits."""
     new = start_of(representation="mean", tune=tune)
     params = new.params("new", BATCH)
     found = routes_of(new.model, params, 0)
@@ -175,7 +175,7 @@ class FakeAdapter:
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
 def test_only_the_best_on_dev_is_scored_on_test(done, monkeypatch):
-    """Also where a run was stopped after `done` lines and goes on."""
+    """Also for a run that was stopped after `done` lines and then resumed."""
     monkeypatch.setattr(program, "few_shot_batches", lambda mixture, task, seed, rows, *_: rows)
 
     def lines(points):
@@ -198,7 +198,7 @@ def test_only_the_best_on_dev_is_scored_on_test(done, monkeypatch):
 
 @pytest.mark.parametrize("rows", [{"a": [0.0] * 8, "bx": [0.0] * 8}, {"a": [0.0], "b": [0.0]}])
 def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path, monkeypatch):
-    """And before MODEL_DIR holds the run, which would refuse another file later."""
+    """The error comes before MODEL_DIR is written, which would later refuse another file."""
     mixture = types.SimpleNamespace(names=("a", "b"), vocabulary=types.SimpleNamespace(size=24))
     monkeypatch.setattr(program, "prepare_mixtures", lambda data, run: {"a_mixture": mixture})
     monkeypatch.setattr(
@@ -224,7 +224,7 @@ def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path,
 
 @pytest.mark.slow
 def test_runs_resumes_and_reports(tmp_path):
-    """Dense and routed toy runs, adapted to toy_reverse; stopped half-way and gone on with."""
+    """Adapts dense and routed toy runs to toy_reverse, with an interruption half-way."""
     runs = {"dense": {"ModelConfig__experts": 1}, "moe": {}}
     for name, settings in runs.items():
         lines = bindings(tmp_path / name, TRAIN_STEPS=4, CHECKPOINT_PERIOD=4, **settings)

@@ -1,4 +1,4 @@
-"""Relative gains against arithmetic by hand, a second implementation and scipy's t interval."""
+"""Relative gains against hand-computed values, a second implementation and scipy's t interval."""
 
 import csv
 import json

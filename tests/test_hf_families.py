@@ -1,4 +1,4 @@
-"""Records of families: `config.json` there and back, what is refused, one added from outside."""
+"""Records of families: `config.json` round trips, refused settings, a family added from outside."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ SIZES = {"vocabulary_size": 272, "d_model": 8, "d_ff": 12, "heads": 2}
 
 @pytest.fixture
 def silu(monkeypatch):
-    """A T5 with SwiGLU: a record of how it computes, and one of what `transformers` calls it."""
+    """A T5 with SwiGLU: its family record and its Hugging Face record."""
     for module in (family, hf_families):
         monkeypatch.setattr(module, "_FAMILIES", dict(module._FAMILIES))
     family.register(dataclasses.replace(family.family_of("t5"), name="t5_silu", activation="silu"))
@@ -61,7 +61,7 @@ def test_the_others_are_as_they_were(silu, tmp_path):
 @pytest.mark.parametrize("tied", [True, False, None])
 @pytest.mark.parametrize("architecture", ["bart", "t5", "t5_1_0", "mt5"])
 def test_configs_there_and_back(architecture, tied):
-    """All that the output depends on; `None`: as the family has it."""
+    """Round trips keep all settings that affect the output; `None` is the family's default."""
     head_dim = {} if architecture == "bart" else {"head_dim": 6}
     config = ModelConfig(
         architecture=architecture, tie_embeddings=tied, encoder_layers=2, decoder_layers=3,
@@ -74,7 +74,7 @@ def test_configs_there_and_back(architecture, tied):
             write_config(config, vocabulary)
         return
     back = read_config(write_config(config, vocabulary), config.tie_embeddings, "test")
-    # Without effect: positions of the other kind, how untied logits would be scaled.
+    # Settings without effect: positions of the other kind, scaling of untied logits.
     for field in ("max_positions", "relative_buckets", "relative_max_distance"):
         if getattr(back, field) == getattr(ModelConfig(), field):
             back = dataclasses.replace(back, **{field: getattr(config, field)})
@@ -116,7 +116,7 @@ OLDEST = {
     "kind, tied, architecture, scaled", [("t5", True, "t5_1_0", True), ("mt5", False, "mt5", False)]
 )
 def test_absent_keys(kind, tied, architecture, scaled):
-    """The first published files say no more than sizes: `t5-small` has no activation."""
+    """The first published files hold only sizes: `t5-small` names no activation."""
     config = read_config({"model_type": kind, **OLDEST}, tied, "test")
     assert config.architecture == architecture
     assert (config.decoder_layers, config.head_dim, config.relative_buckets) == (2, 6, 32)
@@ -135,7 +135,7 @@ def test_a_dropout_that_is_none(rate):
 
 
 def test_ids_of_absent_keys():
-    """As `transformers` takes them where a `config.json` leaves them out."""
+    """The ids that `transformers` uses if a `config.json` leaves them out."""
     for kind in ("t5", "mt5"):
         ids = special_ids({"model_type": kind}, "test")
         assert ids == {"pad": 0, "bos": None, "eos": 1, "decoder_start": 0}

@@ -1,7 +1,7 @@
 """All families against `transformers`: states, logits, loss, gradients, buckets.
 
-The numbers come from tests/data/hf (see make_hf_fixture.py), and, where `transformers` is
-installed, from models made on the spot.
+The numbers come from tests/data/hf (see make_hf_fixture.py) and, if `transformers` is installed,
+from newly made models.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def load(source, out):
 
 
 def compute(config: ModelConfig, backbone, batch) -> dict[str, np.ndarray]:
-    """What `hf_models.reference` gives, by our model."""
+    """The results of `hf_models.reference`, computed by our model."""
     module = EncoderDecoder(config)
 
     def loss(params):
@@ -55,15 +55,15 @@ def compute(config: ModelConfig, backbone, batch) -> dict[str, np.ndarray]:
 
 
 def check(name, ours, theirs, batch) -> None:
-    """The bars of parity; prints what was measured."""
+    """Checks the limits of parity; prints the measured errors."""
     inputs, targets = batch["input_segments"] > 0, batch["target_segments"] > 0
     encoded = np.abs(ours["encoded"] - theirs["encoded"])[inputs].max()
     logits = np.abs(ours["logits"] - theirs["logits"])[targets].max()
     loss = abs(ours["loss"] / theirs["loss"] - 1)
     gradients = {k for k in theirs if k.startswith("gradient/")}
     assert gradients == {k for k in ours if k.startswith("gradient/")}
-    # Errors relative to a tensor's largest entry; those of BART's key biases are zero but for
-    # rounding (softmax does not see them), so no tensor counts as smaller than this.
+    # Errors are relative to a tensor's largest entry, but at least this. Gradients of BART's key
+    # biases are zero up to rounding, because softmax ignores them.
     least = 1e-2 * max(np.abs(theirs[k]).max() for k in gradients)
     errors = {
         k: np.abs(ours[k] - theirs[k]).max() / max(np.abs(theirs[k]).max(), least)
@@ -114,7 +114,7 @@ def test_transformers(name, tmp_path):
     assert config.architecture == architecture
     assert config.tie_embeddings == (name != "mt5")
     assert config.scale_tied_logits == name.startswith("t5")
-    # Longer than the 12 positions within which this T5 tells distances apart.
+    # Longer than 12 positions, the largest distance that this T5 distinguishes.
     batch = hf_models.batch(inputs=20, targets=18)
     check(name, compute(config, backbone, batch), hf_models.reference(model, batch), batch)
 

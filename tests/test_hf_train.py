@@ -1,4 +1,4 @@
-"""A model of `transformers`, trained here, written for each task: same texts from both."""
+"""A `transformers` model trained here and written per task gives the same texts on both sides."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_trained_here_served_there(name, tmp_path):
     }
     lines = [f"{name} = {value!r}" for name, value in settings.items()]
     finish(start("train", [f"--gin_file={tmp_path / 'ours' / 'config.gin'}", *flags_of(lines)]))
-    # So short a training may say nothing: at least some tokens are asked of both.
+    # After such short training answers may be empty, so both must decode at least a few tokens.
     finish(start("eval", [
         f"--gin.MODEL_DIR={tmp_path / 'run'}", "--gin.eval.examples=6",
         f"--gin.DecodingConfig.min_length={SHORTEST}",

@@ -31,7 +31,7 @@ def test_stored_ids(name):
         assert [*own.encode(text), own.eos_id] == ids, repr(text)
 
 
-# Any text but lone surrogates, which are none; mixed with what tokenizers are known to trip over.
+# Any text except lone surrogates (which are not text), mixed with difficult cases for tokenizers.
 _SPECIAL = ("</s>", "<s>", "<pad>", "<unk>", "<mask>", "<extra_id_3>")
 _AWKWARD = ("word ", " the cat", "👩\u200d👩\u200d👧", "🇫🇷", "ﬁ", "\u0301", "▁", "Ġ", "1e-9")
 _SPACES = ("\x00", "\x85", "\u2028", "\u3000", "\r\n", " ")
@@ -68,7 +68,7 @@ def test_bart_ids_are_those_of_transformers():
 
 
 def test_bart_from_vocabulary_and_merges(tmp_path):
-    """BART's older files: no tokenizer.json."""
+    """BART's older files, without tokenizer.json."""
     model = json.loads((DATA / "bart" / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"] | {"<mask>": 271}))
     (tmp_path / "merges.txt").write_text(
@@ -81,12 +81,13 @@ def test_bart_from_vocabulary_and_merges(tmp_path):
         if "<mask>" not in text:
             assert [*own.encode(text), own.eos_id] == ids, repr(text)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BartTokenizer"}')
-    # Version 4 takes the space before <mask> into it, as BART's tokenizer.json does, 5 does not.
+    # Version 4 joins the space before <mask> to it, as BART's tokenizer.json does; version 5 does
+    # not.
     _same_ids(own, _transformers(tmp_path), but="<mask>")
 
 
 def test_t5_with_its_own_normalisation(tmp_path):
-    """A SentencePiece model as T5's, with NFKC; then the tokenizer.json of `transformers`."""
+    """A SentencePiece model like T5's, with NFKC; then the tokenizer.json of `transformers`."""
     pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
     import make_hf_fixture
 
@@ -107,7 +108,7 @@ def test_t5_with_its_own_normalisation(tmp_path):
 
 
 def test_mt5_with_its_own_sentinels_and_bytes(tmp_path):
-    """A SentencePiece model as mT5's: bytes and sentinels are among its pieces."""
+    """A SentencePiece model like mT5's, whose pieces include bytes and sentinels."""
     pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
     import make_hf_fixture
 
@@ -125,7 +126,8 @@ ADDED = {"<sep>": True, "Wumpus": False}  # token -> whether it is special
 
 
 def with_added_tokens(name: str, directory: Path, form: str) -> int:
-    """Files as a slow tokenizer saves them after `add_tokens`; returns the first added id."""
+    """Writes the files that a slow tokenizer saves after `add_tokens`; returns the first added
+    id."""
     settings = json.loads((DATA / name / "tokenizer_config.json").read_text())
     shutil.copy(DATA / name / "config.json", directory)
     if name == "bart":
@@ -216,14 +218,15 @@ def test_bart_gives_any_text_back(text):
 def test_special_ids():
     assert (BART.bos_id, BART.pad_id, BART.eos_id, BART.unk_id) == (0, 1, 2, 3)
     assert (T5.bos_id, T5.pad_id, T5.eos_id, T5.unk_id) == (None, 0, 1, 2)
-    # Decoding starts where training does: BART's at </s>.
+    # Decoding starts with the same token as training: </s> for BART.
     assert (BART.decoder_start_id, T5.decoder_start_id) == (2, 0)
     assert BART.encode("a")[0] == 0 and BART.size == 272 and T5.size == 61
 
 
 @pytest.mark.parametrize("own", [BART, T5])
 def test_batches_are_what_transformers_trains_on(own):
-    """Labels `<s> ... </s>` and decoder inputs `</s> <s> ...` for BART, as its `labels` make."""
+    """For BART, labels are `<s> ... </s>` and decoder inputs `</s> <s> ...`, as in
+    `transformers`."""
     inputs = np.array([*own.encode("The red cat"), own.eos_id], np.int32)
     targets = np.array([*own.encode("sat"), own.eos_id], np.int32)
     one = Example(inputs, targets, "", [])
@@ -266,7 +269,7 @@ def test_seqio_sees_the_same_ids(own):
 
 def test_prepared_vocabularies_hold_all_files(tmp_path):
     vocabulary.write_vocabulary(tmp_path / vocabulary.DIRECTORY, BART.settings, BART.contents)
-    for path in (tmp_path, tmp_path / vocabulary.DIRECTORY):  # a model directory has one inside
+    for path in (tmp_path, tmp_path / vocabulary.DIRECTORY):  # a model directory contains one
         again = read_tokenizers(path)
         assert again.settings == BART.settings and again.contents == BART.contents
         assert VocabularyConfig(kind="tokenizers", path=str(path)).files()

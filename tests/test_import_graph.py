@@ -1,4 +1,4 @@
-"""No circles among modules and rooms; and the reader of imports against the interpreter."""
+"""No import circles among modules and rooms; the parsed imports match the interpreter's."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def test_no_circles():
 
 
 def test_imports_are_those_of_the_interpreter():
-    """What importing a module loads of the package are modules that the graph reaches from it."""
+    """All package modules loaded by importing a module are reachable from it in the graph."""
     graph = module_graph()
     start = "moe_jax.interop.t5x"
     code = f"import sys, {start}; print(*(m for m in sys.modules if m.startswith('moe_jax')))"

@@ -1,4 +1,4 @@
-"""Answers as one task: of the task table, or of another by its row in a file or by the mean."""
+"""Answers for one task: of the task table, or a new one with its row of a file or the mean."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(routed, tmp_path_factory):
-    """A file with the row of toy_reverse, routed otherwise than by the mean; (path, row)."""
+    """A file with a row of toy_reverse that gives another route than the mean; (path, row)."""
     _, model, params = routed
     rng = np.random.default_rng(0)
     mean = np.asarray(params["representations"]).mean(0)
@@ -72,7 +72,7 @@ def stdin(data: bytes):
 
 
 def call(program, model_dir, **settings):
-    """A program in this process; a setting is one of its arguments or a macro."""
+    """Runs a command in this process; a setting is one of its arguments or a macro."""
     prefix, own = (
         ("infer", infer.InferConfig)
         if program is infer.infer
@@ -86,7 +86,7 @@ def call(program, model_dir, **settings):
 
 
 def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, monkeypatch):
-    """Its row in the file decides, or else the mean; routes as the router gives them."""
+    """The route comes from its row in the file, or from the mean."""
     model_dir, model, params = routed
     path, row = rows
     said = {}
@@ -96,7 +96,7 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
         )
         lines = model_dir / "eval" / "toy_unseen_test" / "predictions.jsonl"
         wanted = [json.loads(line) for line in lines.read_text().splitlines()]
-        # The mixture that was trained on does not have the task: only the file does.
+        # The task is not in the training mixture, only in the file.
         mixture = {} if given else {"MIXTURE_OR_TASK_NAME": "toy_unseen"}
         output = tmp_path / f"{kind}.jsonl"
         text = "".join(line["input"] + "\n" for line in wanted)
@@ -133,7 +133,7 @@ def test_a_misspelt_task_is_refused_with_the_nearest(model_dir, rows, request):
         call(infer.infer, model_dir, task="toy_copi")
     with pytest.raises(UserError, match=r"has no task 'toy_revers'; did you mean 'toy_reverse'"):
         call(infer.infer, model_dir, task="toy_revers", representations=str(rows[0]))
-    # Not of the mixture, however well known it is.
+    # The task exists, but not in the mixture.
     with pytest.raises(UserError, match="no 'toy_reverse'"):
         call(infer.infer, model_dir, task="toy_reverse")
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard events of runs that were cut short and went on."""
+"""metrics.jsonl and TensorBoard events of runs that were interrupted and resumed."""
 
 import json
 
@@ -38,10 +38,10 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path):
     log = MetricsLog(tmp_path, 2)
     log.write(3, "train", {"loss": 30.0})
     log.close()
-    found = [(row["step"], row["loss"]) for row in lines(tmp_path)]
-    assert found == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    actual = [(row["step"], row["loss"]) for row in lines(tmp_path)]
+    assert actual == [(1, 1.0), (2, 2.0), (3, 30.0)]
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == found
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == actual
 
 
 def test_one_file_of_events_however_often_a_run_is_started(tmp_path):

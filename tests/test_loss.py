@@ -19,9 +19,9 @@ def test_is_cross_entropy_against_the_smoothed_distribution(smoothing):
     log_p = logits.astype(np.float64)
     log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
     wanted = (1 - smoothing) * np.eye(7)[targets] + smoothing / 7
-    found = token_losses(jnp.asarray(logits), jnp.asarray(targets), smoothing)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, -(wanted * log_p).sum(-1), rtol=1e-5)
+    actual = token_losses(jnp.asarray(logits), jnp.asarray(targets), smoothing)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, -(wanted * log_p).sum(-1), rtol=1e-5)
 
 
 def test_large_logits_stay_finite():
@@ -46,9 +46,9 @@ def test_chunks_give_the_losses_and_gradients_of_the_whole(monkeypatch, most):
     weights = jnp.asarray(rng.normal(size=(2, 7)), jnp.float32)
 
     def total(function, hidden, kernel):
-        found = function(lambda x: x @ kernel, hidden, targets, 0.1)
-        assert found.shape == targets.shape
-        return jnp.sum(weights * found)
+        actual = function(lambda x: x @ kernel, hidden, targets, 0.1)
+        assert actual.shape == targets.shape
+        return jnp.sum(weights * actual)
 
     def whole(logits, hidden, targets, smoothing):
         return token_losses(logits(hidden), targets, smoothing)
@@ -60,7 +60,7 @@ def test_chunks_give_the_losses_and_gradients_of_the_whole(monkeypatch, most):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         in_chunks(hidden, kernel), wanted,
     )  # fmt: skip
-    # Of all arrays of the forward and the backward pass, but those of the kernel's shape.
+    # All arrays of the forward and the backward pass, except those of the kernel's shape.
     shapes = set(re.findall(r"f32\[([\d,]*)31\]", str(in_chunks.trace(hidden, kernel).jaxpr)))
     made = [np.prod([int(n) for n in s.split(",") if n]) * 31 for s in shapes - {"5,"}]
     assert made and max(made) <= max(most, 31)

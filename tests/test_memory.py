@@ -1,4 +1,5 @@
-"""Freed memory stays with the process, so that a large block brings no page faults, or goes."""
+"""`keep_freed` keeps freed memory in the process, so that large blocks cause no page faults;
+`give_back` releases it."""
 
 import os
 import platform
@@ -30,7 +31,7 @@ def faults(steps):
 
 before = faults(3)
 memory.keep_freed()
-kept = faults(12)  # the first ones where small blocks lie in the way still bring some
+kept = faults(12)  # the first steps still cause some, because of small blocks in between
 memory.give_back()
 print(before, kept, faults(3))
 """
@@ -41,7 +42,7 @@ def test_a_steps_temporaries_are_taken_again_without_page_faults():
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parent.parent,
-        # Several virtual devices would run in threads of their own.
+        # Several virtual devices would run in their own threads.
         env=os.environ | {"XLA_FLAGS": ""},
     )  # fmt: skip
     before, kept, after = map(int, result.stdout.split())

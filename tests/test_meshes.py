@@ -1,14 +1,17 @@
-"""Training on meshes of 8 devices is training on one; no device holds more than its share."""
+"""Training on meshes of 8 devices equals training on one; each device holds only its share."""
 
 import functools
+import socket
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_run import random_batch, tiny_model, tiny_params
+from jax.experimental.multihost_utils import process_allgather
+from toy_run import finish, random_batch, start, tiny_model, tiny_params
 
-from moe_jax.core.sharding import LOGICAL_AXES, MeshConfig, by_group, make_mesh
+from moe_jax.core.sharding import LOGICAL_AXES, MeshConfig, by_group, global_array, make_mesh
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import (
     StepConfig,
@@ -26,7 +29,7 @@ MESHES = {
     "2 fsdp, 2 expert, 2 model": MeshConfig(data=1, fsdp=2, expert=2, model=2),
 }
 # Routed and vanilla layers in turn: hard routes of one and of two experts, soft routes, no routes.
-# Where groups share all weights they are merged, and dropout depends on which they are.
+# No dropout where groups share all weights: they are merged, and the masks depend on the merge.
 LAYERS = {"encoder_layers": 2, "encoder_vanilla_layers": (0,)}
 ROUTES = {
     "hard": {"selection": "gumbel_softmax_st", "experts_per_layer": 1, "dropout_rate": 0.1},
@@ -42,16 +45,20 @@ BATCHES = [random_batch(groups=16, rows=1, seed=seed) for seed in (0, 1, 0)]
 
 @functools.cache
 def trained(mesh_name: str, routes: str, remat: bool, differentiate: bool):
-    """(gradients of the first batch, if wanted, parameters after 3 steps, metrics of each)."""
+    """(gradients of the first batch if `differentiate`, parameters after 3 steps, metrics of
+    each)."""
     model = tiny_model(**LAYERS, **ROUTES[routes], remat=remat)
     one = mesh_name == "1 device"
     mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if one else make_mesh(MESHES[mesh_name])
-    params = tiny_params(model)
+    params = jax.device_get(tiny_params(model))
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(OPTIMIZER)
         places = state_shardings(model, optimizer, mesh)
         state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
-        batches = [jax.device_put(batch, by_group(mesh)) for batch in BATCHES]
+        batches = [
+            {name: global_array(array, by_group(mesh)) for name, array in batch.items()}
+            for batch in BATCHES
+        ]
         grads = {}
         if differentiate:
             settings = {"step": jnp.int32(0), "key": KEY, "config": StepConfig(), "mesh": mesh}
@@ -64,7 +71,7 @@ def trained(mesh_name: str, routes: str, remat: bool, differentiate: bool):
             state, metrics = step(state, batch, rates)
             seen.append(metrics)
         assert step._cache_size() == 1
-        return jax.device_get((grads, state.params, seen))
+        return process_allgather((grads, state.params, seen), tiled=True)
 
 
 def assert_close(a, b, relative=1e-5):
@@ -79,15 +86,19 @@ def assert_close(a, b, relative=1e-5):
             np.testing.assert_allclose(x, y, rtol=relative, atol=relative * size, err_msg=where)
 
 
+def assert_equal_training(actual, wanted) -> None:
+    """Compares two results of `trained`."""
+    for trees in zip(actual[:2], wanted[:2], strict=True):  # gradients, parameters
+        assert_close(*trees)
+    for seen, expected in zip(actual[2], wanted[2], strict=True):
+        assert seen.keys() == expected.keys()
+        for key in seen:  # among them the loss and the norm of the gradient
+            np.testing.assert_allclose(seen[key], expected[key], rtol=1e-5, err_msg=key)
+
+
 def check(mesh_name: str, routes: str, remat: bool, differentiate: bool) -> None:
-    grads, params, seen = trained(mesh_name, routes, remat, differentiate)
-    wanted_grads, wanted, wanted_seen = trained("1 device", routes, False, differentiate)
-    assert_close(grads, wanted_grads)
-    assert_close(params, wanted)
-    for found, expected in zip(seen, wanted_seen, strict=True):
-        assert found.keys() == expected.keys()
-        for key in found:  # among them the loss and the norm of the gradient
-            np.testing.assert_allclose(found[key], expected[key], rtol=1e-5, err_msg=key)
+    actual = trained(mesh_name, routes, remat, differentiate)
+    assert_equal_training(actual, trained("1 device", routes, False, differentiate))
 
 
 @pytest.mark.parametrize(("mesh", "routes", "remat"), [
@@ -110,6 +121,41 @@ def test_all_meshes_agree_with_one_device(mesh, routes, remat):
     check(mesh, routes, remat, differentiate=True)
 
 
+PROCESS = """
+import sys
+import jax
+address, index, path = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+import numpy as np
+import test_meshes
+test_meshes.MESHES["2 fsdp"] = test_meshes.MeshConfig(data=1, fsdp=2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+for routes in ("hard", "soft"):
+    leaves = jax.tree.leaves(test_meshes.trained("2 fsdp", routes, False, True))
+    if index == "0":
+        np.savez(f"{path}/{routes}.npz", *leaves)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one_device(tmp_path):
+    """With parameters sharded over two processes, which exchange experts by gloo."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    processes = [
+        start("", [address, str(index), str(tmp_path)], code=PROCESS, path=Path(__file__).parent)
+        for index in range(2)
+    ]
+    for process in processes:
+        finish(process, timeout=600)
+    for routes in ("hard", "soft"):
+        wanted = trained("1 device", routes, False, True)
+        with np.load(tmp_path / f"{routes}.npz") as leaves:
+            actual = jax.tree.unflatten(jax.tree.structure(wanted), list(leaves.values()))
+        assert_equal_training(actual, wanted)
+
+
 @pytest.mark.parametrize(("name", "shape"), [
     ("8 data", (1, 4, 16, 1, 32)),
     ("8 fsdp", (1, 4, 2, 1, 32)),
@@ -124,7 +170,7 @@ def test_parameters_and_optimizer_state_are_sharded(name, shape):
     kernel = arrays["backbone"]["decoder"]["layers"]["routed"]["feed_forward"]["in_kernel"]
     assert kernel.shape == (1, 4, 16, 1, 32)
     assert {s.data.shape for s in kernel.addressable_shards} == {shape}
-    # Adam's moments lie beside their parameters.
+    # Adam's moments have the shardings of their parameters.
     wanted = {a.sharding for a in jax.tree.leaves(arrays)}
     assert {a for a in jax.tree.leaves(places.opt_state) if a.spec} <= wanted
     if name == "2 fsdp, 2 expert, 2 model":

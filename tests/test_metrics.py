@@ -148,7 +148,7 @@ def test_text_metrics_are_means_of_bests(pairs, random):
         more = [[*t, p] for t, p in pairs]
         assert _score(metric, more, predictions) >= score
         assert _score(metric, [t[::-1] for t in targets], predictions) == pytest.approx(score)
-        # each example for itself
+        # each example on its own
         each = [_score(metric, [t], [p]) for t, p in pairs]
         assert np.mean(each) == pytest.approx(score)
 

@@ -1,4 +1,4 @@
-"""AdamW by parts against NumPy; what is frozen, decayed and clipped."""
+"""AdamW by parts against NumPy; freezing, weight decay and clipping."""
 
 import dataclasses
 
@@ -96,9 +96,9 @@ def test_updates_are_adamw(frozen):
     gradients = [tree(i, scale) for i, scale in enumerate([3.0, 0.02, 1.0, 0.05, 2.0], 1)]
     params, _ = run(config, gradients, frozen)
     wanted = numpy_adamw(config, gradients)
-    for path, found in jax.tree_util.tree_leaves_with_path(params):
+    for path, actual in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(found, wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(actual, wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_first_moment_of_two_bytes():
@@ -107,9 +107,9 @@ def test_a_first_moment_of_two_bytes():
     params, state = run(config, gradients)
     wanted = numpy_adamw(config, gradients)
     start = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree(0))}
-    for path, found in jax.tree_util.tree_leaves_with_path(params):
+    for path, actual in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
-        moved, should = found - start[name], wanted[name] - start[name]
+        moved, should = actual - start[name], wanted[name] - start[name]
         np.testing.assert_allclose(moved, should, atol=0.01 * np.abs(should).max(), err_msg=name)
     sizes = {"bfloat16": 0, "float32": 0}
     for moment in jax.tree.leaves(state):
@@ -170,7 +170,7 @@ def test_schedule():
 
 
 def test_alternation():
-    """Each side is AdamW on the gradients of its own turns; what rests does not move at all."""
+    """Each part follows AdamW on the gradients of its own turns; waiting parts do not change."""
     config = dataclasses.replace(
         CONFIG, alternate_every=2, frozen=("representations",), decay="constant",
         warmup_fraction=0.0,
@@ -204,12 +204,12 @@ def test_alternation():
     assert step._cache_size() == 1
 
     for part, turns in (("backbone", (0, 1, 4, 5)), ("router", (2, 3, 6))):
-        # Alone: what rests has no share in the gradient norm either.
+        # Waiting parts do not count in the gradient norm either.
         alone = dataclasses.replace(config, frozen=tuple({*SHAPES} - {part}), alternate_every=0)
         wanted = numpy_adamw(alone, [gradients[i] for i in turns], constant=True)
-        for path, found in jax.tree_util.tree_leaves_with_path({part: params[part]}):
+        for path, actual in jax.tree_util.tree_leaves_with_path({part: params[part]}):
             name = jax.tree_util.keystr(path)
-            np.testing.assert_allclose(found, wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(actual, wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("frozen", [("backbone",), ("router", "representations")])

@@ -1,4 +1,4 @@
-"""What an installation brings and what a command imports, in processes of their own."""
+"""The contents of an installation and the imports of a command, in separate processes."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from test_docs import NOT_HERE, run_readme
+from test_docs import NOT_HERE, run_document
 
 from moe_jax import __main__ as console
 
@@ -77,7 +77,7 @@ def test_arguments_reach_the_command():
 
 
 def test_commands_beside_a_module_called_tasks(tmp_path):
-    """T5X users have a `tasks.py` of their own in the directory that they start commands in."""
+    """T5X users often have their own `tasks.py` in the working directory."""
     (tmp_path / "tasks.py").write_text("raise RuntimeError('imported the wrong tasks')")
     arguments = ["--gin.MIXTURE_OR_TASK_NAME=skills_capital_of", "--gin.CACHE_DIR=cache"]
     for more in ([], ["--gin.TASK_MODULES=('tasks.skills_gym',)"]):
@@ -117,13 +117,14 @@ def test_a_wheel_runs_the_readme_from_an_empty_directory(tmp_path):
     run(*PIP, "--python", python, "install", "--no-deps", wheel, path="", check=True)
     (site,) = target.glob("lib/python*/site-packages")
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"moe_jax"}
-    # The packages that it needs are those of this environment.
+    # Its dependencies come from this environment.
     others = [path for path in sys.path if path.endswith("-packages")]
     (site / "others.pth").write_text("\n".join(others))
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    ran = run_readme(empty, tmp_path, python.parent, {*NOT_HERE, "examples"})
+    without = {*NOT_HERE, "examples", "quickstart", "from-hf", "to-hf"}
+    ran = run_document(ROOT / "README.md", empty, tmp_path, python.parent, without)
     assert len(ran) >= 3
     done = run(
         target / "bin" / "moe_jax", "tasks", "check", "skills_capital_of", cwd=empty, path=""

@@ -1,4 +1,4 @@
-"""Packing: every example once, rows that fit, arrays that a plain loop agrees with."""
+"""Packing: every example once, rows that fit, arrays equal to those of a plain loop."""
 
 import time
 from types import SimpleNamespace
@@ -78,13 +78,13 @@ def test_more_shapes_leave_less_padding():
         computed = sum(n * sum(shape) for n, shape in zip(rows, shapes, strict=True))
         return 1 - real / computed
 
-    found = [padding(packing.choose_shapes(tasks, [1.0] * 6, limits, n)) for n in (1, 2, 3, 4)]
-    assert found == sorted(found, reverse=True)
-    assert found[2] < 0.6 * found[0]
+    actual = [padding(packing.choose_shapes(tasks, [1.0] * 6, limits, n)) for n in (1, 2, 3, 4)]
+    assert actual == sorted(actual, reverse=True)
+    assert actual[2] < 0.6 * actual[0]
 
 
 def test_a_task_of_the_longest_inputs_has_rows_of_their_length():
-    """Also where the limit is no multiple of what shapes are rounded to."""
+    """Also if the limit is not a multiple of the rounding of shapes."""
     tasks = [np.array([[500, 3]] * 20), np.array([[30, 60]] * 20)]
     shapes = packing.choose_shapes(tasks, [1.0, 1.0], (500, 64), 3)
     assert shapes[0] == (500, 8)
@@ -112,7 +112,7 @@ def test_twenty_thousand_examples_are_packed_tightly_and_quickly(targets):
     seconds = time.process_time() - start
     bound = (lengths.sum(0) / (128, 64)).max()
     assert plan.rows < 1.05 * bound
-    assert seconds < 1.5  # 0.2 to 0.3 s on an idle machine; this machine may not be
+    assert seconds < 1.5  # 0.2 to 0.3 s on an idle machine; tests may share the machine
 
 
 @settings(deadline=None)

@@ -29,7 +29,7 @@ TAUS = (1.0, 0.1, 5.0)
 
 
 class Table:
-    """Worst difference of every quantity and router; fails at once where one misses its bar."""
+    """The worst difference of every quantity and router; fails at once if one exceeds its limit."""
 
     def __init__(self):
         self.rows = {}
@@ -235,7 +235,7 @@ def test_router(kind, fixture, table):
     by_name, by_task = routing_gradients("softmax 1", out["weights"])
     table.relative("gradient of task vectors", kind, by_task, arrays["grad/task_embed"], GRADIENT)
     for name, grad in by_name.items():
-        # The key's bias shifts all scores of a query alike: its true gradient is zero.
+        # The key's bias shifts all scores of a query equally, so its true gradient is zero.
         theirs = arrays[f"grad/{name}"]
         if name.endswith("in_proj_bias"):
             grad, theirs = (
@@ -284,7 +284,7 @@ def norm_of(tree) -> float:
 
 
 def assign(fixture, routes, k) -> Assignment:
-    """What the training step gathers for these routes."""
+    """The experts that the training step gathers for these routes."""
     config = RouterConfig(selection="top_k", experts_per_layer=k)
     return TaskMoE(fixture.config, config, 4).assign(routes, jnp.arange(4))
 
@@ -295,7 +295,7 @@ def check_norms(fixture, table, kind, arrays, backbone, by_name, by_task):
     total = float(arrays["grad_norm/total_with_task_embed"])
     for name, theirs in zip(arrays["grad_norm/names"], arrays["grad_norm/values"], strict=True):
         ours = norm_of(grads[str(name)])
-        if name.endswith("k_proj.bias"):  # zero but for rounding, see above
+        if name.endswith("k_proj.bias"):  # zero up to rounding, see above
             assert max(ours, theirs) < 1e-6 * total
         else:
             table.relative("gradient norms of all weights", kind, ours, theirs, GRADIENT)
@@ -304,7 +304,8 @@ def check_norms(fixture, table, kind, arrays, backbone, by_name, by_task):
 
 
 def test_training_step_gradients(fixture, table):
-    """The step's own path: groups over 2 devices, scanned, mean over target tokens."""
+    """The gradient of the training step: groups over 2 devices, scanned, mean over target
+    tokens."""
     arrays = fixture.load("router_linear")
     model = TaskMoE(fixture.config, RouterConfig(kind="linear", **fixture.router), 4)
     params = {
@@ -353,7 +354,8 @@ def test_vanilla_layers(fixture, table):
 def test_decoding(beams, fixture):
     """Start token 0, 12 tokens in all with the start; the published code forces EOS at the end.
 
-    It decodes the whole batch with the route of its first row (a fault), so all rows take that.
+    It decodes the whole batch with the route of its first row (a fault), so all rows use that
+    route.
     """
     config = DecodingConfig(num_beams=beams, forced_eos_id=EOS)
     inputs, segments, positions = (

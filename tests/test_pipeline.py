@@ -1,4 +1,4 @@
-"""Batches: right content, right proportions, exact resume, the same for any number of processes."""
+"""Batches: content, proportions, exact resume, equal batches for any number of processes."""
 
 import collections
 import itertools
@@ -111,7 +111,7 @@ def test_resuming_is_exact(train):
 
 
 def test_rows_of_several_shapes(train):
-    """Shares, resuming and sharing among processes hold; a batch is of one shape, rows full."""
+    """Proportions, resuming and several processes work; a batch has one shape, rows are full."""
     limits = {"inputs": 48, "targets": 48}  # targets are far shorter
     settings = {"lengths": limits, "shapes": 3, "mixing": "equal"}
     batches = _batches(train, 300, **settings)
@@ -191,7 +191,7 @@ def test_no_tensorflow_in_a_process_that_reads_a_prepared_cache():
 
 
 def _run(script: str) -> str:
-    """What a Python process prints that has CACHE, the toy cache."""
+    """The output of a Python process in which CACHE is the toy cache."""
     tests = Path(__file__).parent
     result = subprocess.run(
         [sys.executable, "-c", f"CACHE = {str(toy_cache())!r}\n" + textwrap.dedent(script)],

@@ -1,4 +1,4 @@
-"""`plan`: what a whole step takes, what would help where it does not fit, and the command."""
+"""`plan`: the needs of a step, advice if it does not fit, and the command."""
 
 import dataclasses
 import functools
@@ -88,7 +88,7 @@ def test_advice_starts_with_what_takes_the_memory(memory, mesh_config, first):
 
 
 def test_a_step_that_the_compiler_refuses(monkeypatch):
-    """It says how much it would take; the rest is not known."""
+    """The compiler's error gives the memory; other figures are unknown."""
 
     def refuse(self):
         raise jax.errors.JaxRuntimeError(
@@ -145,13 +145,13 @@ def test_the_command(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "compiling" in result.stderr
     assert "8 x cpu, mesh data=1, fsdp=8" in result.stdout
-    found = json.loads(path.read_text())
+    actual = json.loads(path.read_text())
     assert {
         "fits", "memory_bytes", "state_bytes", "temporary_bytes", "collectives", "flops",
         "bytes_accessed", "least_seconds",
-    } <= found.keys()  # fmt: skip
-    assert found["fits"] is True
-    for collective in found["collectives"].values():
+    } <= actual.keys()  # fmt: skip
+    assert actual["fits"] is True
+    for collective in actual["collectives"].values():
         assert collective.keys() == {"count", "bytes", "largest_bytes"}
 
 
@@ -166,7 +166,10 @@ def test_the_command_where_it_does_not_fit(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--devices=8"], "ModelConfig.vocabulary_size is 0"),
-    (["--devices=8", VOCABULARY, "--gin.BATCH_SIZE=4"], "no multiple of the mesh's 8 data shards"),
+    (
+        ["--devices=8", VOCABULARY, "--gin.BATCH_SIZE=4"],
+        "not a multiple of the mesh's 8 data shards",
+    ),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(arguments, message):
     result = command(*arguments)
@@ -216,8 +219,8 @@ def test_a_topology(tmp_path):
         "--gin.RouterConfig.selection=gumbel_softmax_st", "--gin.RouterConfig.experts_per_layer=1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    found = json.loads(path.read_text())
-    assert found["memory_bytes"] == int(15.75 * 2**30)
+    actual = json.loads(path.read_text())
+    assert actual["memory_bytes"] == int(15.75 * 2**30)
     # Every layer fetches its expert, forward and backward, in as many loops as there are layers.
-    assert found["collectives"]["all-to-all"]["count"] > 0
-    assert found["least_seconds"] > 0
+    assert actual["collectives"]["all-to-all"]["count"] > 0
+    assert actual["least_seconds"] > 0

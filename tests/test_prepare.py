@@ -1,4 +1,4 @@
-"""Preparing: once, whole or not at all, again when something changed, and clear about mistakes."""
+"""Preparing: once, completely or not at all, again after changes, with clear errors."""
 
 import functools
 import os
@@ -73,7 +73,7 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
     monkeypatch.chdir(tmp_path)
     get = functools.partial(prepare.ensure_prepared, cache_dir, "own", "own_tasks.py", BYTES)
 
-    # Killed in the second task: the first is whole, of the second nothing can be seen.
+    # Killed in the second task: the first is complete, the second absent.
     (tmp_path / "kill").touch()
     with pytest.raises(UserError, match=r"preparing own failed.*exit -9"):
         get()
@@ -81,7 +81,7 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
     assert first.parent.parent.name == "own_a"
     assert not list(cache_dir.glob("mixtures/*"))
 
-    # Started again, it goes on from there and leaves no rubbish.
+    # Started again, it continues there and leaves no temporary files.
     (tmp_path / "kill").unlink()
     written = first.stat().st_mtime_ns
     mixture = get()["own"]
@@ -107,7 +107,8 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
     assert changed.task("own_a").directory == mixture.task("own_a").directory
     assert [e.inputs_text for e in changed.task("own_b").records("train")] == ["3b"]
 
-    # Code or a declared variable changed: stale. Sources gone: good, the cache may travel.
+    # Code or a declared variable changed: stale. Deleted sources do not matter, because a cache may
+    # be copied without them.
     request = Request.make("own", "own_tasks.py", BYTES)
     assert cache.find(cache_dir, request, "own") is not None
     monkeypatch.setenv("OWN_PREFIX", "x")
@@ -136,17 +137,17 @@ def test_what_is_damaged_is_prepared_again(tmp_path, children, capsys):
 
 
 def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
-    found = []
+    actual = []
 
     def get():
-        found.append(prepare.ensure_prepared(tmp_path, "toy_unseen", TASKS, BYTES)["toy_unseen"])
+        actual.append(prepare.ensure_prepared(tmp_path, "toy_unseen", TASKS, BYTES)["toy_unseen"])
 
     threads = [threading.Thread(target=get) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 3 and len(children) == 1
+    assert len(actual) == 3 and len(children) == 1
 
 
 def test_a_mistake_in_the_child_is_one_line_here(tmp_path, capfd):
@@ -220,7 +221,7 @@ def test_vocabularies(tmp_path):
     assert given.vocabulary.encode("red <extra_id_0>") == theirs.encode("red <extra_id_0>")
     assert given.vocabulary.encode("red <extra_id_0>")[-1] == given.vocabulary.size - 1
 
-    # Bytes are bytes whoever brings them: the same directory, and no SeqIO needed to read it.
+    # Byte vocabularies of different origin share one directory, which is read without SeqIO.
     factory = tmp_path / "factory.py"
     factory.write_text("import seqio\ndef make(): return seqio.ByteVocabulary(extra_ids=0)\n")
     same = [

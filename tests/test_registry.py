@@ -1,4 +1,4 @@
-"""The SeqIO side: what is read equals SeqIO's own, and every mistake is one line."""
+"""Reading SeqIO tasks: equal to SeqIO's own reading, and every mistake gives a one-line error."""
 
 import functools
 import os
@@ -171,7 +171,7 @@ def test_rates_flatten_mixtures_and_see_the_counts():
     assert [t.name for t in registry.find_tasks("reg_outer", [])] == ["reg_a", "reg_b", "reg_c"]
     with pytest.raises(UserError, match=r"no task or mixture 'reg_oter'.*did you mean 'reg_outer'"):
         registry.find_tasks("reg_oter", [])
-    # What was shadowed while the rates were computed is as before.
+    # The method that was shadowed while rates were computed is restored.
     assert seqio.TaskRegistry.get("reg_a").num_input_examples("train") is None
 
 

@@ -13,7 +13,7 @@ from moe_jax.model.task_moe import shapes_of
 from moe_jax.training.penalties import expert_distance, penalty, route_entropy, route_load
 from moe_jax.training.step import StepConfig
 
-# Matrices that lie side by side: (axis behind layer and expert, how many) as PyTorch has them.
+# Joined matrices: (axis after layer and expert, number of matrices), separate in PyTorch.
 SIDE_BY_SIDE = {"qkv_kernel": (1, 3), "qkv_bias": (0, 3), "kv_kernel": (1, 2), "kv_bias": (0, 2)}
 
 
@@ -71,7 +71,7 @@ def test_expert_distance(experts, architecture):
 
 
 def test_equal_experts_and_one_expert():
-    """Where the published code divides by zero, or the norm has no gradient, all is 0."""
+    """Everything is 0 where the published code divides by zero or the norm has no gradient."""
     for tree in (
         backbone(1),
         jax.tree.map(lambda x: np.ones_like(x), backbone(3)),
@@ -115,11 +115,11 @@ def test_penalty_reads_the_routes_of_the_batch_at_their_temperature():
     task_id = np.array([2, 0, 2])
     x = np.exp(logits[task_id] / (2.0 * np.exp(-0.1 * 3)))
     p = jnp.asarray(x / x.sum(-1, keepdims=True))
-    found = jax.value_and_grad(
+    actual = jax.value_and_grad(
         lambda r: penalty(model, {**params, "representations": r}, task_id, jnp.int32(3), config),
         has_aux=True,
     )
-    (total, terms), grads = found(params["representations"])
+    (total, terms), grads = actual(params["representations"])
     wanted = {"route_entropy": route_entropy(p), "route_load": route_load(p)}
     for name, value in wanted.items():
         np.testing.assert_allclose(terms[f"regularisation/{name}"], value, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The report as a whole: made-up run directories in, one page, PNGs and numbers out."""
+"""The whole report: from artificial run directories to the page, PNGs and numbers."""
 
 import html.parser
 import io
@@ -144,10 +144,10 @@ class Page(html.parser.HTMLParser):
 def read_page(path: Path) -> Page:
     text = path.read_text(encoding="utf-8")
     assert not any(mark in text for mark in ("://", 'src="//', "@import", "url("))
-    found = Page(text)
-    assert all(r.startswith(("#", "data:image/png;base64,")) for r in found.references)
-    assert all(r[1:] in found.ids for r in found.references if r.startswith("#"))
-    return found
+    actual = Page(text)
+    assert all(r.startswith(("#", "data:image/png;base64,")) for r in actual.references)
+    assert all(r[1:] in actual.ids for r in actual.references if r.startswith("#"))
+    return actual
 
 
 @pytest.mark.parametrize(("tasks", "layers", "experts", "seeds"), [(12, 4, 3, 1), (160, 24, 8, 3)])
@@ -230,7 +230,7 @@ def test_equal_routes_are_reported_honestly(tmp_path):
     files.write_json(run / "routes.json", value)
     made = report(tmp_path / "report", {"run": run})
     text = " ".join(made.findings)
-    assert "All 12 tasks of “run” take one and the same route." in text
+    assert "All 12 tasks of “run” take the same route." in text
     assert "cannot be measured: all tasks take the same route" in text
     assert "every expert's weight is the same for all tasks" in text
     assert "no layer's route depends on the task" in text
@@ -301,8 +301,10 @@ def test_the_last_line_of_a_step_counts(tmp_path, undrawn):
     lines += [{"step": 2, "kind": "train", "loss": 4.0}]
     files.write_jsonl(tmp_path / "run" / "metrics.jsonl", lines)
     report(tmp_path / "report", {"run": tmp_path / "run"})
-    found = files.read_json(tmp_path / "report" / "report.json")["training"]["run"]["training loss"]
-    assert (found["first"], found["last"], found["steps"]) == (5, 4, 2)
+    actual = files.read_json(tmp_path / "report" / "report.json")["training"]["run"][
+        "training loss"
+    ]
+    assert (actual["first"], actual["last"], actual["steps"]) == (5, 4, 2)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ def planted_routes(labels, layers, experts, noise, rng):
 def test_similarity_is_the_cosine():
     rng = np.random.default_rng(0)
     route = random_routes(5, 3, 4, rng)
-    found = statistics.similarity(route)
+    actual = statistics.similarity(route)
     for i in range(5):
         for j in range(5):
             a, b = route[i].ravel(), route[j].ravel()
-            assert found[i, j] == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)))
+            assert actual[i, j] == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)))
     one_hot = np.eye(3)[[0, 0, 1]][:, None]
     np.testing.assert_allclose(statistics.similarity(one_hot), [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
 
@@ -35,10 +35,10 @@ def test_planted_clusters_are_found_and_random_routes_are_not():
     labels = np.repeat(["a", "b", "c", "d"], 8)
     rng.shuffle(labels)
     planted = statistics.tree(statistics.similarity(planted_routes(labels, 6, 3, 0.2, rng)))
-    found = statistics.agreement(labels, statistics.cut(planted, 4), 200)
-    assert found.ami == pytest.approx(1)
-    assert found.p_value == pytest.approx(1 / 201)
-    assert abs(found.control_mean) < 0.05
+    actual = statistics.agreement(labels, statistics.cut(planted, 4), 200)
+    assert actual.ami == pytest.approx(1)
+    assert actual.p_value == pytest.approx(1 / 201)
+    assert abs(actual.control_mean) < 0.05
 
     p_values = []
     for _ in range(40):  # by chance, p is about uniform
@@ -51,12 +51,12 @@ def test_planted_clusters_are_found_and_random_routes_are_not():
 @pytest.mark.parametrize(("classes", "clusters", "tasks"), [(4, 4, 24), (22, 20, 160), (5, 1, 9)])
 def test_ami_and_its_control_are_scikit_learns(classes, clusters, tasks):
     rng = np.random.default_rng(2)
-    labels, found = rng.integers(0, classes, tasks), rng.integers(0, clusters, tasks)
-    agreement = statistics.agreement([f"c{x}" for x in labels], found, 20, seed=3)
-    assert agreement.ami == pytest.approx(adjusted_mutual_info_score(labels, found), abs=1e-9)
+    labels, actual = rng.integers(0, classes, tasks), rng.integers(0, clusters, tasks)
+    agreement = statistics.agreement([f"c{x}" for x in labels], actual, 20, seed=3)
+    assert agreement.ami == pytest.approx(adjusted_mutual_info_score(labels, actual), abs=1e-9)
     names = np.unique([f"c{x}" for x in labels], return_inverse=True)[1]
     shuffled = np.random.default_rng(3).permuted(np.tile(names, (20, 1)), axis=1)
-    expected = [adjusted_mutual_info_score(row, found) for row in shuffled]
+    expected = [adjusted_mutual_info_score(row, actual) for row in shuffled]
     np.testing.assert_allclose(agreement.control, expected, atol=1e-9)
     low, high = agreement.control_range
     assert low <= agreement.control_mean <= high
@@ -75,8 +75,8 @@ def test_equal_routes_are_one_cluster():
     assert statistics.distinct_routes(similarity) == 1
     clusters = statistics.cut(statistics.tree(similarity), 4)
     assert set(clusters) == {1}
-    found = statistics.agreement([0, 1] * 5, clusters, 50)
-    assert (found.ami, found.p_value) == (0, 1)
+    actual = statistics.agreement([0, 1] * 5, clusters, 50)
+    assert (actual.ami, actual.p_value) == (0, 1)
 
 
 def test_ties_are_not_cut_apart():
@@ -95,26 +95,26 @@ def test_correlations_by_hand():
     rng = np.random.default_rng(6)
     labels = np.array(["a"] * 5 + ["b"] * 7)
     route = random_routes(12, 2, 3, rng)
-    found = statistics.correlations(route, labels)
-    assert found.categories == ["a", "b"] and found.tests == 12
+    actual = statistics.correlations(route, labels)
+    assert actual.categories == ["a", "b"] and actual.tests == 12
     weight, inside = route[:, 1, 2], labels == "a"
     r = (weight[inside].mean() - weight[~inside].mean()) / weight.std() * np.sqrt(5 * 7) / 12
-    assert found.r_NxExC[1, 2, 0] == pytest.approx(r)
+    assert actual.r_NxExC[1, 2, 0] == pytest.approx(r)
     t = r * np.sqrt(10 / (1 - r**2))
-    assert found.p_NxExC[1, 2, 0] == pytest.approx(2 * stats.t.sf(abs(t), 10))
-    np.testing.assert_allclose(found.r_NxExC[..., 0], -found.r_NxExC[..., 1])
+    assert actual.p_NxExC[1, 2, 0] == pytest.approx(2 * stats.t.sf(abs(t), 10))
+    np.testing.assert_allclose(actual.r_NxExC[..., 0], -actual.r_NxExC[..., 1])
 
 
 def test_correction_is_benjamini_and_hochbergs():
     rng = np.random.default_rng(7)
-    found = statistics.correlations(random_routes(15, 3, 2, rng), ["a", "b", "c"] * 5)
-    p = found.p_NxExC.ravel()
+    actual = statistics.correlations(random_routes(15, 3, 2, rng), ["a", "b", "c"] * 5)
+    p = actual.p_NxExC.ravel()
     order = np.argsort(p)
     q, lowest = np.empty(len(p)), 1.0
     for rank in range(len(p), 0, -1):
         lowest = min(lowest, p[order[rank - 1]] * len(p) / rank)
         q[order[rank - 1]] = lowest
-    np.testing.assert_allclose(found.q_NxExC.ravel(), q)
+    np.testing.assert_allclose(actual.q_NxExC.ravel(), q)
 
 
 def test_planted_expert_is_significant_and_chance_is_not():
@@ -134,8 +134,8 @@ def test_planted_expert_is_significant_and_chance_is_not():
 def test_what_cannot_be_tested_is_said():
     rng = np.random.default_rng(9)
     labels = ["a"] * 6 + ["b"] * 5 + ["lone"] * 2
-    found = statistics.correlations(random_routes(13, 1, 2, rng), labels)
-    assert found.categories == ["a", "b"] and found.untested == ["lone"]
+    actual = statistics.correlations(random_routes(13, 1, 2, rng), labels)
+    assert actual.categories == ["a", "b"] and actual.untested == ["lone"]
 
     constant = statistics.correlations(np.full((10, 2, 2), 0.5), ["a", "b"] * 5)
     assert constant.tests == 0 and constant.significant() == []
@@ -143,8 +143,8 @@ def test_what_cannot_be_tested_is_said():
 
     half = random_routes(10, 2, 2, rng)
     half[:, 0] = 0.5
-    found = statistics.correlations(half, ["a", "b"] * 5)
-    assert found.tests == 4 and np.isnan(found.p_NxExC[0]).all()
+    actual = statistics.correlations(half, ["a", "b"] * 5)
+    assert actual.tests == 4 and np.isnan(actual.p_NxExC[0]).all()
 
     assert statistics.correlations(random_routes(4, 1, 2, rng), ["a"] * 4).tests == 0
     assert statistics.correlations(np.zeros((0, 2, 2)), []).tests == 0

@@ -137,7 +137,7 @@ def test_fisher_diagonal_is_that_of_pytorch(name, tmp_path):
 
 
 def test_text_embedding_ignores_padding():
-    """Whatever stands in the padding and however much there is; each example counts the same."""
+    """The content and amount of padding do not matter, and each example counts the same."""
     rng = np.random.default_rng(0)
     model = tiny_model(experts=1)
     backbone = fresh_params(model)["backbone"]
@@ -162,7 +162,7 @@ def test_text_embedding_ignores_padding():
 
 @pytest.mark.parametrize("kind", ["text", "fisher"])
 def test_many_devices_share_the_rows_and_agree_with_one(kind, monkeypatch):
-    """Four shards of a mesh that also splits the model; 6 rows are no multiple of them."""
+    """Four shards of a mesh that also splits the model; 6 rows are not a multiple of them."""
     mixture, _ = toy_mixtures()
     size = mixture.vocabulary.size
     model = tiny_model(experts=1, max_positions=48, vocabulary_size=size)
@@ -213,7 +213,7 @@ def dense(tmp_path_factory):
 
 
 def call(model_dir, **settings) -> None:
-    """`represent` in this process; a setting is one of its arguments or a binding."""
+    """Runs `represent` in this process; a setting is one of its arguments or a binding."""
     lines = [f"MODEL_DIR = {str(model_dir)!r}"]
     for name, value in settings.items():
         name = name.replace("__", ".") if name.isupper() or "__" in name else f"represent.{name}"
@@ -224,7 +224,7 @@ def call(model_dir, **settings) -> None:
 
 @pytest.fixture(scope="module")
 def fisher(dense, tmp_path_factory):
-    """(file, what was printed) of the command, with the unseen task beside the others."""
+    """(file, output) of the command, with the unseen task among the others."""
     path = tmp_path_factory.mktemp("fisher") / "f.npz"
     values = {
         "MODEL_DIR": str(dense), "represent.kind": "fisher", "represent.output": str(path),
@@ -311,7 +311,7 @@ def test_wrong_settings(case, dense, fisher, tmp_path):
 
 
 def test_trained_from_a_file_and_routed_without_training(fisher, tmp_path):
-    """Frozen rows stay what the file says; an unseen task is routed by its own row."""
+    """Frozen rows keep the values of the file; an unseen task is routed by its row."""
     path, _ = fisher
     model_dir = tmp_path / "run"
     settings = {

@@ -23,10 +23,10 @@ def test_components_are_those_of_the_covariance():
     values, vectors = np.linalg.eigh(np.cov(unit.T))
     wanted = (unit - unit.mean(0)) @ vectors[:, ::-1][:, :3]
     wanted /= np.sqrt((wanted**2).mean())
-    found = fit(RAW, 3)(RAW)
-    assert found.dtype == np.float32
-    signs = np.sign((found * wanted).sum(0))  # of an axis, free
-    np.testing.assert_allclose(found, wanted * signs, atol=1e-5)
+    actual = fit(RAW, 3)(RAW)
+    assert actual.dtype == np.float32
+    signs = np.sign((actual * wanted).sum(0))  # of an axis, free
+    np.testing.assert_allclose(actual, wanted * signs, atol=1e-5)
     assert values[-1] > values[-2] > values[-3] > 0
 
 
@@ -69,12 +69,12 @@ def test_affinity_is_that_of_all_shuffles():
 
     within, between = difference(names)
     shuffles = [np.subtract(*difference(n)) for n in itertools.permutations(names)]
-    found = representations.affinity(np.vstack([rows, rows[:1]]), [*names, ""])
-    assert found[:2] == pytest.approx((within, between))
-    assert found.p == pytest.approx(
+    actual = representations.affinity(np.vstack([rows, rows[:1]]), [*names, ""])
+    assert actual[:2] == pytest.approx((within, between))
+    assert actual.p == pytest.approx(
         np.mean(np.array(shuffles) >= within - between - 1e-12), abs=0.02
     )
-    assert (found.tasks, found.categories) == (6, 2)
+    assert (actual.tasks, actual.categories) == (6, 2)
 
 
 def test_affinity_needs_both_sorts_of_pairs():
@@ -92,9 +92,9 @@ def test_files_of_any_matrix(tmp_path):
     np.savez(archive, tasks=["x", "y", "z"], representations=rows)
     plain.write_text(json.dumps({"x": [0, 1], "y": [2, 3], "z": [4, 5]}))
     for path in (archive, plain):
-        found = read_representations(path, ["z", "x"], 2)
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(found, [[4, 5], [0, 1]])
+        actual = read_representations(path, ["z", "x"], 2)
+        assert actual.dtype == np.float32
+        np.testing.assert_array_equal(actual, [[4, 5], [0, 1]])
 
 
 def save(**arrays):
@@ -169,10 +169,10 @@ def test_a_file_comes_back_as_it_was(tmp_path):
     made = Representations(names, projection(raw), raw, projection, {"kind": "text", "a": [1]})
     made.write(tmp_path / "f.npz")
     assert [p.name for p in tmp_path.iterdir()] == ["f.npz"]
-    found = Representations.read(tmp_path / "f.npz")
-    assert (found.tasks, found.settings) == (names, made.settings)
-    np.testing.assert_array_equal(found.raw_TxD, raw)
-    np.testing.assert_array_equal(found.projection(raw), made.rows_TxK)
+    actual = Representations.read(tmp_path / "f.npz")
+    assert (actual.tasks, actual.settings) == (names, made.settings)
+    np.testing.assert_array_equal(actual.raw_TxD, raw)
+    np.testing.assert_array_equal(actual.projection(raw), made.rows_TxK)
     np.testing.assert_array_equal(read_representations(tmp_path / "f.npz", names, 3), made.rows_TxK)
     np.savez(tmp_path / "g.npz", tasks=["a"], representations=np.ones((1, 3)))
     with pytest.raises(UserError, match=r"no 'components', so represent did not write it"):

@@ -117,9 +117,9 @@ def test_router(kind):
 
 
 def test_transformer_heads_must_divide():
-    with pytest.raises(UserError, match="representation_dim 10 is no multiple of the 4 heads"):
+    with pytest.raises(UserError, match="representation_dim 10 is not a multiple of the 4 heads"):
         RouterConfig(kind="transformer", representation_dim=10)
-    with pytest.raises(UserError, match="hidden_dim 10 is no multiple"):
+    with pytest.raises(UserError, match="hidden_dim 10 is not a multiple"):
         RouterConfig(kind="transformer_layer_specific", hidden_dim=10)
 
 

@@ -1,4 +1,5 @@
-"""Rows of many tasks in one batch: laid out, sorted by expert, and decoded as if alone."""
+"""Rows of many tasks in one batch: layout, sorting by expert, and decoding as in single-task
+batches."""
 
 import functools
 
@@ -31,7 +32,7 @@ def sparse_routes(rng, tasks: int, layers: int, experts: int, kept: int) -> np.n
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_row_routes(data):
-    """Slots name the row's largest experts; no slot is wasted but for a power of two."""
+    """Slots name each row's largest experts; slots are wasted only to reach a power of two."""
     draw = data.draw
     tasks, layers, experts = (
         draw(st.integers(1, 5)),
@@ -49,12 +50,12 @@ def test_row_routes(data):
     assert weights_NxRxK.dtype == np.float32
     most = 0
     for n in range(layers):
-        found = experts_NxS[n][slots_NxRxK[n]]
+        actual = experts_NxS[n][slots_NxRxK[n]]
         largest = np.argsort(-route_TxNxE[task_R, n], axis=-1)[:, :count]
-        np.testing.assert_array_equal(found, np.sort(largest, axis=-1))
-        expected = np.take_along_axis(route_TxNxE[task_R, n], found, -1)
+        np.testing.assert_array_equal(actual, np.sort(largest, axis=-1))
+        expected = np.take_along_axis(route_TxNxE[task_R, n], actual, -1)
         np.testing.assert_array_equal(weights_NxRxK[n], expected.astype(np.float32))
-        used = np.unique(found)
+        used = np.unique(actual)
         np.testing.assert_array_equal(experts_NxS[n, : len(used)], used)
         most = max(most, len(used))
     assert slots == count == most or (slots in (experts, 2, 4, 8) and most <= slots < 2 * most)
@@ -88,7 +89,7 @@ def routed_layer(experts: int, block: int):
     st.sampled_from([1, 3, 16]), st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_by_expert(count, experts_and_kept, block, seed):
-    """Against a loop over rows and experts; blocks run over into the next expert's rows."""
+    """Against a loop over rows and experts; blocks extend into the next expert's rows."""
     experts, kept = experts_and_kept
     rng = np.random.default_rng(seed)
     route_TxE = sparse_routes(rng, T, 2, experts, kept)
@@ -97,12 +98,12 @@ def test_by_expert(count, experts_and_kept, block, seed):
     other_R = rng.normal(size=count).astype(np.float32)
     a_E = rng.normal(size=experts).astype(np.float32)
     run = routed_layer(experts, block)
-    found = run({"a": a_E[None]}, row_routes(route_TxE, task_R, kept), x_RxD, other_R)
+    actual = run({"a": a_E[None]}, row_routes(route_TxE, task_R, kept), x_RxD, other_R)
     for r in range(count):
         route_E = route_TxE[task_R[r], 0]
         y_D = sum(w * (a * x_RxD[r] + other_R[r]) for w, a in zip(route_E, a_E, strict=True))
-        np.testing.assert_allclose(found["y"][r], y_D, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found["even"][r], 2 * other_R[r], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual["y"][r], y_D, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual["even"][r], 2 * other_R[r], rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- whole models
@@ -137,7 +138,8 @@ def compiled(experts: int, count: int):
 
 @functools.cache
 def alone(kind: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(routes, tokens [T, R, L], log-likelihoods [T, R]) of all rows as rows of each one task."""
+    """(routes, tokens [T, R, L], log-likelihoods [T, R]): all rows, computed for each single
+    task."""
     experts, kept = KINDS[kind]
     route_TxNxE = sparse_routes(np.random.default_rng(2), T, N, experts, kept)
     run = compiled(experts, count)

@@ -1,4 +1,4 @@
-"""config.gin: what is written can be read back, and tells one run from another."""
+"""config.gin can be read back and distinguishes runs."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_what_a_run_writes_gives_the_same_configuration(tmp_path):
     directory.write_config(tmp_path, written)
     assert configs(files=[str(tmp_path / "config.gin")]) == written
     assert directory.read_config(tmp_path) == written
-    # Every field is there, so that another default later changes nothing.
+    # Every field is written, so that a later change of defaults has no effect.
     text = (tmp_path / "config.gin").read_text()
     for part in dataclasses.fields(written):
         config = getattr(written, part.name)

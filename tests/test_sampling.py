@@ -70,7 +70,7 @@ def test_frequencies(temperature, top_k, top_p):
     drawn = np.asarray(draws(logits_V, 1, temperature, top_k, top_p))
     expected = exact(logits_V, temperature, top_k, top_p)
     check_frequencies(drawn, expected)
-    # The settings matter: another temperature or another set of tokens would be found out.
+    # The settings matter: another temperature or another set of tokens fails the check.
     with pytest.raises(AssertionError):
         check_frequencies(drawn, exact(logits_V, temperature * 1.3, top_k, top_p))
     if top_k or top_p < 1:
@@ -83,7 +83,7 @@ def test_frequencies(temperature, top_k, top_p):
      (0, 0.76, 3), (2, 0.65, 1), (2, 0.68, 2), (0, 0.9999, 6)],
 )  # fmt: skip
 def test_how_many_tokens_are_kept(top_k, top_p, kept):
-    """Of probabilities 1/2, 1/4, ..., 1/32, 1/32; in an order of their own, the last two alike."""
+    """Probabilities 1/2, 1/4, ..., 1/32, 1/32 in mixed order; the last two are equal."""
     order = np.array([3, 0, 5, 1, 4, 2])
     probabilities = 0.5 ** np.array([1, 2, 3, 4, 5, 5])
     logits_V = np.log(probabilities)[np.argsort(order)].astype(np.float32)
@@ -114,7 +114,8 @@ def take(arrays, rows) -> dict[str, np.ndarray]:
 
 
 def test_a_rows_draws_are_its_own():
-    """They depend on its number and the seed, and on no other row or place in the batch."""
+    """Draws depend on the row's number and the seed, not on other rows or the place in the
+    batch."""
     rng = np.random.default_rng(0)
     rows = 16
     arrays = pack_rows([[example] for example in random_examples(rng, rows)], 6, 6)
@@ -123,7 +124,7 @@ def test_a_rows_draws_are_its_own():
     tokens = run(arrays, numbers)
     order = rng.permutation(rows)
     np.testing.assert_array_equal(run(take(arrays, order), numbers[order]), tokens[order])
-    # Other rows in place of the second half.
+    # Replaces the second half by other rows.
     half = np.where(np.arange(rows) < 8, np.arange(rows), 0)
     other = run(take(arrays, half), np.where(np.arange(rows) < 8, numbers, 7))
     np.testing.assert_array_equal(other[:8], tokens[:8])
@@ -135,7 +136,7 @@ def test_a_rows_draws_are_its_own():
 
 
 def test_two_steps():
-    """Pairs of tokens: every step draws anew, from what follows the token before."""
+    """Pairs of tokens: every step draws again, given the previous token."""
     settings = {"temperature": 1.5, "top_k": 3, "top_p": 0.95}
     rows = 2_000
     arrays = take(pack_rows([random_examples(np.random.default_rng(4), 1)], 6, 6), [0] * rows)

@@ -1,4 +1,5 @@
-"""Baselines of docs/method.md differ from stage 1 as said; the paper's runs are as published."""
+"""Baselines of docs/method.md differ from stage 1 as documented; the paper's runs are as
+published."""
 
 import re
 import shlex
@@ -50,8 +51,8 @@ def test_all_baselines_are_documented():
 @pytest.mark.parametrize("name", EXPERTS)
 def test_baseline(name):
     stage1, _ = settings("")
-    found, model = settings(ROWS[name])
-    changed = {key for key in found if found[key] != stage1[key]}
+    actual, model = settings(ROWS[name])
+    changed = {key for key in actual if actual[key] != stage1[key]}
     named = set(re.findall(r"--gin\.([\w.]+)=", ROWS[name]))
     assert changed <= named and changed
     assert model.experts_per_layer == EXPERTS[name]
@@ -92,9 +93,9 @@ STAGES = {
 def test_the_papers_stages(stage):
     files = ["models/bart_base.gin", f"runs/paper_{stage}.gin"]
     flags.parse_gin(files, [], [str(flags.GIN_CONFIGS)])
-    found = texts(build(Config))
+    actual = texts(build(Config))
     wanted = PAPER | STAGES[stage]
-    assert {key: found[key] for key in wanted} == wanted
+    assert {key: actual[key] for key in wanted} == wanted
 
 
 def test_the_papers_few_shot_grid():

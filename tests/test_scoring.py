@@ -13,7 +13,7 @@ from moe_jax.model.backbone import EncoderDecoder
 
 @pytest.mark.parametrize("architecture", ["bart", "t5", "t5_1_0"])
 def test_log_likelihoods(architecture):
-    """More rows than are scored at once; several tasks; rows of two examples, and an empty one."""
+    """More rows than are scored at once; several tasks; rows of two examples; an empty row."""
     rng = np.random.default_rng(0)
     rows, experts, tasks = ROWS_AT_ONCE + 3, 3, 4
     packed = [random_examples(rng, 1 + row % 2) for row in range(rows)]

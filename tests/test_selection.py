@@ -139,7 +139,7 @@ def test_noise_is_drawn_in_training_only(options):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_random_baselines(count):
-    """Random experts per task are fixed by the seed; per instance they are drawn anew."""
+    """Random experts per task are fixed by the seed; per instance they are drawn in every step."""
     model = moe(selection="random_task", experts_per_layer=count)
     routes = routes_of(model, {}, 0)
     np.testing.assert_array_equal(routes, routes_of(model, {}, 5, jax.random.key(3)))

@@ -54,7 +54,7 @@ def test_arrays_lie_as_the_table_says():
     }
     arrays = jax.device_put(nn.meta.unbox(tree), shardings(tree, mesh))
     shapes = {name: {s.data.shape for s in a.addressable_shards} for name, a in arrays.items()}
-    # What the mesh axes do not divide is on all of them.
+    # An axis that the mesh axes do not divide is replicated.
     assert shapes == {"kernel": {(4, 2, 4)}, "odd": {(3, 6, 5)}, "count": {()}}
 
 

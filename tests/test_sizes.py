@@ -77,7 +77,8 @@ def test_transformers_counts_as_many(name):
             )  # fmt: skip
             model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
             if not relu:
-                # Version 5 ties all T5s until it reads files with both embeddings.
+                # Version 5 of transformers ties all T5s, unless it reads files with both
+                # embeddings.
                 model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     assert sum(p.numel() for p in model.parameters()) == parameters
 

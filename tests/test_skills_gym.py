@@ -1,4 +1,4 @@
-"""The skills gym: what was planted is there, can be solved, and cannot be had for nothing."""
+"""The skills gym: planted skills exist, tasks can be solved, and trivial answers score badly."""
 
 import hashlib
 import json
@@ -193,7 +193,7 @@ def _base(verb):
 
 
 def _entails(premise, hypothesis):
-    """What is claimed is said, or something else of its kind is said, or nothing of its kind."""
+    """Whether the premise states the claim, contradicts it, or says nothing about it."""
     kinds = {
         r"^\w+ was in (\w+)": r"\b[Ii]n (\w+)",
         r"^It was on (\w+)": r"\b[Oo]n (\w+)",

@@ -1,4 +1,5 @@
-"""Gradients in slots: AdamW as it is, and lazy, where experts not in use stay as they are."""
+"""Gradients in slots, with plain AdamW and with lazy experts, where unused experts stay
+unchanged."""
 
 import functools
 
@@ -53,23 +54,23 @@ def two_steps(mesh, lazy):
 
 def changed(before, after):
     """For every side, [L, E]: which experts' parameters or moments differ."""
-    found = {}
+    actual = {}
     for a, b in zip(_backbones(before), _backbones(after), strict=True):
         for side in ("encoder", "decoder"):
             for x, y in zip(*(jax.tree.leaves(t[side]["layers"]["routed"]) for t in (a, b)),
                             strict=True):  # fmt: skip
                 differs = np.any(x != y, axis=tuple(range(2, x.ndim)))
-                found[side] = found.get(side, False) | differs
-    return found
+                actual[side] = actual.get(side, False) | differs
+    return actual
 
 
 def _backbones(state):
     """That of the parameters and of both moments."""
     is_params = lambda t: isinstance(t, dict) and isinstance(t.get("backbone"), dict)  # noqa: E731
     trees = jax.tree.leaves((state.params, state.opt_state), is_leaf=is_params)
-    found = [t["backbone"] for t in trees if is_params(t) and jax.tree.leaves(t["backbone"])]
-    assert len(found) == 3
-    return found
+    actual = [t["backbone"] for t in trees if is_params(t) and jax.tree.leaves(t["backbone"])]
+    assert len(actual) == 3
+    return actual
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -86,7 +87,7 @@ def test_first_step_is_that_of_adamw(mesh):
 def test_experts_not_in_use_stay_exactly(mesh):
     _, first, second = two_steps(mesh, True)
     moved = changed(first, second)
-    # AdamW moves also what the first batch has given momentum.
+    # AdamW also moves experts that got momentum from the first batch.
     zero, first, second = two_steps("1 device", False)
     started, all_moved = changed(zero, first), changed(first, second)
     for side in moved:
@@ -110,7 +111,7 @@ def test_slots():
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_two_groups_of_four_experts_are_trained_as_ever(mesh, monkeypatch):
-    """Fewer slots than experts, not lazy: as with a gradient of all experts."""
+    """Fewer slots than experts, not lazy: equal to a gradient of all experts."""
     states = two_steps(mesh, False)
     monkeypatch.setattr(step_module, "slot_count", lambda model, groups: E)  # never in slots
     plain = two_steps.__wrapped__("1 device", False)

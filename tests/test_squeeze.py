@@ -83,7 +83,7 @@ def logits(config: ModelConfig, params, weights, arrays) -> np.ndarray:
 
 @pytest.mark.parametrize("architecture", ["bart", "t5", "t5_1_0", "mt5"])
 def test_a_tasks_plain_model_is_the_mixture(architecture, tmp_path):
-    """Read back by `from_hf`, and, where it is installed, by `transformers`."""
+    """Read back by `from_hf` and, if installed, by `transformers`."""
     run = routed_run(tmp_path / "run", architecture, "argmax")
     config = run.model.config
     arrays = batch(config.vocabulary_size)
@@ -123,7 +123,7 @@ def _check_transformers(path, run, route_NxE, arrays, wanted, real) -> None:
 
 
 def generate(run, route_NxE, arrays, length) -> np.ndarray:
-    """Greedy decoding of the mixture without a cache: the whole target again at every step."""
+    """Greedy decoding of the mixture without a cache: the whole target is read at every step."""
     config = run.model.config
     start, eos, pad = (2, 2, 1) if config.architecture == "bart" else (0, 1, 0)
     rows = len(arrays["inputs"])
@@ -137,8 +137,8 @@ def generate(run, route_NxE, arrays, length) -> np.ndarray:
             "target_segments": np.ones((rows, length), np.int32),
             "target_positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
         }
-        found = apply({"params": run.params["backbone"]}, full, jnp.asarray(route_NxE))
-        best = np.asarray(found)[:, i].argmax(-1)
+        actual = apply({"params": run.params["backbone"]}, full, jnp.asarray(route_NxE))
+        best = np.asarray(actual)[:, i].argmax(-1)
         tokens[:, i + 1] = np.where(ended, pad, best)
         ended |= best == eos
     return tokens[:, 1:]
@@ -166,7 +166,7 @@ def test_soft_routes_are_refused_or_measured(tmp_path):
         for i in range(2):
             name = f"model.decoder.layers.{i}.fc2.weight"
             np.testing.assert_allclose(written[name], mean[i].T, atol=1e-6)
-        # The error that it says, measured again on the same tokens.
+        # The reported error, measured again on the same tokens.
         rng = np.random.default_rng(0)
         inputs, targets = rng.integers(0, config.vocabulary_size, (2, 8, 32), dtype=np.int32)
         targets[:, 0] = 2

@@ -1,4 +1,4 @@
-"""Gradients and steps: against a plain gradient of all experts, and on meshes of 8 devices."""
+"""Gradients and steps against a plain gradient of all experts, and on meshes of 8 devices."""
 
 import dataclasses
 import functools
@@ -142,21 +142,21 @@ def batch():
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_gradients_are_those_of_the_plain_mixture(name, batch):
     loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)
-    found, metrics = ours(name, batch)
+    actual, metrics = ours(name, batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert int(metrics["target_tokens"]) == (batch["target_segments"] > 0).sum()
-    assert_close(found, grads)
-    router_moves = float(jnp.max(jnp.abs(found["representations"]))) > 1e-4
+    assert_close(actual, grads)
+    router_moves = float(jnp.max(jnp.abs(actual["representations"]))) > 1e-4
     assert router_moves == (name != "average")
 
 
 def test_groups_of_one_task_use_one_expert_per_layer(batch):
     one_task = batch | {"task_id": np.full_like(batch["task_id"], 2)}
-    found, _ = ours("gumbel_softmax_st, 1", one_task)
+    actual, _ = ours("gumbel_softmax_st, 1", one_task)
     for side in ("encoder", "decoder"):
-        grad = found["backbone"][side]["layers"]["routed"]["feed_forward"]["in_kernel"]
+        grad = actual["backbone"][side]["layers"]["routed"]["feed_forward"]["in_kernel"]
         assert (np.abs(np.asarray(grad)).max((0, 2, 3, 4)) > 0).sum() == 1
-    moved_T = np.abs(np.asarray(found["representations"])).max(1) > 0
+    moved_T = np.abs(np.asarray(actual["representations"])).max(1) > 0
     assert moved_T.tolist() == [False, False, True]
 
 
@@ -165,18 +165,18 @@ def test_groups_of_one_task_use_one_expert_per_layer(batch):
 @pytest.mark.parametrize("name", ["gumbel_softmax_st, 1", "softmax"])
 def test_groups_at_once_changes_nothing(name, at_once, batch):
     loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)
-    found, metrics = ours(name, batch, at_once)
+    actual, metrics = ours(name, batch, at_once)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    assert_close(found, grads)
+    assert_close(actual, grads)
 
 
 @pytest.mark.parametrize("name", ["gumbel_softmax_st, 1", "top_k, 2"])
 def test_unrolled_layers_and_logits_in_chunks_change_nothing(name, batch, monkeypatch):
     monkeypatch.setattr(losses, "MOST_LOGITS", 24 * 5)
     loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)
-    found, metrics = ours(name, batch, unroll_layers=2)
+    actual, metrics = ours(name, batch, unroll_layers=2)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    assert_close(found, grads)
+    assert_close(actual, grads)
 
 
 def test_groups_at_once_must_divide(batch):
@@ -186,15 +186,17 @@ def test_groups_at_once_must_divide(batch):
 
 def test_frozen_parts_have_no_gradient(batch):
     _, grads = reference(tiny_model(**SELECTIONS["softmax"]), batch)
-    found, _ = ours("softmax", batch, frozen=("router", "representations"))
-    assert_close({"backbone": found["backbone"]}, {"backbone": grads["backbone"]})
-    assert all((x == 0).all() for x in jax.tree.leaves((found["router"], found["representations"])))
+    actual, _ = ours("softmax", batch, frozen=("router", "representations"))
+    assert_close({"backbone": actual["backbone"]}, {"backbone": grads["backbone"]})
+    assert all(
+        (x == 0).all() for x in jax.tree.leaves((actual["router"], actual["representations"]))
+    )
 
 
 def test_regularisation_is_exact_where_groups_gather(batch):
-    """The same terms come on top, though a group computes one expert per layer."""
+    """The terms are added in full, though a group computes only one expert per layer."""
     name, terms = "gumbel_softmax_st, 1", {"expert_distance": 0.01, "route_entropy": 0.3}
-    found, metrics = ours(name, batch, terms=tuple(terms.items()))
+    actual, metrics = ours(name, batch, terms=tuple(terms.items()))
     without, plain_metrics = ours(name, batch)
 
     def penalties(params):
@@ -214,7 +216,7 @@ def test_regularisation_is_exact_where_groups_gather(batch):
         return terms["expert_distance"] * distance + terms["route_entropy"] * entropy
 
     wanted = jax.tree.map(jnp.add, without, jax.jit(jax.grad(penalties))(PARAMS))
-    assert_close(found, wanted)
+    assert_close(actual, wanted)
     assert metrics["loss"] == plain_metrics["loss"]  # of the data alone
     assert {k for k in metrics if k.startswith("regularisation/")} == {
         f"regularisation/{term}" for term in terms

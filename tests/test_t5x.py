@@ -1,4 +1,4 @@
-"""T5X checkpoints in: the same model directory as from Hugging Face, refusals, memory."""
+"""Reading T5X checkpoints: the same model directory as from Hugging Face, refused files, memory."""
 
 import dataclasses
 import os
@@ -39,17 +39,17 @@ def stored() -> dict[str, np.ndarray]:
 
 
 def flat(tree, prefix: str = "") -> dict[str, np.ndarray]:
-    found = {}
+    actual = {}
     for key, value in tree.items():
         name = f"{prefix}/{key}"
-        found |= flat(value, name) if isinstance(value, dict) else {name: value}
-    return found
+        actual |= flat(value, name) if isinstance(value, dict) else {name: value}
+    return actual
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit for bit the same parameters, and the same model."""
     runs = [read_run(str(path), 0) for path in (one, other)]
-    # The stored T5 tells distances apart up to 12, which no shape says.
+    # The stored T5 distinguishes distances up to 12, which is not visible in shapes.
     configs = [dataclasses.replace(r.model.config, relative_max_distance=128) for r in runs]
     assert configs[0] == configs[1]
     params = [flat(run.params) for run in runs]
@@ -142,7 +142,8 @@ def with_pieces(path: Path, pieces: list[str]) -> Path:
 
 
 def test_sentinels_within_the_tokenizer(tmp_path):
-    """T5X's own files have them, at the end and the first of them last: same ids either way."""
+    """T5X's own files have sentinels at the end, in descending order. The ids are the same either
+    way."""
     source = write_t5x(tmp_path / "checkpoint_7", stored())
     sentinels = [f"▁<extra_id_{i}>" for i in reversed(range(100))]
     complete = with_pieces(tmp_path / "complete.model", sentinels)
@@ -202,7 +203,7 @@ def test_sizes_are_read_from_shapes(architecture, name):
 
 
 def fails(capsys, source, out, *flags) -> str:
-    """What the command says; checks that it is one line, and that nothing is left behind."""
+    """The command's error; checks that it is one line and that no files are left."""
     assert convert.main(["from-t5x", str(source), str(out), *map(str, flags)]) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
@@ -224,7 +225,7 @@ KEY = "encoder/layers_1/attention/key/kernel"
         (lambda a: a.update({NORM: np.ones((9,), np.float32)}), "shape [9], the others say [8]"),
         (
             lambda a: a.update({"encoder/relpos_bias/rel_embedding": np.ones(4, np.float32)}),
-            "has shape [4], it is no matrix",
+            "has shape [4], it is not a matrix",
         ),
         (
             lambda a: a.update({"decoder/decoder_norm/bias": np.ones(8, np.float32)}),
@@ -253,7 +254,7 @@ def test_damaged_files_are_named(tmp_path, capsys):
     file, zarr = source / "checkpoint", source / ("target." + KEY.replace("/", "."))
 
     def damaged(path: Path, content: bytes | None) -> str:
-        """What is said while `path` has other content, or is absent."""
+        """The error if `path` has other content or is absent."""
         before = path.read_bytes()
         path.unlink()
         if content is not None:
@@ -322,7 +323,7 @@ print(peak() - before, *sys.modules)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("layout", ["published", "inline"])
 def test_conversion_streams(layout, tmp_path):
-    """Of 100 MB, with twice as much of the optimizer: what it takes beside Python's libraries."""
+    """Memory for a model of 100 MB plus 200 MB of optimizer state, beside Python's libraries."""
     config = ModelConfig(
         architecture="t5", vocabulary_size=512, d_model=512, d_ff=1024, heads=8,
         encoder_layers=6, decoder_layers=4, tie_embeddings=False,

@@ -1,4 +1,4 @@
-"""The `moe_jax.tasks` command, on tasks of which most are broken in one way."""
+"""The `moe_jax.tasks` command, on tasks that are mostly broken in one way each."""
 
 import json
 import os
@@ -185,7 +185,7 @@ def test_show(run):
     ("name", "message"),
     [
         ("no model", r"no.model: no such file"),
-        ("not model", r"not.model is no SentencePiece model"),
+        ("not model", r"not.model is not a SentencePiece model"),
         ("unknown", "did you mean 't_good'"),
         ("zero", "--examples, --inputs_length and --targets_length must be at least 1"),
         ("no_eos", "train: inputs of example 0 has no EOS: add append_eos"),

@@ -1,4 +1,4 @@
-"""The TPU scripts, dry: what they would call."""
+"""The commands that the TPU scripts would call, by a dry run."""
 
 import os
 import shlex

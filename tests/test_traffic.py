@@ -1,4 +1,4 @@
-"""What `plan` reads from compiled programs, against counts by hand and the compiler's."""
+"""The figures that `plan` reads from compiled programs, against hand counts and the compiler's."""
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,8 @@ ENTRY main {
 
 
 def summary(text, devices):
-    found = collectives(Program(text), devices)
-    return {kind: (c.count, c.bytes, c.largest_bytes, c.wire_bytes) for kind, c in found.items()}
+    actual = collectives(Program(text), devices)
+    return {kind: (c.count, c.bytes, c.largest_bytes, c.wire_bytes) for kind, c in actual.items()}
 
 
 def test_collectives_of_a_tpu_program():
@@ -174,8 +174,8 @@ def test_collectives_of_a_compiled_program():
     function = jax.shard_map(
         local, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"), check_vma=False
     )
-    found = summary(compiled(function, (64,), (16, 4)).as_text(), 8)
-    assert found == {
+    actual = summary(compiled(function, (64,), (16, 4)).as_text(), 8)
+    assert actual == {
         "all-gather": (1, 256, 256, 256 * 7 / 8),
         "all-reduce": (3, 3 * 256, 256, 3 * 2 * 256 * 7 / 8),
         "reduce-scatter": (1, 256, 256, 256 * 7 / 8),
@@ -196,9 +196,9 @@ def test_bytes_accessed_of_a_loop_are_those_of_its_slices():
 
     program = compiled(function, (1, 256), (10, 256, 256))
     matrices = 10 * 256 * 256 * 4
-    found = bytes_accessed(Program(program.as_text()))
+    actual = bytes_accessed(Program(program.as_text()))
     # A slice may be copied before it is multiplied with: read, written, read.
-    assert matrices <= found <= 3.2 * matrices
+    assert matrices <= actual <= 3.2 * matrices
     # The compiler counts the loop's body once.
     assert program.cost_analysis()["bytes accessed"] < matrices
 

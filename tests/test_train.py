@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from toy_run import bindings, finish, flags_of, metrics, start
 
-# Everything that draws random numbers is on: noise, exploration, dropout, data order.
+# All sources of randomness are on: noise, exploration, dropout, data order.
 SETTINGS = {
     "TRAIN_STEPS": 48,
     "EVAL_PERIOD": 16,

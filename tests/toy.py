@@ -25,5 +25,5 @@ def toy_cache() -> Path:
 
 
 def toy_mixtures(cache_dir: Path | None = None) -> tuple[PreparedMixture, PreparedMixture]:
-    """`toy_train` and `toy_unseen`; from `cache_dir` where another process has prepared them."""
+    """`toy_train` and `toy_unseen`; from `cache_dir` if another process has prepared them."""
     return tuple(ensure_prepared(cache_dir or toy_cache(), NAMES, TASKS, VOCABULARY).values())

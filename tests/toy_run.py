@@ -52,9 +52,10 @@ def tiny_params(model: TaskMoE, seed: int = 0):
 
 
 def random_backbone(model: TaskMoE, seed: int = 0):
-    """Parameters far from their initial values, without compiling; answers decoded differ.
+    """Parameters far from their initial values, made without compiling, so that decoded answers
+    differ.
 
-    The end of sequence has a long embedding: it is often the likeliest token, or the least.
+    The end of sequence has a long embedding, so it is often the most or the least likely token.
     """
     rng = np.random.default_rng(seed)
 
@@ -177,7 +178,7 @@ def start(
     """Starts `python -m moe_jax.PROGRAM`; with `code`, `python -c CODE`, which must run it.
 
     Args:
-        path: directory where modules are looked up besides.
+        path: a further directory in which modules are looked up.
     """
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     more = {"PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}"} if path else {}

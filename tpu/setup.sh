@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a TPU host: installs the checkout around this file; mounts the bucket named, if any.
+# Runs on a TPU host: installs this checkout and mounts BUCKET, if given.
 #   bash tpu/setup.sh [BUCKET]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,1 +1,1 @@
-"""What every room uses: errors, configurations, files, sharding."""
+"""Used by all other subpackages: errors, configurations, files, sharding."""

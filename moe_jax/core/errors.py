@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one clear line, no traceback."""
+"""Errors that a user can fix: one clear line, no traceback."""
 
 import difflib
 import sys
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input: a file, a name, a setting. Binaries print it as one line and exit with 1."""
+    """Bad input: a file, a name, a setting. Commands print it as one line and exit with 1."""
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """Returns a hint such as `; did you mean 'a' or 'b'?`, or '' when nothing is near."""
+    """Returns a hint such as `; did you mean 'a' or 'b'?`, or '' when no option is similar."""
     near = difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 

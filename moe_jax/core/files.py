@@ -19,7 +19,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Writes `data` to `path` atomically, making parent directories.
 
     Raises:
-        UserError: the file cannot be written (permissions, full disk); nothing is left behind.
+        UserError: the file cannot be written (permissions, full disk). Temporary files are removed.
     """
     path = Path(path)
     temporary = None
@@ -139,7 +139,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_new(path: str | os.PathLike) -> None:
-    """Raises a UserError where there is already something at `path`; an empty directory may be."""
+    """Raises a UserError if `path` exists, unless it is an empty directory."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists")
@@ -147,10 +147,10 @@ def check_new(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Context: a directory that takes its name `path` when the block ends without an error.
+    """Context manager: a temporary directory, renamed to `path` if the block ends without error.
 
     Raises:
-        UserError: it cannot be made, or there is something at `path`.
+        UserError: the directory cannot be made, or `path` exists.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says where each logical axis lives."""
+"""The device mesh, and the table that maps logical axes to mesh axes."""
 
 import dataclasses
 import math
@@ -14,15 +14,15 @@ from moe_jax.core.configuration import Configuration, Range
 from moe_jax.core.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "model")
-# Groups, the leading axis of a batch, are spread over these.
+# Groups, the leading axis of a batch, are sharded over these.
 GROUP_AXES = ("data", "fsdp", "expert")
-# Parameters are cut into as many parts as these have devices together. A layer's weights travel
-# over them when the layer is computed (`model.placement`).
+# Parameters are sharded over these axes together. When a layer is computed, its weights are sent
+# over them (`model.placement`).
 SHARD_AXES = ("fsdp", "expert")
 
-# logical axis -> mesh axes. A name missing here is an error: JAX would silently replicate it.
-# The axis of experts is never cut: every device holds its part of every expert, so that what a
-# layer fetches is one expert's size, however many experts there are.
+# logical axis -> mesh axes. A name missing here is an error, because JAX would silently replicate
+# it. The axis of experts is never sharded: every device holds a part of every expert, so a layer
+# fetches the bytes of one expert, however many experts there are.
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "direction": None,
     "embed": SHARD_AXES,
@@ -51,10 +51,11 @@ class MeshConfig(Configuration):
     """Sizes of the mesh axes.
 
     Attributes:
-        data: replicas of the parameters; 0 takes all the devices that the others leave.
-        fsdp: parts that parameters, gradients and moments are cut into.
-        expert: multiplies `fsdp`.
-        model: parts that heads, hidden units and the vocabulary are cut into, in computing too.
+        data: replicas of the parameters; 0 uses all devices that the other axes leave.
+        fsdp: number of shards of parameters, gradients and moments.
+        expert: multiplies the number of shards of `fsdp`.
+        model: number of shards of heads, hidden units and the vocabulary, also while computing
+            (tensor parallelism).
     """
 
     data: Annotated[int, Range(0, 2**20)] = 0
@@ -82,13 +83,13 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 
 def size_of(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
-    """The number of devices along some axes together."""
+    """The product of the sizes of some mesh axes."""
     axes = (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[a] for a in axes)
 
 
 def group_shards(mesh: Mesh) -> int:
-    """How many parts the groups of a batch are spread over."""
+    """The number of shards of the groups of a batch."""
     return size_of(mesh, GROUP_AXES)
 
 
@@ -98,19 +99,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_group(mesh: Mesh) -> NamedSharding:
-    """Leading axis over the axes that groups are spread over."""
+    """Sharding of an array whose leading axis is groups."""
     return NamedSharding(mesh, P(GROUP_AXES))
 
 
 def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that every process holds, as one array over all devices."""
+    """A global array made from a host array that every process holds."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """NamedSharding of every array, from the logical axes in its box; without a box: replicated.
+    """NamedSharding of every array, from the logical axes in its box; replicated without a box.
 
-    An axis that its mesh axes do not divide is replicated.
+    An axis whose size its mesh axes do not divide is replicated.
 
     Raises:
         ValueError: a logical axis is missing from `LOGICAL_AXES`.
@@ -119,7 +120,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     def sharding(leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return replicated(mesh)
-        if not hasattr(leaf.value, "shape"):  # what optax leaves where a frozen part has no state
+        if not hasattr(leaf.value, "shape"):  # optax's placeholder for a frozen part without state
             return leaf.value
         axes = []
         for size, name in zip(leaf.value.shape, leaf.names, strict=True):

@@ -1,7 +1,7 @@
 """Tokens that were added to a Hugging Face tokenizer after it was trained.
 
-Newer files name them, with their ids, as `added_tokens_decoder` in `tokenizer_config.json`; older
-ones in `added_tokens.json`, and say in `special_tokens_map.json` which of them are special.
+Newer files list them, with their ids, as `added_tokens_decoder` in `tokenizer_config.json`. Older
+ones list them in `added_tokens.json`, and the special ones in `special_tokens_map.json`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 class _Added(NamedTuple):
-    """A token, its id as a file says it, and that file; the id None: whatever comes next."""
+    """A token, its id in a file, and that file. An id of None means the next free id."""
 
     token: AddedToken
     index: Any
@@ -43,8 +43,8 @@ def add(tokenizer: Tokenizer, directory: Path) -> None:
     """Adds a directory's tokens to a tokenizer that was made from the rest of its files.
 
     Raises:
-        UserError: a token's id is not the one that follows, so that `transformers` would give it
-            another one too; or a special token has another name than BART's and T5's.
+        UserError: a token's id is not the next free one, so `transformers` would assign another id;
+            or a special token has another name than in BART and T5.
     """
     for file in (SETTINGS, SPECIAL_TOKENS):
         for key, value in _read(directory / file).items():
@@ -55,42 +55,42 @@ def add(tokenizer: Tokenizer, directory: Path) -> None:
                 )
     for token, index, file in _added(directory):
         tokenizer.add_tokens([token])
-        found = tokenizer.token_to_id(token.content)
-        if index is not None and index != found:
+        existing = tokenizer.token_to_id(token.content)
+        if index is not None and index != existing:
             raise UserError(
                 f"{file}: {token.content!r} has id {index!r}, but the one that comes next in the"
-                f" vocabulary, or that it has already, is {found}"
+                f" vocabulary, or that it has already, is {existing}"
             )
 
 
 def check(tokenizer: Tokenizer, directory: Path, name: str) -> None:
-    """Compares a directory's tokens with those of its complete tokenizer.
+    """Checks that a complete tokenizer has a directory's added tokens.
 
     Args:
-        name: of the tokenizer's file.
+        name: name of the tokenizer's file.
 
     Raises:
-        UserError: it lacks one, or gives it another id.
+        UserError: the tokenizer lacks a token, or gives it another id.
     """
     for token, index, file in _added(directory):
-        found = tokenizer.token_to_id(token.content)
-        if found is None or index not in (None, found):
-            has = f"no {token.content!r}" if found is None else f"{token.content!r} as {found}"
+        own = tokenizer.token_to_id(token.content)
+        if own is None or index not in (None, own):
+            has = f"no {token.content!r}" if own is None else f"{token.content!r} as {own}"
             raise UserError(f"{file}: {name} has {has}; save the tokenizer again with transformers")
 
 
 def _added(directory: Path) -> Iterator[_Added]:
-    """What was added, in the order of the ids; then the special tokens that have none."""
+    """The added tokens in the order of their ids, then special tokens without an id."""
     settings, special = _read(directory / SETTINGS), _read(directory / SPECIAL_TOKENS)
     if _DECODER in settings:
         special = {}  # as transformers does
-        found = [
+        tokens = [
             _Added(_token(value), int(index), directory / SETTINGS)
             for index, value in settings[_DECODER].items()
         ]
     else:
         extra = {_text(value) for value in (*_extra(settings), *_extra(special))}
-        found = [
+        tokens = [
             _Added(
                 AddedToken(text, normalized=text not in extra, special=text in extra),
                 index,
@@ -98,7 +98,7 @@ def _added(directory: Path) -> Iterator[_Added]:
             )
             for text, index in _read(directory / ADDED_TOKENS).items()
         ]
-    yield from sorted(found, key=lambda added: (str(type(added.index)), added.index))
+    yield from sorted(tokens, key=lambda added: (str(type(added.index)), added.index))
     for file, content in ((SETTINGS, settings), (SPECIAL_TOKENS, special)):
         for value in _extra(content):
             yield _Added(_token(value, special=True), None, directory / file)

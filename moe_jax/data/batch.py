@@ -1,4 +1,4 @@
-"""The batch: what the pipeline makes and the model takes."""
+"""The batch: the pipeline's output and the model's input."""
 
 from typing import Any, TypedDict
 
@@ -9,17 +9,17 @@ Array = jax.Array | np.ndarray
 
 
 class Batch(TypedDict, total=False):
-    """Packed rows. Every array is int32, [G, R, L] in a batch of groups, [R, L] in one group.
+    """Packed rows. Every array is int32: [G, R, L] in a batch of groups, [R, L] in one group.
 
-    All examples of a group are of one task. Within a row, examples are numbered from 1
+    All examples of a group belong to one task. Within a row, examples are numbered from 1
     (`segments`); padding has segment 0.
 
     Attributes:
         inputs, input_segments, input_positions: [..., L_in]; positions count from 0 in each
             example.
-        decoder_inputs: [..., L_out], `targets` shifted by one, the start token first.
+        decoder_inputs: [..., L_out], `targets` shifted right by one, with the start token in front.
         targets, target_segments, target_positions: [..., L_out].
-        task_id: [G], the row of the task table; in a batch of groups only.
+        task_id: [G], row of the task table; only in a batch of groups.
     """
 
     inputs: Array
@@ -37,5 +37,5 @@ TARGETS = ("decoder_inputs", "targets", "target_segments", "target_positions")
 
 
 def of_rows(batch: Any) -> Any:
-    """The arrays of a batch that have rows: all but `task_id`."""
+    """The arrays of a batch that have a row axis: all except `task_id`."""
     return {name: array for name, array in batch.items() if name != "task_id"}

@@ -1,4 +1,4 @@
-"""The prepared cache: what `prepare` wrote, read without TensorFlow or SeqIO.
+"""Reads the cache that `prepare` wrote, without TensorFlow or SeqIO.
 
     CACHE/vocabularies/<id>/vocabulary.json, sentencepiece.model
     CACHE/tasks/<task>/<id>/spec.json, <split>-00000-of-0000N.array_record, <split>.lengths.npy
@@ -35,13 +35,13 @@ SPEC = "spec.json"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be prepared, as a key: everything that a user chooses.
+    """What to prepare: every choice of the user. Serves as the key of the cache.
 
     Attributes:
         names: mixtures or tasks.
         task_modules: dotted names or .py files that register them.
         vocabulary: how they are tokenised.
-        splits: only these; None for all that a task has.
+        splits: the splits to prepare; None for all splits of a task.
         environment: variables to set before the modules are imported.
     """
 
@@ -60,7 +60,7 @@ class Request:
         splits: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> "Request":
-        """Normalises: paths absolute, and the mixture that trains the vocabulary written out."""
+        """Makes a request with absolute paths and the vocabulary's training mixture filled in."""
         names = (names,) if isinstance(names, str) else tuple(names)
         modules = (task_modules,) if isinstance(task_modules, str) else task_modules
         if vocabulary.path:
@@ -83,21 +83,21 @@ class Request:
         return cls.make(**{**value, "vocabulary": VocabularyConfig(**value["vocabulary"])})
 
     def path(self, cache_dir: str | os.PathLike, name: str) -> Path:
-        """File of the prepared mixture `name`, one of `names`."""
+        """File of the prepared mixture `name`, which is one of `names`."""
         key = digest({**self.to_json(), "names": name, "format": FORMAT})
         return Path(cache_dir) / "mixtures" / f"{name}-{key}.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One example as prepared, whatever lengths are used later.
+    """One prepared example, not truncated.
 
     Attributes:
         inputs: int32 [n] token ids, EOS last where the task adds one.
         targets: int32 [m] token ids, EOS last.
         inputs_text: text of the inputs.
-        references: the post-processed target, that is what the task's metrics take as target:
-            usually the list of valid outputs.
+        references: the post-processed target, as the task's metrics expect it: usually the list of
+            valid outputs.
     """
 
     inputs: np.ndarray
@@ -122,7 +122,7 @@ class Example:
 
 
 class Records(Sequence[Example]):
-    """A split's examples, random access. Reading a damaged shard raises UserError naming it."""
+    """Random access to a split's examples. A damaged shard raises a UserError that names it."""
 
     def __init__(self, paths: Sequence[Path]):
         self._paths = [str(path) for path in paths]
@@ -140,14 +140,15 @@ class Records(Sequence[Example]):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """Examples at `indices`."""
         with self._named_errors():
-            # One by one: the source's own `__getitems__` starts threads, at ten times the cost.
+            # One by one, because the source's own `__getitems__` starts threads and takes ten times
+            # as long.
             return [Example.from_bytes(self._source[int(i)]) for i in indices]
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # ArrayRecord, msgpack and absl raise many kinds
+        except Exception as e:  # ArrayRecord, msgpack and absl raise many types
             names = ", ".join(self._paths)
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise UserError(
@@ -158,7 +159,7 @@ class Records(Sequence[Example]):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split: number of examples, hash of the records, (file name, bytes) of each shard."""
+    """A split: number of examples, hash of the records, (file name, bytes) of each shard."""
 
     examples: int
     fingerprint: str
@@ -172,7 +173,7 @@ class PreparedTask:
     Attributes:
         name: as registered with SeqIO.
         category, subcategory: from the task module's ONTOLOGY; '' without one.
-        directory: of its shards.
+        directory: directory of its shards.
         rate: SeqIO's mixing rate, resolved to a number.
         splits: by name.
         metrics: 'module:function' of each metric function.
@@ -235,14 +236,14 @@ class PreparedTask:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedMixture:
-    """A mixture (or a single task as one) in the cache.
+    """A mixture, or a single task treated as one, in the cache.
 
     Attributes:
         name: as registered.
         tasks: sorted by name; this order is the default task table.
         ontology: {category: {subcategory: [task names]}} of these tasks, in the module's order.
-        vocabulary_dir: directory of the vocabulary that all its tasks share.
-        fingerprint: hash of the content: records of all splits, rates, vocabulary.
+        vocabulary_dir: directory of the vocabulary, which all its tasks share.
+        fingerprint: hash of all splits' records, the rates and the vocabulary.
     """
 
     name: str
@@ -263,7 +264,7 @@ class PreparedMixture:
         """The task called `name`.
 
         Raises:
-            UserError: it is not in the mixture; the message gives the nearest names.
+            UserError: the mixture has no such task; the message gives the nearest names.
         """
         for task in self.tasks:
             if task.name == name:

@@ -1,9 +1,9 @@
 """Writes the cache: SeqIO tasks to ArrayRecord shards. Imports TensorFlow.
 
-    python -m moe_jax.data.materialise JOB.json       what `moe_jax.prepare.ensure_prepared` starts
+    python -m moe_jax.data.materialise JOB.json       started by `ensure_prepared`
 
-Everything is written under a temporary name and renamed, a task at a time, so that a killed run
-leaves whole tasks or nothing, and the next goes on from there.
+Each task is written under a temporary name, then renamed. A killed run leaves only complete tasks,
+and the next run writes the missing ones.
 """
 
 import functools
@@ -28,7 +28,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.data import cache, registry, staleness, vocabulary
 from moe_jax.data.cache import Example, Request
 from moe_jax.data.modules import source_files
-from moe_jax.data.registry import seqio  # through it, so that importing TensorFlow is quiet
+from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
 from moe_jax.data.seqio_tokenizers import SeqioTokenizers
 
 SHARD_BYTES = 1 << 27
@@ -49,7 +49,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     sources = _Sources(registry.load_task_modules(request.task_modules))
     mixtures = {name: registry.find_tasks(name, sources.modules) for name in request.names}
-    tasks = {task.name: task for found in mixtures.values() for task in found}
+    tasks = {task.name: task for members in mixtures.values() for task in members}
     vocabulary_id, tokeniser = _prepare_vocabulary(cache_dir, request, sources, tasks)
 
     splits = {name: _chosen(task, request.splits) for name, task in tasks.items()}
@@ -72,8 +72,8 @@ def materialise(cache_dir: Path, request: Request) -> None:
                 files.write_json(directory / cache.SPEC, spec)
                 checksums.seal(directory)
             examples += sum(split["examples"] for split in spec["splits"].values())
-    for name, found in mixtures.items():
-        used = {task.name: directories[task.name] for task in found}
+    for name, members in mixtures.items():
+        used = {task.name: directories[task.name] for task in members}
         mixture = _mixture(cache_dir, name, used, sources)
         behind = [name, *filter(None, [request.vocabulary.trained_on])]
         inputs = [*sources.files(behind), *request.vocabulary.files()]
@@ -108,7 +108,7 @@ def _chosen(task: seqio.Task, wanted: Sequence[str] | None) -> list[str]:
 
 
 class _Sources:
-    """What the tasks come from: modules, files, environment."""
+    """The sources of the tasks: modules, files, environment variables."""
 
     def __init__(self, modules: Sequence[ModuleType]):
         self.modules = modules
@@ -123,7 +123,7 @@ class _Sources:
                     self.categories |= dict.fromkeys(names, (category, subcategory))
 
     def environment(self, names: Sequence[str]) -> dict[str, str | None]:
-        """Variables that the modules behind `names` read, with their values."""
+        """Environment variables that the modules of `names` read, with their values."""
         modules = [module for name in names for module in registry.owners(name, self.modules)]
         variables = {name for m in modules for name in getattr(m, "ENVIRONMENT", ())}
         return {name: os.environ.get(name) for name in sorted(variables)}
@@ -144,7 +144,7 @@ class _Sources:
         return sorted(path for path in found if staleness.exists(path))
 
     def digest(self, task: seqio.Task) -> str:
-        """Hash of the code and data behind one task."""
+        """Hash of the code and data of one task."""
         paths = self.files([task.name])
         contents = [(os.path.basename(path.rstrip("/")), self._content(path)) for path in paths]
         return cache.digest([cache.FORMAT, self.environment([task.name]), contents])
@@ -225,12 +225,12 @@ class _SplitWriter:
         if self._writer is not None:
             self._writer.close()
         self._shards.append(self.directory / f"{self.split}-{len(self._shards):05d}")
-        # One record per chunk: reads are random, and text this short hardly compresses alone.
+        # One record per chunk, because reads are random. Such short text hardly compresses anyway.
         self._writer = ArrayRecordWriter(str(self._shards[-1]), "group_size:1,uncompressed")
         self._room = SHARD_BYTES
 
     def close(self) -> dict[str, Any]:
-        """Gives the shards their final names; returns the split's part of the spec."""
+        """Gives the shards their final names; returns the split's entry in the spec."""
         self._writer.close()
         shards = []
         for path in self._shards:
@@ -251,7 +251,7 @@ class _SplitWriter:
 def _mixture(
     cache_dir: Path, name: str, directories: Mapping[str, str], sources: _Sources
 ) -> dict[str, Any]:
-    """The mixture's file, but for what it depends on."""
+    """The content of the mixture's file, without its sources."""
     counts = {}
     for task, directory in directories.items():
         splits = files.read_json(cache_dir / directory / cache.SPEC)["splits"]
@@ -275,7 +275,7 @@ def _mixture(
 def _prepare_vocabulary(
     cache_dir: Path, request: Request, sources: _Sources, tasks: Mapping[str, seqio.Task]
 ) -> tuple[str, seqio.Vocabulary | None]:
-    """Returns the id of the vocabulary's directory, and the vocabulary; None keeps the tasks'."""
+    """Returns the vocabulary's directory name and the vocabulary; None if tasks keep their own."""
     config = request.vocabulary
     parent = cache_dir / "vocabularies"
     if config.kind == "sentencepiece" and not config.path:
@@ -293,31 +293,31 @@ def _prepare_vocabulary(
     settings = {}
     match config.kind:
         case "bytes":
-            found = seqio.ByteVocabulary(config.extra_ids)
+            seqio_vocabulary = seqio.ByteVocabulary(config.extra_ids)
         case "sentencepiece":
-            vocabulary.read_sentencepiece(config.path)  # one clear error for a bad model
-            found = seqio.SentencePieceVocabulary(config.path, config.extra_ids)
+            vocabulary.read_sentencepiece(config.path)  # fails early, with one clear error
+            seqio_vocabulary = seqio.SentencePieceVocabulary(config.path, config.extra_ids)
         case "tokenizers":
-            found = SeqioTokenizers(vocabulary.read_tokenizers(config.path))
+            seqio_vocabulary = SeqioTokenizers(vocabulary.read_tokenizers(config.path))
         case "seqio":
             settings = {"factory": config.factory}
-            found = registry.load_vocabulary(settings)
+            seqio_vocabulary = registry.load_vocabulary(settings)
         case "task":
             first = next(iter(tasks.values()))
             settings = {"task": first.name, "task_modules": request.task_modules}
-            found = registry.own_vocabulary(first)
+            seqio_vocabulary = registry.own_vocabulary(first)
             for task in tasks.values():
-                if registry.own_vocabulary(task) != found:
+                if registry.own_vocabulary(task) != seqio_vocabulary:
                     raise UserError(
                         f"tasks {first.name!r} and {task.name!r} bring different vocabularies; use"
                         " another VocabularyConfig.kind than 'task'"
                     )
     with tempfile.TemporaryDirectory() as directory:
-        _save_vocabulary(Path(directory) / "new", found, settings)
+        _save_vocabulary(Path(directory) / "new", seqio_vocabulary, settings)
         name = files.read_json(Path(directory) / "new" / vocabulary.FILE)["fingerprint"]
     if not _is_whole(parent / name):
-        _save_vocabulary(parent / name, found, settings)
-    return name, None if config.kind == "task" else found
+        _save_vocabulary(parent / name, seqio_vocabulary, settings)
+    return name, None if config.kind == "task" else seqio_vocabulary
 
 
 def _texts(tasks: Sequence[seqio.Task]) -> list[str]:
@@ -333,32 +333,32 @@ def _texts(tasks: Sequence[seqio.Task]) -> list[str]:
 
 
 def _sentencepiece(model: bytes, extra_ids: int) -> seqio.SentencePieceVocabulary:
-    """`model` as a SeqIO vocabulary, read before the temporary file goes."""
+    """`model` as a SeqIO vocabulary, read before the temporary file is deleted."""
     with tempfile.NamedTemporaryFile(suffix=".model") as file:
         file.write(model)
         file.flush()
-        found = seqio.SentencePieceVocabulary(file.name, extra_ids)
-        found.load_model()
-    return found
+        seqio_vocabulary = seqio.SentencePieceVocabulary(file.name, extra_ids)
+        seqio_vocabulary.load_model()
+    return seqio_vocabulary
 
 
 def _save_vocabulary(
-    path: Path, found: seqio.Vocabulary, settings: Mapping[str, Any] | None = None
+    path: Path, seqio_vocabulary: seqio.Vocabulary, settings: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a vocabulary's directory.
 
-    Bytes, SentencePiece and tokenizers are stored as such, whoever made them, so that no reader
-    needs TensorFlow; sentinels become part of the model. For the rest `settings` say how to get
-    them.
+    Byte, SentencePiece and Hugging Face vocabularies are stored as data, so that reading them needs
+    no TensorFlow. Sentinels become part of the model. Other vocabularies are stored as `settings`,
+    from which they are made again.
     """
     contents = {}
-    if type(found) is seqio.ByteVocabulary:
-        settings = {"kind": "bytes", "extra_ids": found.extra_ids}
-    elif type(found) is seqio.SentencePieceVocabulary:
+    if type(seqio_vocabulary) is seqio.ByteVocabulary:
+        settings = {"kind": "bytes", "extra_ids": seqio_vocabulary.extra_ids}
+    elif type(seqio_vocabulary) is seqio.SentencePieceVocabulary:
         settings = {"kind": "sentencepiece"}
-        contents = {vocabulary.MODEL: found.sp_model}
-    elif type(found) is SeqioTokenizers:
-        settings, contents = found.own.settings, found.own.contents
+        contents = {vocabulary.MODEL: seqio_vocabulary.sp_model}
+    elif type(seqio_vocabulary) is SeqioTokenizers:
+        settings, contents = seqio_vocabulary.own.settings, seqio_vocabulary.own.contents
     else:
         settings = {"kind": "seqio", **settings}
     with files.new_directory(path) as directory:

@@ -1,4 +1,4 @@
-"""User modules: imported by dotted name or by file, objects found by name, source files."""
+"""User modules: importing them by name or file, looking up objects, listing source files."""
 
 import ast
 import contextlib
@@ -20,18 +20,18 @@ import gin
 import moe_jax
 from moe_jax.core.errors import UserError
 
-# Also those of the user and of the system, which sysconfig leaves out within an environment.
+# Includes the user's and the system's, which sysconfig leaves out in a virtual environment.
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
-# The package of `tasks/`, at the top of the repository.
+# The package `tasks/` at the top of the repository.
 BUILTIN_TASKS = "moe_jax.builtin_tasks"
 DEFAULT_TASK_MODULES = (f"{BUILTIN_TASKS}.skills_gym", f"{BUILTIN_TASKS}.crossfit")
 
 
 def full_name(name: str) -> str:
-    """The name of a module; a built-in task module may also be called `tasks.NAME`.
+    """The full name of a module. `tasks.NAME` means the built-in task module NAME.
 
-    That was its name when `tasks` was a package of its own, and it means the built-in module even
-    where the working directory has a `tasks` too.
+    That was its name in earlier versions. A module or package `tasks` in the working directory does
+    not change this.
     """
     package, _, module = name.rpartition(".")
     builtin = f"{BUILTIN_TASKS}.{module}"
@@ -39,14 +39,14 @@ def full_name(name: str) -> str:
 
 
 def load_module(name: str) -> ModuleType:
-    """Imports 'package.module', or the file at 'path/to/file.py'. The working directory counts.
+    """Imports 'package.module' (also from the working directory) or the file 'path/to/file.py'.
 
     Raises:
         UserError: there is no such module, or importing it fails.
     """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    with gin.unlock_config():  # the module may define configurables, after a run's gin is parsed
+    with gin.unlock_config():  # the module may define configurables after gin was parsed
         return _load_file(name) if name.endswith(".py") else _load_package(name)
 
 
@@ -59,7 +59,7 @@ def _load_package(name: str) -> ModuleType:
 
 def _load_file(name: str) -> ModuleType:
     path = os.path.abspath(name)
-    # Not the file's own name, which may be another module's.
+    # Not the file's own name, which another module may have.
     alias = "_file_" + hashlib.sha256(path.encode()).hexdigest()[:16]
     if alias not in sys.modules:
         if not os.path.isfile(path):
@@ -79,7 +79,7 @@ def _load_file(name: str) -> ModuleType:
 
 
 def resolve(reference: str) -> Any:
-    """Finds the object named 'package.module:qualified.name' or 'file.py:qualified.name'.
+    """Returns the object named 'package.module:qualified.name' or 'file.py:qualified.name'.
 
     Raises:
         UserError: the module cannot be imported or lacks the name.
@@ -93,7 +93,7 @@ def resolve(reference: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what C++ libraries write to standard error, and shows it only after an error."""
+    """Holds back what C++ libraries write to standard error; shows it only if there is an error."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as log:
@@ -111,21 +111,21 @@ def quiet() -> Iterator[None]:
 
 
 def source_files(module: ModuleType) -> list[str]:
-    """Files of `module` and of the user's own modules that it imports, directly or not, sorted.
+    """Files of `module` and of the user's modules that it imports, directly or indirectly, sorted.
 
     Installed packages and moe_jax itself are left out, except its built-in tasks. Imports are read
-    from the source, so that the answer does not depend on what else the process has imported.
+    from the source, so the result does not depend on other imports of the process.
     """
-    found: dict[str, None] = {}
+    sources: dict[str, None] = {}
     waiting = [module]
     while waiting:
         module = waiting.pop()
         path = getattr(module, "__file__", None)
-        if path is None or path in found or not _is_task_code(path):
+        if path is None or path in sources or not _is_task_code(path):
             continue
-        found[path] = None
+        sources[path] = None
         waiting += (sys.modules[name] for name in _imports(module) if name in sys.modules)
-    return sorted(map(os.path.abspath, found))
+    return sorted(map(os.path.abspath, sources))
 
 
 def _is_task_code(path: str) -> bool:
@@ -139,7 +139,7 @@ def _is_task_code(path: str) -> bool:
 
 
 def _imports(module: ModuleType) -> Iterator[str]:
-    """Names that may be modules among what `module`'s source imports."""
+    """Imported names in `module`'s source that may be modules."""
     for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

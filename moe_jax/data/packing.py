@@ -1,7 +1,8 @@
 """Packing examples of one task into rows, and rows into arrays. NumPy only.
 
-A row holds several examples of one task, inputs in an L_in row and targets in the L_out row beside
-it; a segment number (1, 2, ...; 0 is padding) says which token is whose, and positions restart.
+A row holds several examples of one task: their inputs in an array row of length L_in, their targets
+in one of length L_out. The segment number (1, 2, ...; 0 is padding) gives each token's example.
+Positions restart in every example.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which examples share a row, for one pass over a task.
+    """Which examples share a row, for one epoch of a task.
 
     Attributes:
-        examples: int64 [N] every example once, in the order of the rows.
-        offsets: int64 [rows + 1] row r holds examples[offsets[r]:offsets[r + 1]].
-        classes: int64 [N] by example: those of one class may change places.
+        examples: int64 [N], every example once, in the order of the rows.
+        offsets: int64 [rows + 1]; row r holds examples[offsets[r]:offsets[r + 1]].
+        classes: int64 [N], the class of each example. Examples of one class can be exchanged.
     """
 
     examples: np.ndarray
@@ -36,14 +37,14 @@ class Plan:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """int64 [n] the examples of a row."""
+        """int64 [n], the examples of a row."""
         return self.examples[self.offsets[row] : self.offsets[row + 1]]
 
     def shuffled(self, rng: np.random.Generator) -> tuple["Plan", np.ndarray]:
-        """The plan with examples of equal lengths dealt anew, and a random order of its rows.
+        """The plan with examples of equal lengths exchanged at random and its rows in random order.
 
-        The number of rows stays the same, so that the n-th row of a task in any epoch is found
-        without planning the epochs before.
+        The number of rows stays the same, so that the n-th row of a task in any epoch is known
+        without planning the epochs before it.
         """
         before = np.argsort(self.classes, kind="stable")
         after = np.lexsort((rng.random(len(before)), self.classes))
@@ -59,15 +60,16 @@ def one_per_row(examples: int) -> Plan:
 
 
 def pack(lengths_Nx2: np.ndarray, limits: tuple[int, int], window: int = 8192) -> Plan:
-    """Puts every example into exactly one row, inputs and targets packed together.
+    """Assigns every example to exactly one row, inputs and targets together.
 
-    Best-fit decreasing on the sum of both sizes as shares of a row, each weighted by how much of it
-    the task needs in all: what runs out first counts most. About 10 us an example.
+    Best-fit decreasing. The size of an example is the sum of its two lengths as shares of a row,
+    weighted by the task's total need on each side, so that the scarcer side counts more. Takes
+    about 10 us per example.
 
     Args:
-        lengths_Nx2: integers [N, 2], tokens of inputs and targets; longer ones count as truncated.
+        lengths_Nx2: integers [N, 2], tokens of inputs and targets; longer ones count as the limit.
         limits: (L_in, L_out), the row's lengths.
-        window: at most this many examples are packed together, for speed; each window is an even
+        window: at most this many examples are packed at a time, for speed; each window is an even
             sample of all lengths.
     """
     lengths_Nx2 = np.minimum(lengths_Nx2, limits).astype(np.int64)
@@ -88,9 +90,9 @@ def pack(lengths_Nx2: np.ndarray, limits: tuple[int, int], window: int = 8192) -
 def _best_fit(
     lengths_Nx2: np.ndarray, limits: tuple[int, int], weights_2: np.ndarray
 ) -> list[list[int]]:
-    """Each example, in order, into the open row that it leaves least weighted room in."""
-    # Room of the open rows, and the largest-remaining test that closes them: a row that the
-    # smallest example still to come does not fit into is dropped from the search.
+    """Puts each example, in order, into the open row that it fills best."""
+    # Only open rows are searched. A row is closed when not even the smallest remaining example
+    # fits.
     free_2xM = np.empty((2, len(lengths_Nx2)), np.int64)
     room_M = np.empty(len(lengths_Nx2))
     ids_M = np.empty(len(lengths_Nx2), np.int64)
@@ -126,18 +128,19 @@ def choose_shapes(
     limits: tuple[int, int],
     count: int,
 ) -> list[tuple[int, int]]:
-    """Shapes of rows (L_in, L_out) for each task, few in all, that leave little padding.
+    """Chooses a row shape (L_in, L_out) for each task, from few shapes, to reduce padding.
 
-    Rows of one shape fit some tasks badly: the short targets of classification leave half of the
-    decoder's side empty, long targets the encoder's. The shapes are chosen greedily, then each
-    again beside the others, from a grid of shares of the limits; inputs' rows get no longer,
-    because attention grows with their square.
+    One shape for all tasks wastes space: short targets of classification leave half of the
+    decoder's rows empty, long targets leave the encoder's rows empty. The shapes come from a grid
+    of fractions of the limits. They are chosen greedily, then each is chosen again given the
+    others. Input rows never get longer than the limit, because the cost of attention grows with the
+    square of the length.
 
     Args:
-        lengths_by_task: of each task, integers [N, 2], tokens of inputs and targets.
-        weights: of each task, examples drawn.
+        lengths_by_task: for each task, integers [N, 2], tokens of inputs and targets.
+        weights: for each task, its share of the examples drawn.
         limits: lengths at which examples are truncated.
-        count: shapes at most; one is `limits`.
+        count: maximum number of shapes; one of them is `limits`.
     """
     if count == 1:
         return [limits] * len(lengths_by_task)
@@ -148,7 +151,7 @@ def choose_shapes(
     for costs_S, lengths_Nx2, weight in zip(costs_TxS, lengths_by_task, weights, strict=True):
         lengths_Nx2 = np.minimum(lengths_Nx2, limits)
         mean_2 = lengths_Nx2.mean(0)
-        # Of what is left at a row's end, a quarter of an example was seen in packed rows.
+        # Packed rows were measured to leave about a quarter of an example empty at their end.
         rows_S = (mean_2 / np.maximum(shapes_Sx2 - mean_2 / 4, 1)).max(1)
         fits_S = (shapes_Sx2 >= lengths_Nx2.max(0)).all(1)
         costs_S[:] = np.where(fits_S, weight * rows_S * shapes_Sx2.sum(1), np.inf)
@@ -156,7 +159,7 @@ def choose_shapes(
     def best_beside(chosen: list[int]) -> int:
         beside_TxS = np.minimum(costs_TxS[:, chosen].min(1, initial=np.inf)[:, None], costs_TxS)
         unfit_TxS = np.isinf(beside_TxS)
-        # First that all tasks fit into one of them, then the cost.
+        # First, every task must fit into one of them; then the cost decides.
         return int(np.lexsort((np.where(unfit_TxS, 0, beside_TxS).sum(0), unfit_TxS.sum(0)))[0])
 
     chosen: list[int] = []
@@ -168,7 +171,7 @@ def choose_shapes(
 
 
 def truncate(ids: np.ndarray, length: int, eos_id: int) -> np.ndarray:
-    """The first `length` ids; an EOS at the end stays there."""
+    """The first `length` ids; if the last id is EOS, EOS stays last."""
     if len(ids) <= length:
         return ids
     cut = ids[:length].copy()
@@ -183,7 +186,7 @@ def build(
     vocabulary: Vocabulary,
     shape: tuple[int, int] | None = None,
 ) -> Batch:
-    """Lays examples out as arrays.
+    """Makes the arrays of a batch from examples.
 
     Args:
         rows: R lists of examples; an empty list is a row of padding.
@@ -241,9 +244,9 @@ def _lay_out(
 
 
 def encode_inputs(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> Batch:
-    """Texts without targets as `inputs`, `input_segments`, `input_positions` int32 [1, n, length].
+    """Encodes texts: `inputs`, `input_segments`, `input_positions`, each int32 [1, n, length].
 
-    One text a row, truncated with EOS kept, as the task's inputs are at training.
+    One text per row, truncated with EOS kept, as in training.
     """
     rows = [[np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)] for text in texts]
     rows = [[truncate(row[0], length, vocabulary.eos_id)] for row in rows]
@@ -253,11 +256,11 @@ def encode_inputs(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> 
 
 
 def padding_share(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Share of a batch's tokens that is padding, 0..1. For NumPy and JAX arrays, traced ones too.
+    """Share of a batch's tokens that are padding, 0..1. Takes NumPy arrays and JAX arrays.
 
     Returns:
-        `inputs`, `targets`, `all` (both together), and `unpacked`: what `all` would be with one
-        example to a row of the same shape.
+        `inputs`, `targets`, `all` (both together), and `unpacked`: the value of `all` if each row
+        held one example.
     """
     inputs, targets = batch["input_segments"], batch["target_segments"]
     input_tokens, target_tokens = (inputs > 0).sum(), (targets > 0).sum()

@@ -1,9 +1,9 @@
 """Batches from the prepared cache, through Grain.
 
-Training batch b is a pure function of the arguments and b: a schedule says which task each group is
-of and how many groups of that task came before; the task's epoch plans say which examples its rows
-hold. So any batch can be read at once, the state to save is an index, resuming is exact, and the
-batches of P processes put together are those of one process.
+Training batch b is a pure function of the arguments and b. A schedule gives the task of each group
+and the number of earlier groups of that task. The task's epoch plans give the examples of its rows.
+So any batch can be read directly, the saved state is an index, resuming is exact, and P processes
+together read the same batches as one.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from moe_jax.data.packing import Batch, Plan
 from moe_jax.data.vocabulary import Vocabulary
 
 MIXING = ("examples", "equal", "temperature", "seqio")
-_PERIOD = 1024  # groups that are scheduled together
+_PERIOD = 1024  # number of groups scheduled at a time
 T = TypeVar("T")
 
 
 class _Recent(Generic[T]):
-    """The last two values of a function of an integer. Threads may compute one twice."""
+    """Caches the last two values of a function of an integer. Threads may compute a value twice."""
 
     def __init__(self, function: Callable[[int], T]):
         self._function = function
@@ -35,14 +35,14 @@ class _Recent(Generic[T]):
     def __call__(self, key: int) -> T:
         values = self._values
         if key not in values:
-            # A new dictionary, so that no other thread's look-up is disturbed.
+            # A new dictionary: other threads may be reading the old one.
             values = dict([*list(values.items())[-1:], (key, self._function(key))])
             self._values = values
         return values[key]
 
 
 class TaskRows:
-    """The endless stream of a task's rows: epoch after epoch, each packed and shuffled anew."""
+    """The endless stream of a task's rows. Every epoch is shuffled differently."""
 
     def __init__(
         self,
@@ -67,25 +67,26 @@ class TaskRows:
         return self.plan.shuffled(np.random.default_rng([*self._seed, epoch]))
 
     def examples(self, row: int) -> np.ndarray:
-        """int64 [n] indices of the examples in the row-th row since the start of training."""
+        """int64 [n], indices of the examples in row number `row`, counted from the start of
+        training."""
         epoch, row = divmod(row, self.plan.rows)
         plan, order = self._epoch(epoch)
         return plan[order[row]]
 
     def group(self, number: int, rows: int) -> Batch:
-        """Arrays [rows, L] of the number-th group. It may reach into the next epoch."""
-        found = [self.examples(row) for row in range(number * rows, (number + 1) * rows)]
-        examples = iter(self._records.__getitems__(np.concatenate(found)))
-        grouped = [[next(examples) for _ in row] for row in found]
+        """Arrays [rows, L] of group `number` of this task. It may extend into the next epoch."""
+        indices = [self.examples(row) for row in range(number * rows, (number + 1) * rows)]
+        examples = iter(self._records.__getitems__(np.concatenate(indices)))
+        grouped = [[next(examples) for _ in row] for row in indices]
         return packing.build(grouped, self._lengths, self._vocabulary, self._shape)
 
 
 class Schedule:
-    """Which task the j-th group is of, for shares that hold exactly in the long run.
+    """The task of the j-th group, for given shares, which hold exactly in the long run.
 
-    The n-th group of a task with share p falls near (n + phase) / p, at random within half of the
-    space between its groups: every stretch has close to its share, groups of one batch are of
-    different tasks while 2 G p < 1, and the order never repeats.
+    The n-th group of a task with share p is placed near (n + phase) / p, with random jitter of up
+    to half the distance between its groups. So every stretch has close to its share, the groups of
+    one batch are of different tasks while 2 G p < 1, and the order never repeats.
     """
 
     def __init__(self, shares: Sequence[float], seed: int):
@@ -95,7 +96,7 @@ class Schedule:
         self._period = _Recent(self._arranged)
 
     def _counts(self, period: int) -> np.ndarray:
-        """int64 [T] groups of each task before a period."""
+        """int64 [T], number of groups of each task before a period."""
         ideal_T = period * _PERIOD * self._shares_T + self._phases_T
         return np.floor(ideal_T).astype(np.int64)
 
@@ -112,9 +113,9 @@ class Schedule:
         return tasks[order], numbers[order]
 
     def __call__(self, group: int) -> tuple[int, int]:
-        """(task, running number of that task's groups) of the group-th group of the run."""
-        # A period holds _PERIOD groups but for rounding, so the guess is off by one at most
-        # unless tasks are many.
+        """(task, number of that task's earlier groups) for group `group` of the run."""
+        # A period holds _PERIOD groups, up to rounding, so the guess is off by at most one unless
+        # there are many tasks.
         period = group // _PERIOD
         while self._counts(period).sum() > group:
             period -= 1
@@ -127,12 +128,12 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Lane:
-    """Tasks whose rows have one shape: a batch is of one lane.
+    """The tasks that share a row shape. All groups of a batch come from one lane.
 
     Attributes:
-        streams: of each task.
-        task_ids: of each task.
-        schedule: of the lane's groups.
+        streams: one per task.
+        task_ids: one per task.
+        schedule: the order of the lane's groups.
         rows: R, rows in a group.
     """
 
@@ -166,10 +167,10 @@ class TrainBatches:
     def __getitem__(self, index: int) -> Batch:
         number, index = self._schedule(int(index))
         lane = self._lanes[number]
-        found = [lane.schedule(index * self._groups + g) for g in self._mine]
-        groups = [lane.streams[task].group(number, lane.rows) for task, number in found]
+        scheduled = [lane.schedule(index * self._groups + g) for g in self._mine]
+        groups = [lane.streams[task].group(number, lane.rows) for task, number in scheduled]
         batch = {name: np.stack([group[name] for group in groups]) for name in groups[0]}
-        batch["task_id"] = np.array([lane.task_ids[task] for task, _ in found], np.int32)
+        batch["task_id"] = np.array([lane.task_ids[task] for task, _ in scheduled], np.int32)
         return batch
 
 
@@ -199,27 +200,28 @@ def train_batches(
     Args:
         mixture: the prepared tasks.
         lengths: {"inputs": L_in, "targets": L_out}.
-        groups: G, groups in the batch of all processes together.
+        groups: G, groups per batch over all processes.
         rows: R, rows in a group.
-        pack: several examples to a row; one otherwise.
-        shapes: that packed rows have, at most; with more than one, `lengths` only truncate, each
-            task has rows of the shape that suits it, a batch is of tasks of one shape, and R is
-            what makes its groups about as large as those of `lengths`.
-        seed: of the order of everything.
-        mixing: how often each task is drawn, counted in examples: `examples` as many as it has, at
-            most `cap`; `equal`; `temperature`: `examples` to the power 1 / temperature (T5, arXiv
-            1910.10683); `seqio` the mixture's own rates. A group of a task whose rows hold more
-            examples is drawn correspondingly less often.
-        split: of every task.
-        process_index, process_count: this process's G / process_count groups of each batch.
-        task_ids: name -> id; None for the place in `mixture.names`.
-        tasks: only these of the mixture.
-        threads, prefetch: threads that make batches, and how many wait ready; 0 threads for none.
-        workers: processes in place of threads.
+        pack: put several examples into a row; if not, one.
+        shapes: maximum number of row shapes. With more than one, `lengths` only truncates, each
+            task gets the shape that fits it best, a batch holds tasks of one shape, and R is chosen
+            so that groups have about as many tokens as with `lengths`.
+        seed: determines the order of tasks and examples.
+        mixing: the rate of each task, in examples: `examples`, its number of examples, at most
+            `cap`; `equal`; `temperature`, `examples` to the power 1 / temperature (T5, arXiv
+            1910.10683); `seqio`, the mixture's own rates. A task with more examples per row gets
+            correspondingly fewer groups.
+        split: the split of every task.
+        process_index, process_count: this process reads G / process_count groups of each batch.
+        task_ids: name -> id; None for the index in `mixture.names`.
+        tasks: only these tasks of the mixture.
+        threads, prefetch: number of threads that make batches, and of batches kept ready; 0 threads
+            for none.
+        workers: number of processes to use in place of threads.
 
     Returns:
         A Grain data set of dictionaries of int32 arrays: those of `packing.build` as [G, R, L], and
-        task_id [G], with G this process's. Its iterator's state is small and JSON, and holds for
+        task_id [G], with G this process's. Its iterator's state is a small JSON value, valid for
         any number of processes.
 
     Raises:
@@ -227,7 +229,7 @@ def train_batches(
             cache.
     """
     names = mixture.names if tasks is None else tuple(tasks)
-    found = [mixture.task(name) for name in names]
+    used = [mixture.task(name) for name in names]
     if task_ids is None:
         task_ids = {name: number for number, name in enumerate(mixture.names)}
     for name in names:
@@ -239,31 +241,31 @@ def train_batches(
         raise UserError(f"shapes={shapes} must be at least 1")
     if groups % process_count:
         raise UserError(f"{groups} groups cannot be shared equally by {process_count} processes")
-    rates = [_rate(task, split, mixing, cap, temperature) for task in found]
+    rates = [_rate(task, split, mixing, cap, temperature) for task in used]
     if not all(rate >= 0 for rate in rates) or not any(rates):
         raise UserError(f"mixing rates must not be negative, nor all 0: {rates}")
-    found, rates = zip(*((t, r) for t, r in zip(found, rates, strict=True) if r > 0), strict=True)
+    used, rates = zip(*((t, r) for t, r in zip(used, rates, strict=True) if r > 0), strict=True)
     limits = (lengths["inputs"], lengths["targets"])
     shape_of_task = packing.choose_shapes(
-        [task.lengths(split) for task in found], rates, limits, shapes if pack else 1
+        [task.lengths(split) for task in used], rates, limits, shapes if pack else 1
     )
     lanes, weights = [], []
     for shape in dict.fromkeys(shape_of_task):
         mine = [i for i, other in enumerate(shape_of_task) if other == shape]
         streams = [
             TaskRows(
-                found[i], split, lengths=lengths, shape=shape, vocabulary=mixture.vocabulary,
+                used[i], split, lengths=lengths, shape=shape, vocabulary=mixture.vocabulary,
                 pack=pack, seed=seed,
             )
             for i in mine
         ]  # fmt: skip
-        # Rates count examples; what is drawn are groups.
+        # Rates count examples, but the schedule draws groups.
         shares = [
             rates[i] * s.plan.rows / len(s.plan.examples)
             for i, s in zip(mine, streams, strict=True)
         ]
         in_group = max(1, round(rows * sum(limits) / sum(shape)))
-        ids = [task_ids[found[i].name] for i in mine]
+        ids = [task_ids[used[i].name] for i in mine]
         lanes.append(Lane(streams, ids, Schedule(shares, seed), in_group))
         weights.append(sum(shares) / in_group)
     source = TrainBatches(
@@ -290,7 +292,7 @@ def task_batches(
     rows: int,
     seed: int,
 ) -> grain.IterDataset:
-    """Endless batches [1, R, L] of one task, its id 0, an example to a row: see `train_batches`."""
+    """Endless batches [1, R, L] of one task with id 0, one example per row: see `train_batches`."""
     return train_batches(
         mixture, lengths=lengths, groups=1, rows=rows, pack=False, seed=seed, mixing="equal",
         split=split, tasks=[task], task_ids={task: 0}, threads=0,
@@ -304,7 +306,7 @@ def _rate(
         raise UserError(f"mixing={mixing!r} is not one of {MIXING}{nearest(mixing, MIXING)}")
     if temperature <= 0:
         raise UserError(f"mixing temperature={temperature} must be above 0")
-    examples = task.examples(split)  # checks the split, whatever the mixing
+    examples = task.examples(split)  # raises if there is no such split
     if mixing == "equal":
         return 1.0
     if mixing == "seqio":
@@ -323,7 +325,7 @@ def eval_batches(
     limit: int | None = None,
     task_id: int = 0,
 ) -> Iterator[tuple[Batch, list[tuple[int, Example]]]]:
-    """One pass over a split in order, one example to a row.
+    """One pass over a split in order, one example per row.
 
     Args:
         mixture, task, split: what to read.
@@ -356,5 +358,5 @@ def eval_batches(
 
 
 def _number(text: str) -> int:
-    """A number for seeding, the same everywhere."""
+    """A seed made from a name, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,4 +1,4 @@
-"""Mixtures of the cache: looked up, and prepared first where they are missing or stale."""
+"""Looks mixtures up in the cache; prepares those that are missing or stale."""
 
 import os
 import sys
@@ -23,10 +23,10 @@ def prepare(
 ) -> dict[str, PreparedMixture]:
     """Materialises mixtures in this process, importing TensorFlow; see `ensure_prepared`.
 
-    Tasks are written one by one, each whole or not at all: after a kill, the next call goes on
-    where this one stopped. What is already there is not made again.
+    Tasks are written one by one, each completely or not at all. After a kill, the next call
+    continues with the missing tasks. Tasks in the cache are not written again.
     """
-    from moe_jax.data.materialise import materialise  # TensorFlow
+    from moe_jax.data.materialise import materialise  # imports TensorFlow
 
     request = Request.make(names, task_modules, vocabulary, splits, environment)
     with processes.lock(cache_dir, wait=True):
@@ -45,9 +45,9 @@ def ensure_prepared(
     """Looks mixtures up in the cache; prepares what is missing or stale in one child process.
 
     Args:
-        cache_dir: directory of the cache; made if needed. Processes may share it.
-        names: mixtures or tasks. A SentencePiece vocabulary with neither `path` nor `trained_on`
-            is trained on the first.
+        cache_dir: directory of the cache; created if needed. Processes may share it.
+        names: mixtures or tasks. A SentencePiece vocabulary with neither `path` nor `trained_on` is
+            trained on the first one.
         task_modules: modules that register them: dotted names or .py files.
         vocabulary: how to tokenise.
         splits: only these splits; None for all that each task has.
@@ -59,7 +59,7 @@ def ensure_prepared(
     Raises:
         UserError: unknown mixture (with the nearest names), unknown or empty split, a metric or
             postprocess function that another process cannot find, a target without EOS, an
-            unreadable source, no room or permission to write, a child that died.
+            unreadable source, no space or permission to write, a child process that died.
     """
     request = Request.make(names, task_modules, vocabulary, splits, environment)
     found = look_up(cache_dir, request)
@@ -93,8 +93,8 @@ def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int) -> Non
         error = Path(directory) / "error"
         job = {"cache_dir": str(cache_dir), "request": request.to_json(), "error": str(error)}
         files.write_json(Path(directory) / "job.json", job)
-        # The child finds this package and the user's modules where this process does, and leaves
-        # the accelerator alone.
+        # The child imports this package and the user's modules from the same places as this
+        # process, and does not use the accelerator.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         code = processes.call(
             [sys.executable, "-m", "moe_jax.data.materialise", f"{directory}/job.json"],

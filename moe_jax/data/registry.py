@@ -1,14 +1,15 @@
-"""The SeqIO side: task modules, tasks, mixtures and their examples as NumPy.
+"""Reads SeqIO's registry: task modules, tasks, mixtures and their examples as NumPy arrays.
 
-Importing it imports SeqIO and TensorFlow (5 s and 1 GB): `prepare` and `tasks` do, a training
-process does not. A task module registers tasks when imported, and may define
+Importing this module imports SeqIO and TensorFlow (5 s and 1 GB). `prepare` and `tasks` do so, a
+training process does not. A task module registers tasks when imported, and may define
 
     ONTOLOGY = {category: {subcategory: [task names]}}
     ENVIRONMENT = ("VARIABLE", ...)           variables it reads
     data_files(task_name) -> [paths]          local files or directories that a task reads
     missing_hint(name) -> str | None          why a name is not registered
 
-Metric and postprocess functions live best in a module without TensorFlow: evaluation imports it.
+Metric and postprocess functions belong in a module without TensorFlow, because evaluation imports
+it.
 """
 
 import dataclasses
@@ -29,12 +30,12 @@ from moe_jax.data import staleness
 from moe_jax.data.modules import load_module, quiet, resolve
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with quiet():  # a dozen lines on CUDA and oneDNN
+with quiet():  # hides a dozen lines on CUDA and oneDNN
     import seqio
     import tensorflow as tf
 
-    tf.config.set_visible_devices([], "GPU")  # the GPU is the training process's
-# SeqIO warns of uncached and unshuffled sources; being read once, in order, is what we want.
+    tf.config.set_visible_devices([], "GPU")  # the training process uses the GPU
+# SeqIO warns of uncached and unshuffled sources, but here sources are read once, in order.
 logging.set_verbosity(logging.ERROR)
 
 FEATURES = ("inputs", "targets")
@@ -71,7 +72,8 @@ def find_tasks(name: str, modules: Sequence[ModuleType]) -> list[seqio.Task]:
     """Tasks of the mixture `name`, or the task itself, sorted by name.
 
     Raises:
-        UserError: nothing is registered under the name; says why, or gives the nearest ones.
+        UserError: nothing is registered under the name; the message says why, or gives the nearest
+            names.
     """
     if name in seqio.TaskRegistry.names():
         return [seqio.TaskRegistry.get(name)]
@@ -109,17 +111,17 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
 
 
 def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:
-    """Those of `modules` that registered the task or mixture `name` or what it is made of.
+    """The modules that registered the task or mixture `name` or a part of it.
 
-    Where that is not known (it was registered before they were loaded), all of them.
+    All of them if this is not known (if it was registered before they were loaded).
     """
     if name in seqio.MixtureRegistry.names():
         parts = seqio.MixtureRegistry.get(name).rate_per_task_name
     else:
         parts = ()
-    found = [module for part in parts for module in owners(part, modules)]
-    found += [_owners[name]] if name in _owners else modules
-    return [module for module in modules if module in found]
+    registering = [module for part in parts for module in owners(part, modules)]
+    registering += [_owners[name]] if name in _owners else modules
+    return [module for module in modules if module in registering]
 
 
 def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
@@ -149,10 +151,11 @@ def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
 
 
 def reference(function: Any, task: seqio.Task, role: str) -> str:
-    """'module:name' (or 'file.py:name') under which another process finds `function`.
+    """'module:name' (or 'file.py:name') from which another process can import `function`.
 
     Raises:
-        UserError: it has no such name, for example a lambda, closure or `functools.partial`.
+        UserError: the function has no such name: it is a lambda, a closure or a
+            `functools.partial`.
     """
     name = getattr(function, "__qualname__", "")
     module = sys.modules.get(getattr(function, "__module__", None) or "")
@@ -160,8 +163,8 @@ def reference(function: Any, task: seqio.Task, role: str) -> str:
         named = module.__name__
         if named.startswith("_file_"):
             named = os.path.abspath(module.__file__)
-        found = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
-        if callable(found):
+        candidate = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
+        if callable(candidate):
             return f"{named}:{name}"
     raise UserError(
         f"task {task.name!r}: {role} {function!r} cannot be found by name in another process;"
@@ -214,7 +217,7 @@ def check_features(task: seqio.Task) -> None:
 
 
 def load_vocabulary(settings: Mapping[str, Any]) -> seqio.Vocabulary:
-    """The vocabulary that a prepared one's settings name: a factory's, or a task's own."""
+    """The SeqIO vocabulary that `settings` describes: a factory's or a task's own."""
     if "factory" in settings:
         vocabulary = resolve(settings["factory"])()
         if not isinstance(vocabulary, seqio.Vocabulary):
@@ -227,9 +230,9 @@ def load_vocabulary(settings: Mapping[str, Any]) -> seqio.Vocabulary:
 def read(task: seqio.Task, splits: Sequence[str]) -> Iterator[tuple[str, list[Row]]]:
     """Yields (split, up to 256 examples as NumPy values), in order, without shuffling.
 
-    Equals `task.get_dataset(split=..., sequence_length=None, shuffle=False)` per split, but the
+    Equals `task.get_dataset(split=..., sequence_length=None, shuffle=False)` per split, but faster:
     preprocessing is traced once for all tasks that share it, and the splits are read as one data
-    set: many small splits would otherwise spend their time in TensorFlow's graph building.
+    set. Otherwise many small splits would spend most time in TensorFlow's graph building.
 
     Raises:
         UserError: no such split, or reading fails (the UserError that the source raised, or one
@@ -252,7 +255,7 @@ def read(task: seqio.Task, splits: Sequence[str]) -> Iterator[tuple[str, list[Ro
 
 
 def _joined(task: seqio.Task, splits: Sequence[str]) -> tf.data.Dataset:
-    """All splits as one data set of (index of the split, ragged batch)."""
+    """One data set of all splits, with elements (index of the split, ragged batch)."""
     preprocess = _trace(task)
     joined = None
     for number, split in enumerate(splits):
@@ -265,11 +268,11 @@ def _joined(task: seqio.Task, splits: Sequence[str]) -> tf.data.Dataset:
             data = preprocess(raw, number)
         except UserError:
             raise
-        except Exception:  # a preprocessor that must run eagerly, or has `if tensor:`
+        except Exception:  # a preprocessor that only runs eagerly, or uses `if tensor:`
             data = _preprocess(task, raw, number)
         joined = data if joined is None else joined.concatenate(data)
     options = tf.data.Options()
-    # Tuning and rewriting cost more than they save on data that is read once.
+    # For data that is read once, tuning and rewriting cost more than they save.
     options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
     options.threading.private_threadpool_size = os.cpu_count() or 1
@@ -284,7 +287,7 @@ def _trace(task: seqio.Task) -> Any:
     ]
     key = (tuple(map(id, task.preprocessors)), tuple(features))
     if key not in _traces:
-        # The task is kept because a key's ids are good only as long as it lives.
+        # The task is kept alive because the key holds ids of its objects.
         inner = functools.partial(_preprocess, task)
         _traces[key] = task, tf.function(inner, autograph=False)
     return _traces[key][1]
@@ -298,7 +301,7 @@ def _preprocess(task: seqio.Task, raw: tf.data.Dataset, number: tf.Tensor) -> tf
 
 
 def _user_error(error: Exception, where: str) -> UserError:
-    """One line; where TensorFlow wrapped a UserError that the source raised, that one."""
+    """A one-line error; if TensorFlow wrapped a UserError of the source, that error."""
     wrapped = re.search(r"UserError: (.+)", str(error))
     if wrapped:
         return UserError(wrapped[1].strip())
@@ -306,7 +309,7 @@ def _user_error(error: Exception, where: str) -> UserError:
 
 
 def text(row: Row, feature: str, vocabulary: seqio.Vocabulary) -> str:
-    """The text of a feature: as it was before tokenisation where the task keeps that."""
+    """The text of a feature: the text before tokenisation if the task keeps it."""
     value = row.get(f"{feature}_pretokenized")
     if isinstance(value, bytes):
         return value.decode(errors="replace")

@@ -1,9 +1,9 @@
 """A file of task representations: any matrix with task names, or what `represent` computed.
 
-`FILE.json` is {task name: [K numbers]}. Any other name is a NumPy archive (.npz, no pickles) that
-holds `tasks` [T] and `representations` [T, K]; those that `moe_jax.represent` writes also hold
-what a new task needs to be put beside the others: `raw` [T, D], `mean` [D], `components` [K, D],
-`scale` and `settings` (JSON).
+`FILE.json` is {task name: [K numbers]}. Any other file is a NumPy archive (.npz, no pickles) with
+`tasks` [T] and `representations` [T, K]. Archives of `moe_jax.represent` also hold what is needed
+to project a new task the same way: `raw` [T, D], `mean` [D], `components` [K, D], `scale` and
+`settings` (JSON).
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from moe_jax.core.errors import UserError, nearest
 
 
 class Projection(NamedTuple):
-    """From embeddings to representations: unit length, principal components, one common scale.
+    """Maps embeddings to representations: unit length, principal components, one common scale.
 
     Attributes:
-        mean_D: of the embeddings it was fitted on, at unit length.
+        mean_D: mean of the embeddings that it was fitted on, at unit length.
         components_KxD: principal axes; zero rows where there are fewer than K.
-        scale: of all components alike, so that distances between tasks keep their ratios.
+        scale: the same for all components, so that distances between tasks keep their ratios.
     """
 
     mean_D: np.ndarray
@@ -39,25 +39,25 @@ class Projection(NamedTuple):
 
 
 def unit_length(raw_TxD: np.ndarray) -> np.ndarray:
-    """Rows divided by their Euclidean norm: only their direction tells tasks apart. float64."""
+    """Rows divided by their Euclidean norm, as only their direction matters. float64."""
     raw_TxD = np.asarray(raw_TxD, np.float64)
     return raw_TxD / np.maximum(np.linalg.norm(raw_TxD, axis=1, keepdims=True), 1e-30)
 
 
 def fit(raw_TxD: np.ndarray, dim: int) -> Projection:
-    """Principal components of the tasks, scaled as representations that are learned start out.
+    """Principal components of the tasks, scaled like freshly initialised representations.
 
     Those are standard normal, so the mean square of all [T, K] numbers becomes 1. Components keep
-    their ratios: made equally large, T tasks in T - 1 or more components would all be equally far
-    apart.
+    their relative sizes. With components of equal size, T tasks in T - 1 or more components would
+    all be equally far apart.
 
     Args:
         dim: K; components beyond the T - 1 that T tasks span are zero.
 
     Raises:
-        UserError: there is one task, or all are the same.
+        UserError: there is only one task, or all tasks are the same.
     """
-    from sklearn.decomposition import PCA  # slow to import, and reading a file needs none
+    from sklearn.decomposition import PCA  # slow to import, and reading a file does not need it
 
     unit_TxD = unit_length(raw_TxD)
     if np.ptp(unit_TxD, axis=0).max() < 1e-9:
@@ -110,22 +110,22 @@ class Representations:
         """Reads what `write` wrote.
 
         Raises:
-            UserError: it cannot be read, or `represent` did not write it.
+            UserError: the file cannot be read, or `represent` did not write it.
         """
-        found = _read_archive(path)
-        absent = {"raw", "mean", "components", "scale", "settings"} - found.keys()
+        archive = _read_archive(path)
+        absent = {"raw", "mean", "components", "scale", "settings"} - archive.keys()
         if absent:
             raise UserError(
                 f"{path}: it has no {min(absent)!r}, so represent did not write it: a new task"
                 " cannot be put beside its tasks"
             )
-        tasks, rows_TxK = _checked(path, found["tasks"].tolist(), found["representations"])
-        projection = Projection(found["mean"], found["components"], found["scale"])
+        tasks, rows_TxK = _checked(path, archive["tasks"].tolist(), archive["representations"])
+        projection = Projection(archive["mean"], archive["components"], archive["scale"])
         try:
-            settings = json.loads(str(found["settings"]))
+            settings = json.loads(str(archive["settings"]))
         except ValueError as e:
             raise UserError(f"{path}: its settings are not valid JSON: {e}") from e
-        return cls(tuple(tasks), rows_TxK, found["raw"], projection, settings)
+        return cls(tuple(tasks), rows_TxK, archive["raw"], projection, settings)
 
 
 def read_representations(
@@ -149,11 +149,11 @@ def read_representations(
         value = files.read_json(path)
         if not isinstance(value, dict):
             raise UserError(f"{path}: must be {{task name: [numbers]}}")
-        found = {"tasks": list(value), "rows": list(value.values())}
+        content = {"tasks": list(value), "rows": list(value.values())}
     else:
         archive = _read_archive(path)
-        found = {"tasks": archive["tasks"].tolist(), "rows": archive["representations"]}
-    tasks, rows_TxK = _checked(path, found["tasks"], found["rows"])
+        content = {"tasks": archive["tasks"].tolist(), "rows": archive["representations"]}
+    tasks, rows_TxK = _checked(path, content["tasks"], content["rows"])
     missing = [name for name in names if name not in tasks]
     if missing:
         more = f" (nor {len(missing) - 1} others)" if len(missing) > 1 else ""
@@ -168,17 +168,17 @@ def read_representations(
 
 def _read_archive(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
-        # Opened here, since `load` leaves a damaged file open.
+        # Opened here, because `np.load` leaves a damaged file open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive}
+            arrays = {name: archive[name] for name in archive}
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except Exception as e:  # zipfile, zlib and NumPy raise many kinds
         raise UserError(f"{path} is neither a .json file nor an .npz archive of arrays") from e
     for name in ("tasks", "representations"):
-        if name not in found:
-            raise UserError(f"{path}: the archive has no {name!r}{nearest(name, found)}")
-    return found
+        if name not in arrays:
+            raise UserError(f"{path}: the archive has no {name!r}{nearest(name, arrays)}")
+    return arrays
 
 
 def _checked(path: Any, tasks: Any, rows: Any) -> tuple[list[str], np.ndarray]:

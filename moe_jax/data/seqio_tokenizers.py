@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.registry import seqio, tf  # through it, so that importing TensorFlow is quiet
+from moe_jax.data.registry import seqio, tf  # not `import seqio`: this import is quiet
 from moe_jax.data.vocabulary import TokenizersVocabulary
 
 
 class SeqioTokenizers(seqio.Vocabulary):
-    """A Hugging Face tokenizer as SeqIO's tasks use it; same ids as `own`."""
+    """A Hugging Face tokenizer for SeqIO tasks; gives the same ids as `own`."""
 
     def __init__(self, own: TokenizersVocabulary):
         super().__init__()
@@ -29,7 +29,7 @@ class SeqioTokenizers(seqio.Vocabulary):
         return self.own.decode(ids)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        """int32 [n] of a string scalar; ragged [..., n] of more."""
+        """A string scalar gives int32 [n]; an array of strings gives a ragged [..., n]."""
         if s.shape.rank:
             signature = tf.RaggedTensorSpec([None] * s.shape.rank, tf.int32, s.shape.rank - 1)
             return tf.map_fn(self._encode_tf, s, fn_output_signature=signature)
@@ -43,7 +43,7 @@ class SeqioTokenizers(seqio.Vocabulary):
         return ids
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        """A string scalar of int32 [n]; more of more."""
+        """int32 [n] gives a string scalar; [..., n] gives an array of strings."""
         if ids.shape.rank > 1:
             return tf.map_fn(self._decode_tf, ids, fn_output_signature=tf.string)
         text = tf.numpy_function(self.own.decode, [ids], tf.string, stateful=False)

@@ -1,4 +1,4 @@
-"""Tokenizer files of a Hugging Face directory as one `tokenizer.json` with its special ids."""
+"""Reads the tokenizer files of a Hugging Face directory, and its special ids."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 SENTENCEPIECE = "spiece.model"
-# All that belongs to a tokenizer, so that it can be handed on as it came.
+# All files of a tokenizer, so that it can be copied unchanged.
 FILES = (
     TOKENIZER,
     SETTINGS,
@@ -27,7 +27,7 @@ FILES = (
     SENTENCEPIECE,
 )
 
-# Ids where config.json leaves them out, by its model_type, as `transformers` has them.
+# Ids that `transformers` uses where config.json has none, by model_type.
 _T5_IDS = {"pad": 0, "bos": None, "eos": 1, "decoder_start": 0}
 SPECIAL_IDS = {
     "bart": {"pad": 1, "bos": 0, "eos": 2, "decoder_start": 2},
@@ -44,7 +44,7 @@ def special_ids(config: Mapping[str, Any], source: Any) -> dict[str, int | None]
         source: named in errors.
 
     Raises:
-        UserError: it is of another model_type than those whose tokenizers are known.
+        UserError: its model_type is not one of those whose tokenizers are known.
     """
     kind = config.get("model_type")
     if kind not in SPECIAL_IDS:
@@ -63,7 +63,7 @@ def special_ids(config: Mapping[str, Any], source: Any) -> dict[str, int | None]
 
 
 def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
-    """The tokenizer that `transformers` makes of a directory, and its special ids.
+    """The tokenizer that `transformers` loads from a directory, and its special ids.
 
     From `tokenizer.json`; else byte-level BPE from `vocab.json` and `merges.txt` (BART), or the
     SentencePiece unigram model `spiece.model` (T5).
@@ -72,7 +72,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
         The tokenizer, and `special_ids` with `unk`.
 
     Raises:
-        UserError: the directory lacks them, one cannot be read, or its added tokens do not fit.
+        UserError: the files are missing, one cannot be read, or added tokens do not fit.
     """
     config = files.read_json(directory / CONFIG)
     ids = special_ids(config, directory / CONFIG)
@@ -92,7 +92,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
             raise UserError(f"{directory} has no tokenizer: none of {names}")
     except UserError:
         raise
-    except Exception as e:  # `tokenizers` and protobuf raise plain ones
+    except Exception as e:  # `tokenizers` and protobuf raise plain Exceptions
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"cannot read the tokenizer of {directory}: {reason}") from e
     unk = tokenizer.token_to_id("<unk>")
@@ -100,7 +100,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
 
 
 def _byte_level(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """BART's: GPT-2's byte pairs between `<s>` and `</s>`."""
+    """BART's tokenizer: GPT-2's byte pairs between `<s>` and `</s>`."""
     model = models.BPE.from_file(str(directory / _VOCABULARY), str(directory / _MERGES))
     tokenizer = tokenizers.Tokenizer(model)
     space = settings.get("add_prefix_space", False)
@@ -116,8 +116,8 @@ def _byte_level(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
 
 
 def _unigram(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """T5's: SentencePiece's pieces, then the sentinels, the last of them first."""
-    from sentencepiece import sentencepiece_model_pb2  # protobuf, which readers do without
+    """T5's tokenizer: SentencePiece's pieces, then the sentinels in descending order."""
+    from sentencepiece import sentencepiece_model_pb2  # imports protobuf, which is rarely needed
 
     content = (directory / SENTENCEPIECE).read_bytes()
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)

@@ -1,10 +1,10 @@
 """Vocabularies without TensorFlow: text to token ids and back.
 
 A prepared vocabulary is a directory with `vocabulary.json` and the model's files;
-`load_vocabulary` dispatches on its `kind`. Ids follow T5: pad 0, EOS 1, unknown 2, and decoding
-starts with pad; those of `tokenizers` are its model's. Tokens of `sentencepiece` and `bytes` are
-those of `seqio.SentencePieceVocabulary` and `seqio.ByteVocabulary` on the same model, those of
-`tokenizers` are those of `transformers`.
+`load_vocabulary` dispatches on its `kind`. Special ids follow T5: pad 0, EOS 1, unknown 2, and
+decoding starts with pad. A vocabulary of kind `tokenizers` has the special ids of its model. Token
+ids equal those of `seqio.SentencePieceVocabulary`, `seqio.ByteVocabulary` and `transformers`,
+respectively.
 """
 
 import abc
@@ -27,15 +27,15 @@ from moe_jax.core.errors import UserError
 from moe_jax.data import tokenizer_files
 from moe_jax.data.tokenizer_files import TOKENIZER
 
-DIRECTORY = "vocabulary"  # of a model directory: a copy of the prepared vocabulary
+DIRECTORY = "vocabulary"  # in a model directory: a copy of the prepared vocabulary
 FILE = "vocabulary.json"
 MODEL = "sentencepiece.model"
-# Training text is capped so that `prepare` stays quick; BPE takes about 0.4 s per megabyte.
+# Training text is limited so that `prepare` stays quick: BPE takes about 0.4 s per megabyte.
 MAX_TEXTS = 200_000
 MAX_CHARACTERS = 8_000_000
 _TEXTS = (".json", ".txt", ".model")  # suffixes of a tokenizer's files and of config.json
-# The one change made to text. (A rule is needed anyway: with none, TensorFlow's tokenizer writes
-# a line to standard error for every data set it reads.)
+# The only change made to text. (Without any rule, TensorFlow's tokenizer writes a line to standard
+# error for every data set it reads.)
 NORMALISATION = "D A\tA\n"
 
 
@@ -44,16 +44,17 @@ class VocabularyConfig(Configuration):
     """Which vocabulary tokenises a run's tasks.
 
     Attributes:
-        kind: `sentencepiece` (trained by `prepare`, or the model at `path`), `tokenizers` (that of
-            the BART or T5 at `path`), `bytes`, `seqio` (what `factory` returns), or `task` (the
-            one the tasks were registered with).
-        size: number of tokens to train; fewer where the text has fewer.
-        trained_on: mixture or task whose training texts train the model; '' is the first name that
-            is prepared.
-        path: an existing SentencePiece model in place of training; for `tokenizers` a Hugging Face
-            directory, or what `convert from-hf` made of it.
+        kind: `sentencepiece` (trained by `prepare`, or the model at `path`), `tokenizers` (the
+            tokenizer of the BART or T5 at `path`), `bytes`, `seqio` (the result of `factory`), or
+            `task` (the vocabulary that the tasks were registered with).
+        size: number of tokens to train; fewer if the text is too short for so many.
+        trained_on: mixture or task whose training texts train the model; '' takes the first that is
+            prepared.
+        path: an existing SentencePiece model, in place of training. For `tokenizers`: a Hugging
+            Face directory, or a model directory that `convert from-hf` wrote.
         factory: 'package.module:function' or 'file.py:function' returning a `seqio.Vocabulary`.
-        extra_ids: sentinel tokens at the end of the vocabulary, counted in `Vocabulary.size`.
+        extra_ids: number of sentinel tokens at the end of the vocabulary, counted in
+            `Vocabulary.size`.
     """
 
     kind: Literal["sentencepiece", "tokenizers", "bytes", "seqio", "task"] = "sentencepiece"
@@ -73,7 +74,7 @@ class VocabularyConfig(Configuration):
             raise UserError(f"VocabularyConfig.path: no SentencePiece model at {self.path}")
 
     def files(self) -> list[str]:
-        """What is read at `path`; a change makes it another vocabulary."""
+        """The files at `path`; a change in them makes a different vocabulary."""
         if self.kind != "tokenizers":
             return [self.path] if self.path else []
         directory = _tokenizer_directory(self.path)
@@ -81,12 +82,12 @@ class VocabularyConfig(Configuration):
 
 
 class Vocabulary(abc.ABC):
-    """What all kinds share. Subclasses give `encode` and `_text`.
+    """Base class. Subclasses define `encode` and `_text`.
 
     Attributes:
-        size: number of ids, sentinels included: the height of the embedding table.
+        size: number of ids, sentinels included: the number of rows of the embedding table.
         pad_id, eos_id, unk_id, decoder_start_id: special ids.
-        bos_id: None where the vocabulary has none.
+        bos_id: None if the vocabulary has none.
     """
 
     size: int
@@ -147,8 +148,8 @@ class SentencePieceVocabulary(Vocabulary):
 class TokenizersVocabulary(Vocabulary):
     """A Hugging Face tokenizer with the special ids of its model.
 
-    `encode` gives the ids of `transformers`, without the EOS at the end: where the tokenizer puts
-    a BOS in front (BART's `<s>`), inputs and targets begin with it, as in BART's own training.
+    `encode` gives the ids of `transformers`, without the EOS at the end. If the tokenizer puts a
+    BOS in front (BART's `<s>`), inputs and targets begin with it, as in BART's own training.
 
     Attributes:
         settings: the content of `vocabulary.json`.
@@ -179,7 +180,7 @@ class TokenizersVocabulary(Vocabulary):
 
 
 class SeqioVocabulary(Vocabulary):
-    """Any other SeqIO vocabulary; using one imports SeqIO and TensorFlow."""
+    """Any other SeqIO vocabulary. Using it imports SeqIO and TensorFlow."""
 
     def __init__(self, vocabulary: Any):
         self._vocabulary = vocabulary
@@ -203,7 +204,7 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
     """Reads a prepared vocabulary.
 
     Raises:
-        UserError: `vocabulary.json` or the model is missing, or of an unknown kind.
+        UserError: `vocabulary.json` or the model is missing, or the kind is unknown.
     """
     directory = Path(directory)
     settings = read_settings(directory)
@@ -217,7 +218,7 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
             contents = {path.name: path.read_bytes() for path in names}
             return TokenizersVocabulary(settings["ids"], contents)
         case "seqio":
-            from moe_jax.data import registry  # TensorFlow, which no other kind needs
+            from moe_jax.data import registry  # imports TensorFlow, which no other kind needs
 
             return SeqioVocabulary(registry.load_vocabulary(settings))
 
@@ -244,7 +245,7 @@ def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:
     """Loads a `.model` file.
 
     Raises:
-        UserError: it is missing, is no SentencePiece model, or has no pad or EOS token.
+        UserError: it is missing, is not a SentencePiece model, or has no pad or EOS token.
     """
     try:
         vocabulary = SentencePieceVocabulary(Path(path).read_bytes())
@@ -258,7 +259,7 @@ def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:
 
 
 def read_tokenizers(path: str | Path) -> TokenizersVocabulary:
-    """The vocabulary of a Hugging Face directory, or of what `convert from-hf` made of one.
+    """The vocabulary of a Hugging Face directory, or of a converted model directory.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -284,10 +285,10 @@ def _tokenizer_directory(path: str | Path) -> Path:
 def write_vocabulary(
     directory: str | Path, settings: Mapping[str, Any], contents: Mapping[str, bytes]
 ) -> None:
-    """Writes what `load_vocabulary` reads.
+    """Writes a vocabulary that `load_vocabulary` reads.
 
     Args:
-        settings: `kind` and what else it needs.
+        settings: `kind` and the settings of that kind.
         contents: name -> bytes of the model's files.
     """
     data = json.dumps(settings, sort_keys=True).encode() + b"".join(contents.values())
@@ -298,15 +299,16 @@ def write_vocabulary(
 
 
 def train_sentencepiece(texts: Sequence[str], size: int) -> bytes:
-    """Trains a byte-pair model that gives every text back, newlines and repeated spaces too.
+    """Trains a byte-pair model that restores any text, with newlines and repeated spaces.
 
-    What it lacks is spelt in bytes. Exceptions: '\\r\\n' becomes '\\n', and '▁' (U+2581) a space.
-    The result depends on `texts` and `size` alone. Of long collections an even sample is used.
+    Unknown characters are encoded as bytes. Two exceptions: '\\r\\n' becomes '\\n', and '▁'
+    (U+2581) becomes a space. The result depends only on `texts` and `size`. From a large
+    collection, an even sample is used.
 
     Raises:
-        UserError: `size` is below what bytes and characters alone need, or there is no text.
+        UserError: `size` is too small for all bytes and characters, or there is no text.
     """
-    from sentencepiece import sentencepiece_model_pb2  # protobuf, which readers do without
+    from sentencepiece import sentencepiece_model_pb2  # imports protobuf, which is rarely needed
 
     texts = list(_sample([text for text in texts if text]))
     if not texts:
@@ -342,7 +344,7 @@ def train_sentencepiece(texts: Sequence[str], size: int) -> bytes:
 
 
 def _sample(texts: Sequence[str]) -> Iterable[str]:
-    """Every k-th text, so that neither cap is passed (but for one last text)."""
+    """Every k-th text, so that neither limit is exceeded by more than one text."""
     characters = sum(map(len, texts))
     step = max(-(-len(texts) // MAX_TEXTS), -(-characters // MAX_CHARACTERS))
     return itertools.islice(texts, 0, None, max(1, step))

@@ -1,4 +1,4 @@
-"""Beam search as Hugging Face's `generate` does it (transformers 5)."""
+"""Beam search with the rules of Hugging Face's `generate` (transformers 5)."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from moe_jax.decoding.cache import Cache, CachedDecoder
 
-WORST = -1.0e9  # the score of a beam that is not there
+WORST = -1.0e9  # the score of a missing beam
 
 
 class _State(NamedTuple):
     """R rows, Q beams, L positions.
 
-    The cache never moves: a beam's past lies in the columns of whichever beams wrote it, and
-    `seen_RxQxC` says which these are.
+    The cache is never reordered: the keys and values of a beam's past stay in the columns of the
+    beams that wrote them, and `seen_RxQxC` marks these columns.
     """
 
     index: jax.Array
@@ -24,7 +24,7 @@ class _State(NamedTuple):
     tokens_RxQxL: jax.Array
     seen_RxQxC: jax.Array
     cache: Cache
-    done_score_RxQ: jax.Array  # of finished beams, with the length penalty, best first
+    done_score_RxQ: jax.Array  # scores of finished beams, with the length penalty, best first
     done_tokens_RxQxL: jax.Array
     done_RxQ: jax.Array  # whether there is such a beam
     hope_R: jax.Array  # an open beam may still beat the finished ones
@@ -43,11 +43,11 @@ def beam_search(
     eos: int,
     pad: int,
 ) -> jax.Array:
-    """The best finished beam of every row.
+    """Returns the best finished beam of every row.
 
     Args:
-        constrain: (log-probabilities [R, Q, V], index) -> the same with -inf where ruled out.
-        empty_R: rows that need no answer.
+        constrain: (log-probabilities [R, Q, V], index) -> the same, with -inf for forbidden tokens.
+        empty_R: empty rows, which need no answer.
         length_penalty, early_stopping: see `DecodingConfig`.
         start, eos, pad: token ids.
 
@@ -65,22 +65,22 @@ def beam_search(
 
     def step(state: _State) -> _State:
         index = state.index
-        # Each beam sees its past, and the column that it writes now.
+        # Each beam sees its past and the column that it writes in this step.
         seen = state.seen_RxQxC | (own_QxC & (position_C == index))
         logits, cache = decoder.step(state.token_RxQ, index, state.cache, seen)
         likelihood = constrain(jax.nn.log_softmax(logits), index) + state.score_RxQ[..., None]
-        # 2 Q candidates: at most Q of them end here, so that Q can go on.
+        # 2 Q candidates: at most Q of them end here, so at least Q can continue.
         vocabulary = logits.shape[-1]
         score_RxP, place_RxP = jax.lax.top_k(likelihood.reshape(rows, -1), 2 * beams)
         parent_RxP, token_RxP = place_RxP // vocabulary, place_RxP % vocabulary
         tokens_RxPxL = _take(state.tokens_RxQxL, parent_RxP).at[:, :, index].set(token_RxP)
         ends_RxP = (token_RxP == eos) | (index + 1 == length)
 
-        # The best of those that go on.
+        # The best unfinished beams continue.
         score_RxQ, chosen = jax.lax.top_k(jnp.where(ends_RxP, score_RxP + WORST, score_RxP), beams)
         parent = jnp.take_along_axis(parent_RxP, chosen, 1)
 
-        # The best of those that have finished; only the first Q candidates may.
+        # The best finished beams; only the first Q candidates may finish.
         finished_RxP = ends_RxP & (jnp.arange(2 * beams) < beams)
         barred_R = ended(state)
         final_RxP = score_RxP / (index + 1).astype(jnp.float32) ** length_penalty
@@ -90,7 +90,7 @@ def beam_search(
         done_tokens = _take(jnp.concatenate([state.done_tokens_RxQxL, tokens_RxPxL], 1), best)
         done = _take(jnp.concatenate([state.done_RxQ, finished_RxP & ~barred_R[:, None]], 1), best)
 
-        # What the best open beam can hope for, against the worst finished one.
+        # The best score that an open beam can still reach, against the worst finished beam.
         end = length if early_stopping == "never" and length_penalty > 0 else index + 1
         hoped_R = score_RxQ[:, 0] / jnp.float32(end) ** length_penalty
         worst_R = jnp.min(jnp.where(done, jnp.min(done_score, 1, keepdims=True), WORST), 1)
@@ -111,7 +111,7 @@ def beam_search(
     first = _State(
         index=jnp.int32(0),
         token_RxQ=jnp.full((rows, beams), start, jnp.int32),
-        # All beams are alike at first: only one may be continued.
+        # All beams are equal at first, so only one may be continued.
         score_RxQ=jnp.where(jnp.arange(beams) == 0, 0.0, WORST) + jnp.zeros((rows, 1)),
         tokens_RxQxL=tokens,
         seen_RxQxC=jnp.zeros((rows, beams, length * beams), bool),
@@ -129,6 +129,6 @@ def beam_search(
 
 
 def _take(x_RxQx: jax.Array, beam_RxP: jax.Array) -> jax.Array:
-    """Beams of each row: [R, Q, ...] -> [R, P, ...]."""
+    """Selects beams of each row: [R, Q, ...] -> [R, P, ...]."""
     index = beam_RxP.reshape(*beam_RxP.shape, *[1] * (x_RxQx.ndim - 2))
     return jnp.take_along_axis(x_RxQx, index, 1)

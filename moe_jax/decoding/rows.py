@@ -1,8 +1,8 @@
-"""Rows of many tasks in one batch: each layer's experts, applied to the rows that use them.
+"""Batches with rows of many tasks: each expert is applied to the rows that use it.
 
-For evaluation only (no gradients). Training keeps a group's rows together; here a batch is whatever
-asks to be answered. In every layer the rows are sorted by their expert, so
-that each expert runs over its own rows and a mixed batch computes what a single-task batch does.
+For evaluation only (no gradients). In training, all rows of a group are of one task; here each row
+may have its own task. In every layer the rows are sorted by expert, so that each expert runs only
+over its rows. A mixed batch gives the same results as single-task batches.
 """
 
 import dataclasses
@@ -23,23 +23,23 @@ from moe_jax.model.task_moe import TaskMoE
 
 Params = Any
 
-# Tokens of whole inputs that an expert computes at once where rows are mixed: the fewest that
-# matrix products reach their speed with, since the last block of an expert is not full.
+# Tokens per block when whole inputs of mixed rows are computed: the smallest number at which matrix
+# products reach full speed. Small, because the last block of each expert is partly empty.
 CPU_TOKENS, DEVICE_TOKENS = 128, 2048
-# At a single position weights are read for few rows, and reading them costs as much as computing
-# this many: a block should hold all rows of most experts, and with this few rows, all there are.
+# At a single position, reading the weights costs as much as computing this many rows. So a block
+# should hold all rows of most experts, and all rows of the batch if there are at most this many.
 CPU_ROWS, DEVICE_ROWS = 8, 256
 
 
 def input_block(length: int) -> int:
-    """Rows of whole inputs that an expert computes at once where rows are mixed."""
+    """Rows per block when whole inputs of mixed rows are computed."""
     return max(1, (CPU_TOKENS if jax.default_backend() == "cpu" else DEVICE_TOKENS) // length)
 
 
 def step_block(rows: int, slots: int, beams: int) -> int:
-    """Rows of `beams` single positions that an expert computes at once where rows are mixed."""
+    """Rows per block when single positions (of `beams` beams) of mixed rows are computed."""
     least = CPU_ROWS if jax.default_backend() == "cpu" else DEVICE_ROWS
-    # An expert's rows, and a standard deviation more, were each row's expert drawn at random.
+    # The mean number of rows of an expert plus one standard deviation, if rows chose at random.
     expected = rows / slots + math.sqrt(rows / slots)
     tokens = 8 * math.ceil(max(least, expected * beams) / 8)
     return math.ceil(tokens / beams)
@@ -48,11 +48,11 @@ def step_block(rows: int, slots: int, beams: int) -> int:
 class RowRoutes(NamedTuple):
     """The routes of R rows in N routed layers.
 
-    With S = K, every row uses all slots in order. Weights are zero nowhere but in padding.
+    If S = K, every row uses all slots in order. Weights are zero only in padding.
 
     Attributes:
-        experts_NxS: int32, the S experts of each layer that the batch uses ("slots"); None where
-            the model's parameters are those of the slots.
+        experts_NxS: int32, the S experts of each layer that the batch uses ("slots"); None if the
+            parameters hold only these experts.
         slots_NxRxK: int32 in [0, S), the K slots of each row.
         weights_NxRxK: float32.
     """
@@ -63,16 +63,16 @@ class RowRoutes(NamedTuple):
 
 
 def experts_per_row(model: TaskMoE) -> int:
-    """K, how many experts a route has at evaluation, where selection is without noise."""
+    """K, the number of experts of a route at evaluation."""
     return 1 if model.selection.hard else model.experts_per_layer
 
 
 def row_routes(routes_TxNxE: np.ndarray, task_id_R: np.ndarray, count: int) -> RowRoutes:
-    """Lays out the routes of a batch; NumPy, since S is a shape.
+    """Makes the `RowRoutes` of a batch. In NumPy, because S is a shape.
 
     Args:
         task_id_R: the task of each row.
-        count: K, how many of the largest experts a row uses.
+        count: K, the number of experts that a row uses: those with the largest weights.
     """
     tasks, row = np.unique(task_id_R, return_inverse=True)
     routes_TxNxE = np.asarray(routes_TxNxE)[tasks]
@@ -81,7 +81,7 @@ def row_routes(routes_TxNxE: np.ndarray, task_id_R: np.ndarray, count: int) -> R
     weights_TxNxK = np.take_along_axis(routes_TxNxE, index_TxNxK, -1)
     used = [np.unique(index_TxNxK[:, n]) for n in range(routes_TxNxE.shape[1])]
     slots = max(map(len, used))
-    if slots > count:  # a power of two, so that few shapes compile
+    if slots > count:  # rounded up to a power of two, so that few shapes are compiled
         slots = min(1 << (slots - 1).bit_length(), routes_TxNxE.shape[2])
     experts_NxS = np.zeros((len(used), slots), np.int32)
     slots_TxNxK = np.zeros(index_TxNxK.shape, np.int32)
@@ -93,11 +93,11 @@ def row_routes(routes_TxNxE: np.ndarray, task_id_R: np.ndarray, count: int) -> R
 
 
 class Places(NamedTuple):
-    """Where the rows stand in one layer: V = K x R of them, sorted by slot.
+    """The order of the rows in one layer: V = K x R rows, sorted by slot.
 
-    `order_V`, `inverse_V` and `starts` [S + 1] are None where row r's c-th expert is slot c.
-    `experts_S` is None where parameters are those of the slots already, or of the one expert there
-    is; `weights_KxR` is None where nothing is routed.
+    `order_V`, `inverse_V` and `starts` [S + 1] are None if the c-th expert of every row is slot c.
+    `experts_S` is None if the parameters hold only the slots, or one expert. `weights_KxR` is None
+    in layers that are not routed.
     """
 
     experts_S: jax.Array | None = None
@@ -114,7 +114,7 @@ class Places(NamedTuple):
         return 1 if self.weights_KxR is None else self.weights_KxR.shape[0]
 
     def experts(self, params: Params) -> list[Params]:
-        """The parameters of each slot, of one layer's [E, ...]."""
+        """The parameters of each slot, from one layer's [E, ...]."""
         if self.experts_S is not None:
             chosen = [self.experts_S[s] for s in range(self.experts_S.shape[0])]
             return [jax.tree.map(lambda p, e=e: p[e], params) for e in chosen]
@@ -123,14 +123,14 @@ class Places(NamedTuple):
         return [jax.tree.map(lambda p, s=s: p[s], params) for s in range(self.slots)]
 
     def enter(self, x_Rx: jax.Array) -> jax.Array:
-        """[R, ...] -> [V, ...] in this layer's order."""
+        """Puts rows into this layer's order: [R, ...] -> [V, ...]."""
         if self.order_V is not None:
             return x_Rx[self.order_V % x_Rx.shape[0]]
         copies = 1 if self.weights_KxR is None else self.weights_KxR.shape[0]
         return x_Rx if copies == 1 else jnp.concatenate([x_Rx] * copies)
 
     def leave(self, y_Vx: jax.Array) -> jax.Array:
-        """[V, ...] -> [R, ...], the weighted sum over each row's experts."""
+        """The weighted sum over each row's experts: [V, ...] -> [R, ...]."""
         y_Vx = y_Vx if self.inverse_V is None else y_Vx[self.inverse_V]
         if self.weights_KxR is None:
             return y_Vx
@@ -140,7 +140,7 @@ class Places(NamedTuple):
 
 
 def all_places(routes: RowRoutes, experts: int) -> Places:
-    """`Places` of all N layers, stacked; the parameters have so many experts per layer."""
+    """`Places` of all N layers, stacked, for parameters with `experts` experts per layer."""
     experts_NxS, slots_NxRxK, weights_NxRxK = jax.tree.map(jnp.asarray, routes)
     weights_NxKxR = weights_NxRxK.swapaxes(1, 2)
     layers = slots_NxRxK.shape[0]
@@ -156,11 +156,11 @@ def all_places(routes: RowRoutes, experts: int) -> Places:
 def by_expert(
     apply: Callable[..., Any], params_S: Sequence[Params], places: Places, block: int, *xs_Vx: Any
 ) -> Any:
-    """Applies each expert to its own rows.
+    """Applies each expert to its rows.
 
     Args:
         apply: (parameters of one layer, *rows) -> a tree of arrays with as many rows.
-        block: rows at once where rows are mixed.
+        block: number of rows computed at once, if rows are mixed.
         xs_Vx: arrays of V rows in the layer's order.
     """
     rows, slots = xs_Vx[0].shape[0], len(params_S)
@@ -171,7 +171,7 @@ def by_expert(
         ys = [apply(params, *part) for params, part in zip(params_S, parts, strict=True)]
         return jax.tree.map(lambda *y: jnp.concatenate(y), *ys)
     if rows <= block:
-        # The weights are read once anyway: all rows at once cost what some do.
+        # All rows at once: the time goes into reading the weights, whatever the number of rows.
         slot_V = jnp.sum(jnp.arange(rows)[:, None] >= places.starts[1:-1], axis=1)
         result = apply(params_S[0], *xs_Vx)
         for slot, params in enumerate(params_S[1:], start=1):
@@ -183,8 +183,8 @@ def by_expert(
             )
         return result
 
-    # The last block of an expert runs over into the rows of the next, which come after it and
-    # overwrite what it has left there.
+    # The last block of an expert may extend into the rows of the next expert. Those are computed
+    # later and overwrite the wrong values.
     def pad(x):
         return jnp.concatenate([x, jnp.zeros((block, *x.shape[1:]), x.dtype)])
 
@@ -209,16 +209,16 @@ def by_expert(
 
 
 class ByExpert(struct.PyTreeNode):
-    """The dispatch of rows whose routes differ (see `model.dispatch`); without gradients.
+    """The dispatch for rows with different routes (see `model.dispatch`). Has no gradients.
 
     Attributes:
-        places: of the rows in all N routed layers, stacked.
+        places: `Places` of all N routed layers, stacked.
     """
 
     places: Places
 
     def __call__(self, layer, x, rows, shared, placement, prefix) -> jax.Array:
-        del placement, prefix  # parameters are whole here
+        del placement, prefix  # parameters are not sharded here
         apart = layer.clone(parent=None)
 
         def apply(params, x, *rows):
@@ -232,7 +232,7 @@ class ByExpert(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class RowModel:
-    """A model and the routes of one batch: what `model(rows)` needs besides the rows.
+    """A model together with the routes of one batch.
 
     Attributes:
         params: the backbone with all its experts.
@@ -274,9 +274,9 @@ class RowModel:
         return self.call("decode", *args, self._dispatch)
 
     def decoder_layers(self) -> list[tuple[list[Params], Places]]:
-        """Of every decoder layer in order, each slot's parameters and the rows' places.
+        """For every decoder layer in order, each slot's parameters and the rows' places.
 
-        Parameters are arrays of their own, in the type that they are computed with.
+        Parameters are separate arrays, in the dtype of the computation.
         """
         all_layers = None if self.routes is None else self._places
         first = self.config.encoder_routed_layers
@@ -297,7 +297,7 @@ class RowModel:
 
 
 def as_computed(params: Params, dtype: str) -> Params:
-    """A layer's parameters in `dtype`, but for norms, which compute in float32."""
+    """A layer's parameters in `dtype`, except norms, which stay float32."""
 
     def cast(path, p):
         norm = any(key.key.endswith("_norm") for key in path)

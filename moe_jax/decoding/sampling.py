@@ -10,8 +10,8 @@ def sample(
     """One token per row, each drawn from its own key.
 
     Args:
-        temperature: divides the logits, before anything else.
-        top_k: keeps the k likeliest tokens; 0 for all.
+        temperature: divides the logits, before `top_k` and `top_p`.
+        top_k: keeps the k most likely tokens; 0 for all.
         top_p: then keeps the fewest tokens whose probabilities reach this sum (nucleus sampling,
             Holtzman et al. 2020).
 
@@ -19,7 +19,7 @@ def sample(
         int32 [R].
     """
     values, tokens = logits_RxV / temperature, None
-    if top_k or top_p < 1:  # likeliest first
+    if top_k or top_p < 1:  # most likely first
         values, tokens = jax.lax.top_k(values, min(top_k or values.shape[-1], values.shape[-1]))
     if top_p < 1:
         probabilities = jax.nn.softmax(values)

@@ -1,11 +1,11 @@
-"""How likely given targets are, without decoding."""
+"""Log-likelihoods of given targets, without decoding."""
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.decoding.rows import RowModel
 
-ROWS_AT_ONCE = 8  # whose logits are alive together
+ROWS_AT_ONCE = 8  # rows whose logits are in memory at the same time
 
 
 def log_likelihoods(model: RowModel, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -16,8 +16,8 @@ def log_likelihoods(model: RowModel, batch: dict[str, jax.Array]) -> tuple[jax.A
             target_segments, target_positions [R, L_out], as `data.packing.build` lays them out.
 
     Returns:
-        (float32 [R] sum of natural logarithms, int32 [R] number of target tokens); an empty row
-        has none.
+        (float32 [R] sum of natural logarithms, int32 [R] number of target tokens); 0 for an empty
+        row.
     """
     segments = batch["input_segments"]
     encoded = model.encode(batch["inputs"], segments, batch["input_positions"])

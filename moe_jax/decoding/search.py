@@ -1,4 +1,4 @@
-"""Decoding: how tokens are chosen. Greedy, sampling (`sampling`) and beam search (`beam`)."""
+"""Decoding: greedy, sampling (`sampling`) and beam search (`beam`)."""
 
 import dataclasses
 from typing import Annotated, Literal, NamedTuple
@@ -17,7 +17,7 @@ Length = Annotated[int, Range(0, 2**20)]
 
 
 class DecodingIds(NamedTuple):
-    """Token ids that steer decoding; from the vocabulary."""
+    """Special token ids for decoding, from the vocabulary."""
 
     start: int
     eos: int
@@ -26,23 +26,24 @@ class DecodingIds(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DecodingConfig(Configuration):
-    """How answers are decoded. Names and meanings are those of Hugging Face's `generate`, but
-    lengths count the decoded tokens alone, not the start token.
+    """How answers are decoded. Names and meanings are those of Hugging Face's `generate`, except
+    that lengths do not count the start token.
 
     Attributes:
         num_beams: beams kept per row; 1 is greedy.
         length_penalty: a finished beam's log-likelihood is divided by its length to this power.
         early_stopping: True ends a row when `num_beams` beams have finished; False when no open
-            beam would beat them at its present length; 'never' when none could at any length.
-        sample: draws tokens in place of taking the likeliest.
+            beam would beat them at its current length; 'never' when none could at any length.
+        sample: draws tokens at random instead of taking the most likely one.
         temperature: of sampling.
-        top_k: samples from the k likeliest tokens; 0 for all.
+        top_k: samples from the k most likely tokens; 0 for all.
         top_p: samples from the fewest tokens whose probabilities reach this sum.
-        seed: of sampling; a row's draws depend on it and on the row's number alone.
-        max_length: most tokens decoded, the end of sequence included; 0 takes the length of
-            targets.
-        min_length: fewest tokens before the end of sequence.
-        forced_bos_id, forced_eos_id: the first token, and the last where `max_length` is reached.
+        seed: seed of sampling. A row's draws depend only on the seed and the row's number.
+        max_length: maximum number of decoded tokens, including the end of sequence; 0 takes the
+            length of targets.
+        min_length: minimum number of tokens before the end of sequence.
+        forced_bos_id, forced_eos_id: the first token, and the last token if `max_length` is
+            reached.
     """
 
     num_beams: Annotated[int, Range(1, 1024)] = 1
@@ -74,7 +75,7 @@ class DecodingConfig(Configuration):
 def constrain(
     scores_xV: jax.Array, index: jax.Array, length: int, config: DecodingConfig, eos: int
 ) -> jax.Array:
-    """Scores of the token at position `index` of `length` with what is ruled out at -inf."""
+    """Scores of the token at position `index` of `length`, with -inf for forbidden tokens."""
     token_V = jnp.arange(scores_xV.shape[-1])
     if config.min_length:
         banned_V = (token_V == eos) & (index < config.min_length)
@@ -87,7 +88,7 @@ def constrain(
 
 
 def first_largest(x_RxV: jax.Array) -> jax.Array:
-    """`argmax` over the last axis, int32, in two plain reductions: many times faster on CPU."""
+    """`argmax` over the last axis, int32, as two reductions: much faster than argmax on CPU."""
     largest = jnp.max(x_RxV, -1, keepdims=True)
     index_V = jnp.arange(x_RxV.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(x_RxV == largest, index_V, x_RxV.shape[-1] - 1), -1)
@@ -108,8 +109,8 @@ def decode(
 
     Args:
         input_segments_RxL: one example per row; a row of zeros is empty and ends at once.
-        row_R: int, a number for each row, which its samples are drawn from.
-        length: most tokens decoded, the end of sequence included.
+        row_R: int, the number of each row, which seeds its samples.
+        length: maximum number of decoded tokens, including the end of sequence.
 
     Returns:
         int32 [R, length]; `ids.pad` after the end of sequence.

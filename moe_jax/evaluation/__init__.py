@@ -1,1 +1,1 @@
-"""Scores of a model on tasks, and what it gained over another."""
+"""Scores of a model on tasks, and relative gains over another model."""

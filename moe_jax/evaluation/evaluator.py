@@ -1,4 +1,4 @@
-"""Scores of a model on tasks: decoding, then each task's own metric."""
+"""Scores a model on tasks: decodes answers, then applies each task's metric."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,12 +42,12 @@ class TaskScore:
 
 
 class Evaluator:
-    """Decodes and scores; compiles once per bucket of lengths, whatever the tasks.
+    """Decodes and scores. Compiles once per bucket of lengths, for all tasks.
 
     Args:
-        lengths: {"inputs", "targets"}: longest input read and longest target decoded.
+        lengths: {"inputs", "targets"}: maximum length of inputs and of decoded targets.
         rows: examples decoded together.
-        decoding: how; greedy when None.
+        decoding: how answers are decoded; greedy if None.
 
     Raises:
         UserError: inputs or answers are longer than the model's positions.
@@ -82,7 +82,7 @@ class Evaluator:
         self.routes = jax.jit(partial(routes_of, model), out_shardings=replicated(mesh))
 
     def _by_rows(self, function: Callable[[RowModel, Batch, jax.Array], Any]) -> Callable[..., Any]:
-        """`function` compiled; each device does the rows that it holds."""
+        """`function`, compiled; each device computes its own rows."""
         mesh, rows = self._by_row.mesh, self._by_row.spec
         by_layer = P(None, *rows)
         spread_routes = RowRoutes(P(), by_layer, by_layer) if self.model.routed else None
@@ -98,7 +98,7 @@ class Evaluator:
 
         def call(backbone, routes, batch, row):
             if routes is not None and cut is not None:
-                # Whole on every device are only the experts that the batch uses.
+                # Only the experts that the batch uses are gathered on every device.
                 backbone = gather(backbone, routes.experts_NxS)
                 routes = routes._replace(experts_NxS=None)
             return spread(backbone, routes, batch, row)
@@ -106,7 +106,7 @@ class Evaluator:
         return jax.jit(call, out_shardings=replicated(mesh))
 
     def _arguments(self, params, routes_TxNxE, task_id, arrays, names) -> tuple:
-        """What the compiled functions take, inputs cut to the bucket that holds them."""
+        """The arguments of the compiled functions, with inputs cut to their length bucket."""
         count, longest = arrays["inputs"].shape
         bucket = input_bucket(int(np.count_nonzero(arrays["input_segments"], 1).max()), longest)
         batch = {}
@@ -127,11 +127,11 @@ class Evaluator:
         arrays: Mapping[str, np.ndarray],
         row_ids: np.ndarray | None = None,
     ) -> list[str]:
-        """Texts decoded for the rows [R, L] of one task, or of many.
+        """Decoded texts of the rows [R, L], which are of one task or of several.
 
         Args:
-            task_id: of all rows, or int [R].
-            row_ids: int [R], numbers of the rows, which samples are drawn from; 0, 1, ... if None.
+            task_id: one task for all rows, or int [R].
+            row_ids: int [R], row numbers that seed sampling; 0, 1, ... if None.
         """
         row_ids = np.arange(self.rows) if row_ids is None else row_ids
         row_ids = global_array(np.asarray(row_ids, np.int32), self._by_row)
@@ -146,7 +146,7 @@ class Evaluator:
         task_id: int | np.ndarray,
         arrays: Mapping[str, np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Of the targets of rows [R, L]: float32 [R] sum over tokens, int32 [R] tokens."""
+        """For the targets of rows [R, L]: (float32 [R] log-likelihoods, int32 [R] token counts)."""
         row_ids = global_array(np.zeros(self.rows, np.int32), self._by_row)
         arguments = self._arguments(params, routes_TxNxE, task_id, arrays, (*INPUTS, *TARGETS))
         return tuple(np.asarray(a) for a in self._score(*arguments, row_ids))
@@ -166,8 +166,8 @@ class Evaluator:
 
         Args:
             limit: at most this many examples, evenly spaced.
-            likelihoods: also of each target its `log_likelihood` and `target_tokens`; the metric
-                `log_likelihood_per_token` comes after the task's own.
+            likelihoods: also give `log_likelihood` and `target_tokens` of each target, and the
+                metric `log_likelihood_per_token` after the task's own.
         """
         task = mixture.task(name)
         postprocess = task.postprocess_fn()
@@ -231,7 +231,7 @@ class Evaluator:
 
 
 def input_bucket(length: int, longest: int) -> int:
-    """The width that an input of `length` is decoded at: `longest` halved, down to 32."""
+    """The padded length of an input: `longest`, halved while `length` fits, but at least 32."""
     bucket = longest
     while bucket % 2 == 0 and bucket // 2 >= max(length, 32):
         bucket //= 2
@@ -241,14 +241,14 @@ def input_bucket(length: int, longest: int) -> int:
 def _by_length(
     batches: Iterable[tuple[Batch, list]], rows: int, window: int = 64
 ) -> Iterator[tuple[Batch, list]]:
-    """Batches [R, L] of examples of like length, from `window` batches [1, R, L] at a time."""
+    """Batches [R, L] of examples of similar length, sorted within `window` batches [1, R, L]."""
     batches = iter(batches)
     while taken := list(islice(batches, window)):
         examples = [example for _, of_batch in taken for example in of_batch]
         names = (*INPUTS, *TARGETS)
         arrays = {name: np.concatenate([batch[name][0] for batch, _ in taken]) for name in names}
         order = np.argsort(np.count_nonzero(arrays["input_segments"], 1), kind="stable")
-        # Empty rows come last: they fill the last batch up.
+        # Empty rows come last and fill up the last batch.
         order = np.concatenate([order[-len(examples) :], order[: -len(examples)]])
         for start in range(0, len(examples), rows):
             chosen = order[start : start + rows]
@@ -285,7 +285,7 @@ def mean_score(scores: Iterable[TaskScore]) -> float:
 
 
 def write_scores(directory: str | Path, scores: list[TaskScore]) -> None:
-    """Writes scores.jsonl and predictions.jsonl, the latter first: scores mean all is there."""
+    """Writes predictions.jsonl, then scores.jsonl, whose presence means that both are complete."""
     directory = Path(directory)
     files.write_jsonl(
         directory / "predictions.jsonl", (row for score in scores for row in score.predictions)
@@ -318,7 +318,7 @@ def write_routes(
     mixture: PreparedMixture,
     task_ids: Mapping[str, int],
 ) -> None:
-    """Writes routes.json: every task's route with its human category."""
+    """Writes routes.json: the route and the human category of every task."""
     files.write_json(
         path,
         {

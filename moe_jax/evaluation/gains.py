@@ -11,7 +11,7 @@ b[t, s] and x[t, s] the test scores of the baseline and of another start on task
 
 Dividing by the mean keeps a single seed that scores 0 from making a gain infinite. A task whose
 mean baseline score is 0 or below (accuracies at 0; correlations may be negative) has no relative
-gain: it is named, counted and left out of ARG, but not of `mean_difference`.
+gain: it is reported and left out of ARG, but counts in `mean_difference`.
 """
 
 import csv
@@ -45,9 +45,9 @@ def relative_gains(rows: Iterable[Mapping[str, Any]], baseline: str = "untrained
 
     Args:
         rows: the lines of a fine-tuning run's runs.jsonl, with keys task, metric, start, seed,
-            learning_rate, batch_size, dev_score and test_score. Of one (task, start, seed) the
-            grid point with the best dev score counts; of equals, the first in the rows' order.
-            `test_score` may be None, but not of all: then the point does not count.
+            learning_rate, batch_size, dev_score and test_score. For each (task, start, seed), the
+            grid point with the best dev score counts; among equals, the first row. A point whose
+            `test_score` is None is skipped; at least one must have a score.
         baseline: the start that is direct fine-tuning.
 
     Returns:
@@ -56,11 +56,11 @@ def relative_gains(rows: Iterable[Mapping[str, Any]], baseline: str = "untrained
         tasks; None with one task), `per_seed`, `median`, `mean_difference` (of scores, over all
         tasks), `tasks` (how many count), `no_relative_gain` (names)}, `differences` (ARG of a
         later start minus that of an earlier one: `arg`, `ci95`, `per_seed`) and `tasks` {task:
-        {start: `mean`, `std` (None with one seed), `per_seed`, `selected`, `relative_gain`}}.
-        Gains are fractions (0.026 is 2.6 %); `relative_gain` is None where there is none.
+        {start: `mean`, `std` (None with one seed), `per_seed`, `selected`, `relative_gain`}}. Gains
+        are fractions (0.026 is 2.6 %); `relative_gain` is None if undefined.
 
     Raises:
-        UserError: no rows; a row without a key or with a score that is no finite number; a task
+        UserError: no rows; a row without a key or with a score that is not a finite number; a task
             that lacks a start, a seed or a grid point; a grid point with two different scores.
     """
     grid = _grid(rows)
@@ -207,7 +207,7 @@ def text_table(gains: Mapping[str, Any]) -> str:
 
 
 def sentences(gains: Mapping[str, Any]) -> list[str]:
-    """The aggregates in words, one sentence per start, difference and left-out set of tasks."""
+    """The results in words: a sentence for each start, each difference and the tasks left out."""
     result, seeds = [], len(gains["seeds"])
     for start, total in gains["starts"].items():
         if total["arg"] is None:
@@ -250,7 +250,7 @@ def count(number: int, noun: str) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """`+2.6 %`; a dash where there is no number."""
+    """`+2.6 %`; a dash if there is no number."""
     return "–" if fraction is None else f"{100 * fraction:+.1f} %"
 
 

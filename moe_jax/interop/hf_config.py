@@ -9,7 +9,7 @@ from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.interop import hf_families
 from moe_jax.model.config import ModelConfig
 
-# Fields of `ModelConfig` that `transformers` may have no key for, though they change the output.
+# Fields of `ModelConfig` that change the output, but may have no key in `transformers`.
 _CHECKED = ("head_dim", "scale_tied_logits")
 
 
@@ -18,13 +18,13 @@ def read_config(config: Mapping[str, Any], tied: bool, source: Any) -> ModelConf
 
     Args:
         config: its content.
-        tied: whether the output embedding is the input embedding. The weights tell;
-            `tie_word_embeddings` means different things in different versions of `transformers`.
+        tied: whether the output embedding is the input embedding. Determined from the weights,
+            because `tie_word_embeddings` differs in meaning between versions of `transformers`.
         source: named in errors.
 
     Raises:
         UserError: it is of no family in `hf_families`, lacks a size, or is a variant that our
-            layers do not compute.
+            layers do not support.
     """
     family = hf_families.of_config(config, source)
     fields: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def write_config(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
             f"transformers' {family.title} has tied embeddings; this model cannot be written as one"
         )
     if not config.tie_embeddings:
-        config = dataclasses.replace(config, scale_tied_logits=False)  # where it has no effect
+        config = dataclasses.replace(config, scale_tied_logits=False)  # no effect here
     result = {
         "model_type": family.model_type,
         "architectures": [family.model_class],
@@ -86,7 +86,7 @@ def write_config(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The ids that steer decoding; all that `generation_config.json` needs."""
+    """The special ids for decoding, which `generation_config.json` needs."""
     return {
         "pad_token_id": vocabulary.pad_id,
         "bos_token_id": vocabulary.bos_id,

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face directory: safetensors, single or in shards, a tensor at a time."""
+"""Reads and writes the weights of a Hugging Face directory (safetensors), a tensor at a time."""
 
 import re
 from collections.abc import Iterable
@@ -19,28 +19,28 @@ CONFIGS = (CONFIG, GENERATION_CONFIG)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-# What is downloaded of a model on the Hub.
+# The files that are downloaded from the Hub.
 _WANTED = ["*.json", "*.safetensors", "*.model", "merges.txt"]
 
 
 def find(name: str) -> Path:
-    """The directory `name`, or that of a model on the Hub, downloaded where it is not yet.
+    """The directory `name`, or that of the Hub's model `name`, downloaded if needed.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither a directory nor such a model.
     """
     path = Path(name)
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name} is no directory")
-    import huggingface_hub  # its own import takes a second, most calls do without
+        raise UserError(f"{name} is not a directory")
+    import huggingface_hub  # importing it takes a second, and most calls do not need it
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
-    except Exception as e:  # many kinds, for one thing: it could not be had
+    except Exception as e:  # many types, all for a failed download
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{name} is no directory, nor to be had from the Hub: {reason}") from e
+        raise UserError(f"{name} is not a directory, and the Hub gave none: {reason}") from e
 
 
 class Weights:
@@ -59,7 +59,7 @@ class Weights:
         for path in _weight_files(directory):
             try:
                 with safe_open(path, framework="numpy") as f:
-                    for name in f.keys():  # noqa: SIM118  it is no mapping
+                    for name in f.keys():  # noqa: SIM118  it is not a mapping
                         part = f.get_slice(name)
                         self._files[name] = path
                         self.dtypes[name] = _dtype(part.get_dtype(), path, name)
@@ -70,8 +70,8 @@ class Weights:
     def read(self, name: str) -> np.ndarray:
         """One tensor.
 
-        The file is opened anew each time: an open one stays mapped, and what was read of it
-        counts as this process's memory.
+        The file is opened for each tensor. An open file stays mapped, and the parts read would
+        count as this process's memory.
         """
         with safe_open(self._files[name], framework="numpy") as f:
             return f.get_tensor(name)
@@ -105,7 +105,7 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) ->
     """Writes tensors as `model.safetensors`, or as shards of SHARD_BYTES with an index.
 
     Args:
-        tensors: (name, value); only one shard's are held at a time.
+        tensors: (name, value); only the tensors of one shard are in memory at a time.
     """
     shards: list[list[str]] = []
     waiting: dict[str, np.ndarray] = {}

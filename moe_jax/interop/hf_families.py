@@ -1,6 +1,6 @@
 """What `transformers` calls a family's settings and tensors: one record per family.
 
-A family is added by registering one record here, beside its `Family` in model/family.py.
+To add a family, register a record here and its `Family` in model/family.py.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ class Setting(NamedTuple):
     Attributes:
         key: its name in `config.json`.
         field: of `ModelConfig`. Two keys of one field must have the same value.
-        otherwise: the key that counts where this one is absent or null.
+        otherwise: the key that is used if this one is absent or null.
     """
 
     key: str
@@ -26,15 +26,15 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Names of modules in `transformers`; their tensors are `NAME.weight` and `NAME.bias`.
+    """Names of modules in `transformers`. Their tensors are called `NAME.weight` and `NAME.bias`.
 
     Attributes:
         positions: of a side's position table, with `{side}`.
         norm: of the norm outside a side's layers, with `{side}`.
-        layer: what the modules of a layer begin with, with `{side}` and `{layer}`.
+        layer: prefix of the modules of a layer, with `{side}` and `{layer}`.
         blocks: side -> our block -> name within the layer, or, for a block of several matrices,
             our matrix (`q`, `k`, `v`, `in`, `gate`, `out`) -> name.
-        prefix: what all names begin with in the files of the whole model.
+        prefix: prefix of all names in the files of the whole model.
     """
 
     positions: str
@@ -51,13 +51,14 @@ class HuggingFaceFamily:
     Attributes:
         architecture: name of the family in `model.family`.
         title: what people call it, for messages.
-        model_type: in `config.json`. Families may share one and differ in `fixed`.
+        model_type: the key `model_type` of `config.json`. Families may share one and differ in
+            `fixed`.
         model_class: the class of `transformers` that holds a model with its output embedding.
         settings: keys of `config.json` that vary within the family.
-        fixed: key -> the value that it must have, for another one is another family.
-        implied: key -> what an absent key means. One that is neither here nor in `fixed` must be
-            there.
-        written: keys that are written besides, but not read.
+        fixed: key -> the value that this family requires.
+        implied: key -> the meaning of an absent key. A key that is neither here nor in `fixed` is
+            required.
+        written: further keys that are written, but not read.
         always_tied: `transformers` has no such model with an output embedding of its own.
         logits_bias: files hold `final_logits_bias`, which is zero.
     """
@@ -75,7 +76,7 @@ class HuggingFaceFamily:
     logits_bias: bool = False
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:
-        """What a `config.json` says of `key`, in words or by leaving it out; None: nothing."""
+        """The value of `key` in a `config.json`, given or implied; None if there is neither."""
         value = config.get(key)
         return self.implied.get(key, self.fixed.get(key)) if value is None else value
 
@@ -84,13 +85,13 @@ _FAMILIES: dict[str, HuggingFaceFamily] = {}
 
 
 def register(family: HuggingFaceFamily) -> HuggingFaceFamily:
-    """Makes a family known; a second one of the same architecture replaces the first."""
+    """Registers a family; replaces an earlier one of the same architecture."""
     _FAMILIES[family.architecture] = family
     return family
 
 
 def of_architecture(name: str) -> HuggingFaceFamily:
-    """The record of a family of ours.
+    """The Hugging Face record of one of our families.
 
     Raises:
         UserError: `transformers` has no such family.
@@ -111,32 +112,33 @@ def of_config(config: Mapping[str, Any], source: Any) -> HuggingFaceFamily:
         source: named in errors.
 
     Raises:
-        UserError: it is of no family here, or a variant that our layers do not compute.
+        UserError: it is of no known family, or a variant that our layers do not support.
     """
     kind = config.get("model_type")
     kinds = sorted({family.model_type for family in _FAMILIES.values()})
-    found = [family for family in _FAMILIES.values() if family.model_type == kind]
-    if not found:
+    candidates = [family for family in _FAMILIES.values() if family.model_type == kind]
+    if not candidates:
         raise UserError(
             f"{source}: model_type is {kind!r}; it can be one of {', '.join(kinds)}"
             f"{nearest(str(kind), kinds)}"
         )
-    for key in dict.fromkeys(key for family in found for key in family.fixed):
-        fitting = [f for f in found if key not in f.fixed or f.value(config, key) == f.fixed[key]]
+    for key in dict.fromkeys(key for family in candidates for key in family.fixed):
+        fitting = [
+            f for f in candidates if key not in f.fixed or f.value(config, key) == f.fixed[key]
+        ]
         if not fitting:
-            known = " or ".join(repr(family.fixed[key]) for family in found)
-            raise UserError(
-                f"{source}: {key} is {found[0].value(config, key)!r}; only {known} is supported"
-            )
-        found = fitting
-    return found[0]
+            known = " or ".join(repr(family.fixed[key]) for family in candidates)
+            value = candidates[0].value(config, key)
+            raise UserError(f"{source}: {key} is {value!r}; only {known} is supported")
+        candidates = fitting
+    return candidates[0]
 
 
 # ---- BART ----
 
 
 def _attention(name: str, out: str) -> dict[str, str]:
-    """The four matrices of an attention; `{}` in `name` is theirs, `out` the last one's."""
+    """Names of the four matrices of an attention. `{}` in `name` stands for the matrix."""
     return {"q": name.format("q"), "k": name.format("k"), "v": name.format("v"),
             "out": name.format(out)}  # fmt: skip
 
@@ -203,7 +205,7 @@ register(
 
 
 def _t5_names(feed_forward: Mapping[str, str]) -> Names:
-    """Names of a T5, whose layers number their blocks."""
+    """Names in a T5, where a layer's blocks are numbered."""
     kinds = {
         "self_attention": _attention("SelfAttention.{}", "o"),
         "cross_attention": _attention("EncDecAttention.{}", "o"),
@@ -243,9 +245,9 @@ _T5_1_1 = register(
         title="T5 1.1",
         model_type="t5",
         model_class="T5ForConditionalGeneration",
-        # The activation is that of wi_0 x, the first of our two input matrices.
+        # The activation is applied to wi_0 x, the first of our two input matrices.
         names=_t5_names({"in": "wi_0", "gate": "wi_1", "out": "wo"}),
-        # Older files do not say whether logits are scaled: those with tied embeddings are.
+        # Older files do not say whether logits are scaled: they are if embeddings are tied.
         settings=(
             *_T5_SETTINGS,
             Setting("scale_decoder_outputs", "scale_tied_logits", "tie_word_embeddings"),

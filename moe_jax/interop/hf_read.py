@@ -15,7 +15,7 @@ from moe_jax.interop.hf_weights import Part
 from moe_jax.interop.model_directory import check_parts, write_initial
 from moe_jax.model.config import ModelConfig
 
-# Of a converted model directory: what a Hugging Face directory holds besides, for the way back.
+# In a converted model directory: further content of the Hugging Face directory, for `to-hf`.
 ORIGIN = "huggingface"
 TENSORS = "tensors.json"  # name -> dtype
 UNUSED = "unused.safetensors"
@@ -24,7 +24,7 @@ UNUSED = "unused.safetensors"
 def from_hf(source: str, out: str | Path) -> ModelConfig:
     """Writes a model directory from a Hugging Face directory (or a model's name on the Hub).
 
-    Parameter by parameter: at most one of ours and one tensor of theirs are in memory.
+    Parameter by parameter: at most one parameter and one tensor are in memory.
 
     Raises:
         UserError: it is of no family in `hf_families`, a file is missing or damaged, or `out`
@@ -55,7 +55,7 @@ def _names(weights: Weights) -> dict[str, str]:
 
 
 def _is_tied(weights: Weights, names: dict[str, str]) -> bool:
-    """Whether logits are made with the input embedding, which HEAD may repeat."""
+    """Whether embeddings are tied. The files may still contain HEAD, equal to the embedding."""
     for alias in (*hf_weights.ALIASES, hf_weights.HEAD):
         if hf_weights.EMBEDDING not in names and alias in names:
             names[hf_weights.EMBEDDING] = names[alias]
@@ -75,9 +75,9 @@ def _check_names(
     parts: Sequence[Part],
     directory: Path,
 ) -> None:
-    """Every tensor is there, has its shape, and none is left over that does something."""
-    found = {name: weights.shapes[file_name] for name, file_name in names.items()}
-    check_parts(config, parts, found, directory, "config.json says")
+    """Checks that every tensor exists and has its shape, and that no other tensor has an effect."""
+    shapes = {name: weights.shapes[file_name] for name, file_name in names.items()}
+    check_parts(config, parts, shapes, directory, "config.json says")
     known = {part.name for part in parts}
     for name in sorted(set(names) - known):
         if name in hf_weights.ALIASES or name == hf_weights.HEAD:

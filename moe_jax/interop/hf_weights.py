@@ -1,7 +1,7 @@
-"""Where each tensor of a model of `transformers` lives in our parameter tree.
+"""Maps each tensor of a `transformers` model to its place in our parameter tree.
 
 The map is a list of `Part`s; both directions read it. It is for dense models: one expert, no
-vanilla layers, so that every layer is at `layers/routed`, [layer, expert 0].
+vanilla layers, so that every layer is at `layers/routed` with indices [layer, 0].
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from moe_jax.model.family import Family
 
 EMBEDDING = "shared.weight"
 HEAD = "lm_head.weight"
-# Other names of the embedding, which files may or may not repeat; HEAD is one where it is tied.
+# Other names of the embedding, which files may contain as copies; HEAD is one if it is tied.
 ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# In files, but of no effect: zeros, and what early T5 files left over.
+# Tensors without effect: zeros, and leftovers in early T5 files.
 ZERO = "final_logits_bias"
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -26,10 +26,10 @@ Place = tuple[int | slice, ...]
 
 
 class Part(NamedTuple):
-    """One tensor of `transformers`, and the part of one of our parameters that it is.
+    """One tensor of `transformers` and its place in one of our parameters.
 
     Attributes:
-        name: in `transformers`, without the prefix `model.`; or that of another library.
+        name: name in `transformers`, without the prefix `model.`, or in another library.
         path: of the parameter in the backbone, `encoder/layers/routed/...`.
         place: index into the parameter.
         form: `kernel`, [out, in] there and [in..., out...] here; `matrix`, [in, out] there (T5X);
@@ -46,7 +46,7 @@ class Part(NamedTuple):
         return self.take(np.broadcast_to(np.float32(0), parameter_shape)).shape
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
-        """The tensor, from our parameter; a view where that is possible."""
+        """Returns the tensor from our parameter; a view if possible."""
         own = parameter[self.place]
         if self.form == "table":
             return own
@@ -56,7 +56,7 @@ class Part(NamedTuple):
         return matrix if self.form == "matrix" else matrix.T
 
     def put(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
-        """Writes the tensor into our parameter, in its dtype."""
+        """Writes the tensor into our parameter, cast to its dtype."""
         own = parameter[self.place]
         own[...] = (tensor.T if self.form == "kernel" else tensor).reshape(own.shape)
 
@@ -79,17 +79,17 @@ def parts(config: ModelConfig) -> list[Part]:
     names = hf_families.of_architecture(config.architecture).names
     family = config.family
     layer_norm = family.norm == "layer"
-    found = [Part(EMBEDDING, "embedding", (), "table")]
+    result = [Part(EMBEDDING, "embedding", (), "table")]
     if not config.tie_embeddings:
-        found.append(Part(HEAD, "head", (), "kernel"))
+        result.append(Part(HEAD, "head", (), "kernel"))
     for side in ("encoder", "decoder"):
         positions = names.positions.format(side=side)
         path = f"{side}/{_POSITIONS[family.positions]}"
-        found.append(Part(f"{positions}.weight", path, (), "table"))
-        found += _norm(names.norm.format(side=side), f"{side}/norm", (), layer_norm)
+        result.append(Part(f"{positions}.weight", path, (), "table"))
+        result += _norm(names.norm.format(side=side), f"{side}/norm", (), layer_norm)
         for layer in range(getattr(config, f"{side}_layers")):
-            found += _layer(names, family, side, layer)
-    return sorted(found, key=lambda part: part.path)
+            result += _layer(names, family, side, layer)
+    return sorted(result, key=lambda part: part.path)
 
 
 def _norm(name: str, path: str, place: Place, bias: bool) -> Iterator[Part]:

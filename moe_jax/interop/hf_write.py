@@ -32,17 +32,17 @@ def to_hf(
 
     Args:
         checkpoint: model directory, or one of its checkpoints.
-        task: whose expert to take in every routed layer.
-        average: takes the mean of the experts' parameters instead: weighted by the task's route,
-            or, without a task, of all experts alike.
-        approximate: where the route is soft, takes the expert with most weight.
+        task: the task whose expert is taken in every routed layer.
+        average: takes the mean of the experts' parameters instead, weighted by the task's route, or
+            uniform without a task.
+        approximate: if the route is soft, takes the expert with the largest weight.
 
     Returns:
-        What was written, in a line; with the measured error where it is an approximation.
+        A line that describes what was written, with the measured error of an approximation.
 
     Raises:
-        UserError: no such checkpoint or task, a soft route without `average` or `approximate`, a
-            model that `transformers` does not have, or `out` exists.
+        UserError: no such checkpoint or task; a soft route without `average` or `approximate`; a
+            model that `transformers` does not support; or `out` exists.
     """
     files.check_new(out)
     root = directory.root(checkpoint)
@@ -67,7 +67,7 @@ def to_hf(
             for name, content in own.contents.items():
                 files.write_bytes(new / name, content)
         else:
-            said.append("its vocabulary is none of transformers': no tokenizer was written")
+            said.append("no tokenizer was written: transformers cannot read its vocabulary")
     return "; ".join(said)
 
 
@@ -82,7 +82,7 @@ def _tensor(plain: Params, part: Part) -> np.ndarray:
 
 
 def _tensors(plain: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values as `transformers` saves them."""
+    """Names and values in the form that `transformers` saves."""
     family = hf_families.of_architecture(config.architecture)
     if family.logits_bias:
         yield hf_weights.ZERO, np.zeros((1, config.vocabulary_size), np.float32)
@@ -93,13 +93,13 @@ def _tensors(plain: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarr
 def _as_they_came(
     origin: Path, plain: Params, config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that a Hugging Face directory had: names, repetitions, dtypes."""
+    """The tensors with the names, copies and dtypes of the original Hugging Face directory."""
     parts = {part.name: part for part in hf_weights.parts(config)}
     unused = load_file(origin / UNUSED)
     for name, dtype in json.loads((origin / TENSORS).read_text()).items():
         if name in unused:
             yield name, unused[name]
         else:
-            # What has no place of its own is the embedding under another name.
+            # A tensor without a part is a copy of the embedding.
             part = parts.get(name.removeprefix("model."), parts[hf_weights.EMBEDDING])
             yield name, _tensor(plain, part).astype(dtype)

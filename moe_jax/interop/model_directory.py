@@ -1,4 +1,4 @@
-"""Writes a model directory to start from: weights of elsewhere, parameter by parameter."""
+"""Writes a model directory from the weights of another library, parameter by parameter."""
 
 import functools
 import itertools
@@ -26,28 +26,28 @@ _LENGTHS = {"inputs": 512, "targets": 64}  # a run may choose others
 def check_parts(
     config: ModelConfig,
     parts: Sequence[Part],
-    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     source: Path,
     says: str,
 ) -> None:
-    """Every tensor of a dense model is there and has its shape.
+    """Checks that every tensor of a dense model exists and has its shape.
 
     Args:
-        found: name -> shape.
+        shapes: name -> shape.
         source: named in errors.
-        says: what the shapes are known from, as `config.json says`.
+        says: the source of the expected shapes, in words such as `config.json says`.
 
     Raises:
-        UserError: naming the first that is missing or has another shape.
+        UserError: names the first tensor that is missing or has another shape.
     """
-    shapes = _shapes(config)
+    expected = _shapes(config)
     for part in parts:
-        if part.name not in found:
+        if part.name not in shapes:
             raise UserError(f"{source}: the weights have no {part.name}")
-        wanted = part.shape(tuple(shapes[f"backbone/{part.path}"]))
-        if found[part.name] != wanted:
+        wanted = part.shape(tuple(expected[f"backbone/{part.path}"]))
+        if shapes[part.name] != wanted:
             raise UserError(
-                f"{source}: {part.name} has shape {list(found[part.name])}, {says} {list(wanted)}"
+                f"{source}: {part.name} has shape {list(shapes[part.name])}, {says} {list(wanted)}"
             )
 
 
@@ -69,13 +69,13 @@ def write_initial(
 
     Args:
         new: directory to write to.
-        out: the name that it gets when it is complete.
+        out: its final name, once it is complete.
         config: of a dense model.
         parts: all its tensors, grouped by parameter.
-        read: the tensor of a part; called for one after another, so that at most one of them and
-            one of our parameters are in memory.
-        own: its tokenizer; without one, config.gin leaves the vocabulary to the run.
-        source: where it all comes from; named by the progress bar and in errors.
+        read: returns the tensor of a part. Called one part at a time, so that at most one tensor
+            and one parameter are in memory.
+        own: its tokenizer; if None, config.gin does not set the vocabulary.
+        source: where the weights come from; named by the progress bar and in errors.
 
     Raises:
         UserError: the tokenizer has more tokens than the model; and what `read` raises.
@@ -121,7 +121,7 @@ def _maker(
 
     def make() -> np.ndarray:
         bar.update(len(parts))
-        if parts[0].form == "table":  # the largest of all: not copied
+        if parts[0].form == "table":  # the largest parameter, so it is not copied
             return read(parts[0]).astype(np.float32, copy=False)
         parameter = np.empty(shape, np.float32)
         for part in parts:

@@ -16,8 +16,8 @@ from moe_jax.model.routed_stack import layer_runs
 from moe_jax.model.task_moe import routes_of
 from moe_jax.runs.load import Run
 
-_ONE = 1 - 1e-6  # a weight that is one but for rounding
-_PROBE = (8, 32)  # rows and length of the random tokens that an approximation is measured on
+_ONE = 1 - 1e-6  # a weight of one, up to rounding
+_PROBE = (8, 32)  # rows and length of random tokens, for measuring an approximation
 
 
 def plain_model(
@@ -26,15 +26,15 @@ def plain_model(
     """The dense model of a task.
 
     Args:
-        task: whose expert to take in every routed layer.
+        task: the task whose expert is taken in every routed layer.
         own: the run's vocabulary.
-        average: takes the mean of the experts' parameters instead: weighted by the task's route,
-            or, without a task, of all experts alike.
-        approximate: where the route is soft, takes the expert with most weight.
+        average: takes the mean of the experts' parameters instead, weighted by the task's route, or
+            uniform without a task.
+        approximate: if the route is soft, takes the expert with the largest weight.
 
     Returns:
-        Its configuration, its NumPy backbone (one expert, no vanilla layers), and what it is in
-        words, with the measured error where it is an approximation.
+        Its configuration, its NumPy backbone (one expert, no vanilla layers), and a description,
+        with the measured error of an approximation.
 
     Raises:
         UserError: no such task, or a soft route without `average` or `approximate`.
@@ -57,7 +57,7 @@ def plain_model(
 def _weights(
     run: Run, task: str | None, average: bool, approximate: bool
 ) -> tuple[np.ndarray, str]:
-    """How much of each expert's parameters to take, [N, E], and that in words."""
+    """The weight of each expert's parameters, [N, E], and a description."""
     shape = (run.model.layers, run.model.config.experts)
     if task is not None and task not in run.task_ids:
         raise UserError(f"the task table has no {task!r}{nearest(task, run.task_ids)}")
@@ -88,7 +88,7 @@ def _weights(
 
 
 def _route(run: Run, task: str) -> np.ndarray:
-    """float32 [N, E], as at evaluation."""
+    """The route of a task at evaluation: float32 [N, E]."""
     return np.asarray(
         jax.jit(partial(routes_of, run.model))(run.params, run.step)[run.task_ids[task]]
     )
@@ -103,7 +103,8 @@ def squeeze(backbone: Params, config: ModelConfig, weights_NxE: np.ndarray) -> P
 
     Args:
         backbone: NumPy parameters of `EncoderDecoder` with E experts.
-        weights_NxE: of the experts in each routed layer, encoder first; one-hot takes one.
+        weights_NxE: weights of the experts in each routed layer, encoder first; one-hot selects one
+            expert.
     """
     routed = iter(weights_NxE)
     result = {**backbone}
@@ -127,7 +128,7 @@ def _mean(layers: Params, layer: int, weights_E: np.ndarray) -> Params:
 def _error(
     run: Run, route_NxE: np.ndarray, dense: ModelConfig, plain: Params, own: Vocabulary
 ) -> str:
-    """How far the plain model's logits are from those of the mixture."""
+    """Describes the difference between the logits of the plain model and of the mixture."""
     rng = np.random.default_rng(0)
     inputs, targets = rng.integers(0, own.size, (2, *_PROBE), dtype=np.int32)
     targets[:, 0] = own.decoder_start_id
@@ -145,6 +146,6 @@ def _error(
     agree = np.mean(mixed.argmax(-1) == ours.argmax(-1))
     return (
         f"its logits differ from the mixture's by {np.abs(mixed - ours).max():.3g} at most and"
-        f" {np.abs(mixed - ours).mean():.3g} on average, and the likeliest token is the same at"
+        f" {np.abs(mixed - ours).mean():.3g} on average, and the most likely token is the same at"
         f" {agree:.1%} of positions ({_PROBE[0]} x {_PROBE[1]} random tokens)"
     )

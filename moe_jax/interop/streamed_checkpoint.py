@@ -15,16 +15,16 @@ from orbax.checkpoint import type_handlers
 from moe_jax.core import checksums
 from moe_jax.training.checkpoints import DIRECTORY, SEALED
 
-_FILE_BYTES = 1 << 27  # what waits to be written stays in memory until it fills a file
+_FILE_BYTES = 1 << 27  # data waits in memory until it fills a file
 
 
 @dataclasses.dataclass(frozen=True)
 class Promise:
-    """A float32 parameter that is made when it is written.
+    """A float32 parameter that is computed when it is written.
 
     Attributes:
-        shape: of the parameter.
-        make: returns it.
+        shape: shape of the parameter.
+        make: computes the parameter.
     """
 
     shape: tuple[int, ...]
@@ -41,14 +41,14 @@ class Promise:
 
 
 class _PromiseHandler(type_handlers.NumpyHandler):
-    """Writes each promised array before it makes the next, as if they were NumPy's."""
+    """Orbax handler that computes and writes one promised array after another."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
-        # The largest first: what it leaves behind, the smaller ones fit into.
+        # The largest first, so that smaller ones can reuse its memory.
         order = sorted(zip(values, infos, args, strict=True), key=lambda one: -one[0].nbytes)
         for value, info, arg in order:
             for written in await super().serialize([value.make()], [info], [arg]):
@@ -61,7 +61,7 @@ def save_params(model_dir: Path, step: int, params: Any, meta: dict[str, Any]) -
 
     Args:
         params: tree of `Promise`s.
-        meta: as in `Checkpoints.save`, `step` and `shapes` included.
+        meta: as in `Checkpoints.save`, including `step` and `shapes`.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     place = model_dir.absolute() / DIRECTORY / str(step)

@@ -24,12 +24,12 @@ _DROPOUT = 0.1
 
 
 class T5XFamily(NamedTuple):
-    """What tells a family's parameters from those of others, for checkpoints do not name it.
+    """How to recognise a family by its parameters, because checkpoints do not name it.
 
     Attributes:
         architecture: name of the family in `model.family`.
         feed_forward: the first matrix of its feed-forward blocks.
-        vocabulary_size: of its published models; None: any other.
+        vocabulary_size: vocabulary size of its published models; None matches any other size.
     """
 
     architecture: str
@@ -38,22 +38,23 @@ class T5XFamily(NamedTuple):
 
 
 _T5_1_1 = T5XFamily("t5", "wi_0")
-# The first that fits counts.
+# The first match counts.
 FAMILIES = [T5XFamily("mt5", "wi_0", 250_112), _T5_1_1, T5XFamily("t5_1_0", "wi")]
 
 
 def from_t5x(source: str, out: str | Path, sentencepiece: str | None = None) -> ModelConfig:
     """Writes a model directory from a T5X checkpoint, parameter by parameter.
 
-    Sizes are those of the parameters. The rest is what T5X's own models have: distances up to
-    128, dropout of 0.1, and, where there is no output embedding, logits with the input's, scaled.
+    Sizes are read from the shapes of the parameters. Other settings are those of T5X's own models:
+    distances up to 128, dropout of 0.1, and, without an output embedding, tied and scaled logits.
 
     Args:
         source: directory with a file `checkpoint`.
-        sentencepiece: the model's tokenizer, which checkpoints do not hold; None: none is written.
+        sentencepiece: the model's tokenizer, which checkpoints do not hold; None writes no
+            tokenizer.
 
     Raises:
-        UserError: it is no such T5, a file is missing or damaged, or `out` exists.
+        UserError: it is not such a T5, a file is missing or damaged, or `out` exists.
     """
     out = Path(out)
     files.check_new(out)
@@ -76,9 +77,9 @@ def from_t5x(source: str, out: str | Path, sentencepiece: str | None = None) -> 
 
 
 def _read_vocabulary(path: Path) -> TokenizersVocabulary:
-    """What `transformers` makes of a T5's SentencePiece model."""
+    """The tokenizer that `transformers` makes from a T5's SentencePiece model."""
     plain = vocabulary.read_sentencepiece(path)
-    # Files for T5X (`cc_all.32000.100extra`) have the sentinels, those for `transformers` do not.
+    # T5X's files (`cc_all.32000.100extra`) include the sentinels, those of `transformers` do not.
     extra_ids = 0 if len(plain.encode("<extra_id_0>")) <= 2 else 100
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -103,8 +104,8 @@ _PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 
 def parts(config: ModelConfig) -> list[Part]:
-    """All tensors of a dense T5 as T5X names and orients them, grouped by parameter."""
-    found = []
+    """All tensors of a dense T5, with T5X's names and axis order, grouped by parameter."""
+    result = []
     for part in hf_weights.parts(config):
         name, form = _name(part.name), part.form
         if name == _HEAD:
@@ -113,12 +114,12 @@ def parts(config: ModelConfig) -> list[Part]:
             form = "kernel"  # [heads, buckets] there
         elif form == "kernel":
             form = "matrix"
-        found.append(part._replace(name=name, form=form))
-    return found
+        result.append(part._replace(name=name, form=form))
+    return result
 
 
 def _name(name: str) -> str:
-    """T5X's name of what `transformers` calls `name`."""
+    """T5X's name of the tensor that `transformers` calls `name`."""
     match name.split("."):
         case ["shared", _]:
             return _EMBEDDING
@@ -146,7 +147,8 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], source: Path) -> ModelCon
         source: named in errors.
 
     Raises:
-        UserError: a parameter is missing that tells a size, or it is a known other model.
+        UserError: a parameter that determines a size is missing, or the model is known to be of
+            another kind.
     """
     if any(name.startswith(("encoder/encoder/", "decoder/decoder/")) for name in shapes):
         raise UserError(
@@ -159,7 +161,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], source: Path) -> ModelCon
         if shape is None:
             raise UserError(f"{source}: the weights have no {name}{nearest(name, shapes)}")
         if len(shape) != 2 or 0 in shape:
-            raise UserError(f"{source}: {name} has shape {list(shape)}, it is no matrix")
+            raise UserError(f"{source}: {name} has shape {list(shape)}, it is not a matrix")
         return shape
 
     def depth(side: str) -> int:

@@ -1,4 +1,4 @@
-"""Reads the files of a T5X checkpoint, an array at a time.
+"""Reads the files of a T5X checkpoint, one array at a time.
 
 T5X's published layout is a directory with a msgpack file of Flax, and with a zarr array for every
 parameter that the file only refers to:
@@ -6,7 +6,7 @@ parameter that the file only refers to:
     checkpoint_1000000/checkpoint: {version, optimizer: {target: parameters, state: ...}}
     checkpoint_1000000/target.encoder.layers_0.attention.query.kernel/{.zarray,0.0}
 
-Neither the optimizer's state nor a second parameter is in memory while one is read.
+At most one parameter is in memory at a time, and never the optimizer's state.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from flax import serialization
 from moe_jax.core.errors import UserError, nearest
 
 FILE = "checkpoint"
-# What an array is called in its module; all else in `target` are modules.
+# Names of arrays in a module; all other entries of `target` are modules.
 _LEAVES = ("kernel", "scale", "embedding", "rel_embedding")
 _REFERENCE = "PLACEHOLDER://"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -32,22 +32,23 @@ class Checkpoint:
     """The parameters of a T5X checkpoint, by name: `encoder/encoder_norm/scale`.
 
     Attributes:
-        directory: that holds it.
+        directory: the directory of the checkpoint.
         shapes: name -> shape.
 
     Raises:
-        UserError: there is none, or one of its files is missing or damaged.
+        UserError: there is no checkpoint, or one of its files is missing or damaged.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
-        # Of arrays in FILE, the bytes from and to; of others, the zarr array's directory.
+        # For arrays in FILE, the first and last byte; for others, the zarr array's directory.
         self._places: dict[str, tuple[int, int] | Path] = {}
         if not (directory / FILE).is_file():
             steps = [path.name for path in directory.glob(f"{FILE}_*")]
             raise UserError(
-                f"{directory} is no T5X checkpoint: it has no file {FILE!r}{nearest(FILE, steps)}"
+                f"{directory} is not a T5X checkpoint: it has no file {FILE!r}"
+                f"{nearest(FILE, steps)}"
             )
         try:
             with open(directory / FILE, "rb") as f:
@@ -73,7 +74,7 @@ class Checkpoint:
             self.shapes[name] = tuple(shape)
 
     def read(self, name: str) -> np.ndarray:
-        """One array, in the dtype that it has there."""
+        """One array, in its stored dtype."""
         place = self._places[name]
         if isinstance(place, tuple):
             return self._value(name, place)
@@ -83,7 +84,7 @@ class Checkpoint:
             raise self._unreadable(name, e) from e
 
     def _value(self, name: str, place: tuple[int, int]) -> Any:
-        """What FILE holds there."""
+        """The value that FILE holds at this place."""
         start, end = place
         with open(self.directory / FILE, "rb") as f:
             f.seek(start)
@@ -97,7 +98,7 @@ class Checkpoint:
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": str(self._places[name])},
-            "fill_missing_data_reads": False,  # a chunk that is missing would read as zeros
+            "fill_missing_data_reads": False,  # otherwise a missing chunk would be read as zeros
         }
         try:
             return tensorstore.open(spec, open=True, read=True).result()
@@ -105,11 +106,11 @@ class Checkpoint:
             raise self._unreadable(name, e) from e
 
     def _referred(self, name: str, value: Any) -> PurePosixPath:
-        """The directory, within the checkpoint's, that stands in place of an array."""
+        """The directory, inside the checkpoint's, to which FILE refers for an array."""
         match value:
             case str() if value.startswith(_REFERENCE):
                 path = value.removeprefix(_REFERENCE)
-            # TensorStore's specification; older ones have the path outside `kvstore`.
+            # TensorStore's specification. Older ones have the path outside `kvstore`.
             case {"driver": "zarr", "kvstore": {"path": str(path)}}:
                 pass
             case {"driver": "zarr", "path": str(path)}:
@@ -132,7 +133,7 @@ class Checkpoint:
 
 
 def _target(unpacker: msgpack.Unpacker) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name, and first byte and end, of every array in the `target` of the map that comes next."""
+    """(name, first byte, end) of every array in the `target` of the next map."""
     for _ in range(unpacker.read_map_header()):
         match unpacker.unpack():
             case "target":
@@ -146,7 +147,7 @@ def _target(unpacker: msgpack.Unpacker) -> Iterator[tuple[str, tuple[int, int]]]
 def _arrays(
     unpacker: msgpack.Unpacker, entries: int, parents: tuple[str, ...]
 ) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The same of a module, of which the header has been read."""
+    """The same for a module whose header has been read."""
     for _ in range(entries):
         path = (*parents, str(unpacker.unpack()))
         start = unpacker.tell()
@@ -159,7 +160,8 @@ def _arrays(
 
 
 def _header(unpacker: msgpack.Unpacker) -> int | None:
-    """Number of entries of the map that comes next; None, and nothing read, if it is no map."""
+    """Number of entries of the next map; None if the next value is not a map (then nothing is
+    read)."""
     try:
         return unpacker.read_map_header()
     except ValueError:

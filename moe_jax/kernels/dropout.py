@@ -1,4 +1,4 @@
-"""Dropout whose mask is a hash of each element's number: it costs what a multiplication does."""
+"""Dropout whose mask is a hash of each element's index: as cheap as a multiplication."""
 
 import flax.linen as nn
 import jax
@@ -9,8 +9,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Zeroes elements with probability `rate`, and divides the others by 1 - `rate`.
 
     JAX's generators write a word of random bits per element to memory, which takes 5 to 10 % of a
-    training step on CPU. These bits are computed where they are used: two rounds of a 32-bit
-    integer hash of the element's number, each seeded by words of the key.
+    training step on CPU. Here the bits are computed where they are used: two rounds of a 32-bit
+    integer hash of the element's index, each seeded by words of the key.
 
     Args:
         rate: in [0, 1).
@@ -26,14 +26,14 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit words: what `splitmix32` does to its counter."""
+    """A bijection of 32-bit words: the mixing function of `splitmix32`."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * jnp.uint32(0x735A2D97)
     return x ^ (x >> 15)
 
 
 class Dropout(nn.Module):
-    """`dropout` with the key of the module's place; none at evaluation."""
+    """`dropout` with the module's own key; the identity at evaluation."""
 
     rate: float
 

@@ -5,13 +5,12 @@ import jax
 
 @jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Product over the last axis of x [..., I] and the first of the kernel [I, ...].
+    """Product over the last axis of x [..., I] and the first axis of the kernel [I, ...].
 
-    The gradient of the kernel is computed as x^T dy, in the kernel's own order. JAX's transposition
-    asks for dy^T x, for which XLA transposes dy on CPU, and all that is fused into it: twice the
-    time of a feed-forward block (`docs/performance.md`). Of x with one leading axis, XLA makes a
-    plain transpose, which is far faster than one fused with a reshape; a kernel that is a matrix it
-    multiplies with as it lies, and others it transposes first.
+    The gradient of the kernel is computed as x^T dy, in the kernel's axis order. JAX's own gradient
+    is dy^T x, for which XLA transposes dy on CPU, with all operations fused into it. That doubles
+    the time of a feed-forward block (`docs/performance.md`). x is reshaped to one leading axis,
+    because a plain transpose is much faster than one fused with a reshape.
     """
     return _dot(x, kernel, (x.ndim - 1,), (0,))
 
@@ -25,13 +24,8 @@ def _backward(residuals, dy):
     x_TxI = x.reshape(-1, x.shape[-1])
     dy_Tx = dy.reshape(-1, *kernel.shape[1:])
     d_kernel = _dot(x_TxI, dy_Tx, (0,), (0,))
-    if jax.sharding.get_abstract_mesh().shape.get("model", 1) == 1:
-        kernel_IxO = kernel.reshape(kernel.shape[0], -1)
-        dy_TxO = dy_Tx.reshape(-1, kernel_IxO.shape[1])
-        dx = _dot(dy_TxO, kernel_IxO, (1,), (1,)).reshape(x.shape)
-    else:  # sharded axes are better not merged with others
-        outputs = tuple(range(x.ndim - 1, dy.ndim))
-        dx = _dot(dy, kernel, outputs, tuple(range(1, kernel.ndim)))
+    outputs = tuple(range(x.ndim - 1, dy.ndim))
+    dx = _dot(dy, kernel, outputs, tuple(range(1, kernel.ndim)))
     return dx, d_kernel
 
 

@@ -1,8 +1,8 @@
-"""Host memory: what glibc's malloc keeps, for steps of large models on CPU.
+"""Makes glibc's malloc keep freed memory, which speeds up steps of large models on CPU.
 
-XLA allocates a step's temporaries anew in every step. Blocks so large glibc maps afresh and unmaps
-when they are freed, and the kernel must clear each page again: a tenth of a step, or a third where
-there are many experts. Where the C library is not glibc, nothing is kept.
+XLA allocates temporary arrays in every step. By default, glibc maps such large blocks for each use
+and unmaps them when they are freed, and the kernel must clear each page again. That takes a tenth
+of a step, or a third with many experts. With another C library, these functions do nothing.
 """
 
 import ctypes
@@ -15,17 +15,17 @@ _libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def run_in_main_thread() -> None:
-    """Lets the thread that calls a computation run it, on one CPU device; before JAX starts.
+    """Makes computations on one CPU device run in the calling thread. Call it before JAX starts.
 
-    `keep_freed` needs it: the heap of the main thread is the only one that grows to any size.
+    `keep_freed` needs it, because only the main thread's heap has no size limit.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def keep_freed() -> None:
-    """From now on, what is freed stays with the process, to be used again.
+    """From now on, freed memory stays with the process, to be used again.
 
-    Call after the first step: what initialising and compiling have freed is not kept.
+    Call it after the first step, so that memory freed by initialising and compiling is not kept.
     """
     if jax.default_backend() == "cpu":
         _set(_MMAP_MAX, 0)
@@ -33,7 +33,7 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Ends `keep_freed`, before a model of another size: what is free goes to the kernel."""
+    """Ends `keep_freed` and returns free memory to the kernel, for example before another model."""
     _set(_MMAP_MAX, 65536)
     _set(_TRIM_THRESHOLD, 128 * 1024)
     if _libc is not None:

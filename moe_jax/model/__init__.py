@@ -1,1 +1,1 @@
-"""Backbone, experts, router, decoding: pure functions under thin Flax modules."""
+"""`TaskMoE` and its parts: families, layers, experts, router, selection."""

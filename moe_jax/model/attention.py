@@ -8,7 +8,7 @@ from moe_jax.kernels.dropout import dropout
 
 
 def segment_mask(query_segments_RxLq: jax.Array, key_segments_RxLk: jax.Array) -> jax.Array:
-    """Which keys each query may see: those of its own example. Padding (0) sees only padding.
+    """Each query sees only the keys of its own example. Padding (0) sees only padding.
 
     Returns:
         bool [R, 1, L_q, L_k].
@@ -35,10 +35,11 @@ def attend(
     """Multi-head attention; softmax in float32.
 
     Args:
-        mask: bool, broadcastable to [R, H, L_q, L_k]; True is seen.
-        bias: added to the scores, broadcastable likewise.
+        mask: bool, broadcastable to [R, H, L_q, L_k]; True means visible.
+        bias: added to the scores, broadcastable to the same shape.
         scale: of the scores; D ** -0.5 when None.
-        dropout_rate: of the attention weights; with 0 the fused implementations can be used.
+        dropout_rate: dropout of the attention weights; fused implementations can be used only if it
+            is 0.
 
     Returns:
         [R, L_q, H, D] in the dtype of `q`.

@@ -1,7 +1,7 @@
 """The encoder-decoder: embeddings, the routed stacks of both sides, logits.
 
-One forward pass serves all: the stored model with its E experts, a group's gathered experts, the
-plain dense model, rows of different tasks (see `dispatch`).
+The same forward pass runs the stored model with its E experts, a group's gathered experts, the
+plain dense model, and rows of different tasks (see `dispatch`).
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ class Side(nn.Module):
         self.dropout = Dropout(c.dropout_rate)
 
     def embed(self, x: jax.Array, positions: jax.Array, train: bool) -> jax.Array:
-        """What goes into the first layer."""
+        """The input of the first layer."""
         family = self.config.family
         if family.positions == "learned":
             x = x + self.position[positions + POSITION_OFFSET].astype(x.dtype)
@@ -55,13 +55,13 @@ class Side(nn.Module):
         return self.dropout(x, deterministic=not train)
 
     def finish(self, x: jax.Array, train: bool) -> jax.Array:
-        """What comes out of the last layer."""
+        """The output after the last layer."""
         if self.config.family.norm_first:
             x = self.dropout(self.norm(x), deterministic=not train)
         return x
 
     def bias(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array | None:
-        """Relative position bias [1, H, L_q, L_k]; None where positions are learned."""
+        """Relative position bias [1, H, L_q, L_k]; None if positions are learned embeddings."""
         if self.config.family.positions == "learned":
             return None
         buckets = relative_buckets(
@@ -84,13 +84,13 @@ class Side(nn.Module):
 class EncoderDecoder(nn.Module):
     """Tokens -> logits.
 
-    Methods take `dispatch`, how the experts of the routed layers are used: a dispatch of all N
-    routed layers; or the weights of all experts, [N, E] or [N, E, R], which stand for `Mix`; or
-    None, where every layer has one expert.
+    Methods take `dispatch`, which says how the experts of the N routed layers are used. It is a
+    dispatch object; or weights of all experts, [N, E] or [N, E, R], short for `Mix`; or None if
+    every layer has one expert.
 
     Attributes:
-        placement: where parameters are cut over devices and this runs inside `shard_map`. Arrays
-            outside of layers are whole even then.
+        placement: given if parameters are sharded and this runs inside `shard_map`. Arrays outside
+            layers are never sharded there.
     """
 
     config: ModelConfig
@@ -136,7 +136,7 @@ class EncoderDecoder(nn.Module):
         return kernel.astype(self.config.dtype)
 
     def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
-        """[..., D] -> float32 [..., V]; `kernel` is that of `logits_kernel`."""
+        """[..., D] -> float32 [..., V]; `kernel` comes from `logits_kernel`."""
         c = self.config
         if c.tie_embeddings and c.scale_tied_logits:
             hidden = hidden * c.d_model**-0.5
@@ -158,7 +158,7 @@ class EncoderDecoder(nn.Module):
 
 
 def _of_side(dispatch: Any, layers: slice) -> Any:
-    """The part of a dispatch that is of some routed layers."""
+    """The part of a dispatch for some of the routed layers."""
     if isinstance(dispatch, jax.Array | np.ndarray):
         dispatch = Mix(dispatch)
     return jax.tree.map(lambda a: a[layers], dispatch)

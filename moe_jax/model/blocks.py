@@ -1,4 +1,4 @@
-"""One encoder layer and one decoder layer: what an expert is."""
+"""An encoder layer and a decoder layer. Each expert is one such layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from moe_jax.kernels.linear import linear
 from moe_jax.model.attention import attend, causal_mask, segment_mask
 from moe_jax.model.config import ModelConfig
 
-# By the name in `Family.activation`.
+# Activation functions by their name in `Family.activation`.
 ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
@@ -30,8 +30,8 @@ class KeyValue(NamedTuple):
 
 
 def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]):
-    """A parameter with logical axes. Where the stream `experts` exists, its noise tells copies of
-    a layer apart (`ModelConfig.expert_noise`)."""
+    """A parameter with logical axes. If the random stream `experts` exists, noise is added, so that
+    copies of a layer differ (`ModelConfig.expert_noise`)."""
 
     def noisy(key, shape):
         value, scale = init(key, shape), module.config.expert_noise
@@ -47,7 +47,7 @@ def _weights(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[s
 
 
 def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
-    """A bias, or 0 where the family has none."""
+    """A bias, or 0 if the family has none."""
     if not module.config.family.biases:
         return jnp.zeros((), module.config.dtype)
     return param(module, name, nn.initializers.zeros, shape, axes).astype(module.config.dtype)
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        # Heads and their width are one axis: as two, a TPU pads the last one to 128 in memory.
+        # Heads and their width share one axis. With two axes, a TPU pads the last one to 128.
         D, HK = c.d_model, c.heads * c.head_dim
         axes = ("embed", "qkv", "heads")
         if self.cross:
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         return KeyValue(y[:, :, 0], y[:, :, 1])
 
     def attend(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
-        """What every head reads: [R, L_q, H, K]."""
+        """The result of every head: [R, L_q, H, K]."""
         rate = 0.0 if deterministic else self.config.attention_dropout_rate
         key = self.make_rng("dropout") if rate else None
         return attend(
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def output(self, y_RxLxHxK: jax.Array) -> jax.Array:
-        """Projects what the heads read back to [R, L, D]."""
+        """Projects the heads' results back to [R, L, D]."""
         y = y_RxLxHxK.reshape(*y_RxLxHxK.shape[:2], -1)
         return linear(y, self.out_kernel) + self.out_bias
 
@@ -174,7 +174,7 @@ class EncoderLayer(_Layer):
         self.dropout = Dropout(self.config.dropout_rate)
 
     def __call__(self, x_RxLxD, segments_RxL, bias, deterministic: bool = True) -> jax.Array:
-        """[R, L, D] -> [R, L, D]; a token sees those of its segment; `bias` as in `attend`."""
+        """[R, L, D] -> [R, L, D]; a token sees the tokens of its segment; `bias` as in `attend`."""
         mask = segment_mask(segments_RxL, segments_RxL)
         q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
         y = self.self_attention.output(self.self_attention.attend(q, kv, mask, bias, deterministic))
@@ -189,12 +189,13 @@ def run_decoder_layer(
     read_past: Callable[[jax.Array, KeyValue], jax.Array],
     read_input: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """A decoder layer, whatever its attentions read and whoever applies its weights.
+    """Runs a decoder layer, with the reading of keys and the use of weights left to the caller.
 
     Args:
-        part: (`start`, `middle` or `end`, its arguments) -> what `DecoderLayer` makes of them.
-        read_past: (query, this call's keys and values) -> what self-attention reads.
-        read_input: query -> what cross-attention reads.
+        part: (`start`, `middle` or `end`, its arguments) -> the result of this method of
+            `DecoderLayer`.
+        read_past: (query, new keys and values) -> the result of self-attention.
+        read_input: query -> the result of cross-attention.
     """
     q, kv = part("start", x_RxLxD)
     x, q = part("middle", x_RxLxD, read_past(q, kv))
@@ -204,7 +205,7 @@ def run_decoder_layer(
 class DecoderLayer(_Layer):
     """Causal self-attention, cross-attention and feed-forward.
 
-    `start`, `middle` and `end` are what lies around the two attentions: all that has weights.
+    `start`, `middle` and `end` are the parts around the two attentions. They hold all weights.
     """
 
     def setup(self) -> None:
@@ -237,7 +238,7 @@ class DecoderLayer(_Layer):
         return run_decoder_layer(part, x_RxLxD, read_past, read_input)
 
     def cross_key_value(self, encoded_RxLinxD: jax.Array) -> KeyValue:
-        """Computed once per input, read at every step."""
+        """Key and value of cross-attention, computed once per input and read at every step."""
         return self.cross_attention.project_key_value(encoded_RxLinxD)
 
     def start(self, x_RxLxD, deterministic: bool = True) -> tuple[jax.Array, KeyValue]:
@@ -246,13 +247,13 @@ class DecoderLayer(_Layer):
         return self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
 
     def middle(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True):
-        """From what self-attention read: (x, query of cross-attention)."""
+        """From the result of self-attention: (x, query of cross-attention)."""
         y = self.self_attention.output(y_RxLxHxK)
         x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
         return x, self.cross_attention.project_query(self.before(self.cross_attention_norm, x))
 
     def end(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True) -> jax.Array:
-        """From what cross-attention read: the layer's output [R, L, D]."""
+        """From the result of cross-attention: the layer's output [R, L, D]."""
         y = self.cross_attention.output(y_RxLxHxK)
         x = self.after(self.cross_attention_norm, x_RxLxD, y, deterministic)
         y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)

@@ -30,31 +30,31 @@ class ModelConfig(Configuration):
     """An encoder-decoder transformer whose routed layers have `experts` copies.
 
     Attributes:
-        architecture: a `family`, which fixes how layers compute: `bart`, `t5` (T5 1.1), `t5_1_0`,
-            `mt5`, or one registered elsewhere.
-        vocabulary_size: rows of the embedding; 0 takes the size of the data's vocabulary.
+        architecture: the name of a `family`, which defines the computation of layers: `bart`, `t5`
+            (T5 1.1), `t5_1_0`, `mt5`, or a registered one.
+        vocabulary_size: rows of the embedding; 0 uses the size of the data's vocabulary.
         d_model: width of the states between layers.
         d_ff: hidden units of the feed-forward block.
-        heads: of every attention.
+        heads: heads of every attention.
         head_dim: width of a head; 0 for d_model / heads.
         encoder_layers: layers of the encoder.
         decoder_layers: layers of the decoder.
-        max_positions: longest row, where positions are learned.
-        relative_buckets: of the relative position bias, where positions are relative.
-        relative_max_distance: distances beyond it share a bucket.
-        tie_embeddings: logits are made with the input embedding; None as the family has it.
-        scale_tied_logits: divide tied logits by sqrt(d_model); None as the family has it.
+        max_positions: maximum row length, if positions are learned.
+        relative_buckets: buckets of the relative position bias, if positions are relative.
+        relative_max_distance: larger distances share a bucket.
+        tie_embeddings: logits use the input embedding; None follows the family.
+        scale_tied_logits: divide tied logits by sqrt(d_model); None follows the family.
         init_std: standard deviation of fresh weights.
-        dropout_rate: of states.
-        attention_dropout_rate: of attention weights.
-        activation_dropout_rate: of hidden units.
+        dropout_rate: dropout of states.
+        attention_dropout_rate: dropout of attention weights.
+        activation_dropout_rate: dropout of hidden units.
         experts: E, copies of every routed layer (paper section 4); 1 is the dense model.
-        encoder_vanilla_layers: numbers of the encoder's layers that are not routed.
-        decoder_vanilla_layers: likewise of the decoder.
-        expert_noise: standard deviation of the noise that tells fresh experts apart.
+        encoder_vanilla_layers: indices of the encoder's layers that are not routed.
+        decoder_vanilla_layers: indices of the decoder's layers that are not routed.
+        expert_noise: standard deviation of the noise that makes fresh experts differ.
         dtype: of activations; parameters, norms, softmax and loss are float32.
         unroll_layers: layers per iteration of the loop over layers; all of them is fastest on CPU.
-        remat: compute activations of a layer again in the backward pass, in place of keeping them.
+        remat: compute a layer's activations again in the backward pass instead of keeping them.
     """
 
     architecture: Annotated[str, Known(families)] = "bart"
@@ -104,7 +104,7 @@ class ModelConfig(Configuration):
         if self.head_dim == 0:
             if self.d_model % self.heads:
                 raise UserError(
-                    f"ModelConfig.d_model {self.d_model} is no multiple of heads {self.heads}"
+                    f"ModelConfig.d_model {self.d_model} is not a multiple of heads {self.heads}"
                 )
             object.__setattr__(self, "head_dim", self.d_model // self.heads)
 
@@ -127,12 +127,12 @@ class ModelConfig(Configuration):
 
     @property
     def attention_scale(self) -> float:
-        """What attention scores are multiplied with."""
+        """The factor of attention scores."""
         return self.head_dim**-0.5 if self.family.scale_attention else 1.0
 
     @property
     def encoder_routed_layers(self) -> int:
-        """How many of the N routed layers are the encoder's."""
+        """The number of routed layers in the encoder."""
         return self.encoder_layers - len(self.encoder_vanilla_layers)
 
     @property
@@ -154,24 +154,25 @@ class RouterConfig(Configuration):
     selected experts only.
 
     Attributes:
-        kind: the router (`model.router`): one of the ten published ones, or `free`: no network, the
-            representation (N * E numbers) is the route logits.
+        kind: the router (`model.router`): one of the ten published ones, or `free`, which has no
+            network: the representation (N * E numbers) is the route logits.
         hidden_dim: width of the router.
         representation_dim: K, numbers per task in the task table.
         selection: how logits become routes (`model.selection`): `softmax`, `gumbel_softmax`,
             `gumbel_softmax_st` (straight-through), `argmax` (straight-through, no noise), `top_k`,
             and the baselines `average`, `random_task` (random experts per task and layer, fixed by
-            `seed`) and `random_instance` (drawn anew for every group; use one example per group).
-        experts_per_layer: k, only each layer's k largest experts are computed; 0 for all, or for
-            one where routes are random.
-        temperature: of the softmax at first.
-        temperature_schedule: how it falls, see `selection.temperature_at`.
+            `seed`) and `random_instance` (drawn again for every group; use one example per group).
+        experts_per_layer: k: only the k experts with the largest weights are computed in each
+            layer. 0 computes all, or one if routes are random.
+        temperature: temperature of the softmax at step 0.
+        temperature_schedule: how the temperature falls, see `selection.temperature_at`.
         temperature_rate: how fast it falls.
-        temperature_floor: where it stops.
+        temperature_floor: the lowest temperature.
         exploration_epsilon: in training, the probability that a task's route in a layer is replaced
             by another.
-        exploration_route: by a random expert (`one_hot`) or by all alike (`uniform`).
-        seed: of routes that are random per task.
+        exploration_route: the replacement: a random expert (`one_hot`) or all experts equally
+            (`uniform`).
+        seed: seed of routes that are random per task.
     """
 
     kind: Annotated[str, Known(routers)] = "linear"

@@ -1,9 +1,9 @@
-"""How the experts of a routed layer are used: all of them, a group's own, or each row its own.
+"""How the experts of a routed layer are used: all experts, a group's experts, or each row's.
 
-A dispatch holds the routes of N routed layers, encoder first; every array has that leading axis.
-A stack gives each layer its slice. At one layer, a dispatch is called with the layer, a bound
-module whose parameters have a leading axis of experts (none where there is one expert), and with
-what the layer takes.
+A dispatch holds the routes of N routed layers, encoder first, as the leading axis of every array. A
+stack gives each layer its slice. There, the dispatch is called with the layer and the layer's
+arguments. The layer is a bound module, whose parameters have a leading axis of experts (no such
+axis if there is one expert).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from flax import struct
 from moe_jax.model.placement import Placement
 
 Params = Any
-# Experts mixed one after the other at most; more would compile for long.
+# The maximum number of experts in an unrolled loop; more would take long to compile.
 UNROLLED = 3
 
 
@@ -25,7 +25,7 @@ class Mix(struct.PyTreeNode):
     """All experts, weighted (paper section 4, equation 1). With one expert, the dense model.
 
     Attributes:
-        weights_NxE: the route of all rows; or [N, E, R], that of each row.
+        weights_NxE: the route of all rows; or [N, E, R], the route of each row.
     """
 
     weights_NxE: jax.Array
@@ -50,7 +50,7 @@ class Mix(struct.PyTreeNode):
             def add(layer, total, weight):
                 return total + weighted(one(layer, whole), weight), None
 
-            # One expert at a time is whole on this device.
+            # Fetches one expert at a time to this device.
             scan = nn.scan(
                 nn.remat(add), variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"dropout": False},
@@ -73,18 +73,20 @@ class Mix(struct.PyTreeNode):
 
 
 class Gather(struct.PyTreeNode):
-    """A group's K experts, the largest of its route.
+    """The K experts of a group with the largest weights in its route.
 
     Attributes:
         index_NxK: int, which experts.
         weights_NxK: their weights.
-        peers_NxPxK: where parameters are cut, the experts that each of the P devices along
+        peers_NxPxK: if parameters are sharded: the experts that each of the P devices along
             `SHARD_AXES` uses at the same time.
+        slots_NxPxK: the slots of the gradients of these (`placement.Slotted`), if they have some.
     """
 
     index_NxK: jax.Array
     weights_NxK: jax.Array
     peers_NxPxK: jax.Array | None = None
+    slots_NxPxK: jax.Array | None = None
 
     def __call__(
         self, layer: nn.Module, x: jax.Array, rows: Sequence[jax.Array], shared: Sequence[Any],
@@ -94,9 +96,10 @@ class Gather(struct.PyTreeNode):
         for k in range(self.index_NxK.shape[0]):
 
             def pick(params, k=k):
-                if placement is not None:
-                    return placement.exchange(params, self.peers_NxPxK[:, k], prefix)
-                return expert(params, self.index_NxK[k])
+                if placement is None:
+                    return expert(params, self.index_NxK[k])
+                slot_P = None if self.slots_NxPxK is None else self.slots_NxPxK[:, k]
+                return placement.exchange(params, self.peers_NxPxK[:, k], slot_P, prefix)
 
             y = with_params(layer, pick, x, *rows, *shared)
             total = total + weighted(y, self.weights_NxK[k])
@@ -104,7 +107,7 @@ class Gather(struct.PyTreeNode):
 
 
 def with_params(layer: nn.Module, pick: Callable[[Params], Params], *args: Any) -> jax.Array:
-    """The layer called with `pick` of its parameters in their place."""
+    """Calls the layer with `pick(parameters)` in place of its parameters."""
 
     def picked(variables):
         return {name: pick(params) for name, params in variables.items()}
@@ -123,5 +126,5 @@ def expert(params_E: Params, e: jax.Array | int) -> Params:
 
 
 def weighted(y_Rx: jax.Array, weight: jax.Array) -> jax.Array:
-    """Rows times a weight, or each times its own [R]."""
+    """Rows times one weight, or times a weight per row [R]."""
     return weight.astype(y_Rx.dtype).reshape(-1, *[1] * (y_Rx.ndim - 1)) * y_Rx

@@ -1,4 +1,4 @@
-"""Trees of experts: whole layers stacked on leading axes [layer, expert]."""
+"""Parameter trees of experts: layers stacked on leading axes [layer, expert]."""
 
 from typing import Any
 
@@ -12,21 +12,21 @@ Params = Any
 def add_noise(params: Params, key: jax.Array, scale: float) -> Params:
     """Adds independent Gaussian noise of standard deviation `scale` to every parameter."""
     flat, unravel = ravel_pytree(params)
-    # One draw for all compiles faster than many. Under jit, `flat` itself is never made.
+    # One draw for all parameters compiles faster than many. Under jit, `flat` takes no memory.
     noise = unravel(jax.random.normal(key, flat.shape, flat.dtype))
     return jax.tree.map(lambda p, n: p + scale * n, params, noise)
 
 
 def gather(backbone: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
-    """The backbone with only K experts per routed layer: the weights are routed, not the tokens.
+    """Takes K experts of every routed layer: weights are routed, not tokens.
 
-    With K = 1 this is a plain dense model (the mixture *squeezed* for one task).
+    With K = 1 the result is a plain dense model (the mixture *squeezed* for one task).
 
     Args:
         backbone: parameters of `EncoderDecoder` with E experts.
         index_NxK: int, which experts to take in each of the N routed layers, encoder first.
-        unroll: slices per iteration of the loop. Where it is `unroll_layers` of a model that runs
-            all layers in one iteration, each reads its slice, and XLA never makes the stack.
+        unroll: slices per iteration of the loop. If it is the `unroll_layers` of a model with all
+            layers unrolled, each layer reads its slice and XLA never makes the stack.
     """
     result = backbone
     for side, stack, index in routed(backbone, index_NxK):
@@ -34,7 +34,7 @@ def gather(backbone: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
         def take(_, at, stack=stack):
             return None, jax.tree.map(lambda p: p[at[0], at[1]], stack)
 
-        # A loop of slices: XLA's gather is slower on CPU.
+        # A loop of slices, because XLA's gather is slower on CPU.
         _, taken_P = jax.lax.scan(take, None, places(index), unroll=unroll)
         taken = jax.tree.map(lambda p, i=index: p.reshape(*i.shape, *p.shape[1:]), taken_P)
         result = replace_routed(result, side, taken)
@@ -42,9 +42,9 @@ def gather(backbone: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
 
 
 def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
-    """Adds gradients of a gathered backbone to those of the whole one; transpose of `gather`.
+    """Adds gradients of a gathered backbone to those of the whole backbone; transpose of `gather`.
 
-    `unroll` as there: each layer's gradients are added where they go without being stacked.
+    `unroll` as in `gather`: each layer's gradients are added in place, without a stack.
     """
     sums, rest = {}, [total, gathered]
     for side, stack, index in routed(total, index_NxK):
@@ -70,7 +70,7 @@ def places(index_LxK: jax.Array) -> jax.Array:
 
 
 def routed(backbone: Params, *arrays_NxK: jax.Array) -> list[tuple[Any, ...]]:
-    """(side, its routed layers, its part of each array) of each side that has them."""
+    """(side, its routed layers, its part of each array), for each side with routed layers."""
     result, start = [], 0
     for side in ("encoder", "decoder"):
         if "routed" in backbone[side]["layers"]:
@@ -82,6 +82,6 @@ def routed(backbone: Params, *arrays_NxK: jax.Array) -> list[tuple[Any, ...]]:
 
 
 def replace_routed(backbone: Params, side: str, routed: Params) -> Params:
-    """`backbone` with other routed layers on one side."""
+    """`backbone` with the routed layers of one side replaced."""
     layers = {**backbone[side]["layers"], "routed": routed}
     return {**backbone, side: {**backbone[side], "layers": layers}}

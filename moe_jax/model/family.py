@@ -1,6 +1,6 @@
-"""Families of encoder-decoders: what BART and the T5s do differently, as data.
+"""Families of encoder-decoders: the differences between BART and the T5s, as records.
 
-A family is added by registering one record, also from outside the package:
+To add a family, register a record, also from outside the package:
 
     register(Family(name="mine", norm="rms", norm_first=True, ...))
 """
@@ -11,23 +11,24 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How layers of a given size compute; sizes are in `ModelConfig`.
+    """The computation of a family's layers; sizes are in `ModelConfig`.
 
     Attributes:
         norm: `layer` (LayerNorm with mean and bias) or `rms` (neither).
-        norm_first: norms come before each block and after the last layer (pre-norm). If not, they
-            come after each residual sum and after the embedding (post-norm).
+        norm_first: norms come before each block and after the last layer (pre-norm); otherwise
+            after each residual sum and after the embedding (post-norm).
         norm_epsilon: added to the variance.
         biases: whether matrix products have biases.
         positions: `learned` embeddings added to the input, or a `relative` bias of the attention
             scores, shared by the layers of a side.
-        activation: of the feed-forward block; `gelu_tanh` is GELU's tanh approximation.
+        activation: activation of the feed-forward block; `gelu_tanh` is GELU's tanh approximation.
         gated: the activation is multiplied with a second product of the input (GLU).
-        scale_attention: scores are divided by sqrt(head_dim). T5 has that in the query's
+        scale_attention: scores are divided by sqrt(head_dim). T5 has this factor in the query's
             initialisation.
-        embedding_std: of fresh embeddings; None for `ModelConfig.init_std`.
-        tie_embeddings: logits are made with the input embedding, unless `ModelConfig` says.
-        scale_tied_logits: tied logits are divided by sqrt(d_model), unless `ModelConfig` says.
+        embedding_std: standard deviation of fresh embeddings; None for `ModelConfig.init_std`.
+        tie_embeddings: logits use the input embedding, unless `ModelConfig` says otherwise.
+        scale_tied_logits: tied logits are divided by sqrt(d_model), unless `ModelConfig` says
+            otherwise.
     """
 
     name: str
@@ -48,7 +49,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> Family:
-    """Makes a family known by its name; a second one of that name replaces the first."""
+    """Registers a family by its name; replaces an earlier one of the same name."""
     _FAMILIES[family.name] = family
     return family
 

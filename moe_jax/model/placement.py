@@ -1,8 +1,9 @@
-"""How a layer's weights reach the device that computes it, from the devices that hold their parts.
+"""Sends a layer's weights from the devices that store their shards to the device that computes it.
 
-Under `fsdp` and `expert`, a device holds one part of every array (`core.sharding`). Whole, it only
-ever has the layer at hand: fetched when the layer is computed, again in the backward pass, and
-dropped after. Functions here run inside `jax.shard_map`, where arrays are a device's own parts.
+Under `fsdp` and `expert`, a device stores one shard of every array (`core.sharding`). It holds only
+the current layer in full: the layer is fetched when it is computed, fetched again in the backward
+pass, and dropped afterwards. Functions here run inside `jax.shard_map`, where arrays are the shards
+of one device.
 """
 
 import dataclasses
@@ -12,23 +13,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from moe_jax.core.sharding import SHARD_AXES
 
 Params = Any
-# The name of fetched weights, for `jax.checkpoint`: they are not kept for the backward pass.
+# The name of fetched weights for `jax.checkpoint`, so that they are not kept for the backward pass.
 FETCHED = "fetched_weights"
+
+
+class Slotted(struct.PyTreeNode):
+    """An array of E experts, whose gradient goes to an array of fewer slots (`training.slots`).
+
+    Attributes:
+        experts_Ex: gets no gradient itself.
+        slots_Sx: zeros, which are never read: the gradient by them is that of the experts in use.
+    """
+
+    experts_Ex: jax.Array
+    slots_Sx: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Which axis of which array is cut.
+    """Which axis of each array is sharded.
 
     Attributes:
-        cut: (name of a parameter such as `encoder/norm/scale`, axis) of every array that is cut.
-        dtype: weights travel in it.
+        cut: (name of a parameter such as `encoder/norm/scale`, axis) of every sharded array.
+        dtype: the dtype in which weights are sent.
     """
 
     cut: tuple[tuple[str, int], ...]
@@ -36,7 +50,7 @@ class Placement:
 
     @classmethod
     def of(cls, shardings: Params, dtype: str) -> "Placement | None":
-        """The placement of a backbone; None where every device holds all of it.
+        """The placement of a backbone; None if every device holds all of it.
 
         Args:
             shardings: its tree of NamedShardings.
@@ -47,16 +61,17 @@ class Placement:
         return cls(tuple(cut), dtype) if cut else None
 
     def axes(self, prefix: str = "") -> dict[str, int]:
-        """Parameter -> axis, of those whose name starts with `prefix`, which is taken off."""
+        """Parameter -> axis, for names that start with `prefix`, which is removed."""
         names = {name: axis for name, axis in self.cut if name.startswith(prefix)}
         return {name.removeprefix(prefix): axis for name, axis in names.items()}
 
     def gather(self, params: Params, prefix: str = "", stacked: int = 0) -> Params:
-        """Whole arrays from the parts of all devices (all-gather; backwards, reduce-scatter).
+        """Full arrays from the shards of all devices (all-gather; in the backward pass,
+        reduce-scatter).
 
         Args:
             prefix: of the names of `params` in the backbone.
-            stacked: leading axes that were taken off the arrays.
+            stacked: number of leading axes that the arrays no longer have.
         """
         axes = self.axes(prefix)
 
@@ -67,11 +82,11 @@ class Placement:
         return jax.tree_util.tree_map_with_path(whole, params)
 
     def outside(self, backbone: Params) -> Params:
-        """The backbone with everything whole but its layers, in float32."""
+        """The backbone with all arrays outside layers gathered, in float32."""
         return self._map_outside(lambda x, axis: _all_gather(x, axis, "float32"), backbone)
 
     def put_back(self, gradients: Params) -> Params:
-        """Gradients by what `outside` returned -> gradients by this device's parts."""
+        """Turns gradients by the result of `outside` into gradients by this device's shards."""
         return self._map_outside(_sum_and_cut, gradients)
 
     def _map_outside(self, function: Callable[[jax.Array, int], jax.Array], tree: Params) -> Params:
@@ -83,35 +98,86 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    def exchange(self, params_E: Params, expert_P: jax.Array, prefix: str) -> Params:
-        """Every device's own expert, whole, by one all-to-all for each array.
+    def exchange(
+        self, params_E: Params, expert_P: jax.Array, slot_P: jax.Array | None, prefix: str
+    ) -> Params:
+        """Fetches each device's expert in full, by one all-to-all per array.
 
-        A device sends each of its peers that peer's expert, as far as it holds it. What travels is
-        one layer's size, whatever E is. Backwards, gradients return the same way to their owners.
+        Each device sends every peer its shard of the peer's expert. The volume is one layer,
+        whatever E is. In the backward pass, gradients return to their owners the same way.
 
         Args:
-            params_E: this device's parts of one layer's E experts.
-            expert_P: int, the expert that each of the P devices along `SHARD_AXES` wants.
+            params_E: this device's shards of one layer's E experts; arrays, or all `Slotted`.
+            expert_P: int, the expert that each of the P devices along `SHARD_AXES` uses.
+            slot_P: int, the slots of these experts' gradients, where arrays are `Slotted`.
             prefix: of the layer's names in the backbone.
         """
         axes = self.axes(prefix)
-        own = expert_P[jax.lax.axis_index(SHARD_AXES)]
+        own = jax.lax.axis_index(SHARD_AXES)
 
-        def whole(path, x_Ex):
+        def whole(path, x):
             axis = axes.get(_name(path))
+            chosen_Px = _choose(x, expert_P, slot_P)
             if axis is None:
-                return jax.lax.dynamic_index_in_dim(x_Ex, own, keepdims=False)
-            # Cast after the choice, so that gradients are added up in float32.
-            parts_Px = _take(x_Ex, expert_P).astype(self.dtype)
+                return chosen_Px[own]
+            # Cast after the selection, so that gradients are summed in float32.
+            parts_Px = _cast(chosen_Px, self.dtype)
             # Of [layer, expert, ...], two axes are gone and one of peers has come.
             y = jax.lax.all_to_all(parts_Px, SHARD_AXES, 0, axis - 1, tiled=True)
             return _fetched(y[0])
 
-        return jax.tree_util.tree_map_with_path(whole, params_E)
+        return jax.tree_util.tree_map_with_path(whole, params_E, is_leaf=_is_slotted)
+
+
+def slotted(whole: Params, slots: Params) -> Params:
+    """Parameters whose gradients go to `slots`: equal arrays, and zeros for experts (`Slotted`)."""
+
+    def one(x, slots_Sx):
+        same = x.shape == slots_Sx.shape
+        return slots_Sx if same else Slotted(jax.lax.stop_gradient(x), slots_Sx)
+
+    return jax.tree.map(one, whole, slots)
+
+
+def _is_slotted(x: Any) -> bool:
+    return isinstance(x, Slotted)
+
+
+def _choose(x: jax.Array | Slotted, expert_P: jax.Array, slot_P: jax.Array | None) -> jax.Array:
+    if not _is_slotted(x):
+        return _take(x, expert_P)
+    return _take_slotted(x.slots_Sx.shape[0], x.slots_Sx, x.experts_Ex, expert_P, slot_P)
 
 
 def _take(x_Ex: jax.Array, index_P: jax.Array) -> jax.Array:
     return x_Ex.at[index_P].get(mode="promise_in_bounds")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take_slotted(count, slots_Sx, x_Ex, expert_P, slot_P):
+    del count, slots_Sx, slot_P
+    return _take(x_Ex, expert_P)
+
+
+def _take_slotted_forward(count, slots_Sx, x_Ex, expert_P, slot_P):
+    return _take_slotted(count, slots_Sx, x_Ex, expert_P, slot_P), slot_P
+
+
+def _take_slotted_backward(count, slot_P, dy_Px):
+    zeros_Sx = jnp.zeros((count, *dy_Px.shape[1:]), dy_Px.dtype)
+    return zeros_Sx.at[slot_P].add(dy_Px), None, None, None
+
+
+_take_slotted.defvjp(_take_slotted_forward, _take_slotted_backward)
+
+
+def _cast(x: jax.Array, dtype: str) -> jax.Array:
+    if jnp.dtype(dtype).itemsize < x.dtype.itemsize:
+        # Changes no number. A TPU's compiler moves a cast alone out of the loop over layers, and
+        # then casts all experts of all layers.
+        info = jnp.finfo(dtype)
+        x = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)
 
 
 def _fetched(x: jax.Array) -> jax.Array:
@@ -138,7 +204,7 @@ def _sum_and_cut(x: jax.Array, axis: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _all_gather(x: jax.Array, axis: int, dtype: str) -> jax.Array:
-    return jax.lax.all_gather(x.astype(dtype), SHARD_AXES, axis=axis, tiled=True)
+    return jax.lax.all_gather(_cast(x, dtype), SHARD_AXES, axis=axis, tiled=True)
 
 
 def _all_gather_forward(x, axis, dtype):
@@ -147,7 +213,7 @@ def _all_gather_forward(x, axis, dtype):
 
 def _all_gather_backward(axis, dtype, _, dy):
     del dtype
-    # Summed in float32, whatever the weights travelled in.
+    # Summed in float32, whatever dtype the weights were sent in.
     return (_sum_and_cut(dy.astype(jnp.float32), axis),)
 
 

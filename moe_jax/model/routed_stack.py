@@ -1,4 +1,4 @@
-"""The layers of one side: which are routed, and how each layer's experts are used."""
+"""The layers of the encoder or the decoder, routed and vanilla."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ KEEP_ALL_BUT_FETCHED = jax.checkpoint_policies.save_anything_except_these_names(
 
 
 def layer_runs(config: ModelConfig, side: str) -> list[tuple[str, slice]]:
-    """Runs of neighbouring layers of one kind, in order: ("routed" or "vanilla", its place among
-    the layers of that kind)."""
+    """Runs of consecutive layers of one kind, in order: ("routed" or "vanilla", slice of the layers
+    of that kind)."""
     depth = getattr(config, f"{side}_layers")
     vanilla = getattr(config, f"{side}_vanilla_layers")
     result, done = [], {"routed": 0, "vanilla": 0}
@@ -32,8 +32,8 @@ def layer_runs(config: ModelConfig, side: str) -> list[tuple[str, slice]]:
 class RoutedStack(nn.Module):
     """All layers of one side. Parameters are `{"routed", "vanilla"}`, arrays [layer, expert, ...].
 
-    Routed layers hold E experts in the stored model, and as many as they are given where experts
-    were gathered before (`experts.gather`). Vanilla layers hold one.
+    Routed layers hold E experts in the stored model, and K after `experts.gather`. Vanilla layers
+    hold one.
     """
 
     config: ModelConfig
@@ -59,10 +59,10 @@ class RoutedStack(nn.Module):
         """[R, L, D] -> [R, L, D].
 
         Args:
-            rows: what a layer takes for each row besides x: arrays with leading axis R.
-            shared: what it takes for all rows.
-            dispatch: of this side's routed layers (see `dispatch`); None where each has one
-                expert, of weight 1.
+            rows: further arguments of a layer per row: arrays with leading axis R.
+            shared: further arguments that all rows share.
+            dispatch: the dispatch of this side's routed layers (see `dispatch`); None if each has
+                one expert.
         """
         if self.is_initializing():
             return self._create(x_RxLxD, rows, shared)
@@ -73,7 +73,7 @@ class RoutedStack(nn.Module):
         return x_RxLxD
 
     def _run(self, kind, place, x, rows, shared, dispatch) -> jax.Array:
-        """A run of layers of one kind."""
+        """Applies a run of layers of one kind."""
         prefix = f"{self.side}/layers/{kind}/"
         layers = getattr(self, kind)
         depth, experts = jax.tree.leaves(layers.variables["params"])[0].shape[:2]
@@ -101,7 +101,7 @@ class RoutedStack(nn.Module):
         )  # fmt: skip
 
         def prepare(variables):
-            # Here, not in the scan, whose backward pass would then keep a copy of all weights.
+            # Outside the scan, whose backward pass would otherwise keep a copy of all weights.
             if count < depth:
                 variables = jax.tree.map(lambda p: p[place], variables)
             if experts == 1:
@@ -114,13 +114,13 @@ class RoutedStack(nn.Module):
         return run(layers, x, dispatch)
 
     def _create(self, x, rows, shared) -> jax.Array:
-        """Makes the parameters of every layer: E copies that Gaussian noise tells apart."""
+        """Makes the parameters of every layer: E copies, each with its own Gaussian noise."""
         runs = layer_runs(self.config, self.side)
         for kind, experts in (("routed", self.config.experts), ("vanilla", 1)):
             count = sum(p.stop - p.start for k, p in runs if k == kind)
             if not count:
                 continue
-            # Without this stream, there is no noise: see `blocks.param`.
+            # Without this random stream there is no noise: see `blocks.param`.
             noise = {"experts": True} if experts > 1 else {}
 
             def lift(function, name, size, split, noise=noise):

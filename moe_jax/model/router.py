@@ -4,8 +4,8 @@ Ten kinds, as published (paper section 4.2): `linear`, `rnn`, `lstm`, `gru` and 
 each in a shared form and a `_layer_specific` form. Gates follow PyTorch's formulas, so that
 published weights map one to one. No dropout.
 
-A router is a Flax module with the fields and the call of `Router`. One is added by registering its
-class, also from outside the package: `register("mine", MyRouter)`.
+A router is a Flax module with the fields and the call of `Router`. To add one, register its class,
+also from outside the package: `register("mine", MyRouter)`.
 """
 
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ _ROUTERS: dict[str, type["Router"]] = {}
 
 
 def register(kind: str, router: type["Router"]) -> None:
-    """Makes a router known as `RouterConfig.kind`; a second one of that name replaces the first."""
+    """Registers a router for `RouterConfig.kind`; replaces an earlier one of the same name."""
     _ROUTERS[kind] = router
 
 
@@ -61,11 +61,11 @@ class Router(nn.Module):
 
     @classmethod
     def check(cls, config: "RouterConfig") -> None:
-        """Raises a UserError where the settings do not fit this kind."""
+        """Raises a UserError if the settings do not fit this kind."""
 
     @classmethod
     def check_model(cls, config: "RouterConfig", layers: int, experts: int) -> None:
-        """Raises a UserError where the settings do not fit the model."""
+        """Raises a UserError if the settings do not fit the model."""
 
 
 class FreeRouter(Router):
@@ -89,7 +89,7 @@ class PublishedRouter(Router):
 
     Shared form: `linear` is a two-layer perceptron with one output for all layers; the others
     read the representation plus an embedding of the layer's position, as a sequence over layers.
-    Layer-specific form: every routed layer has a projection (`linear`: a perceptron) of its own.
+    Layer-specific form: every routed layer has its own projection (`linear`: its own perceptron).
     """
 
     @classmethod
@@ -98,7 +98,7 @@ class PublishedRouter(Router):
         name = "hidden_dim" if specific else "representation_dim"
         if config.kind.startswith("transformer") and getattr(config, name) % HEADS:
             raise UserError(
-                f"RouterConfig.{name} {getattr(config, name)} is no multiple of the "
+                f"RouterConfig.{name} {getattr(config, name)} is not a multiple of the "
                 f"{HEADS} heads of kind '{config.kind}'"
             )
 
@@ -118,7 +118,7 @@ class PublishedRouter(Router):
         if own:
             x_TxNxI = Affine(c.hidden_dim, units, name="hidden")(x)
         else:
-            # The scale of the task table, so that layers differ from the start.
+            # The same scale as the task table, so that layers differ from the start.
             init = nn.initializers.normal(1.0)
             x_TxNxI = x[:, None] + _param(self, "position", init, (N, K), ("unit", "router_in"))
         if family == "transformer":
@@ -129,7 +129,8 @@ class PublishedRouter(Router):
 
 
 class Affine(nn.Module):
-    """[T, ..., I] -> [T, ..., O]; with `units` (U,), x is [T, U, I] and every unit has its own."""
+    """[T, ..., I] -> [T, ..., O]; with `units` (U,), x is [T, U, I] and every unit has its own
+    weights."""
 
     features: int
     units: tuple[int, ...] = ()
@@ -146,7 +147,7 @@ class Affine(nn.Module):
 
 
 class Bidirectional(nn.Module):
-    """A recurrent network over layer positions, forwards and backwards side by side."""
+    """A bidirectional recurrent network over layer positions."""
 
     family: str  # "rnn", "gru" or "lstm"
     hidden_dim: int
@@ -156,7 +157,7 @@ class Bidirectional(nn.Module):
         """[T, N, I] -> [T, N, 2 H], the forward state first."""
         T, _, I = x_TxNxI.shape  # noqa: E741
         H, Q = self.hidden_dim, GATES[self.family]
-        # Both directions (C) of a kernel are one array; PyTorch keeps both biases, so do we.
+        # Both directions (C) share one array. As in PyTorch, there are two biases.
         axes = ("direction", "router_in", "router_gate", "router_out")
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", 1, (2, 3), 0)
         input_kernel = _param(self, "input_kernel", uniform, (2, I, Q, H), axes)

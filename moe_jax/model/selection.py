@@ -1,6 +1,6 @@
 """Selections: route logits -> routes. Noise only in training; deterministic at evaluation.
 
-A selection is one record. It is added by registering it, also from outside the package:
+A selection is one record. To add one, register it, also from outside the package:
 
     register(Selection("mine", lambda logits, temperature, noise, k: ..., hard=True))
 """
@@ -25,16 +25,16 @@ class Selection:
     """How route logits become a distribution over the experts of each layer.
 
     Attributes:
-        route: see `Route`; None where routes are drawn at random.
-        noisy: noise is drawn in training, once per task, so that a task takes one route in a
-            whole batch.
+        route: see `Route`; None if routes are drawn at random.
+        noisy: noise is drawn in training, once per task, so that a task takes one route in a batch.
         hard: one expert has all the weight.
-        gathers: fewer than all E experts can have weight, so that k < E may be computed.
+        gathers: the route may have fewer than E non-zero weights, so that only k < E experts are
+            computed.
         needs_k: `RouterConfig.experts_per_layer` must be given.
-        learned: the router decides. If not, this is a baseline.
-        random: routes are drawn per `task`, once and for all, or per `group`, in every step.
-        settled: the selection of a trained model for a new task: the same without noise. Empty:
-            this one.
+        learned: the router decides; otherwise this is a baseline.
+        random: routes are drawn once per `task`, or per `group` in every step.
+        settled: the name of the same selection without noise, used for a new task of a trained
+            model. Empty means this one.
     """
 
     name: str
@@ -52,7 +52,7 @@ _SELECTIONS: dict[str, Selection] = {}
 
 
 def register(selection: Selection) -> Selection:
-    """Makes a selection known by its name; a second one of that name replaces the first."""
+    """Registers a selection by its name; replaces an earlier one of the same name."""
     _SELECTIONS[selection.name] = selection
     return selection
 
@@ -68,9 +68,9 @@ def selection_of(name: str) -> Selection:
 
 
 def straight_through(soft: jax.Array) -> jax.Array:
-    """One-hot of the largest entry in value; the gradient of `soft`."""
+    """The value is the one-hot vector of the largest entry; the gradient is that of `soft`."""
     hard = jax.nn.one_hot(jnp.argmax(soft, -1), soft.shape[-1], dtype=soft.dtype)
-    return hard + (soft - jax.lax.stop_gradient(soft))  # so that the value is exactly `hard`
+    return hard + (soft - jax.lax.stop_gradient(soft))  # in this order, the value is exactly `hard`
 
 
 def top_k(logits: jax.Array, k: int) -> jax.Array:
@@ -139,7 +139,7 @@ def select(
     temperature: jax.Array | float,
     gumbel_TxNxE: jax.Array | None = None,
 ) -> jax.Array:
-    """Turns logits into routes, as `config` says.
+    """Turns logits into routes with the selection of `config`.
 
     Args:
         gumbel_TxNxE: standard Gumbel noise; None at evaluation.
@@ -160,8 +160,8 @@ def select(
 def explore(routes_TxNxE: jax.Array, config: "RouterConfig", key: jax.Array) -> jax.Array:
     """Replaces each task's route in each layer with probability `exploration_epsilon`.
 
-    By a random one-hot or by the uniform distribution; a replaced route has no gradient. One
-    rule for encoder and decoder. For training only.
+    The replacement is a random one-hot vector or the uniform distribution, and has no gradient. The
+    same rule applies in encoder and decoder. For training only.
     """
     *shape, experts = routes_TxNxE.shape
     replaced_key, expert_key = jax.random.split(key)

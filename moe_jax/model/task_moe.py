@@ -35,21 +35,21 @@ Params = Any
 class Assignment(NamedTuple):
     """What each group computes: k experts per routed layer and their weights.
 
-    `index_GxNxK` is None where all E experts are used.
+    `index_GxNxK` is None if all E experts are used.
     """
 
     index_GxNxK: jax.Array | None
     weights_GxNxK: jax.Array
 
     def dispatch(self) -> Mix | Gather:
-        """Of G groups, or of one whose slice this is."""
+        """The dispatch of G groups, or of one group after slicing."""
         if self.index_GxNxK is None:
             return Mix(self.weights_GxNxK)
         return Gather(self.index_GxNxK, self.weights_GxNxK)
 
 
 class TaskMoE(nn.Module):
-    """An encoder-decoder whose routed layers are experts that a router chooses among per task.
+    """An encoder-decoder in which a router chooses the experts of each routed layer per task.
 
     Parameters are `{"backbone", "router", "representations"}`; a dense model has `backbone` alone.
     Random streams: `dropout`; `route` for the noise of selections, exploration and random routes.
@@ -81,14 +81,15 @@ class TaskMoE(nn.Module):
     def __call__(
         self, batch: Batch, train: bool = False, step: jax.Array | int = 0
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Logits of every target token, and what was decided on the way.
+        """Logits of every target token, and the routes.
 
         Args:
             batch: [G, R, L] arrays and `task_id` [G].
-            step: for the temperature.
+            step: training step, which sets the temperature.
 
         Returns:
-            (logits float32 [G, R, L_out, V], {"routes": float32 [G, N, E]}; none where dense).
+            (logits float32 [G, R, L_out, V], {"routes": float32 [G, N, E]}; no routes in a dense
+            model).
         """
         dispatch, out = None, {}
         if self.routed:
@@ -105,7 +106,7 @@ class TaskMoE(nn.Module):
             split_rngs={"dropout": True},
         )  # fmt: skip
         if self.is_initializing():
-            if self.routed:  # even where routes are random and the router is not asked
+            if self.routed:  # also if routes are random and the router is not used
                 self.router(self.representations)
             first = jax.tree.map(lambda a: a[0], of_rows(batch))
             return self.backbone(first)[None], out
@@ -125,16 +126,16 @@ class TaskMoE(nn.Module):
         routes = select(logits_TxNxE, c, temperature=temperature, gumbel_TxNxE=gumbel)
         return explore(routes, c, explore_key) if c.exploration_epsilon else routes
 
-    # ------------------------------------------------- of the settings alone, bound or not
+    # ------------------------------------------------- functions of the settings
 
     @property
     def selection(self) -> Selection:
-        """How route logits become routes."""
+        """The selection, which turns route logits into routes."""
         return selection_of(self.router_config.selection)
 
     @property
     def routed(self) -> bool:
-        """Whether there is anything to route; if not, this is the dense model."""
+        """Whether there is a router; if not, this is the dense model."""
         return self.config.experts > 1 and bool(self.config.routed_layers)
 
     @property
@@ -162,7 +163,7 @@ class TaskMoE(nn.Module):
 
         Args:
             task_id_G: int, the task of each group.
-            key: draws the routes that are random per group.
+            key: key for routes that are random per group.
         """
         weights_GxNxE = routes_TxNxE[task_id_G]
         if self.selection.random == "group" and key is not None:
@@ -175,7 +176,7 @@ class TaskMoE(nn.Module):
 
     @nn.nowrap
     def used(self, assignment: Assignment) -> jax.Array:
-        """The routes of an assignment, all experts again: float32 [G, N, E]."""
+        """The routes of an assignment over all experts: float32 [G, N, E]."""
         index, weights = assignment
         if index is None:
             return weights
@@ -184,7 +185,7 @@ class TaskMoE(nn.Module):
 
     @nn.nowrap
     def random_routes(self) -> jax.Array:
-        """Of every task, drawn once and for all from `RouterConfig.seed`: float32 [T, N, E]."""
+        """The random route of every task, drawn from `RouterConfig.seed`: float32 [T, N, E]."""
         seed = jax.random.key(self.router_config.seed)
         keys_T = jax.vmap(lambda t: jax.random.fold_in(seed, t))(jnp.arange(self.tasks))
         return jax.vmap(self._random_route)(keys_T)
@@ -205,7 +206,7 @@ def init_params(model: TaskMoE, key: jax.Array) -> Params:
     rngs = dict(zip(("params", "experts", "route"), keys, strict=True))
     params = model.init(rngs, batch)["params"]
     if model.routed:
-        params.setdefault("router", {})  # where it has no parameters
+        params.setdefault("router", {})  # if it has no parameters
     return params
 
 
@@ -215,10 +216,10 @@ def routes_of(
     """The route of every row of the task table.
 
     Args:
-        params: at least `router` and `representations`, where routes are not random. The table may
-            have more or fewer rows than the model's own.
+        params: at least `router` and `representations`, if routes are not random. The number of
+            rows of the table may differ from the model's.
         step: for the temperature.
-        key: for the noise of training; None at evaluation.
+        key: key for training noise; None at evaluation.
 
     Returns:
         float32 [T, N, E].

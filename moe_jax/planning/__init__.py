@@ -1,1 +1,1 @@
-"""What a training step would need on devices that are not at hand."""
+"""The memory, traffic and time of a training step, computed from the compiled program."""

@@ -1,4 +1,4 @@
-"""Peak rates and memory of accelerators: the one table that a plan is measured against."""
+"""Peak rates and memory of accelerators."""
 
 import dataclasses
 import os
@@ -10,15 +10,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device, as JAX counts them, can do at best.
+    """The peak rates of one JAX device.
 
     Attributes:
-        kind: how `jax.Device.device_kind` starts.
-        flops: bfloat16 operations per second; a product and a sum are two.
-        memory_bytes: that a program may use.
+        kind: the start of `jax.Device.device_kind`.
+        flops: bfloat16 operations per second; a multiply-add counts as two.
+        memory_bytes: memory that a program may use.
         memory_rate: bytes per second, read and written together.
         link_rate: bytes per second sent to other devices, over all links together.
-        source: where the rates are from.
+        source: the source of the rates.
     """
 
     kind: str
@@ -29,9 +29,9 @@ class Chip:
     source: str
 
 
-# Memory of TPUs is what the compiler of libtpu 0.0.42.1 says is available, a little less than the
-# pages say. `link_rate` is half of a page's "bidirectional" figure. A device of TPU7x is half a
-# chip, one of the others a whole chip.
+# The memory of TPUs is the limit of the compiler in libtpu 0.0.42.1, a little less than the
+# published one. `link_rate` is half of the published "bidirectional" figure. A device of TPU7x is
+# half a chip; the other devices are whole chips.
 CHIPS = (
     Chip("TPU v4", 275e12, int(31.25 * GIB), 1200e9, 300e9, "cloud.google.com/tpu/docs/v4"),
     Chip("TPU v5 lite", 197e12, int(15.75 * GIB), 819e9, 200e9, "cloud.google.com/tpu/docs/v5e"),
@@ -40,17 +40,18 @@ CHIPS = (
     Chip("TPU7x", 1153.5e12, int(94.75 * GIB), 3690e9, 300e9, "cloud.google.com/tpu/docs/tpu7x"),
     Chip("NVIDIA H100", 989e12, 80 * 10**9, 3350e9, 450e9, "nvidia.com/en-us/data-center/h100"),
 )
-# One core of a server: two AVX-512 units at 3 GHz, float32. No maker's figure; an order of size.
+# One core of a server: two AVX-512 units at 3 GHz, float32. An order of magnitude, not a published
+# figure.
 CORE_FLOPS, CORE_MEMORY_RATE = 192e9, 20e9
 
 
 def chip_of(device: jax.Device, devices: int) -> Chip | None:
-    """The chip that a device is; None where the table has none.
+    """The chip of a device; None if the table does not have it.
 
     Virtual CPU devices share the cores and the memory of this machine.
 
     Args:
-        devices: how many there are.
+        devices: the number of devices.
     """
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

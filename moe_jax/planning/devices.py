@@ -1,4 +1,4 @@
-"""The devices that a step is compiled for; none of them need exist."""
+"""The devices that a step is compiled for. They need not exist."""
 
 import os
 
@@ -6,8 +6,8 @@ import jax
 
 from moe_jax.core.errors import UserError
 
-# Without these, libtpu asks the network which TPU this machine has, only one process at a time may
-# load it, and its compiler's threads run out of stack on large fused programs.
+# Without these, libtpu asks the network for this machine's TPU, only one process at a time can load
+# it, and its compiler's threads run out of stack on large fused programs.
 _LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "LIBTPU_INIT_ARGS": f"--fibers_default_thread_stack_size={4 << 20}",
@@ -19,9 +19,9 @@ _LIBTPU = {
 
 
 def plan_devices(topology: str | None, count: int | None) -> list[jax.Device]:
-    """The devices of a TPU topology, so many virtual CPU devices, or those of this machine.
+    """The devices of a TPU topology, or `count` virtual CPU devices, or this machine's devices.
 
-    Call it before anything else starts JAX's backends.
+    Call it before JAX's backends start.
 
     Raises:
         UserError: both are given, `count` is below 1, libtpu is missing or knows no such topology.
@@ -50,19 +50,19 @@ def topology_devices(name: str) -> list[jax.Device]:
         import libtpu  # noqa: F401
     except ImportError as e:
         raise UserError("--topology needs libtpu: pip install 'moe_jax[plan]'") from e
-    jax.config.update("jax_platforms", "cpu")  # where there is a TPU, it is left alone
-    # A program for devices that do not exist cannot be read back from the cache.
+    jax.config.update("jax_platforms", "cpu")  # does not use a TPU of this machine
+    # Programs for devices that do not exist cannot be loaded from the compilation cache.
     jax.config.update("jax_enable_compilation_cache", False)
     for variable, value in _LIBTPU.items():
         os.environ.setdefault(variable, value)
     # A TPU v4 has two cores, which JAX uses as one device.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as e:  # libtpu has no error of its own for this
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as e:  # libtpu has no specific error type for this
         reason = str(e).strip().splitlines()[0]
         raise UserError(
             f"libtpu knows no topology {name!r}; names are such as v5e:4x4, v5p:2x2x2 or v6e:8x8 "
             f"({reason})"
         ) from e
-    return list(found.devices)
+    return list(topology.devices)

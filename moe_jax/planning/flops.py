@@ -10,10 +10,9 @@ from jax.extend.core import jaxprs_in_params
 def flops(function: Any, *args: Any) -> float:
     """Floating-point operations of all matrix products in one call, on one device.
 
-    Loops count as often as they run (a `while_loop`, whose length is not known, once), and what is
-    computed again in the backward pass counts again.
-    Inside `shard_map`, shapes are one device's; axes left to the partitioner are divided by the
-    size of the mesh axis `model`.
+    A loop's body counts once per iteration (in a `while_loop`, whose length is unknown, once).
+    Operations that rematerialisation repeats count again. Inside `shard_map`, shapes are one
+    device's; axes left to the partitioner are divided by the size of the mesh axis `model`.
 
     Args:
         args: arrays or `jax.ShapeDtypeStruct`s.

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: its instructions, and how often each one runs."""
+"""Parses the text of a compiled program: its instructions and how often each one runs."""
 
 import collections
 import dataclasses
@@ -10,8 +10,8 @@ _ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALL = re.compile(r"\s*([\w\-]+)\((.*)")
-# The attributes that name what an instruction runs, by its opcode. Others, such as the sum that an
-# all-reduce applies to each pair of numbers, are part of the instruction.
+# The attributes that name the computations an instruction runs, by opcode. Other computations, such
+# as the sum of an all-reduce, are part of their instruction.
 _CALLS = {
     "fusion": ("calls",),
     "call": ("to_apply",),
@@ -26,8 +26,8 @@ class Instruction:
     """One line: `%name = type opcode(%operands), attributes`.
 
     Attributes:
-        text: what follows the equals sign.
-        root: whether its result is that of the computation.
+        text: the text after the equals sign.
+        root: whether its result is the result of the computation.
     """
 
     name: str
@@ -57,7 +57,7 @@ def type_bytes(text: str, main_memory: bool = False) -> int:
     """Bytes of a type such as `f32[8,4]{1,0}`, or of all parts of a tuple.
 
     Args:
-        main_memory: without what lies in another memory, such as the chip's own (`S(1)`).
+        main_memory: leave out arrays in other memory spaces, such as on-chip memory (`S(1)`).
     """
     total = 0
     for kind, dimensions, layout in _ARRAY.findall(text):
@@ -87,12 +87,12 @@ class Program:
 
     Attributes:
         computations: name -> its instructions.
-        runs: name -> how often it runs, of those that run. Every branch counts as taken.
-        unknown_loops: loops whose length the text does not tell; their body counts once.
+        runs: name -> how often it runs, for computations that run. Every branch counts as taken.
+        unknown_loops: loops whose length is not in the text; their body counts once.
         fused: names of the computations of fusions.
 
     Args:
-        text: of `jax.stages.Compiled.as_text()`.
+        text: the text from `jax.stages.Compiled.as_text()`.
     """
 
     def __init__(self, text: str):
@@ -113,7 +113,7 @@ class Program:
         self.runs = self._count_runs()
 
     def instructions(self) -> Iterator[tuple[str, Instruction, int]]:
-        """(name of its computation, instruction, how often it runs)."""
+        """Yields (name of the computation, instruction, how often it runs)."""
         for name, times in self.runs.items():
             for instruction in self.computations.get(name, ()):
                 yield name, instruction, times
@@ -134,8 +134,8 @@ class Program:
     def _trips(self, loop: Instruction) -> int:
         """How often a loop's body runs.
 
-        The TPU compiler leaves it out of the text, but writes the number that the loop's condition
-        compares the counter with, which starts at 0 in every loop that JAX makes of a `scan`.
+        The TPU compiler does not write the number, but it can be read from the loop's condition,
+        which compares the counter with it. In JAX's `scan` loops, the counter starts at 0.
         """
         known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
         if known:
@@ -160,7 +160,7 @@ def _parse(root: str | None, name: str, rest: str) -> Instruction:
 
 
 def _end_of_type(rest: str) -> int:
-    """Where the type ends: at the first blank outside brackets."""
+    """The end of the type: the first space outside brackets."""
     depth = 0
     for i, letter in enumerate(rest):
         depth += (letter in "([{") - (letter in ")]}")

@@ -1,4 +1,4 @@
-"""A plan in words: a short table, and what would help where it does not fit."""
+"""Prints a plan: a short table and, if the step does not fit, advice."""
 
 import dataclasses
 import math
@@ -11,12 +11,12 @@ from moe_jax.model.task_moe import TaskMoE
 from moe_jax.planning.step_plan import BatchShape, Plan, abstract_state, local_bytes
 from moe_jax.training.optimizer import OptimizerConfig
 
-# Below this share, a change is not worth an advice.
+# A change that saves a smaller share than this is not advised.
 WORTHWHILE = 0.05
 
 
 def table(plan: Plan, mesh: Mesh) -> str:
-    """The figures of one step on one device, a line each."""
+    """The figures of one step on one device, one per line."""
     axes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES)
     lines = [
         f"{plan.devices} x {plan.device}, mesh {axes}; figures are of one device and one step",
@@ -79,11 +79,11 @@ def _verdict(plan: Plan) -> str:
 def advice(
     plan: Plan, model: TaskMoE, optimizer_config: OptimizerConfig, mesh: Mesh, shape: BatchShape
 ) -> list[str]:
-    """What would help a plan that does not fit, by what takes the memory."""
+    """Advice for a plan that does not fit: changes to what takes the memory."""
     of_state = _advice_on_state(plan, model, optimizer_config, mesh)
     of_temporaries = _advice_on_temporaries(plan, model, mesh, shape)
     room = plan.memory_bytes - plan.state_bytes
-    if room < plan.memory_bytes / 4:  # the state leaves little, whatever a step takes
+    if room < plan.memory_bytes / 4:  # the state alone takes most of the memory
         return [*of_state, *of_temporaries]
     return [*of_temporaries, *of_state]
 
@@ -91,8 +91,8 @@ def advice(
 def _advice_on_state(
     plan: Plan, model: TaskMoE, optimizer_config: OptimizerConfig, mesh: Mesh
 ) -> list[str]:
-    """Changes of mesh and optimizer, with the state that they would leave."""
-    padded = plan.state_bytes / plan.unpadded_state_bytes  # taken to stay so
+    """Changes of mesh and optimizer, with the resulting size of the state."""
+    padded = plan.state_bytes / plan.unpadded_state_bytes  # assumed to stay the same
     parts = mesh.devices.size // mesh.shape["model"]
     sharded = make_mesh(
         MeshConfig(data=1, fsdp=parts, model=mesh.shape["model"]), list(mesh.devices.flat)
@@ -121,7 +121,7 @@ def _advice_on_state(
 
 
 def _advice_on_temporaries(plan: Plan, model: TaskMoE, mesh: Mesh, shape: BatchShape) -> list[str]:
-    """Changes that make activations smaller, where they are what takes the memory."""
+    """Changes that make activations smaller."""
     if plan.temporary_bytes < plan.memory_bytes / 4:
         return []
     result = []

@@ -1,4 +1,4 @@
-"""Compiles the train step of a run for given devices, and reads what it needs of each."""
+"""Compiles the train step of a run for given devices and reads its needs per device."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """Groups of a batch in all, rows of each, and lengths of a row."""
+    """Groups per batch over all devices, rows per group, and lengths of a row."""
 
     groups: int
     rows: int
@@ -43,23 +43,23 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one step needs of one device.
+    """The needs of one step on one device.
 
     Attributes:
-        parameters: numbers in the whole model.
-        memory_bytes: the device's memory; 0 where it is not known.
-        state_bytes: parameters and optimizer state, as they lie in memory.
-        unpadded_state_bytes: their values alone. A TPU pads an array's last two axes to multiples
-            of 8 and 128.
-        temporary_bytes: what else is alive at the worst moment of a step.
-        compiled: False where the compiler gave up because the step does not fit; collectives and
-            bytes accessed are not known then.
-        collectives: kind -> those of one step.
-        flops: of matrix products, in one step.
+        parameters: number of parameters of the whole model.
+        memory_bytes: the device's memory; 0 if unknown.
+        state_bytes: parameters and optimizer state, as stored in memory.
+        unpadded_state_bytes: the same without padding. A TPU pads an array's last two axes to
+            multiples of 8 and 128.
+        temporary_bytes: the peak of all other memory during a step.
+        compiled: False if the compiler stopped because the step does not fit. Then collectives and
+            bytes accessed are unknown.
+        collectives: kind -> the collectives of one step.
+        flops: operations of matrix products in one step.
         bytes_accessed: read from and written to memory, in one step.
-        seconds: {"computing", "memory", "sending"}: the least time of each; empty where the rates
-            of the device are not known.
-        unknown_loops: loops whose length the compiled program does not tell, counted once.
+        seconds: {"computing", "memory", "sending"}: the least time of each; empty if the rates of
+            the device are unknown.
+        unknown_loops: number of loops of unknown length, whose bodies are counted once.
     """
 
     device: str
@@ -88,18 +88,19 @@ class Plan:
 
     @property
     def least_seconds(self) -> float | None:
-        """The time of a step that computes, moves and sends at once, each at its peak rate."""
+        """The time of a step that computes, accesses memory and sends at the same time, all at peak
+        rates."""
         return max(self.seconds.values(), default=None)
 
     def json(self) -> dict[str, Any]:
-        """For programs."""
-        found = {
+        """The figures as a JSON value."""
+        by_kind = {
             kind: {"count": c.count, "bytes": c.bytes, "largest_bytes": c.largest_bytes}
             for kind, c in self.collectives.items()
         }
         computed = {
             "fits": self.fits, "total_bytes": self.total_bytes,
-            "least_seconds": self.least_seconds, "collectives": found,
+            "least_seconds": self.least_seconds, "collectives": by_kind,
         }  # fmt: skip
         return dataclasses.asdict(self) | computed
 
@@ -111,10 +112,10 @@ def plan_step(
     mesh: Mesh,
     shape: BatchShape,
 ) -> Plan:
-    """Compiles the step for the mesh's devices; makes no array.
+    """Compiles the step for the mesh's devices, without making any array.
 
     Raises:
-        UserError: the step does not compile, for another reason than its size.
+        UserError: the step does not compile for a reason other than its size.
     """
     device, devices = mesh.devices.flat[0], mesh.devices.size
     chip = chip_of(device, devices)
@@ -144,19 +145,19 @@ def plan_step(
         )  # fmt: skip
     memory = compiled.memory_analysis()
     state_bytes = memory.argument_size_in_bytes - local_bytes((batch, rates))
-    # Of the results, only what does not take the place of an argument is new.
+    # Results that reuse the memory of an argument take no new memory.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     program = Program(compiled.as_text())
-    found, accessed = collectives(program, devices), bytes_accessed(program)
+    sent, accessed = collectives(program, devices), bytes_accessed(program)
     if chip:
         seconds["memory"] = accessed / chip.memory_rate
-        seconds["sending"] = sum(c.wire_bytes for c in found.values()) / chip.link_rate
+        seconds["sending"] = sum(c.wire_bytes for c in sent.values()) / chip.link_rate
     return Plan(
         **common,
         memory_bytes=chip.memory_bytes if chip else 0,
         state_bytes=state_bytes,
         temporary_bytes=local_bytes((batch, rates)) + memory.temp_size_in_bytes + results,
-        collectives=found,
+        collectives=sent,
         bytes_accessed=accessed,
         seconds=seconds,
         unknown_loops=len(program.unknown_loops),
@@ -166,7 +167,7 @@ def plan_step(
 def abstract_arguments(
     model: TaskMoE, optimizer_config: OptimizerConfig, mesh: Mesh, shape: BatchShape
 ) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """The step's state, batch and learning rates, without values but with their shardings."""
+    """The step's state, batch and learning rates: shapes with shardings, no values."""
 
     def ints(*size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, jnp.int32, sharding=by_group(mesh))
@@ -181,7 +182,7 @@ def abstract_arguments(
 
 
 def abstract_state(model: TaskMoE, optimizer_config: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """A state without values but with its shardings."""
+    """The state: shapes with shardings, no values."""
     optimizer = make_optimizer(optimizer_config)
 
     def init() -> TrainState:
@@ -195,7 +196,7 @@ def abstract_state(model: TaskMoE, optimizer_config: OptimizerConfig, mesh: Mesh
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes of the values that one device holds of some abstract arrays."""
+    """Bytes that one device holds of some abstract arrays."""
 
     return sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -204,7 +205,7 @@ def local_bytes(tree: Any) -> int:
 
 
 def _state_bytes(state: TrainState, mesh: Mesh) -> int:
-    """Bytes of a state as it lies in a device's memory; of its values if it does not fit."""
+    """Bytes of a state in a device's memory, with padding; without padding if it does not fit."""
     with jax.set_mesh(mesh):
         try:
             compiled = jax.jit(lambda s: s, donate_argnums=0).lower(state).compile()
@@ -214,17 +215,17 @@ def _state_bytes(state: TrainState, mesh: Mesh) -> int:
 
 
 def _read_error(message: str) -> tuple[int, int]:
-    """(bytes of temporaries, bytes of memory) in what the compiler says of a step too large.
+    """Reads (bytes of temporaries, bytes of memory) from the compiler's error for a too large step.
 
     Raises:
-        UserError: it says something else.
+        UserError: the error is about something else.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         raise UserError(f"the step does not compile: {message.strip().splitlines()[0]}")
-    found = re.search(
+    match = re.search(
         r"temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)", message
     )
-    if found is None:
+    if match is None:
         raise UserError(f"the step is too large: {message.strip().splitlines()[0]}")
-    size, unit, memory, memory_unit = found.groups()
+    size, unit, memory, memory_unit = match.groups()
     return int(float(size) * _UNITS[unit]), int(float(memory) * _UNITS[memory_unit])

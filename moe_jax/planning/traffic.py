@@ -1,4 +1,4 @@
-"""What a compiled program moves: between devices, and between a device and its memory."""
+"""The traffic of a compiled program: between devices, and between a device and its memory."""
 
 import collections
 import dataclasses
@@ -10,12 +10,12 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
     "ragged-all-to-all", "reduce-scatter",
 )  # fmt: skip
-# Instructions that move nothing themselves.
+# Instructions that move no data themselves.
 _FREE = {
     "", "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element",
     "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
 }  # fmt: skip
-# Custom calls by which the TPU compiler marks something; nothing is moved.
+# Custom calls that are only marks of the TPU compiler; they move no data.
 _MARKS = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart",
     "ConcatBitcast", "GatherScatterIndicesBitpacked", "X64Combine", "X64SplitHigh", "X64SplitLow",
@@ -27,10 +27,10 @@ class Collectives:
     """All collectives of one kind in one run of the program on one device.
 
     Attributes:
-        count: how many.
-        bytes: of their arrays: gathered, reduced, exchanged, or before a reduce-scatter.
-        largest_bytes: of the largest one.
-        wire_bytes: what the device must at least send.
+        count: number of collectives.
+        bytes: size of the arrays that are gathered, reduced, scattered or exchanged.
+        largest_bytes: the largest of these sizes.
+        wire_bytes: the least number of bytes that the device must send.
     """
 
     count: int = 0
@@ -43,7 +43,7 @@ def collectives(program: Program, devices: int) -> dict[str, Collectives]:
     """Kind -> its collectives.
 
     Args:
-        devices: on which the program runs.
+        devices: number of devices of the program.
     """
     result: dict[str, Collectives] = {}
     chains = set()
@@ -51,7 +51,7 @@ def collectives(program: Program, devices: int) -> dict[str, Collectives]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
-        # The TPU compiler spreads one collective over several fusions; each holds a copy of it.
+        # The TPU compiler spreads one collective over several fusions. Each holds a copy of it.
         chain = instruction.attribute(r'chain_id="(\d+)"')
         if chain is not None and (kind, chain) in chains:
             continue
@@ -59,17 +59,17 @@ def collectives(program: Program, devices: int) -> dict[str, Collectives]:
         group = _group_size(instruction, devices)
         size = type_bytes(_result(instruction)) * (group if kind == "reduce-scatter" else 1)
         wire = size if kind.startswith("collective-") else size * (group - 1) / group
-        found = result.setdefault(kind, Collectives())
-        found.count += times
-        found.bytes += times * size
-        found.largest_bytes = max(found.largest_bytes, size)
-        # A sum is sent in parts and sent back.
-        found.wire_bytes += times * wire * (2 if kind == "all-reduce" else 1)
+        total = result.setdefault(kind, Collectives())
+        total.count += times
+        total.bytes += times * size
+        total.largest_bytes = max(total.largest_bytes, size)
+        # A sum is sent in parts, and the results are sent back.
+        total.wire_bytes += times * wire * (2 if kind == "all-reduce" else 1)
     return dict(sorted(result.items()))
 
 
 def _result(instruction: Instruction) -> str:
-    """The type of what an instruction gives, also where it only starts to."""
+    """The type of an instruction's result, also for the start of an asynchronous one."""
     if not instruction.opcode.endswith("-start") or instruction.opcode == "all-reduce-start":
         return instruction.type
     parts = tuple_parts(instruction.type)
@@ -78,7 +78,7 @@ def _result(instruction: Instruction) -> str:
 
 
 def _group_size(collective: Instruction, devices: int) -> int:
-    """Devices that take part together: `replica_groups` is a list, `[groups,size]<=...`, or {}."""
+    """Number of devices in a group: `replica_groups` is a list, `[groups,size]<=...`, or {}."""
     short = collective.attribute(r"replica_groups=\[\d+,(\d+)\]")
     listed = collective.attribute(r"replica_groups=\{\{([\d,]+)\}")
     return int(short) if short else len(listed.split(",")) if listed else devices
@@ -87,10 +87,9 @@ def _group_size(collective: Instruction, devices: int) -> int:
 def bytes_accessed(program: Program) -> int:
     """Bytes that instructions read from a device's memory and write to it.
 
-    Loops count as often as they run. Of a large array from which a slice is taken, or into which
-    one is put, only the slice counts. What the compiler keeps on the chip (memory spaces other
-    than 0) does not count; that a cache may hold what one instruction wrote for the next is not
-    known here.
+    A loop's body counts once per iteration. If a slice is read from or written into a large array,
+    only the slice counts. Arrays that the compiler keeps on the chip (memory spaces other than 0)
+    do not count. Hits in hardware caches are not known here and count as memory accesses.
     """
     total = 0
     types = {
@@ -105,10 +104,10 @@ def bytes_accessed(program: Program) -> int:
 
 
 def _moved(program: Program, instruction: Instruction, operands: list[str]) -> int:
-    """What one instruction reads and writes.
+    """Bytes that one instruction reads and writes.
 
     Args:
-        operands: their types.
+        operands: types of the operands.
     """
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode == "async-start":
@@ -128,7 +127,7 @@ def _moved(program: Program, instruction: Instruction, operands: list[str]) -> i
 
 
 def _at_most(array: str, size: int) -> int:
-    """`size` bytes of an array, or all of it; none where it is not in main memory."""
+    """At most `size` bytes of an array; 0 if it is not in main memory."""
     return min(type_bytes(array, main_memory=True), size)
 
 
@@ -149,7 +148,7 @@ def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[str])
 
 
 class _Body:
-    """The computation of a fusion: what of its operands it reads, what of its results it writes."""
+    """The computation of a fusion: which parts of operands it reads and of results it writes."""
 
     def __init__(self, program: Program, name: str):
         self._program = program
@@ -192,7 +191,7 @@ class _Body:
                 case "fusion":
                     total += _Body(self._program, user.called[0]).read(place, size)
                 case opcode if opcode in COLLECTIVES and "chain_id" in user.text:
-                    pass  # counted where it ends
+                    pass  # counted at its last instruction
                 case _:
                     return size
         return total

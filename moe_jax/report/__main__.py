@@ -9,17 +9,17 @@ from moe_jax.report import build
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Builds the report, prints what it found; returns the exit code."""
+    """Builds the report and prints its findings; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_jax.report",
-        description="Writes one self-contained HTML page on what runs scored and routed.",
+        description="Writes one self-contained HTML page with the scores and routes of runs.",
     )
     parser.add_argument(
         "--run",
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="a run directory and the name to show it by; repeat; others compare with the first",
+        help="a run and its name in the report; repeatable; compared with the first one",
     )
     parser.add_argument("--finetune", metavar="DIR", help="directory of few-shot adaptation")
     parser.add_argument("--routes", metavar="NAME", help="the run whose routes to analyse")

@@ -16,7 +16,7 @@ from moe_jax.report.sections import Section
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Where the page is, and what it found, in sentences fit for printing."""
+    """The path of the page, and its findings as sentences."""
 
     page: Path
     findings: list[str]
@@ -34,8 +34,8 @@ def report(
 
     Args:
         output: directory to write to; made if absent.
-        runs: {name: run directory} in the order to show; the first is what others are compared
-            with. What a directory lacks is left out, and the page says so.
+        runs: {name: run directory} in the order of the page. Later runs are compared with the
+            first. The page names what a directory lacks and leaves it out.
         finetune: directory with the runs.jsonl of few-shot adaptation.
         routes: name of the run whose routes to analyse; by default the last that has routes over
             more than one expert, else the last that has any.
@@ -106,7 +106,7 @@ def _write(
 
 
 def _finite(value: Any) -> Any:
-    """NaN (nothing was tested there) becomes null, which JSON has."""
+    """Replaces NaN (not tested) by null, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Reads the parts of run directories that a report shows."""
+"""Reads the files of run directories that a report shows."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ class Routes:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run directory; what the directory lacks is empty or None.
+    """One run directory; fields of missing files are empty or None.
 
     `train` and `eval` are the lines of metrics.jsonl, one per step; `scores` are {evaluation:
     {task: line of scores.jsonl}}.
@@ -51,7 +51,7 @@ class Run:
 
 
 def read_run(name: str, path: str | os.PathLike) -> Run:
-    """Reads metrics.jsonl, routes.json and eval/*/scores.jsonl, as far as they exist.
+    """Reads metrics.jsonl, routes.json and eval/*/scores.jsonl, if they exist.
 
     Raises:
         UserError: the directory is missing, or a file in it is malformed.
@@ -70,7 +70,7 @@ def read_run(name: str, path: str | os.PathLike) -> Run:
 
 
 def read_finetune(path: str | os.PathLike) -> list[dict[str, Any]] | None:
-    """Lines of DIR/runs.jsonl; None where the directory has no such file.
+    """Lines of DIR/runs.jsonl; None if there is no such file.
 
     Raises:
         UserError: the directory is missing, or the file is malformed.
@@ -119,7 +119,7 @@ def read_routes(path: Path) -> Routes:
 
 
 def _read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
-    """Returns train and eval lines by step; of a step written twice, the last line."""
+    """Returns train and eval lines by step. If a step was written twice, the last line counts."""
     kinds: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
     if path.exists():
         for number, line in enumerate(files.read_jsonl(path), 1):
@@ -130,9 +130,9 @@ def _read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
 
 
 def _read_scores(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns {evaluation: {task: line}}; of several metrics of a task, the first is its score.
+    """Returns {evaluation: {task: line}}. A task's score is its first metric.
 
-    The evaluation is named by its folder, and by the split too if there are several.
+    An evaluation is named after its folder, and after the split if there are several.
     """
     by_split: dict[str, dict[str, dict[str, Any]]] = {}
     for number, line in enumerate(files.read_jsonl(path), 1):

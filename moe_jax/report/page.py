@@ -1,4 +1,4 @@
-"""HTML of the report: small functions from values to escaped markup, one self-contained page."""
+"""Small functions that turn values into escaped HTML, and the self-contained page."""
 
 import base64
 import dataclasses
@@ -54,7 +54,7 @@ def numbers(digits: int, *titles: str, **settings: Any) -> list[Column]:
 def table(
     columns: Sequence[Column], rows: Iterable[Sequence[Any]], best: Sequence[int] = ()
 ) -> str:
-    """A sortable table. Of the columns with indices `best`, each row's highest is bold."""
+    """A sortable table. Each row's highest value among the columns `best` is bold."""
     head = "".join(
         f'<th{_class("number" * c.is_number)}><button type="button">{escape(c.title)}</button></th>'
         for c in columns
@@ -91,7 +91,7 @@ def figure(png: bytes, alt: str, caption: str = "") -> str:
 
 
 def pair(*figures: str) -> str:
-    """Figures side by side where there is room."""
+    """Figures side by side if there is room."""
     return f'<div class="pair">{"".join(figures)}</div>'
 
 
@@ -105,7 +105,7 @@ def soft(text: str) -> str:
 
 
 def missing(text: str) -> str:
-    """A sentence that stands where something is left out."""
+    """A sentence in place of something that is left out."""
     return f'<p class="missing">{escape(text)}</p>'
 
 

@@ -1,4 +1,4 @@
-"""Figures of scores, losses and gains, and what all figures share.
+"""Figures of scores, losses and gains, and shared drawing functions.
 
 Figures are `matplotlib.figure.Figure` objects (no pyplot, no global state) drawn with Agg. Sizes
 grow with the number of tasks, so that every label stays legible.
@@ -42,7 +42,7 @@ STYLE = {
 
 
 def styled(draw):
-    """Decorator of a drawing function: the shared style holds while it draws."""
+    """Decorator that applies the shared style to a drawing function."""
 
     @functools.wraps(draw)
     def wrapped(*args, **kwargs):
@@ -56,7 +56,7 @@ def png(figure: Figure) -> bytes:
     """The figure as PNG, cropped to what is drawn."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), mpl.rc_context(STYLE):
-        # A task may be named in a script the font lacks: boxes, but a report.
+        # If the font lacks a script, labels show boxes, but the report is still written.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, dpi=DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white")
     return buffer.getvalue()
@@ -87,7 +87,7 @@ def colour(index: int, count: int = 0) -> str:
 
 
 def fixed(value: float, digits: int) -> str:
-    """`value` with so many decimals, and no minus at 0."""
+    """`value` with `digits` decimals, without a minus sign at 0."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
@@ -314,7 +314,7 @@ def gains(
     axes.set_axisbelow(True)
     axes.set_xlabel("relative gain over direct fine-tuning, %")
     largest = max((abs(x) for row in gain_by_start.values() for x in row), default=0)
-    if largest > 5:  # 500 %: one tiny baseline must not squeeze the others
+    if largest > 5:  # 500 %: otherwise one tiny baseline would hide the others
         axes.set_xscale("symlog", linthresh=100)
         axes.xaxis.set_major_formatter("{x:g}")
     _legend_above(figure, axes, handles, list(gain_by_start))

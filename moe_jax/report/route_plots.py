@@ -1,4 +1,4 @@
-"""Figures of routes: who uses which expert, and how that compares with human categories."""
+"""Figures of routes: the experts of each task, and their relation to human categories."""
 
 from collections.abc import Sequence
 
@@ -98,16 +98,16 @@ def clusters(
 
 @styled
 def controls(agreements: dict[str, Agreement]) -> Figure:
-    """Per level: the histogram of shuffled controls and the observed value."""
+    """For each level, the histogram of shuffled controls and the observed value."""
     figure = Figure(figsize=(3.6 * len(agreements), 2.1))
     panels = figure.subplots(1, len(agreements), squeeze=False)[0]
-    for axes, (level, found) in zip(panels, agreements.items(), strict=True):
-        axes.hist(found.control, bins=30, color=FAINT)
-        axes.axvline(found.ami, color=plots.PALETTE[1], linewidth=2)
-        side = "right" if found.ami > np.mean(axes.get_xlim()) else "left"
+    for axes, (level, agreement) in zip(panels, agreements.items(), strict=True):
+        axes.hist(agreement.control, bins=30, color=FAINT)
+        axes.axvline(agreement.ami, color=plots.PALETTE[1], linewidth=2)
+        side = "right" if agreement.ami > np.mean(axes.get_xlim()) else "left"
         axes.annotate(
-            f"routes: {plots.fixed(found.ami, 2)}",
-            (found.ami, 1),
+            f"routes: {plots.fixed(agreement.ami, 2)}",
+            (agreement.ami, 1),
             xycoords=("data", "axes fraction"),
             xytext=(-4 if side == "right" else 4, -4),
             textcoords="offset points",
@@ -125,19 +125,19 @@ def controls(agreements: dict[str, Agreement]) -> Figure:
 
 
 @styled
-def correlations(found: Correlations, layers: Sequence[str], level: float) -> Figure:
+def correlations(result: Correlations, layers: Sequence[str], level: float) -> Figure:
     """Category x expert correlations; a dot marks q <= level, grey was not tested."""
-    count, (n, e, _) = len(found.categories), found.r_NxExC.shape
+    count, (n, e, _) = len(result.categories), result.r_NxExC.shape
     figure, axes = plots.canvas(_columns_width((count, n, e)), max(0.5, 0.26 * count))
-    r_CxF = found.r_NxExC.reshape(n * e, count).T
+    r_CxF = result.r_NxExC.reshape(n * e, count).T
     axes.set_facecolor("#dddddd")
     image = axes.imshow(r_CxF, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="none")
-    points = [(layer * e + expert, c) for layer, expert, c in found.significant(level)]
+    points = [(layer * e + expert, c) for layer, expert, c in result.significant(level)]
     if points:
         size = min(3.0, 0.5 * 72 * axes.figure.get_size_inches()[0] / (n * e))
         axes.scatter(*zip(*points, strict=True), s=size**2, color="black", linewidths=0)
     axes.set_yticks(
-        range(count), [plots.short(c, 32) for c in found.categories], fontsize=SMALL + 1
+        range(count), [plots.short(c, 32) for c in result.categories], fontsize=SMALL + 1
     )
     axes.set_ylim(count - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -174,7 +174,7 @@ def usage(usage_NxE: np.ndarray, layers: Sequence[str]) -> Figure:
 
 @styled
 def entropies(entropy_TxN: np.ndarray, information_N: np.ndarray, layers: Sequence[str]) -> Figure:
-    """Per layer: how undecided each task's route is, and how much it depends on the task."""
+    """For each layer, the entropy of each task's route and its dependence on the task."""
     n = entropy_TxN.shape[1]
     figure, axes = plots.canvas(max(3.4, 0.42 * n), 2.3)
     offsets = np.linspace(-0.22, 0.22, len(entropy_TxN))

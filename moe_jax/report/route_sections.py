@@ -1,4 +1,4 @@
-"""Sections of the report on what the routes of one run look like and agree with."""
+"""Sections of the report on the routes of one run."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ LEVEL = 0.05  # false discovery rate, and p-value called significant
 
 
 def sections(run: Run, permutations: int, seed: int) -> list[Section]:
-    """The five sections on the routes of `run`, which has some."""
+    """The five sections on the routes of `run`, which must have routes."""
     similarity_TxT = statistics.similarity(run.routes.route_TxNxE)
     return [
         _routes(run, similarity_TxT),
@@ -27,7 +27,7 @@ def sections(run: Run, permutations: int, seed: int) -> list[Section]:
 
 def without_routes() -> list[Section]:
     """The one section that says that there are no routes."""
-    sentence = "No run has a routes.json, so nothing can be said about routes."
+    sentence = "No run has a routes.json, so routes are left out."
     return [Section("routes", "Routes", [page.missing(sentence)])]
 
 
@@ -56,7 +56,7 @@ def _routes(run: Run, similarity_TxT: np.ndarray) -> Section:
         },
     }
     if distinct == 1 and tasks > 1:
-        sentence = f"All {tasks} tasks of “{run.name}” take one and the same route."
+        sentence = f"All {tasks} tasks of “{run.name}” take the same route."
     elif tasks == 1:
         sentence = f"“{run.name}” has routes of one task only."
     else:
@@ -150,19 +150,19 @@ def _agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: in
         "subcategories": [f"{routes.categories[i]} / {routes.subcategories[i]}" for i in known],
     }
     tree = statistics.tree(similarity_TxT)
-    found, rows = {}, []
+    measured, rows = {}, []
     for level, labels in levels.items():
         classes = len(set(labels))
         if not 1 < classes < len(labels):
             result.add(
                 page.missing(
                     f"{level.capitalize()} are left out: {len(labels)} tasks in {classes} of them "
-                    "are no grouping that clusters could agree or disagree with."
+                    "are not a grouping that clusters could match."
                 )
             )
             continue
         cluster_T = statistics.cut(tree, classes)
-        found[level] = a = statistics.agreement(labels, cluster_T[known], permutations, seed)
+        measured[level] = a = statistics.agreement(labels, cluster_T[known], permutations, seed)
         result.numbers[level] = {
             "classes": classes,
             "clusters": int(cluster_T.max()),
@@ -194,7 +194,7 @@ def _agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: in
                 a.p_value,
             ]
         )
-    if not found:
+    if not measured:
         return result
     result.add(
         *map(page.paragraph, result.findings),
@@ -206,7 +206,7 @@ def _agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: in
             "at least as well."
         ),
         result.draw(
-            "agreement", route_plots.controls(found), "Agreement with the ontology and by chance"
+            "agreement", route_plots.controls(measured), "Agreement with the ontology and by chance"
         ),
         page.table(
             [
@@ -227,59 +227,59 @@ def _experts(run: Run) -> Section:
     known = [i for i, c in enumerate(routes.categories) if c != NO_CATEGORY]
     categories = [routes.categories[i] for i in known]
     route_TxNxE = routes.route_TxNxE[known]
-    found = statistics.correlations(route_TxNxE, categories)
-    if found.untested:
+    tested = statistics.correlations(route_TxNxE, categories)
+    if tested.untested:
         result.add(
             page.missing(
                 "Not tested, having fewer than 3 tasks inside or outside: "
-                f"{', '.join(found.untested)}."
+                f"{', '.join(tested.untested)}."
             )
         )
-    if not found.tests:
+    if not tested.tests:
         why = "no category has 3 tasks inside and 3 outside"
-        if found.categories:
+        if tested.categories:
             why = "every expert's weight is the same for all tasks"
         sentence = f"No expert can be tested against a category: {why}."
         result.findings.append(sentence)
         result.add(page.missing(sentence))
         return result
     rows = []
-    for n, e, c in found.significant(LEVEL):
-        inside_T = np.array([category == found.categories[c] for category in categories])
+    for n, e, c in tested.significant(LEVEL):
+        inside_T = np.array([category == tested.categories[c] for category in categories])
         weight_T = route_TxNxE[:, n, e]
         rows.append(
             [
                 routes.layers[n],
                 e,
-                found.categories[c],
-                float(found.r_NxExC[n, e, c]),
+                tested.categories[c],
+                float(tested.r_NxExC[n, e, c]),
                 float(weight_T[inside_T].mean()),
                 float(weight_T[~inside_T].mean()),
-                float(found.p_NxExC[n, e, c]),
-                float(found.q_NxExC[n, e, c]),
+                float(tested.p_NxExC[n, e, c]),
+                float(tested.q_NxExC[n, e, c]),
             ]
         )
     keys = ("layer", "expert", "category", "r", "mean_inside", "mean_outside", "p", "q")
     result.numbers = {
-        "tests": found.tests,
+        "tests": tested.tests,
         "level": LEVEL,
-        "categories": found.categories,
-        "untested": found.untested,
+        "categories": tested.categories,
+        "untested": tested.untested,
         "significant": [dict(zip(keys, row, strict=True)) for row in rows],
-        "r": found.r_NxExC.tolist(),
-        "p": found.p_NxExC.tolist(),
-        "q": found.q_NxExC.tolist(),
+        "r": tested.r_NxExC.tolist(),
+        "p": tested.p_NxExC.tolist(),
+        "q": tested.q_NxExC.tolist(),
     }
     if rows:
         layer, expert, category, r = rows[0][:4]
         sentence = (
-            f"{len(rows)} of {found.tests} correlations between an expert's weight and a category "
+            f"{len(rows)} of {tested.tests} correlations between an expert's weight and a category "
             f"are significant after correction; the strongest is expert {expert} of {layer} with "
             f"“{category}” (r = {r:+.2f})."
         )
     else:
         sentence = (
-            f"None of {found.tests} correlations between an expert's weight and a category is "
+            f"None of {tested.tests} correlations between an expert's weight and a category is "
             "significant after correction."
         )
     result.findings.append(sentence)
@@ -292,7 +292,7 @@ def _experts(run: Run) -> Section:
         ),
         result.draw(
             "correlations",
-            route_plots.correlations(found, routes.layers, LEVEL),
+            route_plots.correlations(tested, routes.layers, LEVEL),
             "Correlation of experts with categories",
         ),
     )
@@ -385,7 +385,7 @@ def _decidedness(run: Run) -> Section:
 
 
 def _degenerate(similarity_TxT: np.ndarray) -> str:
-    """Why clustering says nothing; '' where it can."""
+    """Why routes cannot be clustered; '' if they can."""
     if len(similarity_TxT) < 3:
         return "there are fewer than 3 tasks"
     if statistics.distinct_routes(similarity_TxT) == 1:

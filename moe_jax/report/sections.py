@@ -163,7 +163,7 @@ def _differences(score_by_run: Mapping[str, np.ndarray]) -> dict[str, dict[str, 
 
 
 def _score_sentence(evaluation: str, numbers: Mapping[str, Any]) -> str:
-    """Means, and what each run's paired difference from the first is, in one sentence."""
+    """The mean scores and each run's paired difference from the first, as one sentence."""
     (first, mean), *others = numbers["mean"].items()
     clauses = [f"{first} {mean:.3f}"]
     for run, mean in others:
@@ -178,7 +178,7 @@ def _score_sentence(evaluation: str, numbers: Mapping[str, Any]) -> str:
 
 
 def adaptation(rows: list[dict] | None, colours: Mapping[str, str]) -> Section:
-    """ARG of each start over direct fine-tuning and the scores it comes from."""
+    """ARG of each start over direct fine-tuning, and the underlying scores."""
     result = Section("adaptation", "Few-shot adaptation to unseen tasks")
     if rows is None:
         result.add(page.missing("No fine-tuning runs were given, so there are no relative gains."))

@@ -14,7 +14,7 @@ from sklearn.metrics.cluster import expected_mutual_information
 from sklearn.metrics.pairwise import cosine_similarity
 
 LINKAGE = "average"
-# Routes nearer than this (cosine distance) are one route; a float32 softmax is no more exact.
+# Routes closer than this (cosine distance) count as equal: the precision of a float32 softmax.
 SAME_ROUTE = 1e-9
 
 
@@ -29,8 +29,8 @@ def similarity(route_TxNxE: np.ndarray) -> np.ndarray:
 def tree(similarity_TxT: np.ndarray) -> np.ndarray:
     """Average linkage [T-1, 4] of the cosine distances 1 - similarity, T >= 2.
 
-    Distances below `SAME_ROUTE` are 0, so that equal routes stay tied and are never cut apart.
-    Leaves are in optimal order (Bar-Joseph et al. 2001).
+    Distances below `SAME_ROUTE` are set to 0, so that equal routes are never separated. Leaves are
+    in optimal order (Bar-Joseph et al. 2001).
     """
     distance_TxT = 1 - similarity_TxT
     distance_TxT[distance_TxT < SAME_ROUTE] = 0
@@ -45,7 +45,7 @@ def leaves(tree_: np.ndarray) -> np.ndarray:
 def cut(tree_: np.ndarray, clusters: int) -> np.ndarray:
     """Cluster label [T] int, from 1, of the cut with at most `clusters` clusters.
 
-    Fewer come out where tied distances allow no such cut: one, if all routes are the same.
+    There may be fewer because of tied distances: one if all routes are the same.
     """
     return hierarchy.fcluster(tree_, clusters, "maxclust")
 
@@ -89,7 +89,7 @@ def agreement(
     rng = np.random.default_rng(seed)
     shuffled_PxT = rng.permuted(np.tile(labels_T, (permutations, 1)), axis=1)
     ami, *control = _adjusted_mutual_information(np.vstack([labels_T, shuffled_PxT]), clusters_T)
-    # The tolerance keeps equal values equal when rounding differs.
+    # The tolerance makes values equal that differ only by rounding.
     p_value = (1 + np.count_nonzero(np.array(control) >= ami - 1e-12)) / (1 + permutations)
     return Agreement(float(ami), np.array(control), float(p_value))
 
@@ -97,8 +97,8 @@ def agreement(
 def _adjusted_mutual_information(labels_PxT: np.ndarray, clusters_T: np.ndarray) -> np.ndarray:
     """AMI [P] of each row of labels with the clusters; rows are permutations of one another.
 
-    So their marginals, hence entropies and expected mutual information, are computed once:
-    hundreds of times faster than calling scikit-learn's function for each row.
+    All rows have the same marginals, so entropies and expected mutual information are computed
+    once. This is hundreds of times faster than calling scikit-learn's function for each row.
     """
     tasks, width = len(clusters_T), int(clusters_T.max()) + 1
     cells = (int(labels_PxT.max()) + 1) * width
@@ -123,7 +123,7 @@ class Correlations:
     """Point-biserial correlation of each expert's weight with membership in each category.
 
     `r_NxExC`, `p_NxExC` (two-sided) and `q_NxExC` (Benjamini-Hochberg over all tests) are NaN
-    where nothing was tested: the expert's weight is the same for every task.
+    if not tested because the expert's weight is the same for every task.
     """
 
     categories: list[str]
@@ -139,8 +139,8 @@ class Correlations:
     def significant(self, level: float = 0.05) -> list[tuple[int, int, int]]:
         """Indices (n, e, c) with q <= level, the strongest correlation first."""
         with np.errstate(invalid="ignore"):
-            found = np.argwhere(self.q_NxExC <= level)
-        order = sorted(found.tolist(), key=lambda i: (-abs(self.r_NxExC[tuple(i)]), i))
+            indices = np.argwhere(self.q_NxExC <= level)
+        order = sorted(indices.tolist(), key=lambda i: (-abs(self.r_NxExC[tuple(i)]), i))
         return [tuple(i) for i in order]
 
 
@@ -164,10 +164,10 @@ def correlations(
     weight_FxT = route_TxNxE.reshape(tasks, layers * experts).T
     varies_F = np.ptp(weight_FxT, axis=-1) > 1e-6 if tasks else np.zeros(len(weight_FxT), bool)
     if categories and varies_F.any():
-        found = stats.pearsonr(weight_FxT[varies_F][:, None], member_CxT[tested_C][None], axis=-1)
-        r_FxC[varies_F], p_FxC[varies_F] = found.statistic, found.pvalue
-        q = stats.false_discovery_control(found.pvalue, axis=None, method="bh")
-        q_FxC[varies_F] = q.reshape(found.pvalue.shape)
+        result = stats.pearsonr(weight_FxT[varies_F][:, None], member_CxT[tested_C][None], axis=-1)
+        r_FxC[varies_F], p_FxC[varies_F] = result.statistic, result.pvalue
+        q = stats.false_discovery_control(result.pvalue, axis=None, method="bh")
+        q_FxC[varies_F] = q.reshape(result.pvalue.shape)
     full = (layers, experts, len(categories))
     untested = [n for n in names if n not in categories]
     return Correlations(
@@ -187,11 +187,11 @@ def entropy(distribution: np.ndarray) -> np.ndarray:
 
 
 def task_information(route_TxNxE: np.ndarray) -> np.ndarray:
-    """How much a layer's expert says about the task, [N], as a share of log E.
+    """The mutual information of task and expert in each layer, [N], as a share of log E.
 
-    The mutual information of task and expert when tasks are equally likely: the entropy of the
-    mean route less the mean entropy. 0 where all tasks route alike, 1 where each task takes one
-    expert and every expert is used equally.
+    Tasks are equally likely, so it is the entropy of the mean route minus the mean entropy of
+    routes. 0 where all tasks route alike, 1 where each task takes one expert and every expert is
+    used equally.
     """
     route_TxNxE = np.asarray(route_TxNxE, np.float64)
     return np.clip(entropy(route_TxNxE.mean(0)) - entropy(route_TxNxE).mean(0), 0, 1)

@@ -1,4 +1,4 @@
-"""The configuration of a run: one tree of dataclasses, made once by a command and passed down."""
+"""The configuration of a run: a tree of dataclasses, made once by each command and passed down."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -68,26 +68,27 @@ FinetuneConfig.moe_dir = %MOE_DIR
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Configuration):
-    """Which examples, tokenised how, in batches of which shape.
+    """The training data: tasks, vocabulary, shape of batches, mixing rates.
 
     Attributes:
-        mixture_or_task_name: registered with SeqIO.
+        mixture_or_task_name: name registered with SeqIO.
         task_modules: modules that register tasks: dotted names or .py files.
         lengths: {'inputs': N, 'targets': N}, tokens in a row.
         cache_dir: where prepared data lives.
-        vocabulary: how texts become tokens.
-        environment: variables that the task modules read (see `tasks/crossfit_data.py`).
+        vocabulary: the vocabulary that tokenises texts.
+        environment: environment variables that the task modules read (see
+            `tasks/crossfit_data.py`).
         batch_size: rows per batch.
-        rows_per_group: R, rows of one task that are computed together; divides the batch.
-        pack: a row holds as many examples as fit into `lengths`; if not, one.
-        row_shapes: above 1, packed rows have up to so many shapes, each task's the one that leaves
-            it the least padding. The step is compiled for each, a batch holds tasks of one shape,
-            and the logits of one with long targets take up to three times the memory.
+        rows_per_group: R, rows of one task that form a group; divides `batch_size`.
+        pack: put as many examples into a row as fit into `lengths`; otherwise one.
+        row_shapes: maximum number of shapes of packed rows. Each task uses the shape with the least
+            padding. The step is compiled for each shape, a batch holds tasks of one shape, and a
+            shape with long targets needs up to three times the memory for logits.
         mixing: draws tasks in proportion to their `examples` (at most `cap` each), all `equal`ly,
             by `temperature` (rate ** (1 / mixing_temperature)), or by the rates of the `seqio`
             mixture.
-        cap: of `mixing` by examples; None for none.
-        mixing_temperature: of `mixing` by temperature.
+        cap: limit of `mixing` by examples; None for no limit.
+        mixing_temperature: temperature of `mixing` by temperature.
     """
 
     mixture_or_task_name: Name | None = None
@@ -115,7 +116,7 @@ class DataConfig(Configuration):
         object.__setattr__(self, "task_modules", tuple(map(full_name, names)))
         vocabulary = self.vocabulary
         if vocabulary.kind == "sentencepiece" and not (vocabulary.path or vocabulary.trained_on):
-            # Written down, so that other mixtures are tokenised alike.
+            # Set here, so that other mixtures use the same vocabulary.
             name = self.mixture_or_task_name or ""
             trained = dataclasses.replace(vocabulary, trained_on=name)
             object.__setattr__(self, "vocabulary", trained)
@@ -126,7 +127,7 @@ class DataConfig(Configuration):
             )
         if self.batch_size % self.rows_per_group:
             raise UserError(
-                f"BATCH_SIZE {self.batch_size} is no multiple of "
+                f"BATCH_SIZE {self.batch_size} is not a multiple of "
                 f"DataConfig.rows_per_group {self.rows_per_group}"
             )
 
@@ -138,7 +139,7 @@ class DataConfig(Configuration):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Configuration):
-    """Where a run lives, how long it takes, what it starts from.
+    """A run's directory, length, periods and starting points.
 
     Attributes:
         model_dir: the run's directory.
@@ -146,17 +147,19 @@ class RunConfig(Configuration):
         eval_period: steps between evaluations on the dev split; 0 for none.
         checkpoint_period: steps between checkpoints; the last step is always saved.
         log_period: steps between lines of metrics.jsonl.
-        initial_checkpoint_path: model directory (or checkpoint) whose backbone this one starts
-            from; a dense one fills every expert, plus `ModelConfig.expert_noise`.
-        router_checkpoint_path: likewise for router and task representations, by task name.
+        initial_checkpoint_path: model directory (or checkpoint) whose backbone this run starts
+            from. A dense one is copied to every expert, plus `ModelConfig.expert_noise`.
+        router_checkpoint_path: the same for router and task representations, which are matched by
+            task name.
         representations_path: file of task representations to start from (`representations.py`);
-            it goes before those of `router_checkpoint_path`.
+            takes precedence over `router_checkpoint_path`.
         eval_split: the split evaluated while training.
-        eval_examples: examples per task then; evenly spaced.
+        eval_examples: number of examples per task in these evaluations, evenly spaced.
         eval_batch_rows: examples decoded together.
-        keep_checkpoints: latest checkpoints kept, besides the best by mean dev score.
-        extensions: modules or .py files that were imported before this configuration was made;
-            they register routers, selections, families or metrics, and need no TensorFlow.
+        keep_checkpoints: number of latest checkpoints to keep; the best by mean dev score is also
+            kept.
+        extensions: modules or .py files that register routers, selections, families or metrics.
+            They are imported before the configuration is made, and must not import TensorFlow.
         seed: of initialisation, dropout, routes and data order.
     """
 
@@ -185,25 +188,27 @@ class RunConfig(Configuration):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(Configuration):
-    """The grid, and what to start from.
+    """Few-shot adaptation: starting points, grid and trained parts.
 
     Attributes:
         dense_dir: model directory of the dense multi-task model. The start `untrained` is that
             model before its first step (so, its INITIAL_CHECKPOINT_PATH, if it had one).
         moe_dir: model directory of the mixture of experts.
-        learning_rates: searched on dev; the backbone's, or the representation's where the backbone
-            is not trained.
-        batch_sizes: searched on dev.
-        seeds: few-shot samples; of each, the splits `fewshot_SEED_train` and `..._validation`.
+        learning_rates: learning rates to search on dev: the backbone's, or the representation's if
+            the backbone is not trained.
+        batch_sizes: batch sizes to search on dev.
+        seeds: few-shot samples, each with splits `fewshot_SEED_train` and
+            `fewshot_SEED_validation`.
         steps: optimizer steps of every run.
         test_examples: at most this many test examples.
         representation: of a new task in the mixture of experts: the `mean` of the training
             tasks', that of the `nearest` one (whose route has the lowest loss on the few
             examples), `random` (standard normal, as before training), or that of a `file`.
-        representations_path: that file (see `data.representations`).
-        tune: what of the mixture of experts is trained: `all`; with a `frozen_router`, its experts
-            and the task's representation; `route_only`, that representation alone; `free_route`,
-            the route logits [N, E] in place of it. The dense starts are always trained whole.
+        representations_path: the file (see `data.representations`).
+        tune: the trained parts of the mixture of experts: `all`; with a `frozen_router`, its
+            experts and the task's representation; `route_only`, that representation alone;
+            `free_route`, the route logits [N, E] instead. All parameters of the dense starts are
+            trained.
     """
 
     dense_dir: Name | None = None
@@ -228,7 +233,7 @@ class FinetuneConfig(Configuration):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Configuration):
-    """Everything that decides what a training run does; saved with it."""
+    """The configuration of a training run, saved with it."""
 
     run: RunConfig
     data: DataConfig
@@ -256,7 +261,7 @@ class Config(Configuration):
         if data.groups % shards:
             raise UserError(
                 f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} "
-                f"rows: no multiple of the mesh's {shards} data shards"
+                f"rows: not a multiple of the mesh's {shards} data shards"
             )
         groups = data.groups // shards
         if at_once and groups % min(at_once, groups):
@@ -268,7 +273,7 @@ class Config(Configuration):
 
 @dataclasses.dataclass(frozen=True)
 class FewShotConfig(Configuration):
-    """Everything that decides what a few-shot adaptation does; saved with it."""
+    """The configuration of a few-shot adaptation, saved with it."""
 
     run: RunConfig
     data: DataConfig

@@ -1,7 +1,7 @@
-"""From gin bindings to dataclasses: the one place where a configuration is made.
+"""Makes configuration dataclasses from gin bindings. No other module does.
 
-Below the commands, nothing knows gin: they are given dataclasses. Each class can be bound by its
-name (`ModelConfig.experts = 6`); a command's own settings by the command's (`eval.split = 'test'`).
+Libraries get dataclasses and do not use gin. A field is bound by its class (`ModelConfig.experts =
+6`), a command's own setting by the command (`eval.split = 'test'`).
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ for _cls in (
 
 
 def parameters(name: str) -> list[str]:
-    """What can be bound of a configurable; nothing where there is none of this name."""
+    """The parameters of a configurable that can be bound; empty if there is no such
+    configurable."""
     cls = _CLASSES.get(name)
     return [field.name for field in dataclasses.fields(cls)] if cls else []
 
@@ -53,7 +54,7 @@ def build(cls: type[T]) -> T:
     """The configuration as gin's bindings have it; fields that are ones are built likewise.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value is invalid.
     """
     name = cls.called if cls.called in _CLASSES else None
     values: dict[str, Any] = {}
@@ -82,7 +83,8 @@ def _is_bound(name: str | None, field: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """An instance that a reference such as `@VocabularyConfig()` made, of the class itself."""
+    """Converts an instance made by a reference such as `@VocabularyConfig()` to the class
+    itself."""
     for cls in _CLASSES.values():
         if isinstance(value, cls) and type(value) is not cls:
             return cls(**{f.name: getattr(value, f.name) for f in dataclasses.fields(cls)})

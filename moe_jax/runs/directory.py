@@ -1,7 +1,7 @@
-"""What a run's directory says: its configuration, its task table, its vocabulary.
+"""The files of a run's directory: configuration, task table, vocabulary.
 
-The configuration is written twice: `config.json` is read by programs, `config.gin` by people, and
-can be given as --gin_file. Reading needs no gin and imports nothing that the files name.
+The configuration is written twice: `config.json` for programs, `config.gin` for people and for
+--gin_file. Reading uses no gin and imports no module that the files name.
 """
 
 import ast
@@ -21,12 +21,12 @@ CONFIG = "config.gin"
 CONFIG_JSON = "config.json"
 TASK_TABLE = "task_table.json"
 
-# What may differ when a run goes on: it changes neither the model nor its training.
+# Settings that may change when a run is resumed: they affect neither the model nor its training.
 _FREE = re.compile(
     r"RunConfig\.(model_dir|eval_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
     r"|DataConfig\.cache_dir|MeshConfig\.\w+"
 )
-# Of few-shot adaptation, decoding decides the scores in runs.jsonl; training decodes only to look.
+# In few-shot adaptation, decoding determines the scores in runs.jsonl; in training only dev scores.
 _FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+")
 _MACROS = dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", BASE_BINDINGS, re.M))
 _NAMES = {macro: binding for binding, macro in _MACROS.items()}
@@ -35,7 +35,7 @@ Lines = dict[str, Any]  # `ModelConfig.d_model` -> value
 
 
 def root(path: str | Path) -> Path:
-    """The model directory of `path`, which may name its checkpoints or one of them."""
+    """The model directory of `path`, which may be a checkpoint in it."""
     path = Path(path).absolute()
     if path.name.isdigit() and path.parent.name == "checkpoints":
         return path.parents[1]
@@ -86,7 +86,7 @@ def config_from(cls: type[Configuration], lines: Lines, source: Any) -> Any:
 
 
 def gin_text(lines: Lines) -> str:
-    """Lines of gin that bind these settings; macros where there are some."""
+    """Lines of gin that bind these settings, by macros where possible."""
     macros, bindings = [], []
     for name, value in lines.items():
         if name in _MACROS:
@@ -102,8 +102,8 @@ def write_config(
     """Writes config.gin and config.json.
 
     Args:
-        only: the classes whose settings are written; all if empty.
-        more: names of further settings that are written.
+        only: write only the settings of these classes; all if empty.
+        more: names of further settings to write.
     """
     names = (*(f"{cls.__name__}." for cls in only), *more)
     lines = {k: v for k, v in config_lines(config).items() if not names or k.startswith(names)}
@@ -112,10 +112,10 @@ def write_config(
 
 
 def read_lines(model_dir: str | Path) -> Lines:
-    """The settings that a directory holds; none where it holds no run.
+    """The settings in a directory; empty if it holds no run.
 
     Raises:
-        UserError: the file was edited beyond recognition.
+        UserError: the file cannot be parsed.
     """
     path = Path(model_dir) / CONFIG_JSON
     if path.exists():
@@ -127,13 +127,13 @@ def read_lines(model_dir: str | Path) -> Lines:
 
 
 def _read_gin(path: Path) -> Lines:
-    """The plain lines of a config.gin, as runs before config.json wrote them."""
+    """Reads a config.gin, for runs that have no config.json."""
     if not path.exists():
         return {}
     lines: Lines = {}
     for number, line in enumerate(files.read_text(path).splitlines(), 1):
         name, equals, text = line.partition(" = ")
-        if not equals or re.fullmatch(r"@\w+\(\)", text):  # its fields have lines of their own
+        if not equals or re.fullmatch(r"@\w+\(\)", text):  # its fields have their own lines
             continue
         try:
             lines[_NAMES.get(name, name)] = ast.literal_eval(text)
@@ -143,10 +143,10 @@ def _read_gin(path: Path) -> Lines:
 
 
 def read_config(model_dir: str | Path) -> Config:
-    """The configuration of a run; what it does not say has its default.
+    """The configuration of a run; missing settings have their defaults.
 
     Raises:
-        UserError: there is no run, or a value that cannot be.
+        UserError: there is no run, or a value is invalid.
     """
     lines = read_lines(model_dir)
     if not lines:
@@ -155,12 +155,12 @@ def read_config(model_dir: str | Path) -> Config:
 
 
 def check_config(model_dir: str | Path, config: Any) -> None:
-    """Refuses to go on in a directory that holds another configuration's run.
+    """Checks that a directory does not hold a run of another configuration.
 
-    A setting that was not there yet when the run began had its default.
+    A setting that did not exist when the run began had its default.
 
     Raises:
-        UserError: naming the first setting that differs.
+        UserError: names the first setting that differs.
     """
     lines = read_lines(model_dir)
     if not lines:
@@ -177,7 +177,7 @@ def check_config(model_dir: str | Path, config: Any) -> None:
 
 
 def copy_vocabulary(model_dir: str | Path, source: Path) -> None:
-    """Copies the prepared vocabulary, so that the model can be used without the cache."""
+    """Copies the vocabulary from the cache, so that the model can be used without it."""
     directory = Path(model_dir) / vocabulary.DIRECTORY
     for path in sorted(source.iterdir(), key=lambda path: path.name == vocabulary.FILE):
         if not (directory / path.name).exists():

@@ -1,8 +1,8 @@
-"""Flags, gin files, processes, and errors as one line: what every command starts with.
+"""Shared by all commands: flags, gin files, processes, and one-line errors.
 
     python -m moe_jax.train --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]
 
-A VALUE that is no gin literal is taken as a string, so paths need no quotes.
+A VALUE that is not a gin literal is a string, so paths need no quotes.
 """
 
 import ast
@@ -40,14 +40,14 @@ _GIN_SEARCH_PATHS = flags.DEFINE_list(
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache_dir",
     os.path.join(os.path.expanduser("~"), ".cache", "moe_jax", "xla"),
-    "Compiled programs are kept here from run to run; empty for none. "
+    "Cache of compiled programs, kept between runs; empty for none. "
     "JAX_COMPILATION_CACHE_DIR overrides it.",
 )
 _MULTIPROCESS = flags.DEFINE_bool(
     "multiprocess_gpu", False, "One of several processes (GPU or CPU) that train together."
 )
 _MULTIPROCESS_TPU = flags.DEFINE_bool(
-    "multiprocess_tpu", False, "One process per host of a TPU slice; they find each other."
+    "multiprocess_tpu", False, "One process per host of a TPU slice; processes find each other."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0; needed with --multiprocess_gpu."
@@ -69,8 +69,8 @@ def run(
         config: the dataclass of the run's configuration, made from gin's bindings.
         settings: that of the command's own settings, if it has some; registered by
             `configurables.register`.
-        from_model_dir: starts from the configuration of the run in MODEL_DIR, so that flags need
-            say only what differs.
+        from_model_dir: starts from the configuration of the run in MODEL_DIR, so that flags give
+            only the differences.
     """
 
     def start(argv: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ def _help(config: type, settings: type | None) -> str:
             flags.FLAGS.main_module_help().split(":", 1)[-1].strip("\n"),
             "\nMacros, as T5X has them (--gin.NAME=VALUE, or NAME = VALUE in a gin file):\n",
             help.macros(),
-            "\nSettings (likewise):\n",
+            "\nSettings (--gin.NAME=VALUE):\n",
             *own,
             *help.settings(config),
         ]
@@ -149,7 +149,8 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _literal(value: str) -> str:
-    """The value as gin reads it: a literal, a reference, a container; anything else is a string."""
+    """The value in gin's syntax: a literal, a reference or a container; anything else as a
+    string."""
     if re.fullmatch(r"[%@][\w./]+(\(\))?", value) or (value[:1] in "[({" and value):
         return value
     try:
@@ -168,7 +169,7 @@ def parse_gin(
     """Parses base bindings, files, then bindings; later ones win.
 
     Raises:
-        UserError: a file is missing, a line is no gin, a macro is set that nothing reads, or a
+        UserError: a file is missing, a line is not gin, a macro is set but never read, or a
             configurable or parameter is unknown.
     """
     texts = [(path, _with_includes(path, search_paths))
@@ -194,30 +195,30 @@ def parse_gin(
 
 
 def _load_extensions(texts: Sequence[tuple[object, str]]) -> None:
-    """Imports the modules that EXTENSIONS names last."""
-    found = re.findall(r"^EXTENSIONS\s*=\s*(.+)$", "\n".join(text for _, text in texts), re.M)
-    if not found:
+    """Imports the modules of the last binding of EXTENSIONS."""
+    assignments = re.findall(r"^EXTENSIONS\s*=\s*(.+)$", "\n".join(text for _, text in texts), re.M)
+    if not assignments:
         return
     try:
-        names = ast.literal_eval(found[-1])
+        names = ast.literal_eval(assignments[-1])
     except (SyntaxError, ValueError) as e:
-        raise UserError(f"EXTENSIONS must be module names, not {found[-1]}") from e
+        raise UserError(f"EXTENSIONS must be module names, not {assignments[-1]}") from e
     for name in (names,) if isinstance(names, str) else names:
         modules.load_module(name)
 
 
 def _with_includes(path: Path, search_paths: Sequence[str], seen: tuple[Path, ...] = ()) -> str:
-    """The text of a gin file, with included files in the places of their `include` lines."""
+    """The text of a gin file, with each `include` line replaced by the file."""
     if path in seen:
         raise UserError(f"{path} includes itself")
     lines = []
     for line in files.read_text(path).splitlines():
-        found = re.fullmatch(r"\s*include\s+(['\"])(.+)\1\s*(#.*)?", line)
-        if found is None:
+        match = re.fullmatch(r"\s*include\s+(['\"])(.+)\1\s*(#.*)?", line)
+        if match is None:
             lines.append(line)
             continue
         try:
-            inner = _find(found[2], [str(path.parent), *search_paths])
+            inner = _find(match[2], [str(path.parent), *search_paths])
         except UserError as e:
             raise UserError(f"{path}: include: {e}") from e
         lines.append(_with_includes(inner, search_paths, (*seen, path)))
@@ -237,7 +238,7 @@ def _parse(texts: Sequence[tuple[object, str]]) -> None:
 
 
 def _with_full_names(text: str) -> str:
-    """Gin's text, in which `import tasks.NAME` means the built-in task module."""
+    """The text with `import tasks.NAME` replaced by the full name of the built-in module."""
     return re.sub(r"(?m)^(import\s+)(\S+)", lambda m: m[1] + modules.full_name(m[2]), text)
 
 
@@ -256,7 +257,7 @@ def _unquoted(value: str) -> str:
 
 
 def process_flags() -> list[str]:
-    """The flags, besides gin's files and bindings, that a child process should get too."""
+    """The flags, other than gin files and bindings, that child processes get too."""
     return [
         f"--gin_search_paths={','.join(_GIN_SEARCH_PATHS.value)}",
         f"--compilation_cache_dir={_COMPILATION_CACHE.value}",
@@ -264,7 +265,7 @@ def process_flags() -> list[str]:
 
 
 def find_gin_file(name: str) -> Path:
-    """The gin file of this name in the search paths."""
+    """The path of a gin file in the search paths."""
     return _find(name, _GIN_SEARCH_PATHS.value)
 
 

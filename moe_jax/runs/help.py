@@ -1,4 +1,4 @@
-"""What `--help` of a command says of the settings: their meaning, range and default."""
+"""The meaning, range and default of settings, for `--help`."""
 
 import dataclasses
 import inspect
@@ -28,7 +28,7 @@ MACROS = {
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field -> its paragraph in the docstring's `Attributes` section; fields without one lack."""
+    """Field -> its text in the docstring's `Attributes` section, for documented fields."""
     _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
     result = {}
     for block in re.split(r"\n(?=    \S)", section.rstrip()):

@@ -1,4 +1,4 @@
-"""A trained run, loaded: its configuration, task table, vocabulary and parameters."""
+"""Loads a trained run: configuration, task table, vocabulary and parameters."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from moe_jax.training.shapes import check_shapes
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a checkpoint holds and what is needed to use it.
+    """A checkpoint with everything needed to use it.
 
     Attributes:
         task_ids: task name -> row of the task table.
-        step: of the checkpoint; the temperature depends on it.
+        step: step of the checkpoint, which sets the temperature.
     """
 
     model: TaskMoE
@@ -38,7 +38,7 @@ def build_model(
     """The model for a vocabulary and a task table.
 
     Raises:
-        UserError: the vocabulary has ids that the model's embedding has not.
+        UserError: the vocabulary has more ids than the model's embedding has rows.
     """
     if model_config.vocabulary_size == 0:
         model_config = dataclasses.replace(model_config, vocabulary_size=vocabulary_size)
@@ -53,10 +53,10 @@ def build_model(
 def load_run(
     model_dir: str, model_config: ModelConfig, router_config: RouterConfig, vocabulary_size: int
 ) -> Run:
-    """Loads the latest checkpoint of `model_dir` (or the one it names).
+    """Loads the latest checkpoint of `model_dir`, or the checkpoint that the path names.
 
     Raises:
-        UserError: there is none, or it is of another shape.
+        UserError: there is no checkpoint, or parameters have other shapes.
     """
     params, meta = load_params(model_dir)
     tasks = meta["tasks"]
@@ -66,11 +66,11 @@ def load_run(
 
 
 def with_tasks(run: Run, names: Sequence[str], representations: str | None = None) -> Run:
-    """A run whose table also has `names`.
+    """Adds tasks to the table of a run.
 
     Args:
-        representations: file with the rows of those that are new; without one, they get the mean.
-            A dense model has no use for rows, but the names are looked up all the same.
+        representations: file with the rows of new tasks; without it, they get the mean. A dense
+            model does not use the rows, but the names are checked anyway.
 
     Raises:
         UserError: the file has no such row, see `read_representations`.

@@ -30,7 +30,7 @@ from moe_jax.training.step import init_state, make_train_step, state_shardings
 
 
 def train(config: Config) -> None:
-    """Trains as the configuration says; goes on from the last checkpoint, if there is one.
+    """Trains; continues from the last checkpoint if there is one.
 
     Raises:
         UserError: what the configuration asks for does not fit the data, the devices or what the
@@ -132,7 +132,7 @@ def _train(config: Config, lead: bool) -> None:
             evaluate(start)
         window = Window(rows)
         for step in range(start + 1, run.train_steps + 1):
-            # 1. The batch, made while the device was busy.
+            # 1. The batch. It was made while the device was busy.
             batch = next(batches)
             arrays = jax.tree.map(
                 lambda a: jax.make_array_from_process_local_data(by_group(mesh), a), batch

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: parameters, optimizer, data position and what they belong to (Orbax)."""
+"""Checkpoints of a run (Orbax): parameters, optimizer state, data position and meta data."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ _CHANGING = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 @functools.cache  # once
 def _quiet() -> None:
-    # Orbax logs the traceback of every thread; what went wrong is in the error that we raise.
+    # Orbax logs the traceback of every thread; the error that we raise is enough.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
@@ -214,7 +214,7 @@ class Checkpoints:
         """Restores a state of the shapes and shardings of `like`, and its meta data.
 
         Raises:
-            UserError: a parameter has another shape; the first one is named.
+            UserError: a parameter has another shape; the message names the first one.
         """
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
         check_shapes(meta["shapes"], parameter_shapes(like.params), self.directory)
@@ -283,7 +283,7 @@ def _free(path: Path) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error in one line."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's
     return os.strerror(int(code[1])) if code else text.splitlines()[0]
@@ -297,7 +297,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
 
     Args:
         path: MODEL_DIR, MODEL_DIR/checkpoints or MODEL_DIR/checkpoints/STEP.
-        step: which checkpoint; the latest when None and `path` names none.
+        step: which checkpoint; None for the one that `path` names, or the latest.
 
     Raises:
         UserError: there is no checkpoint that is whole, or it cannot be read.

@@ -1,15 +1,15 @@
-"""The loss of many groups, each under its route, and what makes its gradient cheap.
+"""The loss of many groups, each with its own route, and its memory-saving gradient.
 
-`grouped_loss` is a plain function of parameters and routes. Its gradient is written out: groups run
-one after the other, forward and backward, so that activations of one group at a time are alive, and
-each group's gradient is added in place to that of the whole model.
+`grouped_loss` is a plain function of parameters and routes. Its gradient is implemented by hand.
+Groups run one after the other, forward and backward, so that only the activations of one group are
+in memory. Each group's gradient is added in place to the gradient of the whole model.
 
-- Where parameters are whole on every device, a group gathers the experts that its task uses and
-  runs a dense model (DESIGN: route the weights, not the tokens).
-- Where they are cut over devices, each layer fetches the expert at hand (`model.placement`), and
-  gradients stay in their parts.
-- Where all groups use all weights (the dense model, or all experts computed), their rows are merged
-  into one batch.
+- If every device holds all parameters, a group gathers the experts that its task uses and runs a
+  dense model: weights are routed, not tokens.
+- If parameters are sharded, each layer fetches the expert that it needs (`model.placement`), and
+  gradients stay sharded.
+- If all groups use all weights (the dense model, or all experts), their rows are merged into one
+  batch.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ from moe_jax.data.batch import Batch, of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.dispatch import Gather, Mix
 from moe_jax.model.experts import Params, gather, scatter_add
-from moe_jax.model.placement import Placement
+from moe_jax.model.placement import Placement, slotted
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings
 from moe_jax.training.loss import token_losses_in_chunks
 from moe_jax.training.slots import Slots
 
-# Tokens that are merged at most: matrix products reach their speed before, and the activations of
-# more leave a CPU's caches.
+# The maximum number of tokens to merge. Matrix products reach full speed below it, and the
+# activations of more tokens do not fit into a CPU's caches.
 CPU_TOKENS, DEVICE_TOKENS = 2048, 8192
 
 
@@ -48,7 +48,7 @@ class Grouping:
 
     Attributes:
         groups_at_once: see `StepConfig`.
-        backbone_free, routes_free: whether the gradient by the one and the other is wanted.
+        backbone_free, routes_free: whether the gradients by backbone and routes are needed.
     """
 
     model: TaskMoE
@@ -68,7 +68,7 @@ def group_loss(
     label_smoothing: float = 0.0,
     placement: Placement | None = None,
 ) -> jax.Array:
-    """Summed loss of one group; `key` drives dropout (None: none).
+    """Summed loss of one group; `key` is for dropout (None: no dropout).
 
     Args:
         dispatch: how the experts of `backbone` are used (see `EncoderDecoder`).
@@ -97,13 +97,13 @@ def grouped_loss(
 ) -> jax.Array:
     """`scale` times the summed loss of all groups: float32 scalar.
 
-    Its gradient by the backbone arrives in `into`, which has the value of `backbone` or, where
-    gradients are in slots, their form (see `slots`).
+    Its gradient by the backbone is the gradient by `into`, which has the value of `backbone` or, if
+    gradients are in slots, the shape of the slots (see `slots`).
 
     Args:
-        weights_GxNxK, index_GxNxK: an `Assignment`; None where dense.
+        weights_GxNxK, index_GxNxK: an `Assignment`; None for a dense model.
         batch: [G, R, L] arrays, groups spread over `GROUP_AXES`.
-        key: of dropout.
+        key: key of dropout.
     """
     args = (into, weights_GxNxK, backbone, batch, index_GxNxK, slots, scale, key)
     return _forward(grouping, *args)[0]
@@ -150,16 +150,16 @@ def _local_gradients(
     scale: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, Params | None, jax.Array | None]:
-    """Scaled sums over this device's G groups, then over devices.
+    """Sums the loss and its gradients over this device's G groups, then over devices.
 
     Args:
-        backbone: this device's parts of it.
-        weights, batch: of this device's groups.
-        index, slots: of all groups.
+        backbone: this device's shards.
+        weights, batch: those of this device's groups.
+        index, slots: those of all groups.
 
     Returns:
         (loss, its gradient by the backbone or by the slots of each routed layer, its gradient by
-        each group's weights [G, N, K]); None where it is not wanted.
+        each group's weights [G, N, K]); None for a gradient that is not needed.
     """
     model, mesh = grouping.model, grouping.mesh
     groups = batch["task_id"].shape[0]
@@ -176,16 +176,15 @@ def _local_gradients(
     xs = {"tokens": tokens, "weights": weights, "key": keys_G}
     whole = backbone if placement is None else placement.outside(backbone)
     if not merge:
-        slots_GxNxK = index if slots is None else slots.slots_GxNxK
-        xs |= {"index": own(index), "slots": own(slots_GxNxK)}
+        xs |= {"index": own(index), "slots": own(index if slots is None else slots.slots_GxNxK)}
         if placement is not None:
-            xs["peers"] = _of_peers(mesh, groups, slots_GxNxK)
-            if slots is not None:
-                whole = gather(whole, slots.experts_NxS)
+            xs["peers"] = _of_peers(mesh, groups, index)
+            xs["peers_slots"] = slots and _of_peers(mesh, groups, slots.slots_GxNxK)
+    into = whole if slots is None else _with_slots(whole, slots.experts_NxS)
     differentiate = partial(_differentiate, grouping, placement, scale)
 
     def merged(x_W):
-        """W groups that share all weights."""
+        """Computes W groups that share all weights."""
         rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), x_W["tokens"])
         each = rows["inputs"].shape[0] // at_once
 
@@ -195,30 +194,30 @@ def _local_gradients(
         return differentiate(dispatch, whole, x_W["weights"], rows, x_W["key"][0])
 
     def gathered(x):
-        """One group, with its experts taken from whole arrays."""
+        """Computes one group, with its experts gathered on this device."""
         chosen = gather(whole, x["index"], model.config.unroll_layers)
         return differentiate(Mix, chosen, x["weights"], x["tokens"], x["key"])
 
     def fetched(x):
-        """One group, whose layers fetch their experts from all devices."""
+        """Computes one group, whose layers fetch their experts from all devices."""
 
         def dispatch(weights_NxK):
-            return Gather(x["slots"], weights_NxK, x["peers"])
+            return Gather(x["index"], weights_NxK, x["peers"], x["peers_slots"])
 
-        return differentiate(dispatch, whole, x["weights"], x["tokens"], x["key"])
+        return differentiate(dispatch, whole, x["weights"], x["tokens"], x["key"], into)
 
     def add(carry, x_W):
-        """Adds W groups."""
+        """Adds the loss and gradients of W groups."""
         total_loss, total = carry
         if merge:
             loss, grads, d_weights = merged(x_W)
             return (total_loss + loss, _add(total, grads)), d_weights
         one = gathered if placement is None else fetched
         if at_once == 1:
-            found = jax.tree.map(lambda a: a[None], one(jax.tree.map(lambda a: a[0], x_W)))
+            results = jax.tree.map(lambda a: a[None], one(jax.tree.map(lambda a: a[0], x_W)))
         else:
-            found = jax.vmap(one)(x_W)
-        losses_W, grads_W, d_weights = found
+            results = jax.vmap(one)(x_W)
+        losses_W, grads_W, d_weights = results
         for w in range(at_once) if grouping.backbone_free else ():
             grads = jax.tree.map(lambda g, w=w: g[w], grads_W)
             if placement is None:
@@ -227,10 +226,8 @@ def _local_gradients(
                 total = _add(total, grads)
         return (total_loss + losses_W.sum(), total), d_weights
 
-    like = whole if grouping.backbone_free else None
-    if like is not None and slots is not None and placement is None:
-        like = jax.eval_shape(gather, whole, slots.experts_NxS)
-    nothing = (jnp.float32(0), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like))
+    like = into if grouping.backbone_free else None
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, like))
     xs = jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), xs)
     if groups == at_once:
         (loss, total), d_weights = add(nothing, jax.tree.map(lambda a: a[0], xs))
@@ -246,20 +243,20 @@ def _local_gradients(
 
 
 def _of_device(place: jax.Array | int, groups: int, array_Gx: jax.Array) -> jax.Array:
-    """The part of an array of all groups that this device's groups have."""
+    """The part of an array of all groups that belongs to this device's groups."""
     return jax.lax.dynamic_slice_in_dim(array_Gx, place * groups, groups)
 
 
 def _of_peers(mesh: Mesh, groups: int, array_GxNxK: jax.Array) -> jax.Array:
-    """Of each of this device's groups, what the devices along `SHARD_AXES` compute at the same
-    time: [groups, N, P, K]."""
+    """For each of this device's groups, the experts that the devices along `SHARD_AXES` compute at
+    the same time: [groups, N, P, K]."""
     shape = (mesh.shape["data"], size_of(mesh, SHARD_AXES), groups, *array_GxNxK.shape[1:])
     array_PxgxNxK = array_GxNxK.reshape(shape)[jax.lax.axis_index("data")]
     return array_PxgxNxK.transpose(1, 2, 0, 3)
 
 
 def _sum_over_devices(grouping: Grouping, total: Params) -> Params:
-    """Gradients summed over the devices that hold the same part of them."""
+    """Gradients summed over the devices that hold the same shard."""
 
     def one(sharding, gradient):
         cut = any(_parts(sharding))
@@ -270,11 +267,26 @@ def _sum_over_devices(grouping: Grouping, total: Params) -> Params:
     return total and jax.tree.map(one, places, total)
 
 
-def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows, key):
-    """(scaled loss, its gradient by the backbone, its gradient by the weights), or None for it."""
+def _with_slots(whole: Params, experts_NxS: jax.Array) -> Params:
+    """The form that gradients have: the backbone, with zeros in S slots for its experts."""
+
+    def one(x, like):
+        return x if x.shape == like.shape else jnp.zeros(like.shape, like.dtype)
+
+    return jax.tree.map(one, whole, jax.eval_shape(gather, whole, experts_NxS))
+
+
+def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows, key, into=None):
+    """(scaled loss, its gradient by the backbone, its gradient by the weights), or None instead of
+    a gradient.
+
+    `into` has the form of the gradient by the backbone, if that is another (`placement.slotted`).
+    """
+    into = backbone if into is None else into
 
     def loss(free):
-        chosen, route = (free.get("backbone", backbone), free.get("weights", weights))
+        chosen = slotted(backbone, free.get("backbone", into))
+        route = free.get("weights", weights)
         how = None if route is None else dispatch(route)
         return scale * group_loss(
             grouping.model, chosen, how, rows, key, grouping.label_smoothing, placement
@@ -282,7 +294,7 @@ def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows
 
     free = {}
     if grouping.backbone_free:
-        free["backbone"] = backbone
+        free["backbone"] = into
     if grouping.routes_free and weights is not None:
         free["weights"] = weights
     value, grads = jax.value_and_grad(loss)(free)
@@ -294,7 +306,7 @@ def _add(total: Params, addend: Params) -> Params:
 
 
 def _most_at_once(tokens: Batch, mesh: Mesh) -> int:
-    """The largest divisor of G whose groups make at most so many tokens; 1 at least."""
+    """The largest divisor of G whose groups have few enough tokens; at least 1."""
     most = CPU_TOKENS if mesh.devices.flat[0].platform == "cpu" else DEVICE_TOKENS
     groups = tokens["inputs"].shape[0]
     each = (tokens["inputs"].size + tokens["targets"].size) // groups

@@ -1,4 +1,5 @@
-"""Metrics of a run: a JSON-lines file that survives interruptions, and TensorBoard events."""
+"""Metrics of a run: a JSON-lines file that is consistent after interruptions, and TensorBoard
+events."""
 
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Not a SummaryWriter: tensorboardX's and PyTorch's import torch, TensorBoard's own TensorFlow.
+# Not a SummaryWriter: those of tensorboardX and PyTorch import torch, TensorBoard's TensorFlow.
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -27,7 +28,7 @@ class MetricsLog:
     """metrics.jsonl and TensorBoard events of a model directory.
 
     Args:
-        step: the step the run starts at; lines after it, left by an interrupted run, are dropped.
+        step: the step the run starts at; lines of an interrupted run after this step are dropped.
         enabled: only one process of a run writes.
 
     Attributes:
@@ -60,7 +61,7 @@ class MetricsLog:
             raise UserError(f"step {step}: cannot log {kind} metrics: {e}") from e
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes and closes both files."""
         if self._enabled:
             self._file.close()
             self._events.close()
@@ -138,7 +139,7 @@ class Window:
         self.last: dict[str, float] = {}
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes a step's metrics without waiting for them."""
+        """Adds a step's metrics without waiting for the device."""
         self._waiting.append(metrics)
         if len(self._waiting) > 1:
             self._read()

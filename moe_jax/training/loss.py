@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Logits that exist together at most: 512 MB in float32.
+# The maximum number of logits in memory at a time: 512 MB in float32.
 MOST_LOGITS = 2**27
 
 
@@ -34,9 +34,9 @@ def token_losses_in_chunks(
     targets_RxL: jax.Array,
     label_smoothing: float,
 ) -> jax.Array:
-    """`token_losses` of `logits(hidden)`, a part at a time where all would be over `MOST_LOGITS`.
+    """`token_losses` of `logits(hidden)`, in parts of at most `MOST_LOGITS` logits.
 
-    The backward pass makes each part's logits anew.
+    The backward pass computes each part's logits again.
 
     Args:
         logits: [..., D] -> float32 [..., V].
@@ -56,5 +56,6 @@ def token_losses_in_chunks(
         return token_losses(logits(hidden_D), target, label_smoothing)
 
     tokens = (hidden_RxLxD.reshape(targets_RxL.size, -1), targets_RxL.ravel())
-    at_once = -(-targets_RxL.size // chunks)  # equal parts: one that is left over takes memory too
+    # Equal parts, because a smaller last part would need extra memory.
+    at_once = -(-targets_RxL.size // chunks)
     return jax.lax.map(one, tokens, batch_size=at_once).reshape(targets_RxL.shape)

@@ -1,4 +1,4 @@
-"""AdamW with one learning rate each for experts, router and task representations."""
+"""AdamW with separate learning rates for experts, router and task representations."""
 
 import dataclasses
 from functools import partial
@@ -16,31 +16,32 @@ PARTS = ("backbone", "router", "representations")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Configuration):
-    """AdamW, with a learning rate each for experts, router and task representations.
+    """AdamW with separate learning rates for experts, router and task representations.
 
     Learning rates are peaks: linear warm-up, then linear decay to zero (or constant). Weight decay
-    touches matrices of the backbone only: not norms, biases, the router or the task table, whose
-    rows would otherwise shrink while their task is not in the batch.
+    applies only to matrices of the backbone: not to norms, biases, the router or the task table,
+    whose rows would otherwise shrink while their task is not in the batch.
 
     Attributes:
-        learning_rate: of the backbone.
-        router_learning_rate: of the router.
-        representation_learning_rate: of the task table.
-        frozen: parts that get no update, no weight decay, no momentum and no share in the gradient
-            norm: of backbone, router, representations.
+        learning_rate: learning rate of the backbone.
+        router_learning_rate: learning rate of the router.
+        representation_learning_rate: learning rate of the task table.
+        frozen: parts that are not updated (no weight decay, no momentum) and do not count in the
+            gradient norm: any of backbone, router, representations.
         warmup_fraction: share of all steps in which the learning rate rises.
         decay: `linear` to zero at the last step, or `constant`.
         clip_norm: gradients longer than this are scaled down to it; 0 for no clipping.
-        weight_decay: AdamW's.
+        weight_decay: coefficient of AdamW's weight decay.
         b1: decay of the mean of gradients.
         b2: decay of the mean of their squares.
         epsilon: added to the root of the mean of squares.
-        first_moment_dtype: bfloat16 keeps the mean of gradients in two bytes a parameter in place
-            of four; the mean of squares, which moves by thousandths, stays float32.
-        lazy: experts that no group of the batch uses keep their weights and moments, where groups
-            gather experts, and cost nothing (see `training.slots`).
+        first_moment_dtype: dtype of the mean of gradients; bfloat16 halves its memory. The mean of
+            squares, which changes in small steps, stays float32.
+        lazy: if groups gather experts, unused experts keep their weights and moments and cost
+            nothing (see `training.slots`).
         alternate_every: n trains the backbone alone for n steps, then router and representations
-            alone for n steps, and so on; parts that wait keep their moments. 0 for all at once.
+            alone for n steps, and so on; waiting parts keep their moments. 0 trains all parts
+            together.
     """
 
     learning_rate: Rate = 1e-5
@@ -88,7 +89,7 @@ def schedule(config: OptimizerConfig, step: jax.Array, total_steps: int) -> jax.
 
 
 def _decayed(params: Any) -> Any:
-    """True for matrices of the backbone; norms and biases are told by their names."""
+    """True for matrices of the backbone; norms and biases are recognised by their names."""
 
     def is_matrix(path: tuple, _) -> bool:
         names = [getattr(p, "key", "") for p in path]
@@ -109,11 +110,11 @@ def _labels(params: Any, config: OptimizerConfig) -> Any:
 
 
 def clip_scale(config: OptimizerConfig, grads: Any, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what scales gradients longer than `clip_norm` down to it, and others by 1; their norm).
+    """(factor that scales gradients down to a norm of at most `clip_norm`, their norm).
 
     Args:
-        grads: by part; zero where a part is frozen (see `step.gradients`).
-        step: says which parts wait in an alternation: they have no share in the norm.
+        grads: gradients by part; zero for frozen parts (see `step.gradients`).
+        step: training step; parts that wait in an alternation do not count in the norm.
     """
     squares = {part: optax.tree.norm(g, squared=True) for part, g in grads.items()}
     if config.alternate_every:
@@ -130,9 +131,10 @@ def _has_turn(config: OptimizerConfig, part: str, step: jax.Array) -> jax.Array:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW directions, to be scaled by `apply`. State is kept for parts that are not frozen.
+    """AdamW without learning rates, which `apply` applies. Frozen parts have no state.
 
-    Element by element: of any subset of the parameters (see `slots`). Clip the gradients before.
+    The update is elementwise, so it can run on any subset of the parameters (see `slots`). Clip the
+    gradients before.
     """
     adamw = optax.chain(
         optax.scale_by_adam(

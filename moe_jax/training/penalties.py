@@ -1,4 +1,4 @@
-"""Terms that a run may add to its loss: distance between experts, entropy and load of routes.
+"""Optional terms of the loss: distance between experts, entropy and load of routes.
 
 Each is off by default; `StepConfig` holds their coefficients. They are functions of the whole
 parameters, so their gradients are exact, whichever experts the groups of a batch gather.
@@ -14,16 +14,16 @@ from moe_jax.model.experts import Params
 from moe_jax.model.selection import temperature_at
 from moe_jax.model.task_moe import TaskMoE
 
-# The axis of an array in which several matrices lie side by side, by the start of its name.
+# The axis along which an array joins several matrices, by the prefix of its name.
 _PARTS = {"q_": -2, "kv_": -2, "qkv_": -2, "in_": -2}
 
 
 def expert_distance(backbone: Params) -> jax.Array:
-    """How far the experts of a layer are apart, summed over routed layers; 0 with one expert.
+    """The distance between the experts of a layer, summed over routed layers; 0 with one expert.
 
     The distance of two experts is the sum over their matrices and vectors of the Euclidean norm
     of the difference (queries, keys and values each count by themselves, as in the published
-    code); of a layer, the mean over pairs of experts. Where two are equal, the gradient is 0.
+    code); of a layer, the mean over pairs of experts. If two experts are equal, the gradient is 0.
     """
     total = jnp.float32(0)
     for side in ("encoder", "decoder"):
@@ -35,22 +35,23 @@ def expert_distance(backbone: Params) -> jax.Array:
 
 
 def _mean_distance(array_LxEx: jax.Array, name: str) -> jax.Array:
-    """Mean over pairs, summed over layers and over what lies side by side in the array."""
+    """Mean over pairs of experts, summed over layers and over the matrices joined in the array."""
     experts = array_LxEx.shape[1]
     side_by_side = next((axis for start, axis in _PARTS.items() if name.startswith(start)), 0)
     kept = (0, 1, side_by_side % array_LxEx.ndim)
     summed = tuple(axis for axis in range(2, array_LxEx.ndim) if axis not in kept)
 
-    # Each expert and the one that comes `offset` later, in a ring: every pair once, but those
-    # that face each other twice. One offset at a time, and nothing is kept for the gradient.
+    # Pairs each expert with the one `offset` later in a ring. Every pair occurs once, except that
+    # opposite experts (`twice`) occur twice. Each offset is computed again for the gradient, to
+    # save memory.
     @jax.checkpoint
     def add(total, offset):
         other = jnp.take(array_LxEx, (jnp.arange(experts) + offset) % experts, axis=1)
         squares = jnp.sum(jnp.square(array_LxEx - other), summed)
         norms = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
         twice = 2 * offset == experts
-        found = jnp.sum(jnp.where(squares > 0, norms, 0.0))
-        return total + jnp.where(twice, 0.5, 1.0) * found, None
+        distance = jnp.sum(jnp.where(squares > 0, norms, 0.0))
+        return total + jnp.where(twice, 0.5, 1.0) * distance, None
 
     total, _ = jax.lax.scan(add, jnp.float32(0), jnp.arange(1, experts // 2 + 1))
     return total / (experts * (experts - 1) / 2)
@@ -62,7 +63,7 @@ def route_entropy(routes_xNxE: jax.Array) -> jax.Array:
 
 
 def route_load(probabilities_GxNxE: jax.Array) -> jax.Array:
-    """Squared coefficient of variation of the experts' loads, mean over layers; 0 where even.
+    """Squared coefficient of variation of the experts' loads, mean over layers; 0 for even loads.
 
     The load of an expert is its mean probability over the groups of a batch (the importance loss
     of Shazeer et al. 2017, arXiv 1701.06538, with tasks for tokens).
@@ -74,13 +75,13 @@ def route_load(probabilities_GxNxE: jax.Array) -> jax.Array:
 def penalty(
     model: TaskMoE, params: Params, task_id_G: jax.Array, step: jax.Array, config: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The terms of `config` (a `StepConfig`), weighted and summed, and each as it is.
+    """The weighted sum of the terms of `config` (a `StepConfig`), and each term without its weight.
 
-    Those of routes read the router's softmax at the temperature of `step`, without noise and
-    before anything is cut: a hard route has no entropy that could be changed.
+    Terms of routes use the router's softmax at the temperature of `step`, without noise and before
+    experts are selected, because the entropy of a hard route is constant.
 
     Raises:
-        UserError: a term of the routes where the router does not choose them.
+        UserError: a term of routes, with a selection that does not use the router.
     """
     terms = {}
     if config.expert_distance:

@@ -12,7 +12,7 @@ from moe_jax.model.task_moe import parameter_shapes
 
 
 def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], source: Any) -> None:
-    """Raises a UserError naming the first parameter that differs."""
+    """Raises a UserError that names the first parameter with another shape."""
     for name in sorted(wanted | found):
         if found.get(name) != wanted.get(name):
             has = f"has shape {found[name]}" if name in found else "is absent"
@@ -21,7 +21,7 @@ def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], sour
 
 
 def merge_heads(params: Params) -> Params:
-    """Parameters with heads and their width as one axis, as 0.1's first checkpoints did not."""
+    """Merges the axes of heads and head width, which were separate in early checkpoints of 0.1."""
 
     def merged(path, p):
         *_, block, name = (key.key for key in path) if len(path) > 1 else ("", "")
@@ -36,7 +36,7 @@ def merge_heads(params: Params) -> Params:
 
 
 def split_layers(backbone: Params, config: ModelConfig) -> Params:
-    """A dense backbone without vanilla layers, those of `config` put apart."""
+    """Moves the vanilla layers of `config` out of a dense backbone's routed layers."""
     result = {**backbone}
     for side in ("encoder", "decoder"):
         layers = backbone[side]["layers"]
@@ -57,10 +57,11 @@ def split_layers(backbone: Params, config: ModelConfig) -> Params:
 def fit_backbone(
     backbone: Params, like: Params, noise: float, key: jax.Array, source: Any
 ) -> Params:
-    """A loaded backbone in the shape of `like`: one expert fills all of a layer's, plus noise.
+    """A loaded backbone in the shape of `like`. A single expert is copied to all experts, plus
+    noise.
 
     Raises:
-        UserError: it has another architecture, or neither one nor E experts.
+        UserError: the architecture differs, or the number of experts is neither one nor E.
     """
     filled = False
 

@@ -1,10 +1,10 @@
-"""Slots: gradients, and updates in place, of only the experts that a batch uses.
+"""Slots: gradients and in-place updates of only the experts that a batch uses.
 
-With E experts per layer, K of them per route and G groups, a batch uses at most G K of a layer's.
-Where that is less than E, gradients live in S = min(E, G K) slots per layer, not in all E. AdamW
-then still passes over all experts, layer by layer, since those not in use move on by their momentum
-and decay. With *lazy* experts it leaves them exactly as they are, their moments too, and they cost
-nothing: at E = 24 the pass over all takes longer than the model.
+With K experts per route and G groups, a batch uses at most G K of a layer's E experts. So gradients
+are stored in S = min(E, G K) slots per layer. AdamW still updates all experts, layer by layer,
+because unused ones move by momentum and decay. With *lazy* experts, unused experts and their
+moments stay unchanged and cost nothing. At E = 24, updating all experts takes longer than the rest
+of the step.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Slots(NamedTuple):
     Attributes:
         experts_NxS: int32, distinct experts of every routed layer, those in use first.
         used_NxS: bool, which of them are in use.
-        slots_GxNxK: int32 in [0, S), the place of each group's experts among them.
+        slots_GxNxK: int32 in [0, S), the slots of each group's experts.
     """
 
     experts_NxS: jax.Array
@@ -36,7 +36,7 @@ class Slots(NamedTuple):
 
 
 def find_slots(index_GxNxK: jax.Array, experts: int) -> Slots:
-    """`Slots` of a batch whose groups use the experts of `index_GxNxK`, of `experts` in all."""
+    """`Slots` of a batch whose groups use `index_GxNxK`, out of `experts` experts."""
     groups, layers, count = index_GxNxK.shape
     layer_GxNxK = jnp.broadcast_to(jnp.arange(layers)[:, None], index_GxNxK.shape)
     used_NxE = jnp.zeros((layers, experts), bool).at[layer_GxNxK, index_GxNxK].set(True)
@@ -47,12 +47,12 @@ def find_slots(index_GxNxK: jax.Array, experts: int) -> Slots:
 
 
 def slot_count(model: TaskMoE, groups: int) -> int:
-    """S, slots per layer of a batch of G groups; E where groups do not gather experts."""
+    """S, slots per layer of a batch of G groups; E if groups do not gather experts."""
     return min(model.config.experts, groups * model.experts_per_layer)
 
 
 def empty_slots(model: TaskMoE, backbone: Params, groups: int) -> Params:
-    """Zeros in the form of the backbone with the slots of a batch of G groups."""
+    """Zeros in the shape of the backbone, with S slots in place of E experts."""
     count = slot_count(model, groups)
     experts_NxS = jax.ShapeDtypeStruct((model.layers, count), jnp.int32)
     form = jax.eval_shape(gather, backbone, experts_NxS)
@@ -62,16 +62,16 @@ def empty_slots(model: TaskMoE, backbone: Params, groups: int) -> Params:
 def update_in_slots(
     update: Update, params: Params, opt_state: Any, grads: Params, slots: Slots, lazy: bool
 ) -> tuple[Params, Any]:
-    """`update(params, opt_state, grads)` in place, of gradients in slots.
+    """Applies `update(params, opt_state, grads)` in place, with gradients in slots.
 
-    Nothing of the size of all experts is made.
+    No temporary array has the size of all experts.
 
     Args:
-        update: element by element, so that it may be given any subset of the parameters; counters
-            of `opt_state` must not depend on which.
-        opt_state: with moments in the form of `params`.
-        grads: gradients of `params`, with only the slots of every routed layer.
-        lazy: leaves experts alone that are not in use; without, their gradient is zero.
+        update: an elementwise update, which can take any subset of the parameters; counters of
+            `opt_state` must not depend on the subset.
+        opt_state: optimizer state, with moments in the shape of `params`.
+        grads: gradients of `params`, with slots in place of experts.
+        lazy: leaves unused experts unchanged; otherwise their gradient is zero.
     """
     whole = (params, opt_state)
     sides = routed(params["backbone"], slots.experts_NxS, slots.used_NxS)
@@ -94,7 +94,7 @@ def update_in_slots(
 
 
 def _update_used(update: Update, stacks: Any, grads: Params, experts_LxS, used_LxS) -> Any:
-    """One expert after the other, of those in use."""
+    """Updates the used experts, one after the other."""
 
     def one(stacks, slot):
         at, used, grad = slot
@@ -105,8 +105,8 @@ def _update_used(update: Update, stacks: Any, grads: Params, experts_LxS, used_L
         def put(stack, value):
             return jax.tree.map(lambda a, v: a.at[at[0], at[1]].set(v), stack, value)
 
-        # The condition also keeps XLA from fusing the slices into the writes, several of which
-        # would then read an array that another one changes, and each iteration copy all.
+        # The condition also prevents XLA from fusing slices into writes. Such fusions would read
+        # arrays that others change, so XLA would copy everything in each iteration.
         new = jax.lax.cond(used, lambda s: update(*old(s), grad), old, stacks)
         return _map_params(put, stacks, new), None
 
@@ -115,7 +115,7 @@ def _update_used(update: Update, stacks: Any, grads: Params, experts_LxS, used_L
 
 
 def _update_all(update: Update, stacks: Any, grads: Params, experts_LxS, used_LxS) -> Any:
-    """All experts of one layer after the other; the gradient of those not in use is zero."""
+    """Updates all experts, one layer after the other; unused experts have a gradient of zero."""
     experts = jax.tree.leaves(stacks[0])[0].shape[1]
 
     def one(stacks, xs):

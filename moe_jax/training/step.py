@@ -23,7 +23,7 @@ from moe_jax.training.optimizer import OptimizerConfig, apply, clip_scale, make_
 from moe_jax.training.penalties import penalty, route_entropy
 from moe_jax.training.slots import Slots, empty_slots, find_slots, slot_count, update_in_slots
 
-# Drawing with these keys compiles faster than with threefry's.
+# Drawing with these keys compiles faster than with threefry keys.
 PRNG = "rbg"
 Coefficient = Annotated[float, Range(-1e6, 1e6)]  # of a term of the loss
 
@@ -33,14 +33,15 @@ class StepConfig(Configuration):
     """How the gradient of a batch is computed.
 
     Attributes:
-        label_smoothing: share of the target's probability spread over the vocabulary.
-        groups_at_once: groups that run side by side (on every device); the optimizer steps once
-            per batch, whatever it is. 0 takes one at a time where groups gather experts of their
-            own; where all share the same weights, as many as make 2,048 tokens on CPU, or 8,192.
+        label_smoothing: probability mass spread evenly over the vocabulary.
+        groups_at_once: number of groups computed together on every device; the optimizer steps once
+            per batch in any case. 0 means one if groups gather their own experts. If all groups
+            share the same weights, 0 means as many as have 2,048 tokens (CPU) or 8,192 tokens
+            (other devices).
         expert_distance: coefficient of a term that pulls experts together (below 0: apart).
-        route_entropy: of one that makes routes sharper (below 0: softer).
-        route_load: of one that spreads the tasks of a batch evenly over the experts. See
-            `regularisation` for all three; they are added to the mean loss per target token.
+        route_entropy: coefficient of a term that makes routes sharper (below 0: softer).
+        route_load: coefficient of a term that spreads the tasks of a batch evenly over the experts.
+            See `penalties` for all three terms, which are added to the mean loss per target token.
     """
 
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
@@ -66,9 +67,9 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 def state_shardings(
     model: TaskMoE, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Where every array of a state lives: the optimizer's beside their parameters.
+    """The sharding of every array of a state. Moments have the shardings of their parameters.
 
-    Whatever makes a state places it so, and the step keeps it so: it is compiled once.
+    A state must always have these shardings, so that the step is compiled only once.
     """
     boxed = jax.eval_shape(
         lambda: init_state(init_params(model, jax.random.key(0, impl=PRNG)), optimizer)
@@ -88,15 +89,15 @@ def loss_and_metrics(
     mesh: Mesh,
     in_slots: bool = False,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Slots | None]]:
-    """Mean loss per target token, and what is added to it; metrics; slots, if they are used.
+    """Returns the mean loss per target token plus penalties; metrics; slots, if they are used.
 
     Args:
-        free: the parts of `params` that are trained, to be differentiated by. With `in_slots`, the
-            backbone among them has the form of its slots (see `slots`).
+        free: the trained parts of `params`, by which the loss is differentiated. With `in_slots`,
+            the backbone has slots in place of experts (see `slots`).
         params: all parts.
         batch: a batch of the pipeline, [G, R, L] arrays; groups over `GROUP_AXES`.
-        step: for the temperature.
-        key: of this step; dropout, Gumbel noise and random routes are drawn from it.
+        step: training step, which sets the temperature.
+        key: key of this step, for dropout, Gumbel noise and random routes.
     """
     route_key, dropout_key = jax.random.split(key)
     trained = {part: tree for part, tree in free.items() if part != "backbone" or not in_slots}
@@ -140,8 +141,8 @@ def gradients(
     """Gradient of `loss_and_metrics`, which takes the same arguments.
 
     Args:
-        frozen: parts of the parameters whose gradient is left zero (and not computed).
-        in_slots: only the experts in use are differentiated, where groups gather experts.
+        frozen: parts of the parameters whose gradient is zero and not computed.
+        in_slots: computes gradients only of used experts, if groups gather experts.
 
     Returns:
         (gradients like `params`, metrics, None); with `in_slots`, (gradients with only the slots
@@ -168,12 +169,12 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """The jitted step `(state, batch, learning_rates) -> (state, metrics)`; donates the state.
 
-    `learning_rates` are the peaks per part, traced, so that another learning rate does not
-    compile again. All randomness is folded from `seed` and the step: resuming is exact.
+    `learning_rates` are the peak values per part. They are traced, so that a new value does not
+    compile the step again. All randomness comes from `seed` and the step, so resuming is exact.
 
     Raises:
-        UserError: router and experts are to alternate, but there is no router; or only experts in
-            use are updated, but a penalty moves all.
+        UserError: alternation without a router; or lazy experts with a penalty that changes all
+            experts.
     """
     if optimizer_config.alternate_every and not model.routed:
         raise UserError("OptimizerConfig.alternate_every is set, but the model has no router")
@@ -197,7 +198,7 @@ def make_train_step(
             in_slots=lazy or (gathers and few and not config.expert_distance),
         )  # fmt: skip
         clip, metrics["gradient_norm"] = clip_scale(optimizer_config, grads, state.step)
-        share = padding_share(batch)  # of the whole batch, whichever process holds which part
+        share = padding_share(batch)  # of the whole batch over all processes
         metrics |= {f"padding/{name}": share[name] for name in ("all", "unpacked")}
         # 2. The update.
         height = schedule(optimizer_config, state.step, total_steps)
@@ -205,7 +206,7 @@ def make_train_step(
         metrics["learning_rate"] = rates["backbone"]
 
         def update(params, opt_state, grads):
-            # Here, not before: all gradients would be read and written once more.
+            # Scaled here, because scaling before would read and write all gradients once more.
             grads = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to int32 powers
                 directions, opt_state = optimizer.update(grads, opt_state, params)

@@ -1,4 +1,4 @@
-"""Short trainings, many from the same start: few-shot adaptation, Fisher information."""
+"""Short training runs from the same parameters, for few-shot adaptation and Fisher information."""
 
 from collections.abc import Iterable, Mapping
 
@@ -15,7 +15,7 @@ from moe_jax.training.step import StepConfig, init_state, make_train_step, state
 
 
 class Tuner:
-    """Trains from parameters that stay as they are; compiles once per shape of batch."""
+    """Trains from given parameters, which stay unchanged. Compiles once per shape of batch."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Tuner:
         seed: int,
     ):
         optimizer = make_optimizer(optimizer_config)
-        # The step donates its state: every training starts from a copy.
+        # The step donates its state, so every training starts from a copy.
         self._init = jax.jit(
             lambda params: init_state(jax.tree.map(jnp.copy, params), optimizer),
             out_shardings=state_shardings(model, optimizer, mesh),
@@ -37,7 +37,7 @@ class Tuner:
     def __call__(
         self, params: Params, batches: Iterable[Batch], learning_rates: Mapping[str, float]
     ) -> Params:
-        """Parameters after one step per batch; `learning_rates` are the peaks per part."""
+        """Parameters after one step per batch; `learning_rates` are the peak values per part."""
         state = self._init(params)
         rates = {part: jnp.float32(rate) for part, rate in learning_rates.items()}
         for batch in batches:

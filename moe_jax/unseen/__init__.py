@@ -1,1 +1,1 @@
-"""Tasks that the model was not trained on: representations and adaptation."""
+"""Tasks that the model was not trained on: representations and few-shot adaptation."""

@@ -1,4 +1,4 @@
-"""Few-shot adaptation: every starting point to every new task, on few examples."""
+"""Few-shot adaptation of every starting point to every new task."""
 
 import dataclasses
 import functools
@@ -33,9 +33,9 @@ from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.tuning import Tuner
 
 RUNS = "runs.jsonl"
-# A line of runs.jsonl is of one run, named by these.
+# The fields that identify a run in runs.jsonl.
 KEY = ("task", "start", "seed", "learning_rate", "batch_size")
-# What of the mixture of experts stays as it is, by `FinetuneConfig.tune`.
+# The frozen parts of the mixture of experts, by `FinetuneConfig.tune`.
 FROZEN = {
     "all": (),
     "frozen_router": ("router",),
@@ -45,14 +45,14 @@ FROZEN = {
 
 
 class Start:
-    """A starting point: its parameters, and what is trained of them."""
+    """A starting point: its parameters, and which of them are trained."""
 
     def __init__(self, name: str, run: Run, config: FinetuneConfig, seed: int):
         self.name = name
         self.run = run
         self.config = config
         self.seed = seed
-        # A dense start, where there is no route to adapt, is trained whole.
+        # A dense start has no route to adapt, so all of it is trained.
         self.tune = config.tune if run.model.routed else "all"
         # One new task, routed as the trained model is at its last temperature, without noise.
         router = dataclasses.replace(
@@ -101,7 +101,7 @@ class Start:
     def _choices(self) -> tuple[np.ndarray, np.ndarray]:
         """(training tasks [C] whose routes differ, those routes [C, N, E])."""
         routes_TxNxE = np.asarray(jax.jit(partial(routes_of, self._trained))(self.run.params, 0))
-        # Tasks that agree to a thousandth stand for each other: many do.
+        # Only one of several tasks with the same route (to a thousandth) is kept.
         _, tasks_C = np.unique(np.round(routes_TxNxE, 3), axis=0, return_index=True)
         return np.sort(tasks_C), routes_TxNxE[np.sort(tasks_C)]
 
@@ -131,7 +131,7 @@ def read_starts(
 
 
 def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
-    """Sees to it that the file of representations, if one is used, has every task.
+    """Checks that the file of representations, if one is used, has every task.
 
     Raises:
         UserError: see `read_representations`.
@@ -203,12 +203,12 @@ def search(
     """Trains from `params` with every (learning rate, batch size) of `points`.
 
     Yields:
-        What runs.jsonl says of each run: a run as soon as another has beaten it on dev, without a
-        test score; last the best one, with its test score. So whoever is stopped has lost the best
-        run so far, and finds it again.
+        The line of each run in runs.jsonl. A run is yielded without a test score once another run
+        has beaten it on dev; the best run is yielded last, with its test score. So an interrupted
+        search loses only the best run so far, which is trained again.
     """
 
-    @functools.lru_cache(1)  # the grid changes the learning rate first
+    @functools.lru_cache(1)  # consecutive grid points share a batch size
     def batches_of(rows: int) -> list[dict[str, np.ndarray]]:
         return few_shot_batches(mixture, task, seed, rows, config.steps, data)
 
@@ -291,7 +291,7 @@ def _adapt_all(whole: FewShotConfig) -> None:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Finished runs; a line that a kill cut short is dropped from the file."""
+    """Finished runs. An incomplete last line of a killed run is removed from the file."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""One task's embedding: numbers that a dense model makes of its examples."""
+"""Embeds one task: a vector that a dense model computes from the task's examples."""
 
 import itertools
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def fisher_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
         gradient = jax.grad(log_likelihood)(layers, example)
         return total + unit_means(jax.tree.map(jnp.square, gradient)), None
 
-    # One by one: the gradients of one example are alive at a time.
+    # One by one, so that only the gradients of one example are in memory.
     zero = jnp.zeros(jax.eval_shape(unit_means, layers).shape)
     return jax.lax.scan(add_one, zero, batch)[0]
 
@@ -93,8 +93,8 @@ def unit_means(layers: Params) -> jax.Array:
 class Embedder:
     """One task's embedding; compiles once per bucket of input lengths, whatever the task.
 
-    Each device does the rows that it holds. Empty rows, which count for nothing, make their number
-    a multiple of the devices'.
+    Each device computes its own rows. Empty rows are added, without effect, so that the number of
+    devices divides the number of rows.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Embedder:
         """float32 [D].
 
         Raises:
-            UserError: it is not finite.
+            UserError: the embedding is not finite.
         """
         s, data = self._settings, self._data
         backbone = self._params["backbone"]
@@ -152,7 +152,7 @@ class Embedder:
 def _over_devices(
     function: Callable[[Params, Batch], jax.Array], mesh: Mesh
 ) -> Callable[[Params, Batch], jax.Array]:
-    """A sum over the rows of a batch, compiled; each device adds those that it holds."""
+    """A sum over the rows of a batch, compiled; each device sums its own rows."""
 
     def local(backbone, batch):
         return jax.lax.psum(function(backbone, batch), GROUP_AXES)

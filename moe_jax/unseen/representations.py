@@ -28,7 +28,7 @@ from moe_jax.unseen.embedding import Embedder
 
 Kind = Literal["text", "fisher"]
 SHUFFLES = 10_000
-# What files must have in common for their rows to be comparable.
+# Settings that two files must share for their rows to be comparable.
 COMMON = ("kind", "backbone", "lengths", "steps", "batch_size", "optimizer", "label_smoothing")
 
 
@@ -50,7 +50,7 @@ def affinity(rows_TxK: np.ndarray, categories: Sequence[str], seed: int = 0) -> 
         categories: of the T tasks; those with '' are left out.
 
     Returns:
-        None where there are not pairs of both sorts.
+        None if pairs of one kind are missing.
     """
     known = [i for i, category in enumerate(categories) if category]
     names, label_T = np.unique([categories[i] for i in known], return_inverse=True)
@@ -140,7 +140,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     # ---------------------------------------------------------------- embeddings, task by task
     places = {name: mixture for mixture in reversed(found.values()) for name in mixture.names}
     for name, mixture in places.items():
-        mixture.task(name).split(split)  # an error before the work, not in the middle of it
+        mixture.task(name).split(split)  # fails early
     names = sorted(places)
     mesh = make_mesh(config.mesh)
     lead = jax.process_index() == 0
@@ -184,9 +184,9 @@ def represent(config: Config, settings: RepresentConfig) -> None:
 
 
 def _cached(path: Path, compute: Callable[[], np.ndarray], lead: bool) -> np.ndarray | None:
-    """What an interrupted command has left at `path`, or else computes it and leaves it there.
+    """Reads the value that an interrupted command left at `path`, or computes and saves it.
 
-    All processes compute together or none: the lead, which alone needs the value, decides.
+    All processes compute together or none does. The lead process, which needs the value, decides.
     """
     if multihost_utils.broadcast_one_to_all(np.int32(lead and path.exists())):
         return np.load(path, allow_pickle=False) if lead else None

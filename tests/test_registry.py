@@ -216,7 +216,8 @@ def missing_hint(name):
     for name in ("owned_a", "owned_b"):
         task = seqio.TaskRegistry.get(name)
         assert registry.owners(name, modules) == modules[:1]
-        assert registry.data_files(task, modules) == [str(data)]
+        pattern = [str(tmp_path / "*.tsv")] if name == "owned_b" else []  # which more files may fit
+        assert registry.data_files(task, modules) == [*pattern, str(data)]
     reference = registry.metric_references(seqio.TaskRegistry.get("owned_a"))
     assert reference == [f"{path}:metric"]
     with pytest.raises(UserError, match="because of the moon"):

@@ -6,7 +6,8 @@ Every metric has the signature
 
 where `targets` is a list with, per example, the list of valid outputs (a plain string counts as
 the only valid output) and `predictions` a list of strings of the same length. Scores are Python
-floats: 0 to 1, or -1 to 1 for the two correlations, and never NaN.
+floats: 0 to 1, or -1 to 1 for the two correlations, and never NaN. `rank_classification` is a
+metric of scores and not of predictions: see there.
 
 The definitions are those of the NLP Few-shot Gym (Ye, Lin & Ren, *CrossFit*, EMNLP 2021, arXiv
 2104.08835). Differences from its code are stated where they occur: a constant or unreadable
@@ -51,6 +52,55 @@ def answers_or_target(
     if not answers:
         answers = [text]
     return [(a.decode() if isinstance(a, bytes) else a).strip() for a in answers]
+
+
+def choice_target(
+    score: Any, example: Mapping[str, Any] | None = None, is_target: bool = False
+) -> Any:
+    """SeqIO postprocess function of tasks that have a row for every answer choice.
+
+    The counterpart of T5's `rank_classification` (`t5.data.postprocessors`), in the same form.
+
+    Args:
+        score: the text of the target, or a model's score, which is returned as it is.
+        example: features `idx` int [2] (question, choice), `is_correct` bool, optionally `weight`
+            float, and `targets` [n] tokens.
+        is_target: whether `score` is the target.
+
+    Returns:
+        Of a target ((question, choice), is it correct, weight, number of tokens).
+    """
+    if not is_target:
+        return score
+    index = tuple(int(i) for i in example["idx"])
+    weight = float(example.get("weight", 1.0))
+    return index, bool(example["is_correct"]), weight, len(example["targets"])
+
+
+def rank_classification(
+    targets: Sequence[tuple[Sequence[int], bool, float, int]],
+    scores: Sequence[float],
+    length_penalty: float = 1.0,
+) -> dict[str, float]:
+    """Weighted share of questions whose best scored choice is correct; the first of equal ones.
+
+    Args:
+        targets: one per choice, in any order, as `choice_target` makes them.
+        scores: log-likelihood of each choice, summed over its tokens.
+        length_penalty: scores are divided by the number of tokens to this power. 1 is the mean per
+            token; 0 the sum, by which T0 was published (Sanh et al. 2022, arXiv 2110.08207).
+    """
+    if len(targets) != len(scores):
+        raise ValueError(f"{len(targets)} targets but {len(scores)} scores")
+    if not targets:
+        raise UserError("a metric needs at least one example, got none")
+    best: dict[int, tuple[float, int, bool, float]] = {}
+    for ((question, choice), correct, weight, tokens), score in zip(targets, scores, strict=True):
+        found = (score / tokens**length_penalty, -choice, correct, weight)
+        best[question] = max(found, best.get(question, found))
+    right = [correct for _, _, correct, _ in best.values()]
+    weights = [weight for _, _, _, weight in best.values()]
+    return {"ACC": float(np.average(right, weights=weights))}
 
 
 def exact_match(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:

@@ -41,6 +41,8 @@ class DecodingConfig:
         min_length: minimum number of tokens before the end of sequence.
         forced_bos_id, forced_eos_id: the first token, and the last token if `max_length` is
             reached.
+        choice_length_penalty: for tasks with answer choices, which are ranked and not decoded. A
+            choice's log-likelihood is divided by its length to this power.
     """
 
     num_beams: int = 1
@@ -55,6 +57,7 @@ class DecodingConfig:
     min_length: int = 0
     forced_bos_id: int | None = None
     forced_eos_id: int | None = None
+    choice_length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         def check(good: bool, name: str, rule: str) -> None:

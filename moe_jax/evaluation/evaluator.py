@@ -1,4 +1,8 @@
-"""Scores a model on tasks: decodes answers, then applies each task's metric."""
+"""Scores a model on tasks: predicts answers or scores targets, then applies each task's metrics.
+
+A prediction is decoded. Where an example has answer choices, it is the most likely of them ("rank
+classification"). A score is the log-likelihood of an example's target, summed over its tokens.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +22,13 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
-from moe_jax.data.cache import PreparedMixture, PreparedTask
+from moe_jax.data.cache import Example, PreparedMixture, PreparedTask
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
+from moe_jax.evaluation.choices import choice_likelihoods
 from moe_jax.model.experts import Params, gather
 from moe_jax.model.placement import Placement
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings, routes_of
@@ -67,6 +72,7 @@ class Evaluator:
         self.lengths = lengths
         self.rows = rows
         decoding = decoding or DecodingConfig()
+        self.choice_length_penalty = decoding.choice_length_penalty
         length = decoding.max_length or lengths["targets"]
         if model.config.family.positions == "learned" and length > model.config.max_positions:
             raise UserError(
@@ -110,16 +116,16 @@ class Evaluator:
         return jax.jit(call, out_shardings=replicated(mesh))
 
     def _arguments(self, params, routes_TxNxE, task_id, arrays, names) -> tuple:
-        """The arguments of the compiled functions, with inputs cut to their length bucket."""
-        count, longest = arrays["inputs"].shape
-        bucket = input_bucket(int(np.count_nonzero(arrays["input_segments"], 1).max()), longest)
+        """The arguments of the compiled functions, with rows cut to their length buckets."""
         batch = {}
         for name in names:
-            array = arrays[name][:, :bucket] if name in INPUTS else arrays[name]
-            batch[name] = global_array(array, self._by_row)
+            segments_RxL = arrays["input_segments" if name in INPUTS else "target_segments"]
+            longest = int(np.count_nonzero(segments_RxL, 1).max())
+            bucket = length_bucket(longest, segments_RxL.shape[1])
+            batch[name] = global_array(arrays[name][:, :bucket], self._by_row)
         if not self.model.routed:
             return params["backbone"], None, batch
-        tasks_R = np.broadcast_to(np.asarray(task_id), (count,))
+        tasks_R = np.broadcast_to(np.asarray(task_id), arrays["inputs"].shape[:1])
         count = experts_per_row(self.model)
         return params["backbone"], row_routes(np.asarray(routes_TxNxE), tasks_R, count), batch
 
@@ -174,37 +180,47 @@ class Evaluator:
                 metric `log_likelihood_per_token` after the task's own.
         """
         task = mixture.task(name)
-        postprocess = task.postprocess_fn()
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
         route = None if routes is None else route_json(routes[task_id])
+        score = partial(self.log_likelihoods, params, routes, task_id)
+        postprocess = task.postprocess_fn() or (lambda text, **_: text)
         lines: dict[int, dict[str, Any]] = {}
+        ranked: dict[int, Example] = {}
         batches = eval_batches(
             mixture, name, split, lengths=self.lengths, rows=self.rows, limit=limit
         )
         for arrays, examples in _by_length(batches, self.rows):
-            row_ids = np.zeros(self.rows, np.int32)
-            row_ids[: len(examples)] = [index for index, _ in examples]
-            texts = self.predict(params, routes, task_id, arrays, row_ids)
-            for (index, example), text in zip(examples, texts, strict=False):
+            for index, example in examples:
                 lines[index] = {
                     "task": name,
                     "split": split,
                     "index": int(index),
                     "input": example.inputs_text,
-                    "prediction": postprocess(text, is_target=False) if postprocess else text,
                     "references": example.references,
                     "route": route,
                 }
-            if likelihoods:
-                sums, tokens = self.log_likelihoods(params, routes, task_id, arrays)
+            if task.metrics and task.ranked:
+                ranked |= examples
+            elif task.metrics:
+                row_ids = np.zeros(self.rows, np.int32)
+                row_ids[: len(examples)] = [index for index, _ in examples]
+                texts = self.predict(params, routes, task_id, arrays, row_ids)
+                for (index, _), text in zip(examples, texts, strict=False):
+                    lines[index]["prediction"] = postprocess(text, is_target=False)
+            if likelihoods or task.score_metrics:
+                sums, tokens = score(arrays)
                 for (index, _), total, count in zip(examples, sums, tokens, strict=False):
                     lines[index] |= {"log_likelihood": float(total), "target_tokens": int(count)}
+        likelihoods_of = choice_likelihoods(
+            score, ranked, self.lengths, self.rows, self.vocabulary, self.choice_length_penalty
+        )
+        for index, likelihood_C in likelihoods_of.items():
+            choices = ranked[index].choices
+            best = choices[int(np.argmax(likelihood_C))]
+            lines[index]["prediction"] = postprocess(best, is_target=False)
+            lines[index]["choices"] = dict(zip(choices, likelihood_C, strict=True))
         rows = [lines[index] for index in sorted(lines)]
-        references = [row["references"] for row in rows]
-        predictions = [row["prediction"] for row in rows]
-        metrics = {}
-        for function in task.metric_fns().values():
-            metrics |= {k: float(v) for k, v in function(references, predictions).items()}
+        metrics = task_metrics(task, rows)
         metric = next(iter(metrics))
         if likelihoods:
             total, tokens = (
@@ -234,8 +250,8 @@ class Evaluator:
         ]
 
 
-def input_bucket(length: int, longest: int) -> int:
-    """The padded length of an input: `longest`, halved while `length` fits, but at least 32."""
+def length_bucket(length: int, longest: int) -> int:
+    """The padded length of a row: `longest`, halved while `length` fits, but at least 32."""
     bucket = longest
     while bucket % 2 == 0 and bucket // 2 >= max(length, 32):
         bucket //= 2
@@ -258,6 +274,29 @@ def _by_length(
             chosen = order[start : start + rows]
             batch = {name: array[chosen] for name, array in arrays.items()}
             yield batch, [examples[i] for i in chosen if i < len(examples)]
+
+
+def task_metrics(task: PreparedTask, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The task's own metrics: those of predictions first, as SeqIO has them.
+
+    Args:
+        rows: one per example: its `references`, and `prediction` (after the task's postprocessing)
+            or `log_likelihood`, as the metrics need them.
+
+    Raises:
+        UserError: two metrics have one name.
+    """
+    references = [row["references"] for row in rows]
+    metrics: dict[str, float] = {}
+    for functions, key in (
+        (task.metric_fns(), "prediction"), (task.score_metric_fns(), "log_likelihood"),
+    ):  # fmt: skip
+        for function in functions:
+            found = function(references, [row[key] for row in rows])
+            if twice := sorted(found.keys() & metrics.keys()):
+                raise UserError(f"task {task.name!r}: two metrics are called {twice[0]!r}")
+            metrics |= {name: float(value) for name, value in found.items()}
+    return metrics
 
 
 def route_json(route_NxE: np.ndarray) -> list:

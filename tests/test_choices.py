@@ -18,7 +18,8 @@ from moe_jax.data.prepared import prepare
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.evaluation.choices import choice_likelihoods
-from moe_jax.evaluation.evaluator import Evaluator, task_metrics
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.scores import task_metrics
 from moe_jax.metrics import choice_target, rank_classification
 from moe_jax.model.backbone import EncoderDecoder
 

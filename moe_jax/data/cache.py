@@ -197,7 +197,7 @@ class PreparedTask:
         metrics: 'module:function' of each metric of (targets, predictions).
         score_metrics: the same, of (targets, scores).
         postprocess: 'module:function' or None.
-        ranked: its examples have choices; the likeliest is the prediction.
+        dataset: of which it is a prompt; '' where it is none.
     """
 
     name: str
@@ -209,7 +209,7 @@ class PreparedTask:
     metrics: tuple[str, ...]
     score_metrics: tuple[str, ...]
     postprocess: str | None
-    ranked: bool
+    dataset: str
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -347,7 +347,7 @@ def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
         metrics=tuple(spec["metrics"]),
         score_metrics=tuple(spec["score_metrics"]),
         postprocess=spec["postprocess"],
-        ranked=spec["ranked"],
+        dataset=spec["dataset"],
     )
 
 

@@ -68,6 +68,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
                 spec = _write_task(directory, task, splits[name], bar)
                 spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
                 spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
+                spec["dataset"] = sources.datasets.get(name, "")
                 files.write_json(directory / cache.SPEC, spec)
             examples += sum(split["examples"] for split in spec["splits"].values())
     for name, members in mixtures.items():
@@ -104,7 +105,10 @@ class _Sources:
         self._file_digest = functools.cache(cache.file_digest)
         self.ontology = {}
         self.categories = {}
+        self.datasets = {}
         for module in modules:
+            for dataset, names in getattr(module, "PROMPTS", {}).items():
+                self.datasets |= dict.fromkeys(names, dataset)
             for category, groups in getattr(module, "ONTOLOGY", {}).items():
                 for subcategory, names in groups.items():
                     self.ontology.setdefault(category, {}).setdefault(subcategory, []).extend(names)
@@ -163,11 +167,6 @@ def _write_task(
             if eos is not None and example.targets[-1] != eos:
                 raise UserError(
                     f"{where}: targets do not end in EOS; add seqio.preprocessors.append_eos"
-                )
-            if bool(example.choices) != spec.setdefault("ranked", bool(example.choices)):
-                raise UserError(
-                    f"{where}: {'' if example.choices else 'no '}answer_choices, unlike the"
-                    " examples before it"
                 )
             writer.write(example, registry.question(row))
         done = sum(len(w.lengths) for w in writers.values())

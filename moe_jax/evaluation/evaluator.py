@@ -4,11 +4,9 @@ A prediction is decoded. Where an example has answer choices, it is the most lik
 classification"). A score is the log-likelihood of an example's target, summed over its tokens.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,32 +16,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
-from moe_jax.data.cache import Example, PreparedMixture, PreparedTask
+from moe_jax.data.cache import Example, PreparedMixture
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.evaluation.choices import choice_likelihoods
+from moe_jax.evaluation.scores import TaskScore, route_json, task_metrics
 from moe_jax.model.experts import Params, gather
 from moe_jax.model.placement import Placement
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings, routes_of
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskScore:
-    """One task's score and what it was computed from."""
-
-    task: PreparedTask
-    split: str
-    metric: str
-    score: float
-    metrics: dict[str, float]
-    predictions: list[dict[str, Any]]
 
 
 class Evaluator:
@@ -199,9 +185,9 @@ class Evaluator:
                     "references": example.references,
                     "route": route,
                 }
-            if task.metrics and task.ranked:
-                ranked |= examples
-            elif task.metrics:
+            if task.metrics:
+                ranked |= {index: example for index, example in examples if example.choices}
+            if task.metrics and not all(example.choices for _, example in examples):
                 row_ids = np.zeros(self.rows, np.int32)
                 row_ids[: len(examples)] = [index for index, _ in examples]
                 texts = self.predict(params, routes, task_id, arrays, row_ids)
@@ -276,36 +262,6 @@ def _by_length(
             yield batch, [examples[i] for i in chosen if i < len(examples)]
 
 
-def task_metrics(task: PreparedTask, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The task's own metrics: those of predictions first, as SeqIO has them.
-
-    Args:
-        rows: one per example: its `references`, and `prediction` (after the task's postprocessing)
-            or `log_likelihood`, as the metrics need them.
-
-    Raises:
-        UserError: two metrics have one name.
-    """
-    references = [row["references"] for row in rows]
-    metrics: dict[str, float] = {}
-    for functions, key in (
-        (task.metric_fns(), "prediction"), (task.score_metric_fns(), "log_likelihood"),
-    ):  # fmt: skip
-        for function in functions:
-            found = function(references, [row[key] for row in rows])
-            if twice := sorted(found.keys() & metrics.keys()):
-                raise UserError(f"task {task.name!r}: two metrics are called {twice[0]!r}")
-            metrics |= {name: float(value) for name, value in found.items()}
-    return metrics
-
-
-def route_json(route_NxE: np.ndarray) -> list:
-    """A route for JSON: N expert numbers where it is one-hot, else N x E weights."""
-    if np.all(np.max(route_NxE, -1) == 1.0):
-        return np.argmax(route_NxE, -1).tolist()
-    return np.round(route_NxE.astype(float), 6).tolist()
-
-
 def tasks_with_split(mixture: PreparedMixture, split: str) -> list[str]:
     """Names of the tasks that can be evaluated on `split`.
 
@@ -320,61 +276,3 @@ def tasks_with_split(mixture: PreparedMixture, split: str) -> list[str]:
             f"(there are {', '.join(known)})"
         )
     return names
-
-
-def mean_score(scores: Iterable[TaskScore]) -> float:
-    """Mean over tasks of each task's first metric."""
-    return float(np.mean([score.score for score in scores]))
-
-
-def write_scores(directory: str | Path, scores: list[TaskScore]) -> None:
-    """Writes predictions.jsonl, then scores.jsonl, whose presence means that both are complete."""
-    directory = Path(directory)
-    files.write_jsonl(
-        directory / "predictions.jsonl", (row for score in scores for row in score.predictions)
-    )
-    rows = []
-    for score in scores:
-        route = score.predictions[0]["route"] if score.predictions else None
-        experts = None if route is None else [int(np.argmax(r)) if np.ndim(r) else r for r in route]
-        rows += [
-            {
-                "task": score.task.name,
-                "split": score.split,
-                "metric": metric,
-                "score": value,
-                "examples": len(score.predictions),
-                "category": score.task.category,
-                "subcategory": score.task.subcategory,
-                "experts": experts,
-            }
-            for metric, value in score.metrics.items()
-        ]
-    files.write_jsonl(directory / "scores.jsonl", rows)
-
-
-def write_routes(
-    path: str | Path,
-    model: TaskMoE,
-    routes_TxNxE: np.ndarray,
-    step: int,
-    mixture: PreparedMixture,
-    task_ids: Mapping[str, int],
-) -> None:
-    """Writes routes.json: the route and the human category of every task."""
-    files.write_json(
-        path,
-        {
-            "step": step,
-            "experts": model.config.experts,
-            "layers": list(model.config.routed_layers),
-            "tasks": {
-                task.name: {
-                    "route": np.round(routes_TxNxE[task_ids[task.name]].astype(float), 6).tolist(),
-                    "category": task.category,
-                    "subcategory": task.subcategory,
-                }
-                for task in mixture.tasks
-            },
-        },
-    )

@@ -54,6 +54,22 @@ def answers_or_target(
     return [(a.decode() if isinstance(a, bytes) else a).strip() for a in answers]
 
 
+def label_of_choice(
+    text: str,
+    example: Mapping[str, Any] | None = None,
+    is_target: bool = False,
+    labels: Mapping[str, str] | None = None,
+) -> list[str] | str:
+    """SeqIO postprocess function of prompts: as `answers_or_target`, choices by their labels.
+
+    Args:
+        labels: answer choice -> the label that the metric compares; to be bound by
+            `functools.partial`.
+    """
+    found, labels = answers_or_target(text, example, is_target), labels or {}
+    return [labels.get(a, a) for a in found] if is_target else labels.get(found, found)
+
+
 def choice_target(
     score: Any, example: Mapping[str, Any] | None = None, is_target: bool = False
 ) -> Any:
@@ -133,6 +149,28 @@ def rouge_l(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str,
     words of [a-z0-9] differs by up to 0.3). A prediction without words scores 0.
     """
     return {"Rouge-L": _mean_of_best(_rouge_l_f1, targets, predictions)}
+
+
+def stemmed_rouge_l(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
+    """Mean ROUGE-L F1 of stemmed, lower-case words of [a-z0-9]: Super-NaturalInstructions' own.
+
+    That of `rouge-score` with its stemmer (Wang et al. 2022, arXiv 2204.07705).
+    """
+    score = functools.partial(_rouge_l_f1, stemmed=True)
+    return {"ROUGE-L": _mean_of_best(score, targets, predictions)}
+
+
+def match(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
+    """Share of predictions equal to a valid output but for case, punctuation and spaces.
+
+    Super-NaturalInstructions' exact match; other than in `exact_match`, articles count.
+    """
+
+    def same(answer: str, prediction: str) -> float:
+        plain = (text.lower().translate(_NO_PUNCTUATION).split() for text in (answer, prediction))
+        return float(next(plain) == next(plain))
+
+    return {"match": _mean_of_best(same, targets, predictions)}
 
 
 def classification_f1(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
@@ -237,8 +275,8 @@ def _token_f1(answer: str, prediction: str) -> float:
     return 2 * common / (answer_counts.total() + predicted_counts.total()) if common else 0.0
 
 
-def _rouge_l_f1(answer: str, prediction: str) -> float:
-    return _rouge_scorer().score(answer, prediction)["rougeL"].fmeasure
+def _rouge_l_f1(answer: str, prediction: str, stemmed: bool = False) -> float:
+    return _rouge_scorer(stemmed).score(answer, prediction)["rougeL"].fmeasure
 
 
 class _Words:
@@ -249,10 +287,13 @@ class _Words:
 
 
 @functools.cache
-def _rouge_scorer():
+def _rouge_scorer(stemmed: bool):
     from rouge_score import rouge_scorer
 
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words())
+    # With its own tokenizer, `rouge-score` stems.
+    return rouge_scorer.RougeScorer(
+        ["rougeL"], use_stemmer=True, tokenizer=None if stemmed else _Words()
+    )
 
 
 def _mean_of_best(

@@ -27,7 +27,9 @@ _INSTALLED = frozenset(("site-packages", "dist-packages"))
 _CALL = re.compile(r"(.+?:[\w.]+)\((.*)\)", re.DOTALL)
 # The package `tasks/` at the top of the repository.
 BUILTIN_TASKS = "moe_jax.builtin_tasks"
-DEFAULT_TASK_MODULES = tuple(f"{BUILTIN_TASKS}.{name}" for name in ("skills_gym", "crossfit", "p3"))
+DEFAULT_TASK_MODULES = tuple(
+    f"{BUILTIN_TASKS}.{name}" for name in ("skills_gym", "crossfit", "p3", "natural_instructions")
+)
 
 
 def full_name(name: str) -> str:

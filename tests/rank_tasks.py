@@ -2,6 +2,7 @@
 
 rank_chosen   examples carry `answer_choices`, two to four of them
 rank_rows     the same questions in the form of T5's rank classification: a row for every choice
+rank_mixed    only every other question has choices; the rest is decoded
 rank_both     metrics of predictions and of scores
 """
 
@@ -34,6 +35,19 @@ def of_questions(split, shuffle_files, seed=None):
             "inputs": list(texts),
             "targets": list(targets),
             "answer_choices": tf.ragged.constant(choices),
+        }
+    )
+
+
+def of_some_questions(split, shuffle_files, seed=None):
+    """The same, where every second question has no choices."""
+    texts, choices, targets, _ = zip(*questions(), strict=True)
+    some = [found if number % 2 == 0 else [] for number, found in enumerate(choices)]
+    return tf.data.Dataset.from_tensor_slices(
+        {
+            "inputs": list(texts),
+            "targets": list(targets),
+            "answer_choices": tf.ragged.constant(some, tf.string),
         }
     )
 
@@ -75,6 +89,7 @@ summed = functools.partial(rank_classification, length_penalty=0.0)
 add("rank_chosen", of_questions, answers_or_target, [accuracy])
 add("rank_rows", of_choices, choice_target, [rank_classification])
 add("rank_rows_summed", of_choices, choice_target, [summed])
+add("rank_mixed", of_some_questions, answers_or_target, [accuracy])
 add("rank_both", of_questions, answers_or_target, [accuracy, mean_score])
-NAMES = ("rank_both", "rank_chosen", "rank_rows", "rank_rows_summed")
+NAMES = ("rank_both", "rank_chosen", "rank_mixed", "rank_rows", "rank_rows_summed")
 seqio.MixtureRegistry.add("rank", list(NAMES), default_rate=1.0)

@@ -132,6 +132,19 @@ def test_metrics_of_scores_equal_seqios(name, mixture, run, likelihood, rank_tas
         assert found.score == pytest.approx(np.average(right, weights=weights))
 
 
+def test_examples_without_choices_are_decoded(mixture, run):
+    mixed = score(run, mixture, "rank_mixed").predictions
+    ranked = score(run, mixture, "rank_chosen").predictions
+    assert [row["index"] for row in mixed] == list(range(len(ranked)))
+    for row, other in zip(mixed[::2], ranked[::2], strict=True):
+        assert (row["prediction"], row["choices"]) == (other["prediction"], other["choices"])
+    assert all("choices" not in row and isinstance(row["prediction"], str) for row in mixed[1::2])
+    # A random model says no choice.
+    assert not {row["prediction"] for row in mixed[1::2]} & {
+        c for r in ranked for c in r["choices"]
+    }
+
+
 def test_choices_of_one_question_stay_together(mixture, rank_tasks):
     """A limit counts questions; those taken are spread over the split, with all their choices."""
     task = mixture.task("rank_rows")

@@ -3,9 +3,10 @@
     python -m moe_jax.eval --gin.MODEL_DIR=/tmp/stage2 [--gin.MIXTURE_OR_TASK_NAME=NAME] \
         [--gin.eval.split=test] [--gin.eval.examples=100]
 
-Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl. A task that the model was not trained
-on is scored zero-shot; in a mixture of experts it takes the mean representation, or its own from a
-file that `represent` made (eval.representations=FILE).
+Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl, and prompts.jsonl where tasks are
+prompts of one dataset. A task that the model was not trained on is scored zero-shot; in a mixture
+of experts it takes the mean representation, or its own from a file that `represent` made
+(eval.representations=FILE).
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import jax
 
 from moe_jax.core.configuration import Configuration, Examples, Name, Names
 from moe_jax.core.sharding import make_mesh
-from moe_jax.evaluation.evaluator import Evaluator, TaskScore, mean_score, write_scores
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.scores import TaskScore, mean_score, over_prompts, write_scores
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
@@ -70,6 +72,11 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
 def _show(scores: list[TaskScore], directory: Path) -> None:
     for score in scores:
         print(f"{score.task.name:<40} {score.metric:<20} {score.score:.3f}")
+    for row in over_prompts(scores):
+        print(
+            f"{row['dataset']:<40} {row['metric']:<20} mean {row['mean']:.3f}, median"
+            f" {row['median']:.3f} over {row['prompts']} prompts"
+        )
     print(f"mean over {len(scores)} tasks: {mean_score(scores):.4f}; written to {directory}")
 
 

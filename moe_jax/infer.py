@@ -23,7 +23,8 @@ from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
 from moe_jax.data.vocabulary import load_vocabulary
-from moe_jax.evaluation.evaluator import Evaluator, route_json
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.scores import route_json
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config

@@ -59,7 +59,7 @@ def test_metrics_and_postprocessing_are_found_by_name():
     task = toy_mixtures()[0].task("toy_sum")
     postprocess = task.postprocess_fn()
     prediction = postprocess(" 7.0 ", example=None, is_target=False)
-    (metric,) = task.metric_fns().values()
+    (metric,) = task.metric_fns()
     assert list(metric([["7", "7.0"], ["8"]], [prediction, "7"]).values()) == [0.5]
 
 

@@ -1,7 +1,8 @@
 """Reads the cache that `prepare` wrote, without TensorFlow or SeqIO.
 
     CACHE/vocabularies/<id>/vocabulary.json, sentencepiece.model
-    CACHE/tasks/<task>/<id>/spec.json, <split>-00000-of-0000N.array_record, <split>.lengths.npy
+    CACHE/tasks/<task>/<id>/spec.json, <split>-00000-of-0000N.array_record, <split>.lengths.npy,
+        <split>.questions.npy (only where several rows are one question)
     CACHE/mixtures/<mixture>-<key>.json
 
 A mixture's file lists its tasks' directories and the source files that they came from, so that a
@@ -29,7 +30,7 @@ from moe_jax.data.modules import resolve
 from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
 from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
-FORMAT = 2  # of every file of the cache; a change makes all caches stale
+FORMAT = 2  # version of the cache's files; a change makes all caches stale
 SPEC = "spec.json"
 
 
@@ -98,12 +99,14 @@ class Example:
         inputs_text: text of the inputs.
         references: the post-processed target, as the task's metrics expect it: usually the list of
             valid outputs.
+        choices: texts that the answer is one of; () where any text may be.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     inputs_text: str
     references: Any
+    choices: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         record = {
@@ -111,6 +114,7 @@ class Example:
             "targets": self.targets.astype("<i4").tobytes(),
             "inputs_text": self.inputs_text,
             "references": self.references,
+            "choices": self.choices,
         }
         return msgpack.packb(record)
 
@@ -118,7 +122,7 @@ class Example:
     def from_bytes(cls, data: bytes) -> "Example":
         record = msgpack.unpackb(data, strict_map_key=False)
         tokens = {k: np.frombuffer(record.pop(k), "<i4") for k in ("inputs", "targets")}
-        return cls(**tokens, **record)
+        return cls(**tokens, **record | {"choices": tuple(record["choices"])})
 
 
 class Records(Sequence[Example]):
@@ -176,8 +180,10 @@ class PreparedTask:
         directory: directory of its shards.
         rate: SeqIO's mixing rate, resolved to a number.
         splits: by name.
-        metrics: 'module:function' of each metric function.
+        metrics: 'module:function' of each metric of (targets, predictions).
+        score_metrics: the same, of (targets, scores).
         postprocess: 'module:function' or None.
+        dataset: of which it is a prompt; '' where it is none.
     """
 
     name: str
@@ -187,7 +193,9 @@ class PreparedTask:
     rate: float
     splits: dict[str, Split]
     metrics: tuple[str, ...]
+    score_metrics: tuple[str, ...]
     postprocess: str | None
+    dataset: str
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -202,14 +210,28 @@ class PreparedTask:
 
     def lengths(self, split: str) -> np.ndarray:
         """int32 [n, 2]: tokens of inputs and targets with EOS, before any truncation."""
-        path = self.directory / f"{split}.lengths.npy"
+        return self._numbers(split, "lengths", (2,))
+
+    def questions(self, split: str) -> np.ndarray:
+        """int32 [n]: the question that each example belongs to.
+
+        Examples of one question are scored together or not at all: in a task for rank
+        classification they are its choices. Elsewhere each is a question of its own.
+        """
+        if not (self.directory / f"{split}.questions.npy").exists():
+            return np.arange(self.examples(split), dtype=np.int32)
+        return self._numbers(split, "questions", ())
+
+    def _numbers(self, split: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The array [n, *shape] beside the shards."""
+        path = self.directory / f"{split}.{name}.npy"
         try:
-            lengths_Nx2 = np.load(path, allow_pickle=False)
+            numbers = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"missing or damaged {path} ({e})") from e
-        if lengths_Nx2.shape != (self.examples(split), 2):
-            raise UserError(f"{path} holds {len(lengths_Nx2)} lengths, not {self.examples(split)}")
-        return lengths_Nx2
+        if numbers.shape != (self.examples(split), *shape):
+            raise UserError(f"{path} holds {len(numbers)} {name}, not {self.examples(split)}")
+        return numbers
 
     def records(self, split: str) -> Records:
         """The examples, in the order of the source.
@@ -219,15 +241,22 @@ class PreparedTask:
         """
         for name, size in self.split(split).shards:
             path = self.directory / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes, not {size}"
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != size:
+                state = "is missing" if actual is None else f"has {actual} bytes, not {size}"
                 raise UserError(f"shard {path} {state}; start again to have it prepared again")
         return Records([self.directory / name for name, _ in self.split(split).shards])
 
-    def metric_fns(self) -> dict[str, Callable[[list, list], Mapping[str, float]]]:
-        """Metric functions `(targets, predictions) -> {name: value}` by function name."""
-        return {ref.rpartition(":")[2]: resolve(ref) for ref in self.metrics}
+    def metric_fns(self) -> list[Callable[[list, list], Mapping[str, float]]]:
+        """Metric functions `(targets, predictions) -> {name: value}`."""
+        return [resolve(reference) for reference in self.metrics]
+
+    def score_metric_fns(self) -> list[Callable[[list, list], Mapping[str, float]]]:
+        """Metric functions `(targets, scores) -> {name: value}`.
+
+        A score is the log-likelihood of an example's target, summed over its tokens.
+        """
+        return [resolve(reference) for reference in self.score_metrics]
 
     def postprocess_fn(self) -> Callable[..., Any] | None:
         """The function that turns a decoded prediction into what the metrics take."""
@@ -298,7 +327,9 @@ def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
             for name, s in spec["splits"].items()
         },
         metrics=tuple(spec["metrics"]),
+        score_metrics=tuple(spec["score_metrics"]),
         postprocess=spec["postprocess"],
+        dataset=spec["dataset"],
     )
 
 

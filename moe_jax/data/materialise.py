@@ -69,6 +69,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
                 spec = _write_task(directory, task, splits[name], bar)
                 spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
                 spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
+                spec["dataset"] = sources.datasets.get(name, "")
                 files.write_json(directory / cache.SPEC, spec)
                 checksums.seal(directory)
             examples += sum(split["examples"] for split in spec["splits"].values())
@@ -116,7 +117,10 @@ class _Sources:
         self._content = functools.cache(staleness.content)
         self.ontology = {}
         self.categories = {}
+        self.datasets = {}
         for module in modules:
+            for dataset, names in getattr(module, "PROMPTS", {}).items():
+                self.datasets |= dict.fromkeys(names, dataset)
             for category, groups in getattr(module, "ONTOLOGY", {}).items():
                 for subcategory, names in groups.items():
                     self.ontology.setdefault(category, {}).setdefault(subcategory, []).extend(names)
@@ -158,9 +162,11 @@ def _write_task(
 ) -> dict[str, Any]:
     """Writes the shards of all splits; returns the spec."""
     eos = registry.own_vocabulary(task).eos_id
+    metrics, score_metrics = registry.metric_references(task)
     spec = {
         "task": task.name,
-        "metrics": registry.metric_references(task),
+        "metrics": metrics,
+        "score_metrics": score_metrics,
         "postprocess": task.postprocessor
         and registry.reference(task.postprocessor, task, "the postprocess_fn"),
     }
@@ -179,7 +185,7 @@ def _write_task(
                 raise UserError(
                     f"{where}: targets do not end in EOS; add seqio.preprocessors.append_eos"
                 )
-            writer.write(example)
+            writer.write(example, registry.question(row))
         done = sum(len(w.lengths) for w in writers.values())
         bar.set_postfix_str(f"{done:,} examples", refresh=False)
     bar.update(1)
@@ -197,6 +203,7 @@ def _example(task: seqio.Task, row: registry.Row) -> Example:
         row["targets"],
         registry.text(row, "inputs", features["inputs"].vocabulary),
         registry.to_json(task.postprocess_fn(target, example=row, is_target=True)),
+        registry.choices(row),
     )
 
 
@@ -207,12 +214,13 @@ class _SplitWriter:
         self.directory = directory
         self.split = split
         self.lengths: list[tuple[int, int]] = []
+        self._questions: list[int | None] = []
         self._hash = hashlib.sha256()
         self._shards: list[Path] = []
         self._writer = None
         self._room = 0
 
-    def write(self, example: Example) -> None:
+    def write(self, example: Example, question: int | None) -> None:
         record = example.to_bytes()
         if self._room <= 0:
             self._next_shard()
@@ -220,6 +228,7 @@ class _SplitWriter:
         self._room -= len(record)
         self._hash.update(len(record).to_bytes(8, "little") + record)
         self.lengths.append((len(example.inputs), len(example.targets)))
+        self._questions.append(question)
 
     def _next_shard(self) -> None:
         if self._writer is not None:
@@ -236,8 +245,12 @@ class _SplitWriter:
         for path in self._shards:
             path = path.rename(f"{path}-of-{len(self._shards):05d}.array_record")
             shards.append((path.name, path.stat().st_size))
-        lengths_Nx2 = np.array(self.lengths, np.int32)
-        np.save(self.directory / f"{self.split}.lengths.npy", lengths_Nx2, allow_pickle=False)
+        numbers = {"lengths": self.lengths}
+        if None not in self._questions:
+            numbers["questions"] = self._questions
+        for name, values in numbers.items():
+            path = self.directory / f"{self.split}.{name}.npy"
+            np.save(path, np.array(values, np.int32), allow_pickle=False)
         return {
             "examples": len(self.lengths),
             "fingerprint": self._hash.hexdigest()[:16],

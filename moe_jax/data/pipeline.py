@@ -331,7 +331,8 @@ def eval_batches(
         mixture, task, split: what to read.
         lengths: {"inputs": L_in, "targets": L_out}.
         rows: R; the last batch is filled up with empty rows (all segments 0).
-        limit: at most this many examples, evenly spaced over the split.
+        limit: at most this many questions (see `PreparedTask.questions`), evenly spaced over the
+            split.
         task_id: written into the batch.
 
     Yields:
@@ -345,16 +346,18 @@ def eval_batches(
         raise UserError(f"rows={rows} and limit={limit} must be at least 1")
     prepared = mixture.task(task)
     records = prepared.records(split)
-    count = len(records) if limit is None else min(limit, len(records))
-    indices = (np.arange(count) * len(records) // count).tolist()
-    for start in range(0, count, rows):
-        chosen = indices[start : start + rows]
-        examples = records.__getitems__(chosen)
+    questions, question_N = np.unique(prepared.questions(split), return_inverse=True)
+    count = len(questions) if limit is None else min(limit, len(questions))
+    chosen = np.arange(count) * len(questions) // count
+    indices = np.flatnonzero(np.isin(question_N, chosen)).tolist()
+    for start in range(0, len(indices), rows):
+        part = indices[start : start + rows]
+        examples = records.__getitems__(part)
         padded = [[example] for example in examples] + [[]] * (rows - len(examples))
         arrays: dict[str, Any] = packing.build(padded, lengths, mixture.vocabulary)
         batch = {name: array[None] for name, array in arrays.items()}
         batch["task_id"] = np.array([task_id], np.int32)
-        yield batch, list(zip(chosen, examples, strict=True))
+        yield batch, list(zip(part, examples, strict=True))
 
 
 def _number(text: str) -> int:

@@ -44,6 +44,8 @@ class DecodingConfig(Configuration):
         min_length: minimum number of tokens before the end of sequence.
         forced_bos_id, forced_eos_id: the first token, and the last token if `max_length` is
             reached.
+        choice_length_penalty: for tasks with answer choices, which are ranked and not decoded. A
+            choice's log-likelihood is divided by its length to this power.
     """
 
     num_beams: Annotated[int, Range(1, 1024)] = 1
@@ -58,6 +60,7 @@ class DecodingConfig(Configuration):
     min_length: Length = 0
     forced_bos_id: TokenId | None = None
     forced_eos_id: TokenId | None = None
+    choice_length_penalty: Annotated[float, Range(0, 10)] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

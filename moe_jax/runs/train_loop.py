@@ -16,7 +16,8 @@ from moe_jax.core import processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import by_group, make_mesh
 from moe_jax.data.pipeline import train_batches
-from moe_jax.evaluation.evaluator import Evaluator, mean_score, tasks_with_split, write_routes
+from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
+from moe_jax.evaluation.scores import mean_score, write_routes
 from moe_jax.kernels import memory
 from moe_jax.runs import directory, stopping
 from moe_jax.runs.config import Config

@@ -20,7 +20,8 @@ from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import task_batches
 from moe_jax.data.representations import read_representations
 from moe_jax.evaluation import gains
-from moe_jax.evaluation.evaluator import Evaluator, TaskScore
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.scores import TaskScore
 from moe_jax.model.experts import Params
 from moe_jax.model.selection import temperature_at
 from moe_jax.model.task_moe import TaskMoE, routes_of

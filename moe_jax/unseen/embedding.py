@@ -16,7 +16,7 @@ from moe_jax.core.sharding import GROUP_AXES, by_group, global_array, group_shar
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.packing import Batch
 from moe_jax.data.pipeline import eval_batches, task_batches
-from moe_jax.evaluation.evaluator import INPUTS, TARGETS, input_bucket
+from moe_jax.evaluation.evaluator import INPUTS, TARGETS, length_bucket
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE
@@ -167,7 +167,7 @@ def _over_devices(
 def _cut(batch: Batch) -> Batch:
     """[1, R, L] -> [R, L], inputs no longer than the bucket that holds them."""
     longest = int(np.count_nonzero(batch["input_segments"], -1).max())
-    bucket = input_bucket(longest, batch["inputs"].shape[-1])
+    bucket = length_bucket(longest, batch["inputs"].shape[-1])
     cut = {name: batch[name][0, :, :bucket] for name in INPUTS}
     return cut | {name: batch[name][0] for name in TARGETS}
 

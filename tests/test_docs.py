@@ -24,7 +24,14 @@ def commands(path: Path) -> list[str]:
 
 # docs/extending.md, whose commands need files of its own, is run by test_extensions.
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "docs/method.md", "examples/README.md", "tpu/README.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "docs/method.md",
+        "docs/skills_gym.md",
+        "examples/README.md",
+        "tpu/README.md",
+    )
 ]
 COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
 BINARIES = [c for c in COMMANDS if "python -m moe_jax." in c]

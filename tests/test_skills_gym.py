@@ -24,6 +24,9 @@ from moe_jax.builtin_tasks.skills_table import (
     examples,
 )
 from moe_jax.builtin_tasks.skills_world import world
+from moe_jax.runs import configurables, flags
+from moe_jax.runs.config import DataConfig
+from moe_jax.runs.mixtures import prepare_mixtures
 
 SAMPLES = (13, 21, 42)
 
@@ -197,3 +200,20 @@ def test_seqio_registers_lazily_and_reads_the_same_examples():
     assert read["splits"] == {name: sorted(task.sizes) for name, task in SKILLS.items()}
     assert read["metrics"] == {name: [task.metric] for name, task in SKILLS.items()}
     assert read["postprocess"] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_worlds_lie_side_by_side_in_the_cache(tmp_path):
+    for seed in (*WORLDS, *WORLDS):
+        bindings = [
+            "VocabularyConfig.kind = 'bytes'",
+            f"CACHE_DIR = '{tmp_path}'",
+            "MIXTURE_OR_TASK_NAME = 'skills_who'",
+            f"skills_gym.seed = {seed}",
+        ]
+        flags.parse_gin(["runs/skills_gym_dense.gin"], bindings, [str(flags.GIN_CONFIGS)])
+        (mixture,) = prepare_mixtures(configurables.build(DataConfig)).values()
+        read = mixture.task("skills_who").records("test")
+        rows = split(seed, "skills_who", "test")
+        assert [e.inputs_text for e in read] == [row.inputs for row in rows]
+    assert len(list(tmp_path.glob("tasks/skills_who/*"))) == 2

@@ -29,6 +29,7 @@ DOCUMENTS = [
         "README.md",
         "docs/method.md",
         "docs/tasks.md",
+        "docs/skills_gym.md",
         "examples/README.md",
         "tpu/README.md",
     )

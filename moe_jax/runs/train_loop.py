@@ -1,6 +1,6 @@
 """The training loop.
 
-In every step: the batch, the step, its metrics, the checkpoint, dev scores, in this order.
+In every step: the batch, the step, its metrics, routes, the checkpoint, dev scores, in this order.
 """
 
 import contextlib

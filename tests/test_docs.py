@@ -28,6 +28,7 @@ DOCUMENTS = [
     for name in (
         "README.md",
         "docs/method.md",
+        "docs/report.md",
         "docs/tasks.md",
         "examples/README.md",
         "tpu/README.md",

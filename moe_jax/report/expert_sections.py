@@ -235,7 +235,7 @@ def _evaluation(
             },
             sortable=True,
         ),
-        "Blue is a rise, orange a fall; the darkest cell is "
+        "Blue is a rise, orange a fall; the strongest colour is "
         f"{reach:.3f}. The correlation is shown where the pointer is.",
     )
     columns_ = [

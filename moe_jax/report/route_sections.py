@@ -111,7 +111,7 @@ def _routes(
             slider="Training",
             sortable=True,
         ),
-        "The darker a cell, the larger the weight of the expert in the task's route.",
+        "The stronger its colour, the larger the weight of the expert in the task's route.",
     )
     return result
 

@@ -73,7 +73,7 @@ def read_page(path: Path) -> Page:
     return actual
 
 
-@pytest.mark.parametrize(("tasks", "layers", "experts", "seeds"), [(12, 4, 3, 1), (160, 24, 8, 3)])
+@pytest.mark.parametrize(("tasks", "layers", "experts", "seeds"), [(12, 4, 3, 1), (160, 24, 4, 3)])
 def test_whole_report(tmp_path, tasks, layers, experts, seeds):
     places = ontology(tasks)
     runs = {
@@ -115,6 +115,7 @@ def test_whole_report(tmp_path, tasks, layers, experts, seeds):
     assert [frame["label"] for frame in routes["frames"]][-1] == "step 1,000"
     assert len(routes["rows"]) == tasks and len(routes["columns"]) == layers * experts
     assert numbers["runs"]["moe"]["commit"] == COMMIT
+    assert numbers["runs"].keys() == {"dense", "moe", "few-shot adaptation"}
     assert numbers["findings"] == made.findings
     assert numbers["agreement"]["categories"]["ami"]["value"] > 0.8
     for name in ("ami", "neighbour_accuracy"):

@@ -86,7 +86,8 @@ def report(
     parts.append(score_sections.losses(read))
     if chosen:
         parts.append(score_sections.tasks(chosen, lines, measured, links))
-    parts.append(score_sections.provenance(read, chosen))
+    few_shot = [] if finetune is None else [inputs.read_run("few-shot adaptation", finetune)]
+    parts.append(score_sections.provenance([*read, *few_shot], chosen))
     return _write(Path(output), finetune, chosen, parts)
 
 

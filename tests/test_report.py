@@ -3,7 +3,6 @@
 import base64
 import html.parser
 import json
-import os
 import re
 import subprocess
 import sys
@@ -378,7 +377,6 @@ def test_command_line(tmp_path):
             capture_output=True,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "MPLBACKEND": "Agg"},
         )
 
     done = command("--run", f"moe={run}", "--output", tmp_path / "out", "--permutations", 9)

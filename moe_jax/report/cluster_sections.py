@@ -128,7 +128,7 @@ def agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: int
                 label = "AMI" if name == "ami" else "nearest neighbour"
                 rows.append([level, label, a.value, control, a.control_mean, *a.control_range,
                              a.p_value])  # fmt: skip
-                bars[f"{label}, {level}: {control}"] = a
+            bars[f"{label.removeprefix('nearest ')}, {level}"] = controls
         result.numbers[level] = numbers
         low, high = ami.control_range
         verdict = "more than" if ami.p_value < LEVEL else "no more than"
@@ -152,18 +152,17 @@ def agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: int
             "real value) that agree at least as well."
         )
     )
+    kinds = list(next(iter(bars.values())))
     result.draw(
         "agreement",
         figures.dots(
             list(bars),
-            {
-                "this model": [a.value for a in bars.values()],
-                "by chance": [a.control_mean for a in bars.values()],
-            },
+            {"this model": [next(iter(controls.values())).value for controls in bars.values()]}
+            | {kind: [controls[kind].control_mean for controls in bars.values()] for kind in kinds},
             title="Agreement with the ontology and by chance",
-            intervals={
-                "this model": [None] * len(bars),
-                "by chance": [a.control_range for a in bars.values()],
+            intervals={"this model": [None] * len(bars)}
+            | {
+                kind: [controls[kind].control_range for controls in bars.values()] for kind in kinds
             },
             high=1.0,
         ),

@@ -198,14 +198,14 @@ def _evaluation(
     ]
     if tied:
         expert, category, r, rise, elsewhere, ratio = tied[0]
-        other = "" if elsewhere is None else f", of the others by {elsewhere:+.3f}"
+        other = "" if elsewhere is None else f", of the others by {page.signed(elsewhere, 3)}"
         times = "" if ratio is None else f": {ratio:.1f} times"
         overall = "" if predicted is None else (
             f" Over all experts and categories, correlation and rise correlate by {predicted:+.2f}."
         )  # fmt: skip
         result.find(
             f"Without {expert}, the one most tied to a category (“{category}”, r = {r:+.2f}), the "
-            f"loss of that category rises by {rise:+.3f} nats per token{other}{times} "
+            f"loss of that category rises by {page.signed(rise, 3)} nats per token{other}{times} "
             f"(“{evaluation}”).{overall}"
         )
     result.add(

@@ -101,6 +101,11 @@ def fixed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
+def signed(value: float, digits: int) -> str:
+    """`value` with its sign, which is plus at 0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
 def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 

@@ -6,16 +6,21 @@
 Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl, and prompts.jsonl where tasks are
 prompts of one dataset. A task that the model was not trained on is scored zero-shot; in a mixture
 of experts it takes the mean representation, or its own from a file that `represent` made
-(eval.representations=FILE).
+(eval.representations=FILE). With eval.disable_examples=N there is also disabling.json: the loss of
+every task with each expert off in turn.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import jax
 
-from moe_jax.core.configuration import Configuration, Examples, Name, Names
+from moe_jax.core import files
+from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Names, Range
+from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import make_mesh
+from moe_jax.evaluation.disabling import disabling
 from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.evaluation.scores import TaskScore, mean_score, over_prompts, write_scores
 from moe_jax.model.task_moe import parameter_shardings
@@ -34,12 +39,15 @@ class EvalConfig(Configuration, called="eval"):
         examples: at most this many per task, evenly spaced; None for all.
         mixtures: further mixtures to score, each into a directory of its own.
         representations: file of representations for tasks that the model was not trained on.
+        disable_examples: with each expert of a mixture off in turn, the loss on at most this many
+            examples of each task; 0 for none.
     """
 
     split: Name = "test"
     examples: Examples = None
     mixtures: Names = ()
     representations: Name | None = None
+    disable_examples: Annotated[int, Range(0, INT32)] = 0
 
 
 configurables.register(EvalConfig)
@@ -53,6 +61,11 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     names = [name for mixture in mixtures.values() for name in mixture.names]
     run = with_tasks(run, names, settings.representations)
+    if settings.disable_examples and not run.model.routed:
+        raise UserError(
+            f"eval.disable_examples is {settings.disable_examples}, but {run_config.model_dir} is "
+            "a dense model: it has no experts to switch off"
+        )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
@@ -63,10 +76,17 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
             scores = evaluator.tasks(
                 params, run.step, mixture, run.task_ids, split, settings.examples
             )
+            directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
             if jax.process_index() == 0:
-                directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
                 write_scores(directory, scores)
                 _show(scores, directory)
+            if settings.disable_examples:
+                found = disabling(
+                    evaluator, params, run.step, mixture, run.task_ids, split,
+                    settings.disable_examples,
+                )  # fmt: skip
+                if jax.process_index() == 0:
+                    files.write_json(directory / "disabling.json", found)
 
 
 def _show(scores: list[TaskScore], directory: Path) -> None:

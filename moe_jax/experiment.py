@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 from moe_jax.core import files, processes
-from moe_jax.core.configuration import Configuration, Examples, Text
+from moe_jax.core.configuration import INT32, Configuration, Examples, Range, Text
 from moe_jax.core.errors import UserError
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import RunConfig
@@ -42,6 +42,8 @@ class ExperimentConfig(Configuration, called="experiment"):
         stage2_from_dense: stage 2 starts its experts from the dense model, not from fresh weights.
         eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
+        disable_examples: with each expert of the mixture off in turn, the loss on at most this many
+            test examples of each task; 0 for none.
     """
 
     model: Setting = ""
@@ -52,6 +54,7 @@ class ExperimentConfig(Configuration, called="experiment"):
     unseen: Setting = ""
     stage2_from_dense: bool = False
     eval_examples: Examples = None
+    disable_examples: Annotated[int, Range(0, INT32)] = 16
 
 
 configurables.register(ExperimentConfig)
@@ -90,6 +93,8 @@ def _run_stages(root: Path, settings: ExperimentConfig) -> None:
         both = {"MODEL_DIR": at[name], "eval.mixtures": repr((settings.unseen,))}
         if settings.eval_examples is not None:
             both["eval.examples"] = str(settings.eval_examples)
+        if name == "stage2" and settings.disable_examples:
+            both["eval.disable_examples"] = str(settings.disable_examples)
         stages.run(f"scores of {name}", "eval", None, both)
     stages.run(
         "few_shot",
@@ -98,10 +103,10 @@ def _run_stages(root: Path, settings: ExperimentConfig) -> None:
         {"MODEL_DIR": at["few_shot"], "DENSE_DIR": at["dense"], "MOE_DIR": at["stage2"]},
     )
 
-    from moe_jax.report.build import report  # matplotlib
+    from moe_jax.report.build import report  # scikit-learn
 
     names = ("dense", "stage1", "stage2")
-    result = report(at["report"], {n: at[n] for n in names}, at["few_shot"], routes="stage1")
+    result = report(at["report"], {n: at[n] for n in names}, at["few_shot"], model="stage2")
     print("\nResults:")
     for finding in result.findings:
         print(f"- {finding}")

@@ -28,6 +28,7 @@ DOCUMENTS = [
     for name in (
         "README.md",
         "docs/method.md",
+        "docs/report.md",
         "docs/tasks.md",
         "docs/skills_gym.md",
         "examples/README.md",

@@ -115,6 +115,18 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
     assert said["file"] != said["mean"]
 
 
+def test_experts_are_disabled_on_request(routed, dense):
+    model_dir = routed[0]
+    given = {"MIXTURE_OR_TASK_NAME": "toy_unseen", "examples": 1, "disable_examples": 2}
+    call(eval_program.evaluate, model_dir, **given)
+    found = json.loads((model_dir / "eval" / "toy_unseen_test" / "disabling.json").read_text())
+    (task,) = found["tasks"].values()
+    assert task["examples"] == 2
+    assert np.shape(task["without"]) == (len(found["layers"]), found["experts"])
+    with pytest.raises(UserError, match="a dense model: it has no experts to switch off"):
+        call(eval_program.evaluate, dense, **given)
+
+
 def test_a_dense_model_has_no_routes(dense, rows, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", stdin(b"red blue\n"))
     call(infer.infer, dense, task="toy_reverse", representations=str(rows[0]))

@@ -6,10 +6,13 @@ import re
 import signal
 import socket
 import time
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from toy_run import bindings, finish, flags_of, metrics, start
+
+from moe_jax import __version__
 
 # All sources of randomness are on: noise, exploration, dropout, data order.
 SETTINGS = {
@@ -52,6 +55,13 @@ def test_a_run_leaves_all_its_files(whole):
     assert routes["layers"] == ["encoder.0", "decoder.0"] and routes["experts"] == 2
     for task in routes["tasks"].values():
         np.testing.assert_array_equal(np.sort(task["route"], axis=-1), [[0, 1]] * 2)
+    for step in (16, 32, 48):  # also at each evaluation
+        then = json.loads((model_dir / "routes" / f"{step}.json").read_text())
+        assert then["step"] == step and then["tasks"].keys() == routes["tasks"].keys()
+    assert then == routes
+    origin = json.loads((model_dir / "origin.json").read_text())
+    assert datetime.fromisoformat(origin["date"]) <= datetime.now(UTC)
+    assert origin["version"] == __version__ and "commit" in origin
     assert list(model_dir.glob("events.out.tfevents.*"))
 
 

@@ -1,4 +1,4 @@
-"""The files of a run's directory: configuration, task table, vocabulary.
+"""The files of a run's directory: configuration, origin, task table, vocabulary.
 
 The configuration is written twice: `config.json` for programs, `config.gin` for people and for
 --gin_file. Reading uses no gin and imports no module that the files name.
@@ -7,10 +7,13 @@ The configuration is written twice: `config.json` for programs, `config.gin` for
 import ast
 import dataclasses
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moe_jax import __version__
 from moe_jax.core import files
 from moe_jax.core.configuration import Configuration, hints
 from moe_jax.core.errors import UserError, nearest
@@ -19,6 +22,7 @@ from moe_jax.runs.config import BASE_BINDINGS, Config
 
 CONFIG = "config.gin"
 CONFIG_JSON = "config.json"
+ORIGIN = "origin.json"
 TASK_TABLE = "task_table.json"
 
 # Settings that may change when a run is resumed: they affect neither the model nor its training.
@@ -174,6 +178,33 @@ def check_config(model_dir: str | Path, config: Any) -> None:
                 f"{model_dir} holds another run: there {_MACROS.get(name, name)} is "
                 f"{old[name]!r}, here {value!r}; give another MODEL_DIR"
             )
+
+
+def write_origin(model_dir: str | Path) -> None:
+    """Writes when and with which code a run began: {"date", "version", "commit"}.
+
+    A resumed run keeps what it has. The date is UTC; the commit is None outside a git checkout.
+    """
+    path = Path(model_dir) / ORIGIN
+    if not path.exists():
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        files.write_json(path, {"date": date, "version": __version__, "commit": _commit()})
+
+
+def _commit() -> str | None:
+    """The commit of this package's checkout, with `-dirty` if tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    # An installed package may lie within the repository of another project.
+    commands = (["ls-files", "--error-unmatch", Path(__file__).name],
+                ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])  # fmt: skip
+    try:
+        for command in commands:
+            done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=30)
+            if done.returncode:
+                return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip()
 
 
 def copy_vocabulary(model_dir: str | Path, source: Path) -> None:

@@ -1,6 +1,6 @@
 """The training loop.
 
-In every step: the batch, the step, its metrics, the checkpoint, dev scores, in this order.
+In every step: the batch, the step, its metrics, routes, the checkpoint, dev scores, in this order.
 """
 
 import contextlib
@@ -98,6 +98,7 @@ def _train(config: Config, lead: bool) -> None:
             batches.set_state(meta["iterator"])
         if lead:
             directory.write_config(model_dir, config)
+            directory.write_origin(model_dir)
             directory.write_task_table(model_dir, tasks)
             directory.copy_vocabulary(model_dir, mixture.vocabulary_dir)
 
@@ -128,6 +129,12 @@ def _train(config: Config, lead: bool) -> None:
             per_task = {f"score/{s.task.name}": s.score for s in found}
             log.write(step, "eval", {SCORE: mean_score(found), **per_task})
 
+        def keep_routes(path: Path, step: int) -> None:
+            if model.routed:
+                routes = np.asarray(evaluator.routes(state.params, jnp.int32(step)))
+                if lead:
+                    write_routes(path, model, routes, step, mixture, task_ids)
+
         # A run that was stopped or killed while it evaluated has saved before.
         if start and is_due(run.eval_period, start) and _lead_says(start not in log.scores):
             evaluate(start)
@@ -152,7 +159,9 @@ def _train(config: Config, lead: bool) -> None:
                 line = window.close()
                 log.write(step, "train", line)
                 bar.set_postfix_str(_postfix(line), refresh=False)
-            # 4. The checkpoint, with the position in the data.
+            # 4. The routes, then the checkpoint, with the position in the data.
+            if save:
+                keep_routes(model_dir / "routes" / f"{step}.json", step)
             if save or stops:
                 meta = {
                     "tasks": tasks,
@@ -172,12 +181,7 @@ def _train(config: Config, lead: bool) -> None:
         checkpoints.wait()
 
         # ------------------------------------------------------------ results
-        if model.routed:
-            routes = np.asarray(evaluator.routes(state.params, jnp.int32(run.train_steps)))
-            if lead:
-                write_routes(
-                    model_dir / "routes.json", model, routes, run.train_steps, mixture, task_ids
-                )
+        keep_routes(model_dir / "routes.json", run.train_steps)
         log.close()
 
 

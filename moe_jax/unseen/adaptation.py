@@ -252,6 +252,7 @@ def _adapt_all(whole: FewShotConfig) -> None:
         check_vocabulary(config.moe_dir, mixture)
     check_file(config, mixture.names)  # before the work, not in the middle of it
     directory.write_config(model_dir, whole)
+    directory.write_origin(model_dir)
     rows = _read_rows(model_dir / RUNS)
     done = {tuple(row[k] for k in KEY) for row in rows}
     grid = [(rate, size) for size in config.batch_sizes for rate in config.learning_rates]

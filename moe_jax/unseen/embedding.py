@@ -25,11 +25,14 @@ from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.tuning import Tuner
 
 
-def text_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
+def text_sum(
+    model: TaskMoE, backbone: Params, batch: Batch, route_NxE: jax.Array | None = None
+) -> jax.Array:
     """Sum over examples of the encoder's last states, averaged over the tokens of each.
 
     Args:
         batch: arrays [R, L], one example to a row; an empty row adds nothing.
+        route_NxE: of a mixture of experts.
 
     Returns:
         float32 [d_model].
@@ -37,7 +40,7 @@ def text_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
     segments_RxL = batch["input_segments"]
     states_RxLxD = EncoderDecoder(model.config).apply(
         {"params": backbone}, batch["inputs"], segments_RxL, batch["input_positions"],
-        method="encode",
+        route_NxE, method="encode",
     )  # fmt: skip
     real_RxL = (segments_RxL > 0).astype(jnp.float32)
     weights_RxL = real_RxL / jnp.maximum(real_RxL.sum(-1, keepdims=True), 1.0)

@@ -54,7 +54,7 @@ class ExperimentConfig(Configuration, called="experiment"):
     unseen: Setting = ""
     stage2_from_dense: bool = False
     eval_examples: Examples = None
-    disable_examples: Annotated[int, Range(0, INT32)] = 16
+    disable_examples: Annotated[int, Range(0, INT32)] = 32
 
 
 configurables.register(ExperimentConfig)

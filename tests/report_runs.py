@@ -96,7 +96,8 @@ def make_disabling(run: Path, needed: str = "extractive") -> None:
     for task, row in routes["tasks"].items():
         without = np.full(shape, 2.0)
         without[0, 0] += row["category"] == needed
-        tasks[task] = {"category": row["category"], "examples": 4, "loss": 2.0,
+        tasks[task] = {"category": row["category"], "subcategory": row["subcategory"],
+                       "examples": 4, "loss": 2.0,
                        "without": without.tolist()}  # fmt: skip
     value = {"step": 1000, "layers": routes["layers"], "experts": shape[1], "tasks": tasks}
     files.write_json(run / "eval" / "test" / "disabling.json", value)

@@ -163,17 +163,32 @@ def test_disabling_stands_beside_the_correlation(tmp_path):
     make_disabling(run)
     made = report(tmp_path / "report", {"run": run}, permutations=10)
     numbers = files.read_json(tmp_path / "report" / "report.json")
-    rows = numbers["disabling"]["test"]["rows"]
-    assert len(rows) == 4 * 12
-    risen = [row for row in rows if row["rise"] > 1e-9]
+    found = numbers["disabling"]["test"]["category"]
+    assert len(found["rows"]) == 4 * 12
+    risen = [row for row in found["rows"] if row["rise"] > 1e-9]
     assert [(row["expert"], row["category"]) for row in risen] == [
         ("encoder.0 expert 0", "extractive")
     ]
     assert risen[0]["rise"] == pytest.approx(1) and risen[0]["rise_elsewhere"] == 0
     names = numbers["experts"]["properties"]
-    assert risen[0]["r"] == numbers["experts"]["r"][0][0][names.index("extractive")]
-    drawn = drawings(made.page.read_text())["disabling test"]
+    r = numbers["experts"]["r"][0][0][names.index("extractive")]
+    assert risen[0]["r"] == pytest.approx(r)
+    drawn = drawings(made.page.read_text())["disabling test category"]
     assert (drawn["low"], drawn["high"]) == (-1, 1)
+
+    # Planted skills are subcategories: of 12, three are extractive.
+    by_skill = numbers["disabling"]["test"]["subcategory"]
+    assert len(by_skill["rows"]) == 12 * 12 and len(by_skill["most_tied"]) == 12
+    for row in by_skill["rows"]:
+        rises = row["expert"] == "encoder.0 expert 0" and row["subcategory"].startswith("extra")
+        assert row["rise"] == pytest.approx(float(rises))
+        if rises:  # of the 22 other tasks, 4 are extractive too
+            assert row["rise_elsewhere"] == pytest.approx(4 / 22)
+    for row in by_skill["most_tied"]:
+        same = [r["r"] for r in by_skill["rows"] if r["subcategory"] == row["subcategory"]]
+        assert row["r"] == max(same)
+        if row["rise_elsewhere"] > 0:
+            assert row["ratio"] == pytest.approx(row["rise"] / row["rise_elsewhere"])
 
 
 def test_tasks_that_lose_against_training_alone_are_named(tmp_path):

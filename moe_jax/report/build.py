@@ -78,9 +78,8 @@ def report(
     if chosen and chosen.routes:
         history = inputs.read_history(chosen.path, chosen.routes)
         parts += route_sections.sections(chosen, history, permutations, seed, links)
-        correlations, tested = expert_sections.correlations(chosen, measured)
-        disabled = inputs.read_disabling(chosen.path)
-        parts += [correlations, expert_sections.disabling(chosen, disabled, tested)]
+        parts.append(expert_sections.correlations(chosen, measured))
+        parts.append(expert_sections.disabling(chosen, inputs.read_disabling(chosen.path)))
     else:
         parts.append(route_sections.without_routes())
     parts.append(score_sections.losses(read))

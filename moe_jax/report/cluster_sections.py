@@ -59,6 +59,7 @@ def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -
             tasks,
             title="Clustered similarity of routes between tasks",
             what="similarity",
+            low=min(float(similarity_TxT.min()), 0.99),
             groups=[[routes.categories[i] for i in order]],
             links=[links.get(task, "") for task in tasks],
             square=True,

@@ -13,9 +13,7 @@ from moe_jax.report.route_sections import columns
 from moe_jax.report.sections import Section
 
 
-def correlations(
-    run: Run, features: Mapping[str, Mapping[str, float]]
-) -> tuple[Section, statistics.Correlations]:
+def correlations(run: Run, features: Mapping[str, Mapping[str, float]]) -> Section:
     """Correlation of every expert with categories and with measured features of tasks."""
     routes = run.routes
     result = Section("experts", "Which experts go with which categories and features")
@@ -43,7 +41,7 @@ def correlations(
         sentence = f"No expert can be tested against a category: {why}."
         result.findings.append(sentence)
         result.add(page.missing(sentence))
-        return result, tested
+        return result
     keys = ("layer", "expert", "property", "r", "p", "q")
     rows = [
         [routes.layers[n], e, tested.names[c]]
@@ -115,7 +113,7 @@ def correlations(
                 rows,
             )
         )
-    return result, tested
+    return result
 
 
 def _at(known: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -124,52 +122,60 @@ def _at(known: np.ndarray, values: np.ndarray) -> np.ndarray:
     return full
 
 
-def disabling(
-    run: Run, evaluations: Mapping[str, Mapping[str, Any]], tested: statistics.Correlations
-) -> Section:
-    """The rise of every category's loss with each expert off, beside the correlation.
+LEVELS = ("category", "subcategory")
+
+
+def disabling(run: Run, evaluations: Mapping[str, Mapping[str, Any]]) -> Section:
+    """The rise of the loss of every category and subcategory with each expert off, beside the
+    correlation that should predict it.
 
     Args:
         evaluations: {evaluation: value of disabling.json}.
-        tested: the correlations that should predict the rises.
     """
     result = Section("disabling", "What is lost without an expert", numbers={})
-    routes = run.routes
-    for evaluation, value in evaluations.items():
-        if value["layers"] != routes.layers or int(value["experts"]) != routes.experts:
-            result.add(page.missing(f"“{evaluation}” is left out: its layers are not the run's."))
-            continue
-        _evaluation(result, run, evaluation, value, tested)
-    if not evaluations:
+    if evaluations:
+        result.add(
+            page.soft(
+                "Each expert of each layer is off in turn, with the task's other weights scaled "
+                "up, or the router's next choice where it had all the weight. Cells are the rise "
+                "of the teacher-forced loss, in nats per target token, as a mean over tasks. r is "
+                "the correlation of the expert's weight with membership, over the tasks that the "
+                "model was trained on."
+            )
+        )
+    else:
         result.add(
             page.missing("No eval/*/disabling.json (eval.disable_examples), so nothing is known.")
         )
+    for evaluation, value in evaluations.items():
+        if value["layers"] != run.routes.layers or int(value["experts"]) != run.routes.experts:
+            result.add(page.missing(f"“{evaluation}” is left out: its layers are not the run's."))
+            continue
+        result.add(page.heading(f"Evaluation “{evaluation}”"))
+        tasks = value["tasks"].values()
+        result.numbers[evaluation] = {
+            "step": value.get("step"),
+            "tasks": len(tasks),
+            "examples": int(sum(row["examples"] for row in tasks)),
+        }
+        for level in LEVELS:
+            if any(row.get(level) for row in tasks):
+                _by_level(result, run, evaluation, level, value)
     return result
 
 
-def _evaluation(
-    result: Section,
-    run: Run,
-    evaluation: str,
-    value: Mapping[str, Any],
-    tested: statistics.Correlations,
+def _by_level(
+    result: Section, run: Run, evaluation: str, level: str, value: Mapping[str, Any]
 ) -> None:
     routes = run.routes
     rises: dict[str, list[np.ndarray]] = {}
     for row in value["tasks"].values():
         rise_F = np.ravel(row["without"]) - row["loss"]
-        rises.setdefault(row.get("category") or NO_CATEGORY, []).append(rise_F)
+        rises.setdefault(row.get(level) or NO_CATEGORY, []).append(rise_F)
     names = sorted(rises, key=lambda c: (c == NO_CATEGORY, c))
     rise_CxF = np.array([np.mean(rises[c], 0) for c in names])
-    r_FxC = tested.r_NxExC.reshape(rise_CxF.shape[1], -1)
-    r_CxF = np.array(
-        [
-            r_FxC[:, tested.names.index(c)]
-            if c in tested.names[: tested.categories]
-            else np.full(len(r_FxC), np.nan)
-            for c in names
-        ]
-    )
+    labels = routes.categories if level == "category" else routes.subcategories
+    r_CxF = np.array([statistics.membership(routes.route_TxNxE, labels, c) for c in names])
     experts, rows = columns(routes), []
     everything = {c: np.array(rises[c]) for c in names}
     for c, category in enumerate(names):
@@ -178,58 +184,45 @@ def _evaluation(
             elsewhere = float(np.concatenate(others)[:, f].mean()) if others else None
             r = None if np.isnan(r_CxF[c, f]) else float(r_CxF[c, f])
             rows.append([expert, category, r, float(rise_CxF[c, f]), elsewhere])
-    keys = ("expert", "category", "r", "rise", "rise_elsewhere")
+    keys = ("expert", level, "r", "rise", "rise_elsewhere")
     both = np.isfinite(r_CxF)
     predicted = None
     if both.sum() > 2 and np.ptp(r_CxF[both]) > 0 and np.ptp(rise_CxF[both]) > 0:
         predicted = float(np.corrcoef(r_CxF[both], rise_CxF[both])[0, 1])
-    result.numbers[evaluation] = {
-        "step": value.get("step"),
-        "tasks": len(value["tasks"]),
-        "examples": int(sum(row["examples"] for row in value["tasks"].values())),
-        "correlation_of_r_and_rise": predicted,
-        "rows": [dict(zip(keys, row, strict=True)) for row in rows],
-    }
-    result.add(page.heading(f"Evaluation “{evaluation}”"))
     tied = [_most_tied(rows, category) for category in names]
     tied = sorted((row for row in tied if row), key=lambda row: -row[2])
-    result.numbers[evaluation]["most_tied"] = [
-        dict(zip((*keys, "ratio"), row, strict=True)) for row in tied
-    ]
+    result.numbers[evaluation][level] = {
+        "correlation_of_r_and_rise": predicted,
+        "most_tied": [dict(zip((*keys, "ratio"), row, strict=True)) for row in tied],
+        "rows": [dict(zip(keys, row, strict=True)) for row in rows],
+    }
     if tied:
         expert, category, r, rise, elsewhere, ratio = tied[0]
         other = "" if elsewhere is None else f", of the others by {page.signed(elsewhere, 3)}"
-        times = "" if ratio is None else f": {ratio:.1f} times"
+        times = "" if ratio is None or rise <= 0 else f": {ratio:.1f} times"
         overall = "" if predicted is None else (
-            f" Over all experts and categories, correlation and rise correlate by {predicted:+.2f}."
+            f" Over all experts, correlation and rise correlate by {predicted:+.2f}."
         )  # fmt: skip
         result.find(
-            f"Without {expert}, the one most tied to a category (“{category}”, r = {r:+.2f}), the "
-            f"loss of that category rises by {page.signed(rise, 3)} nats per token{other}{times} "
+            f"Without {expert}, the one most tied to a {level} (“{category}”, r = {r:+.2f}), the "
+            f"loss of that {level} rises by {page.signed(rise, 3)} nats per token{other}{times} "
             f"(“{evaluation}”).{overall}"
         )
-    result.add(
-        page.soft(
-            "Each expert of each layer is off in turn, with the task's other weights scaled up, or "
-            "the router's next choice where it had all the weight. Cells are the rise of the "
-            "teacher-forced loss, in nats per target token, as a mean over the category's tasks."
-        )
-    )
     reach = float(max(1e-6, np.abs(rise_CxF).max()))
     result.draw(
-        f"disabling {evaluation}",
+        f"disabling {evaluation} {level}",
         figures.heatmap(
             {"": rise_CxF},
             names,
             experts,
-            title=f"Rise of the loss without each expert, {evaluation}",
+            title=f"Rise of the loss without each expert by {level}, {evaluation}",
             what="rise of the loss",
             low=-reach,
             high=reach,
             short=[str(e) for _ in routes.layers for e in range(routes.experts)],
             blocks=routes.layers,
             notes={
-                i: f"correlation with the category {r:+.2f}"
+                i: f"correlation with the {level} {r:+.2f}"
                 for i, r in enumerate(r_CxF.ravel())
                 if np.isfinite(r)
             },
@@ -239,17 +232,17 @@ def _evaluation(
         f"{reach:.3f}. The correlation is shown where the pointer is.",
     )
     columns_ = [
-        *page.texts("expert off", "category"),
+        *page.texts("expert off", level),
         *page.numbers(2, "r"),
-        *page.numbers(3, "rise of its loss", "of the other categories' tasks"),
+        *page.numbers(3, "rise of its loss", "of the other tasks"),
     ]
     if tied:
         result.add(
-            page.soft("The expert most tied to each category:"),
+            page.soft(f"The expert most tied to each {level}:"),
             page.table([*columns_, *page.numbers(1, "ratio")], tied),
         )
     rows.sort(key=lambda row: -row[3])
-    result.add(page.details("All experts and categories", page.table(columns_, rows)))
+    result.add(page.details(f"All experts, by {level}", page.table(columns_, rows)))
 
 
 def _most_tied(rows: list[list], category: str) -> list | None:

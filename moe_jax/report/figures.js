@@ -130,7 +130,9 @@ function heatmap(figure, spec) {
       out.push(spec.links[r] ? `<a href="${spec.links[r]}">${text}</a>` : text);
       for (let c = 0; c < columns; c++) {
         const value = at(r, c), none = Number.isNaN(value);
-        const strength = none ? 1 : Math.min(1, Math.abs(value) / Math.max(spec.high, -spec.low));
+        const strength = none ? 1 : spec.low < 0 ?
+          Math.min(1, Math.abs(value) / Math.max(spec.high, -spec.low)) :
+          (value - spec.low) / (spec.high - spec.low);
         out.push(`<rect class="cell ${none ? 'none' : value < 0 ? 'minus' : 'plus'}" data-i="${
           r * columns + c}" x="${(left + c * cell).toFixed(1)}" y="${y}" width="${
           (cell - .6).toFixed(1)}" height="${height - .6}" fill-opacity="${strength.toFixed(3)}"/>`);
@@ -139,7 +141,7 @@ function heatmap(figure, spec) {
       }
       const before = i ? category(order[i - 1]) : null;
       if (names.length && category(r) !== before) {
-        if (i) out.push(`<line x1="0" x2="${left + columns * cell}" y1="${y - .3}" y2="${
+        if (i && !spec.square) out.push(`<line x1="0" x2="${left + columns * cell}" y1="${y - .3}" y2="${
           y - .3}" class="rule"/>`);
         if (!narrow) out.push(`<text x="${left + columns * cell + 8}" y="${
           y + height - 3.5}" class="strong">${escaped(short(category(r), 22))}</text>`);
@@ -164,9 +166,12 @@ function dots(figure, spec) {
   const plot = document.createElement('div');
   plot.className = 'scroll plot';
   figure.prepend(legend(spec.series), plot);
-  const every = spec.series.flatMap(s => [...s.values, ...s.low, ...s.high])
-    .filter(v => v !== null);
-  const low = Math.min(0, ...every), high = Math.max(spec.high, ...every);
+  // An interval of few seeds may be so long that nothing else would be seen: it is cut off.
+  const values = spec.series.flatMap(s => s.values).filter(v => v !== null);
+  const ends = spec.series.flatMap(s => [...s.low, ...s.high]).filter(v => v !== null);
+  const least = Math.min(0, ...values), most = Math.max(spec.high, ...values);
+  const low = Math.max(Math.min(least, ...ends), least - (most - least) / 4);
+  const high = Math.min(Math.max(most, ...ends), most + (most - least) / 4);
   explain(plot, i => {
     const series = spec.series[Math.floor(i / spec.rows.length)], r = i % spec.rows.length;
     const between = series.low[r] === null || series.low[r] === undefined ? '' :
@@ -178,7 +183,8 @@ function dots(figure, spec) {
     const characters = Math.min(narrow ? 24 : 44, Math.max(...spec.rows.map(r => r.length)));
     const left = 6.2 * characters + 8, width = Math.max(120, Math.min(640, room - left - 16));
     const height = 15, bottom = spec.rows.length * height + 6;
-    const x = v => left + 6 + (width - 12) * (v - low) / (high - low || 1);
+    const x = v => left + 6 +
+      (width - 12) * (Math.min(high, Math.max(low, v)) - low) / (high - low || 1);
     const out = ticks(low, high, width / 70).map(t => `<line x1="${x(t)}" x2="${x(t)}" y1="0" y2="${
       bottom}" class="${t ? 'grid' : 'rule'}"/><text x="${x(t)}" y="${bottom + 13}" ` +
       `text-anchor="middle">${+t.toFixed(6)}</text>`);

@@ -38,7 +38,8 @@ def heatmap(
             drawn as not measured.
         rows, columns: R and C names.
         what: the noun before a value where the pointer is.
-        low, high: the range of values; below 0 they have another colour.
+        low, high: the range of values. If `low` is below 0, so are some of the values: they have
+            another colour. Else the colour begins at `low`.
         short: C short names above the columns.
         blocks: names of equally many neighbouring columns each.
         groups: for each level of the ontology, R names.

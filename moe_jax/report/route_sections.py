@@ -120,7 +120,7 @@ def _evolution(run: Run, history: Mapping[int, np.ndarray]) -> Section:
     """How decided the routes were at each evaluation, and how they agreed with the ontology."""
     result = Section("evolution", "Routes over training", numbers={})
     if len(history) < 2:
-        result.add(page.missing("The run has no routes/STEP.json: no evaluation in training."))
+        result.add(page.missing("There are no routes of earlier steps (routes/STEP.json)."))
         return result
     known = [i for i, c in enumerate(run.routes.categories) if c != NO_CATEGORY]
     labels = [run.routes.categories[i] for i in known]

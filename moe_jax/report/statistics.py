@@ -197,6 +197,14 @@ def memberships(categories_T: Sequence[str], minimum: int = 3) -> dict[str, np.n
     return result
 
 
+def membership(route_TxNxE: np.ndarray, labels_T: Sequence[str], label: str) -> np.ndarray:
+    """Correlation [N * E] of every expert's weight with having the label; NaN where one of them
+    is the same for every task."""
+    weight_TxF = np.asarray(route_TxNxE, np.float64).reshape(len(labels_T), -1)
+    member_Tx1 = np.array([[value == label] for value in labels_T], np.float64)
+    return _correlated(weight_TxF, member_Tx1, 0, 0)[0][0]
+
+
 def correlations(
     route_TxNxE: np.ndarray,
     categories: Mapping[str, np.ndarray],

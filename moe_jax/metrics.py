@@ -146,9 +146,14 @@ def rouge_l(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str,
     `rouge` instead takes the union of the common subsequences of all pairs of sentences and counts
     each distinct word once. On the gym's tasks, with copied, shuffled and thinned outputs, the two
     means differ by at most 0.05, `rouge` mostly higher (`rouge-score` with its own lower-cased
-    words of [a-z0-9] differs by up to 0.3). A prediction without words scores 0.
+    words of [a-z0-9] differs by up to 0.3). A prediction without words, or of nothing but
+    punctuation, scores 0, as in CrossFit.
     """
-    return {"Rouge-L": _mean_of_best(_rouge_l_f1, targets, predictions)}
+
+    def score(answer: str, prediction: str) -> float:
+        return _rouge_l_f1(answer, prediction) if prediction.translate(_NO_PUNCTUATION) else 0.0
+
+    return {"Rouge-L": _mean_of_best(score, targets, predictions)}
 
 
 def stemmed_rouge_l(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:

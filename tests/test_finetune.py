@@ -241,6 +241,9 @@ def test_runs_resumes_and_reports(tmp_path):
     assert "toy_reverse" in out  # the score is 0 after so few steps: no relative gain
     assert set(files.read_json(tmp_path / "few_shot" / "arg.json")["starts"]) == {"dense", "moe"}
     assert {"date", "commit"} <= files.read_json(tmp_path / "few_shot" / "origin.json").keys()
+    over_dense = files.read_json(tmp_path / "few_shot" / "gains.json")
+    assert over_dense["baseline"] == "dense" and set(over_dense["arms"]) == {"untrained", "moe"}
+    assert "minus dense" in out
     path = tmp_path / "few_shot" / "runs.jsonl"
     text = path.read_text()
     rows = [json.loads(line) for line in text.splitlines()]

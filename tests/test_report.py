@@ -130,6 +130,8 @@ def test_whole_report(tmp_path, tasks, layers, experts, seeds):
     assert mean == pytest.approx(np.mean([line["score"] for line in lines]))
     assert numbers["adaptation"]["starts"]["moe"]["no_relative_gain"] == ["unseen_3"]
     assert (numbers["adaptation"]["starts"]["moe"]["ci95"] is None) == (seeds == 1)
+    over_dense = numbers["adaptation"]["over_dense"]["arms"]["moe"]["difference"]["value"]
+    assert any(s.startswith(f"moe minus dense: {over_dense:+.3f} (") for s in made.findings)
 
 
 def test_missing_pieces_are_left_out_with_a_sentence(tmp_path):

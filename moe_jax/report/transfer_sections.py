@@ -1,5 +1,6 @@
 """Sections of the report on few-shot adaptation and on tasks that lose by sharing a model."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from moe_jax.core.errors import UserError
 from moe_jax.evaluation import gains as gain
+from moe_jax.evaluation import paired
 from moe_jax.report import figures, page
 from moe_jax.report.inputs import Run
 from moe_jax.report.page import Link
@@ -14,18 +16,19 @@ from moe_jax.report.sections import Section, clearly_best
 
 
 def adaptation(rows: list[dict] | None) -> Section:
-    """ARG of each start over direct fine-tuning, and the underlying scores."""
+    """Gains over direct fine-tuning and over the dense model, and the underlying scores."""
     result = Section("adaptation", "Few-shot adaptation to unseen tasks")
     if rows is None:
         result.add(page.missing("No fine-tuning runs were given, so there are no relative gains."))
         return result
     try:
         gains = gain.relative_gains(rows)
+        over_dense = paired.compare(gain.score_rows(gains))
     except UserError as e:
         result.add(page.missing(f"Relative gains are left out: {e}."))
         return result
-    result.numbers = gains
-    for sentence in gain.sentences(gains):
+    result.numbers = gains | {"over_dense": dataclasses.asdict(over_dense)}
+    for sentence in gain.sentences(gains) + paired.sentences(over_dense):
         result.find(sentence)
     baseline, others, seeds = gains["baseline"], list(gains["starts"]), len(gains["seeds"])
     result.add(

@@ -19,7 +19,7 @@ from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import task_batches
 from moe_jax.data.representations import read_representations
-from moe_jax.evaluation import gains
+from moe_jax.evaluation import gains, paired
 from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.evaluation.scores import TaskScore
 from moe_jax.model.experts import Params
@@ -290,6 +290,9 @@ def _adapt_all(whole: FewShotConfig) -> None:
     found_gains = gains.relative_gains(rows)
     gains.write(model_dir, found_gains)
     print(gains.text_table(found_gains))
+    over_dense = paired.compare(gains.score_rows(found_gains))
+    files.write_json(model_dir / "gains.json", dataclasses.asdict(over_dense))
+    print(paired.text_table(over_dense))
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import socket
 import time
@@ -118,14 +119,69 @@ def test_a_finished_run_started_again_changes_nothing(whole):
     assert metrics(model_dir) == before
 
 
+def test_a_finished_run_goes_on_for_longer_with_other_batches_on_another_mesh(whole, tmp_path):
+    model_dir = tmp_path / "longer"
+    shutil.copytree(whole[0], model_dir)
+    changes = {"TRAIN_STEPS": 52, "BATCH_SIZE": 16, "MeshConfig__fsdp": 2, "EVAL_PERIOD": 0,
+               "CHECKPOINT_PERIOD": 3, "StepConfig__groups_at_once": 1}  # fmt: skip
+    process = start("train", flags_of(bindings(model_dir, **SETTINGS | changes)), devices=2)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    # Of 52 steps, 3 are warm-up; the rest fall to zero.
+    peak, rate = 3e-3, (52 - 48) / (52 - 3)
+    assert f"from step 49 on, the learning rate is that of 52 steps, {rate:.1%} of its peak" in err
+    assert "BATCH_SIZE was 8, now is 16: the data goes on where it was" in err
+    lines = [line for line in metrics(model_dir) if line["kind"] == "train"]
+    assert lines[:24] == [line for line in metrics(whole[0]) if line["kind"] == "train"]
+    assert [line["step"] for line in lines[24:]] == [50, 51, 52]
+    np.testing.assert_allclose(lines[-1]["learning_rate"], peak * 1 / (52 - 3), rtol=1e-5)
+    meta = json.loads((model_dir / "checkpoints" / "52" / "meta" / "metadata").read_text())
+    assert meta["parts"] == [[48, 4], [4, 8]]  # groups of 2 rows
+    process = start("train", flags_of(bindings(model_dir, **SETTINGS)))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.splitlines()[-1].startswith(
+        f"error: {model_dir} is at step 52, beyond TRAIN_STEPS 48"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_stopped_anywhere_goes_on_elsewhere_as_if_it_had_not(seed, tmp_path):
+    """With another mesh, number of processes and of groups at once, for longer than planned."""
+    steady = {**SETTINGS, "EVAL_PERIOD": 0, "OptimizerConfig__decay": "constant",
+              "OptimizerConfig__warmup_fraction": 0.0}  # fmt: skip
+    straight, model_dir = tmp_path / "straight", tmp_path / "elastic"
+    finish(start("train", flags_of(bindings(straight, **steady))))
+    stop = random.Random(seed).randrange(2, 40)
+    finish(start("train", flags_of(bindings(model_dir, **steady | {"TRAIN_STEPS": stop}))))
+    elsewhere = {"StepConfig__groups_at_once": 2 - seed % 2, "ModelConfig__remat": True}
+    if seed == 0:
+        for process in start_two(model_dir, **steady | elsewhere):
+            finish(process)
+    else:
+        mesh = {"MeshConfig__fsdp": 2, "MeshConfig__expert": seed}
+        arguments = flags_of(bindings(model_dir, **steady | elsewhere | mesh))
+        finish(start("train", arguments, devices=2 * seed))
+    ours = {line["step"]: line for line in metrics(model_dir)}
+    for line in metrics(straight):
+        step = line["step"]
+        if step in (stop, stop + 1):  # where the windows of the means differ
+            continue
+        for name in line.keys() - {"kind"}:
+            np.testing.assert_allclose(
+                ours[step][name], line[name], rtol=2e-3, err_msg=f"{step}: {name}"
+            )
+
+
 def _port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def start_two(model_dir):
-    arguments = flags_of(bindings(model_dir, **SETTINGS))
+def start_two(model_dir, **settings):
+    arguments = flags_of(bindings(model_dir, **settings or SETTINGS))
     port = _port()
     return [
         start("train", [

@@ -78,7 +78,8 @@ class DataConfig(Configuration):
         vocabulary: the vocabulary that tokenises texts.
         environment: environment variables that the task modules read (see
             `tasks/crossfit_data.py`).
-        batch_size: rows per batch.
+        batch_size: rows per batch. With another one a run goes on with the next groups of its
+            data; learning rates do not change.
         rows_per_group: R, rows of one task that form a group; divides `batch_size`.
         pack: put as many examples into a row as fit into `lengths`; otherwise one.
         row_shapes: maximum number of shapes of packed rows. Each task uses the shape with the least
@@ -143,7 +144,8 @@ class RunConfig(Configuration):
 
     Attributes:
         model_dir: the run's directory.
-        train_steps: optimizer steps in all.
+        train_steps: optimizer steps in all. With more of them a finished run goes on, and the
+            learning rate is then that of the longer schedule.
         eval_period: steps between evaluations on the dev split; 0 for none.
         checkpoint_period: steps between checkpoints; the last step is always saved.
         log_period: steps between lines of metrics.jsonl.

@@ -27,11 +27,17 @@ TASK_TABLE = "task_table.json"
 
 # Settings that may change when a run is resumed: they affect neither the model nor its training.
 _FREE = re.compile(
-    r"RunConfig\.(model_dir|eval_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
-    r"|DataConfig\.cache_dir|MeshConfig\.\w+"
+    r"RunConfig\.(model_dir|(eval|log)_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
+    r"|DataConfig\.cache_dir|MeshConfig\.\w+|StepConfig\.groups_at_once"
+    r"|ModelConfig\.(dtype|unroll_layers|remat)"
 )
-# In few-shot adaptation, decoding determines the scores in runs.jsonl; in training only dev scores.
-_FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+")
+# Training can also go on for longer, or with other batches. In few-shot adaptation, such settings
+# and decoding determine the scores in runs.jsonl.
+_FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+|RunConfig\.train_steps|DataConfig\.batch_size")
+# Those that cannot, though the model stays the same.
+_ORDER = re.compile(
+    r"DataConfig\.(rows_per_group|pack|row_shapes|lengths|mixing\w*|cap)|RunConfig\.seed"
+)
 _MACROS = dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", BASE_BINDINGS, re.M))
 _NAMES = {macro: binding for binding, macro in _MACROS.items()}
 
@@ -158,26 +164,31 @@ def read_config(model_dir: str | Path) -> Config:
     return config_from(Config, lines, f"{model_dir}/{CONFIG_JSON}")
 
 
-def check_config(model_dir: str | Path, config: Any) -> None:
+def check_config(model_dir: str | Path, config: Any) -> Lines:
     """Checks that a directory does not hold a run of another configuration.
 
     A setting that did not exist when the run began had its default.
 
+    Returns:
+        The settings of the run that the directory holds; those of `config` if it holds none.
+
     Raises:
-        UserError: names the first setting that differs.
+        UserError: names the first setting that differs, and may not.
     """
     lines = read_lines(model_dir)
     if not lines:
-        return
+        return config_lines(config)
     old = config_lines(config_from(type(config), lines, f"{model_dir}/{CONFIG}"))
     for name, value in config_lines(config).items():
         free = _FREE.fullmatch(name)
         free = free or (isinstance(config, Config) and _FREE_IN_TRAINING.fullmatch(name))
         if not free and old[name] != value:
+            why = " (the examples to come would be others)" if _ORDER.fullmatch(name) else ""
             raise UserError(
                 f"{model_dir} holds another run: there {_MACROS.get(name, name)} is "
-                f"{old[name]!r}, here {value!r}; give another MODEL_DIR"
+                f"{old[name]!r}, here {value!r}{why}; give another MODEL_DIR"
             )
+    return old
 
 
 def write_origin(model_dir: str | Path) -> None:

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from moe_jax.core import processes
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, say
 from moe_jax.core.sharding import by_group, make_mesh
 from moe_jax.data.pipeline import train_batches
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
@@ -26,7 +26,7 @@ from moe_jax.runs.load import build_model
 from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.logs import SCORE, MetricsLog, Window
-from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.optimizer import make_optimizer, schedule
 from moe_jax.training.step import init_state, make_train_step, state_shardings
 
 
@@ -48,7 +48,7 @@ def _train(config: Config, lead: bool) -> None:
     # ---------------------------------------------------------------- configuration
     run, data, optimizer_config = config.run, config.data, config.optimizer
     model_dir = Path(run.model_dir)
-    directory.check_config(model_dir, config)
+    before = directory.check_config(model_dir, config)
 
     # ---------------------------------------------------------------- data and model
     mixture = prepare_mixtures(data)[data.mixture_or_task_name]
@@ -65,12 +65,33 @@ def _train(config: Config, lead: bool) -> None:
     with jax.set_mesh(mesh), contextlib.ExitStack() as scope:
         optimizer = make_optimizer(optimizer_config)
         sharding = state_shardings(model, optimizer, mesh)
+
+        # ------------------------------------------------------------ state: own checkpoint first
+        params = initial_params(model, run, tasks, sharding.params)
+        checkpoints = scope.enter_context(Checkpoints(model_dir, run.keep_checkpoints))
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
+        start, rows, parts = 0, [], []
+        found = checkpoints.restore_latest(state)
+        if found is not None:
+            state, meta = found
+            if meta["tasks"] != tasks:
+                raise UserError(f"{model_dir} was trained on another task table")
+            if meta["data"] != mixture.fingerprint:
+                raise UserError(f"the data changed since {model_dir} was trained on it")
+            start, rows = meta["step"], meta.get("window", [])
+            parts = meta.get("parts") or [
+                [start, before["DataConfig.batch_size"] // data.rows_per_group]
+            ]
+            _announce(config, before, start)
+        # Batches of another size than now.
+        earlier = parts[:-1] if parts and parts[-1][1] == data.groups else parts
         batches = iter(
             train_batches(
                 mixture,
                 lengths=data.lengths,
                 groups=data.groups,
                 rows=data.rows_per_group,
+                earlier=earlier,
                 pack=data.pack,
                 shapes=data.row_shapes,
                 seed=run.seed,
@@ -81,20 +102,7 @@ def _train(config: Config, lead: bool) -> None:
                 process_count=jax.process_count(),
             )
         )
-
-        # ------------------------------------------------------------ state: own checkpoint first
-        params = initial_params(model, run, tasks, sharding.params)
-        checkpoints = scope.enter_context(Checkpoints(model_dir, run.keep_checkpoints))
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
-        start, rows = 0, []
-        found = checkpoints.restore_latest(state)
         if found is not None:
-            state, meta = found
-            if meta["tasks"] != tasks:
-                raise UserError(f"{model_dir} was trained on another task table")
-            if meta["data"] != mixture.fingerprint:
-                raise UserError(f"the data changed since {model_dir} was trained on it")
-            start, rows = meta["step"], meta.get("window", [])
             batches.set_state(meta["iterator"])
         if lead:
             directory.write_config(model_dir, config)
@@ -168,6 +176,7 @@ def _train(config: Config, lead: bool) -> None:
                     "data": mixture.fingerprint,
                     "iterator": batches.get_state(),
                     "window": window.rows(),
+                    "parts": [*earlier, [step - sum(n for n, _ in earlier), data.groups]],
                 }
                 checkpoints.save(state, meta)
             if stops:
@@ -190,6 +199,37 @@ def _lead_says(yes: bool) -> bool:
     if jax.process_count() == 1:
         return yes
     return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))
+
+
+def _announce(config: Config, before: directory.Lines, step: int) -> None:
+    """Says what another length or batch size means for a run that goes on after `step`.
+
+    Raises:
+        UserError: the run is already longer.
+    """
+    run, rows = config.run, config.data.batch_size
+    steps, old_steps = run.train_steps, before["RunConfig.train_steps"]
+    if step > steps:
+        raise UserError(
+            f"{run.model_dir} is at step {step}, beyond TRAIN_STEPS {steps}: the steps cannot be "
+            "taken back; give at least as many, or another MODEL_DIR"
+        )
+    if jax.process_index():
+        return
+    if steps != old_steps:
+        new, old = (
+            float(schedule(config.optimizer, jnp.int32(step), total))
+            for total in (steps, old_steps)
+        )
+        say(
+            f"TRAIN_STEPS was {old_steps}, now is {steps}: from step {step + 1} on, the learning "
+            f"rate is that of {steps} steps, {new:.1%} of its peak in place of {old:.1%}"
+        )
+    if rows != before["DataConfig.batch_size"]:
+        say(
+            f"BATCH_SIZE was {before['DataConfig.batch_size']}, now is {rows}: the data goes on "
+            "where it was, and the learning rate stays as it is"
+        )
 
 
 def _postfix(line: dict[str, float]) -> str:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from moe_jax.core import checksums, files, processes
 from moe_jax.core.errors import UserError
+from moe_jax.core.progress import progress
 from moe_jax.data import cache, registry, staleness, vocabulary
 from moe_jax.data.cache import Example, Request
 from moe_jax.data.modules import source_files
@@ -59,7 +60,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
     }
     waiting = [name for name in tasks if not _is_whole(cache_dir / directories[name])]
     examples = 0
-    with tqdm(total=sum(len(splits[n]) for n in waiting), unit=" splits", disable=None) as bar:
+    with progress(total=sum(len(splits[n]) for n in waiting), unit=" splits") as bar:
         for name in waiting:
             bar.set_description(f"prepare {name}")
             task = tasks[name]
@@ -337,7 +338,7 @@ def _texts(tasks: Sequence[seqio.Task]) -> list[str]:
     """Inputs and targets of the train splits, in order."""
     texts = []
     placeholder = seqio.ByteVocabulary()
-    for task in tqdm(tasks, "read text", unit=" tasks", disable=None):
+    for task in progress(tasks, desc="read text", unit=" tasks"):
         if "train" not in task.splits:
             raise UserError(f"task {task.name!r} has no 'train' split to train a vocabulary on")
         for _, rows in registry.read(registry.with_vocabulary(task, placeholder), ["train"]):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.progress import progress
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
 from moe_jax.data.cache import Example, PreparedMixture
@@ -225,7 +225,9 @@ class Evaluator:
         """Scores every task of `mixture` that has the split; see `tasks_with_split`."""
         routes = self.routes(params, jnp.int32(step)) if self.model.routed else None
         names = tasks_with_split(mixture, split)
-        bar = tqdm(names, desc=f"evaluating {split}", unit="task", leave=False, disable=not show)
+        bar = progress(
+            names, desc=f"evaluating {split}", unit="task", leave=False, disable=not show
+        )
         return [
             self.task(params, routes, mixture, name, task_ids[name], split, limit, likelihoods)
             for name in bar

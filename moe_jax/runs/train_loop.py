@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from moe_jax.core import processes
 from moe_jax.core.errors import UserError, say
+from moe_jax.core.progress import progress
 from moe_jax.core.sharding import by_group, make_mesh
 from moe_jax.data.pipeline import train_batches
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
@@ -122,8 +122,10 @@ def _train(config: Config, lead: bool) -> None:
         checkpoints.scores = log.scores
         stop = scope.enter_context(stopping.after_a_step(mesh))
         bar = scope.enter_context(
-            tqdm(total=run.train_steps, initial=start, desc=model_dir.name, unit="step",
-                 disable=not lead)
+            progress(
+                total=run.train_steps, initial=start, desc=model_dir.name, unit="step",
+                disable=not lead,
+            )
         )  # fmt: skip
 
         def is_due(period: int, step: int) -> bool:

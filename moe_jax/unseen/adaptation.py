@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError
+from moe_jax.core.progress import progress
 from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import task_batches
@@ -263,7 +263,7 @@ def _adapt_all(whole: FewShotConfig) -> None:
         starts = read_starts(config, mixture.vocabulary.size, run.seed, replicated(mesh))
         samples = list(itertools.product(mixture.names, config.seeds))
         total = len(samples) * len(grid) * (2 + (config.moe_dir is not None))
-        bar = tqdm(total=total, initial=len(done), desc="few-shot", unit="run")
+        bar = progress(total=total, initial=len(done), desc="few-shot", unit="run")
         for start in starts:
             form = (start.model, FROZEN[start.tune])
             if form not in adapters:

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from moe_jax.core import files
 from moe_jax.core.configuration import Configuration, Examples, Name, Names, Period, Range, Rows
 from moe_jax.core.errors import UserError
+from moe_jax.core.progress import progress
 from moe_jax.core.sharding import make_mesh, replicated
 from moe_jax.data.cache import digest
 from moe_jax.data.representations import Representations, fit, unit_length
@@ -149,7 +149,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
         embed = Embedder(run.model, params, config, made_with, run_config.eval_batch_rows, mesh)
         parts = Path(f"{output}.parts")
         raw = []
-        bar = tqdm(names, desc=f"{kind} of tasks", unit="task", disable=not lead)
+        bar = progress(names, desc=f"{kind} of tasks", unit="task", disable=not lead)
         for name in bar:
             bar.set_postfix_str(name)
             task = places[name].task(name)

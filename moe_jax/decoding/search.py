@@ -1,6 +1,7 @@
 """Decoding: greedy, sampling (`sampling`) and beam search (`beam`)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from moe_jax.decoding.beam import beam_search
 from moe_jax.decoding.cache import CachedDecoder
 from moe_jax.decoding.rows import RowModel
 from moe_jax.decoding.sampling import sample
+from moe_jax.model.config import ModelConfig
 
 
 class DecodingIds(NamedTuple):
@@ -70,6 +72,21 @@ class DecodingConfig:
         check(self.max_length >= 0, "max_length", "it is at least 0, for the length of targets")
         check(self.min_length >= 0, "min_length", "it is at least 0")
         check(not self.sample or self.num_beams == 1, "num_beams", "sampling keeps one beam")
+
+
+def most_tokens(config: DecodingConfig, model: ModelConfig, lengths: Mapping[str, int]) -> int:
+    """The most tokens decoded: `max_length`, or the length of targets.
+
+    Raises:
+        UserError: `DecodingConfig.max_length` is beyond the model's positions.
+    """
+    length = config.max_length or lengths["targets"]
+    if model.family.positions == "learned" and length > model.max_positions:
+        raise UserError(
+            f"DecodingConfig.max_length is {length}, but ModelConfig.max_positions "
+            f"{model.max_positions}"
+        )
+    return length
 
 
 def constrain(

@@ -23,7 +23,7 @@ from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
-from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
+from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode, most_tokens
 from moe_jax.model.experts import Params, gather
 from moe_jax.model.placement import Placement
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings, routes_of
@@ -67,12 +67,7 @@ class Evaluator:
         self.lengths = lengths
         self.rows = rows
         decoding = decoding or DecodingConfig()
-        length = decoding.max_length or lengths["targets"]
-        if model.config.family.positions == "learned" and length > model.config.max_positions:
-            raise UserError(
-                f"DecodingConfig.max_length is {length}, but ModelConfig.max_positions "
-                f"{model.config.max_positions}"
-            )
+        length = most_tokens(decoding, model.config, lengths)
         ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
         spread = rows % group_shards(mesh) == 0
         self._by_row = NamedSharding(mesh, P(GROUP_AXES) if spread else P())
@@ -200,11 +195,9 @@ class Evaluator:
                 for (index, _), total, count in zip(examples, sums, tokens, strict=False):
                     lines[index] |= {"log_likelihood": float(total), "target_tokens": int(count)}
         rows = [lines[index] for index in sorted(lines)]
-        references = [row["references"] for row in rows]
-        predictions = [row["prediction"] for row in rows]
-        metrics = {}
-        for function in task.metric_fns().values():
-            metrics |= {k: float(v) for k, v in function(references, predictions).items()}
+        metrics = task_metrics(
+            task, [row["references"] for row in rows], [row["prediction"] for row in rows]
+        )
         metric = next(iter(metrics))
         if likelihoods:
             total, tokens = (
@@ -232,6 +225,14 @@ class Evaluator:
             self.task(params, routes, mixture, name, task_ids[name], split, limit, likelihoods)
             for name in bar
         ]
+
+
+def task_metrics(task: PreparedTask, references: list, predictions: list) -> dict[str, float]:
+    """Every metric of a task, its own first, from predictions that are postprocessed."""
+    metrics = {}
+    for function in task.metric_fns().values():
+        metrics |= {k: float(v) for k, v in function(references, predictions).items()}
+    return metrics
 
 
 def input_bucket(length: int, longest: int) -> int:

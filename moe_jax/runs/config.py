@@ -208,6 +208,8 @@ class FinetuneConfig:
             experts and the task's representation; `route_only`, that representation alone;
             `free_route`, the route logits [N, E] instead. All parameters of the dense starts are
             trained.
+        runs_at_once: runs that train side by side on every device, in one call; 0 takes as many as
+            their memory allows, and on CPU, where one follows the other, a handful.
     """
 
     dense_dir: str | None = None
@@ -220,9 +222,12 @@ class FinetuneConfig:
     representation: Literal["mean", "nearest", "random", "file"] = "nearest"
     representations_path: str | None = None
     tune: Literal["all", "frozen_router", "route_only", "free_route"] = "all"
+    runs_at_once: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.runs_at_once < 0:
+            raise UserError(f"FinetuneConfig.runs_at_once is {self.runs_at_once}, below 0")
         if (self.representation == "file") != (self.representations_path is not None):
             raise UserError(
                 f"FinetuneConfig.representation is {self.representation!r} and representations_path"

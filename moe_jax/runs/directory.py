@@ -24,7 +24,7 @@ TASK_TABLE = "task_table.json"
 # Settings that may change when a run is resumed: they affect neither the model nor its training.
 _FREE = re.compile(
     r"RunConfig\.(model_dir|eval_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
-    r"|DataConfig\.cache_dir|MeshConfig\.\w+"
+    r"|DataConfig\.cache_dir|MeshConfig\.\w+|FinetuneConfig\.runs_at_once"
 )
 # In few-shot adaptation, decoding determines the scores in runs.jsonl; in training only dev scores.
 _FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+")

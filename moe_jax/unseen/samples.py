@@ -1,0 +1,138 @@
+"""Samples of new tasks: a few examples to train on, a few to choose by, and the test split."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.data.batch import INPUTS, of_rows
+from moe_jax.data.cache import Example, PreparedMixture
+from moe_jax.data.pipeline import eval_batches, example_order
+from moe_jax.evaluation.evaluator import task_metrics
+from moe_jax.runs.config import FewShotConfig
+
+
+class Sample(NamedTuple):
+    """A new task and the seed of its few examples."""
+
+    task: str
+    seed: int
+
+    @property
+    def train(self) -> str:
+        return f"fewshot_{self.seed}_train"
+
+    @property
+    def dev(self) -> str:
+        return f"fewshot_{self.seed}_validation"
+
+
+class FewShotData:
+    """The examples of all samples, as arrays of few shapes."""
+
+    def __init__(self, mixture: PreparedMixture, samples: Sequence[Sample], whole: FewShotConfig):
+        self._mixture = mixture
+        self._lengths = dict(whole.data.lengths)
+        self._steps = whole.finetune.steps
+        self.widths = few_widths(self._needed(samples))
+        self._most = max(mixture.task(s.task).examples(s.train) for s in samples)
+        self.read = functools.lru_cache(1024)(self._read)
+        self.order = functools.lru_cache(1024)(self._order)
+
+    def _needed(self, samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
+        """Of each task, its longest inputs, and longest targets to train on."""
+        limits = (self._lengths["inputs"], self._lengths["targets"])
+        longest: dict[str, tuple[int, int]] = {}
+        for s in samples:
+            task, old = self._mixture.task(s.task), longest.get(s.task, (1, 1))
+            trained = task.lengths(s.train).max(0)
+            inputs = max(task.lengths(split)[:, 0].max(initial=0) for split in (s.dev, "test"))
+            new = np.minimum(np.maximum(trained, (inputs, 0)), limits)
+            longest[s.task] = tuple(np.maximum(old, new).tolist())
+        return longest
+
+    def _read(
+        self, task: str, split: str, limit: int | None = None
+    ) -> tuple[dict[str, np.ndarray], list[tuple[int, Example]]]:
+        """Arrays [n, L] of a split, one example to a row, and the examples with their numbers."""
+        count = self._mixture.task(task).examples(split)
+        rows = count if limit is None else min(limit, count)
+        batch, examples = next(
+            eval_batches(
+                self._mixture, task, split, lengths=self._lengths, rows=max(1, rows), limit=limit
+            )
+        )
+        width, target_width = self.widths[task]
+        cut = {
+            name: array[0, :, : width if name in INPUTS else target_width]
+            for name, array in of_rows(batch).items()
+        }
+        return cut, examples
+
+    def _order(self, sample: Sample, rows: int) -> np.ndarray:
+        """int32 [steps, rows]: the same for every starting point."""
+        return example_order(
+            self._mixture, sample.task, sample.train, rows=rows, steps=self._steps,
+            seed=sample.seed,
+        )  # fmt: skip
+
+    def training(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        """Training examples [S, n, L] of tasks of one width, filled up with empty rows."""
+
+        def filled(array):
+            return np.pad(array, ((0, self._most - len(array)), (0, 0)))
+
+        found = [self.read(sample.task, sample.train)[0] for sample in samples]
+        return {name: np.stack([filled(arrays[name]) for arrays in found]) for name in found[0]}
+
+    def first_batch(self, sample: Sample, rows: int) -> dict[str, np.ndarray]:
+        """The first batch [rows, L] of so many examples."""
+        arrays, _ = self.read(sample.task, sample.train)
+        order_R = self.order(sample, rows)[0]
+        return {name: array[order_R] for name, array in arrays.items()}
+
+    def blocks(
+        self, task: str, split: str, limit: int | None, rows: int
+    ) -> list[dict[str, np.ndarray]]:
+        """Inputs of a split in blocks [rows, L] with their numbers `row` [rows]; 0 if empty."""
+        arrays, examples = self.read(task, split, limit)
+        arrays = {name: arrays[name] for name in INPUTS}
+        arrays["row"] = np.array([number for number, _ in examples], np.int32)
+        more = -len(examples) % rows
+        filled = {
+            name: np.pad(array, ((0, more), *[(0, 0)] * (array.ndim - 1)))
+            for name, array in arrays.items()
+        }
+        return [
+            {name: array[start : start + rows] for name, array in filled.items()}
+            for start in range(0, len(examples), rows)
+        ]
+
+    def score(
+        self, task: str, split: str, limit: int | None, tokens_xL: np.ndarray
+    ) -> tuple[str, float]:
+        """(name, value) of a task's metric for the answers to a split."""
+        prepared = self._mixture.task(task)
+        postprocess = prepared.postprocess_fn()
+        _, examples = self.read(task, split, limit)
+        texts = [self._mixture.vocabulary.decode(row) for row in tokens_xL.tolist()]
+        if postprocess:
+            texts = [postprocess(text, is_target=False) for text in texts]
+        references = [example.references for _, example in examples]
+        return next(iter(task_metrics(prepared, references, texts[: len(examples)]).items()))
+
+
+def few_widths(needed: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Widths (inputs, targets) that hold what each task needs, few of them, since each compiles:
+    of no task's row is more than half left empty."""
+    classes: list[tuple[tuple[int, int], list[str]]] = []
+    for task in sorted(needed, key=lambda task: -sum(needed[task])):  # the least of a class is last
+        joined = [(tuple(map(max, width, needed[task])), n) for n, (width, _) in enumerate(classes)]
+        fit = [(width, n) for width, n in joined if sum(width) <= 2 * sum(needed[task])]
+        if fit:
+            width, n = min(fit, key=lambda found: sum(found[0]))
+            classes[n] = (width, [*classes[n][1], task])
+        else:
+            classes.append((needed[task], [task]))
+    return {task: width for width, tasks in classes for task in tasks}

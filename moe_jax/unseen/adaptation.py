@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from moe_jax.core import files
 from moe_jax.core.sharding import MeshConfig, device_per_core, make_mesh
-from moe_jax.data.cache import PreparedMixture
 from moe_jax.decoding.search import DecodingIds, most_tokens
 from moe_jax.evaluation import gains
 from moe_jax.model.experts import Params
@@ -38,6 +37,68 @@ class Grid(NamedTuple):
     batch_size: int
 
 
+class Learner(NamedTuple):
+    """What trains and decodes the runs of starts of one form.
+
+    Attributes:
+        searched: the part whose learning rate is searched, the backbone if it is trained.
+        peaks: learning rates of the other parts.
+    """
+
+    runner: SideBySide
+    searched: str
+    peaks: Mapping[str, float]
+
+    def rates(self, searched: Sequence[float]) -> dict[str, np.ndarray]:
+        """Peaks [U] of every part, where the grid gives those of the first runs."""
+        rates = {part: np.full(self.runner.runs, p, np.float32) for part, p in self.peaks.items()}
+        rates[self.searched][: len(searched)] = searched
+        return rates
+
+
+class Learners:
+    """A `Learner` for each form of start, as many runs a call as fit."""
+
+    def __init__(
+        self,
+        whole: FewShotConfig,
+        mesh: Mesh,
+        ids: DecodingIds,
+        widths: Mapping[str, tuple[int, int]],
+        samples: int,
+    ):
+        self._whole, self._mesh, self._ids = whole, mesh, ids
+        self._runs = samples * len(whole.finetune.learning_rates)
+        self._tokens = max(whole.finetune.batch_sizes) * max(map(sum, widths.values()))
+        self._of: dict[tuple, Learner] = {}
+
+    def of(self, start: Start) -> Learner:
+        """That of the start's form: its model and what is frozen."""
+        frozen = tuple(dict.fromkeys((*self._whole.optimizer.frozen, *FROZEN[start.tune])))
+        form = (start.model, frozen)
+        if form not in self._of:
+            self._of[form] = self._new(start, frozen)
+        return self._of[form]
+
+    def _new(self, start: Start, frozen: tuple[str, ...]) -> Learner:
+        whole, model, devices = self._whole, start.model, self._mesh.devices.size
+        c, config = model.config, whole.finetune
+        width = (c.encoder_layers + c.decoder_layers) * (12 * c.d_model + 3 * c.d_ff)
+        each = config.runs_at_once or runs_per_device(
+            start.run.params, self._tokens, width + c.vocabulary_size, len(config.batch_sizes),
+            self._mesh.devices.flat[0],
+        )  # fmt: skip
+        optimizer = dataclasses.replace(whole.optimizer, frozen=frozen)
+        runner = SideBySide(
+            model, optimizer, whole.step, self._mesh, steps=config.steps,
+            runs=min(each, -(-self._runs // devices)) * devices, rows=whole.run.eval_batch_rows,
+            length=most_tokens(whole.decoding, c, whole.data.lengths), decoding=whole.decoding,
+            ids=self._ids,
+        )  # fmt: skip
+        searched = "representations" if "backbone" in frozen else "backbone"
+        return Learner(runner, searched, optimizer.learning_rates)
+
+
 class Trained(NamedTuple):
     """Runs of one batch size that were trained in one call, with their dev scores."""
 
@@ -47,25 +108,22 @@ class Trained(NamedTuple):
 
 
 def search(
-    runner: SideBySide,
+    learner: Learner,
     start: Start,
     own: Params,
     todo: Mapping[Sample, Sequence[Grid]],
     data: FewShotData,
-    rates: Mapping[str, float],
-    searched: str,
     test_examples: int | None,
 ) -> list[dict[str, Any]]:
     """Trains the runs of some samples, and scores them: dev all, test the best of each sample.
 
     Args:
         own: of each sample in turn, the parts in which it starts apart.
-        rates: learning rates; `searched` is the part whose rate the grid gives.
 
     Returns:
         What runs.jsonl says of each run, the best of a sample after its others.
     """
-    samples = list(todo)
+    runner, samples = learner.runner, list(todo)
     calls = []
     for size in dict.fromkeys(p.batch_size for points in todo.values() for p in points):
         runs = [(s, p) for s in samples for p in todo[s] if p.batch_size == size]
@@ -76,11 +134,10 @@ def search(
         at = [samples.index(sample) for sample, _ in runs] + [0] * idle
         order = np.stack([data.order(sample, point.batch_size) for sample, point in runs])
         order = np.pad(order, ((0, idle), (0, 0), (0, 0)), constant_values=-1)
-        peaks = {part: np.full(runner.runs, rate, np.float32) for part, rate in rates.items()}
-        peaks[searched][: len(runs)] = [point.learning_rate for _, point in runs]
+        rates = learner.rates([point.learning_rate for _, point in runs])
         params = runner.train(
             start.shared, {part: tree[at] for part, tree in own.items()},
-            data.training([samples[i] for i in at]), order, peaks,
+            data.training([samples[i] for i in at]), order, rates,
         )  # fmt: skip
         dev = _scores(runner, start, params, data, {i: (s, s.dev) for i, (s, _) in enumerate(runs)})
         trained.append(Trained(runs, params, [dev[i] for i in range(len(runs))]))
@@ -152,10 +209,12 @@ def adapt_all(whole: FewShotConfig) -> None:
     device_per_core()
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     with jax.set_mesh(mesh):
-        runners: dict[tuple, SideBySide] = {}
+        vocabulary = mixture.vocabulary
+        ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
+        learners = Learners(whole, mesh, ids, data.widths, len(samples))
         total = len(samples) * len(grid) * (2 + (config.moe_dir is not None))
         bar = tqdm(total=total, initial=len(done), desc="few-shot", unit="run")
-        for start in read_starts(config, mixture.vocabulary.size, run.seed, mesh):
+        for start in read_starts(config, vocabulary.size, run.seed, mesh):
             todo = {
                 s: left
                 for s in samples
@@ -164,23 +223,16 @@ def adapt_all(whole: FewShotConfig) -> None:
             if not todo:
                 continue
             bar.set_postfix_str(start.name)
-            frozen = tuple(dict.fromkeys((*whole.optimizer.frozen, *FROZEN[start.tune])))
-            form = (start.model, frozen)
-            if form not in runners:
-                runs = len(samples) * len(config.learning_rates)
-                runners[form] = new_runner(start, frozen, runs, mixture, data, whole, mesh)
-            runner = runners[form]
+            learner = learners.of(start)
             own = start.own(
                 [sample.task for sample in todo],
                 [data.first_batch(sample, NEAREST_ROWS) for sample in todo],
             )
-            rates = dataclasses.replace(whole.optimizer, frozen=frozen).learning_rates
-            searched = "representations" if "backbone" in frozen else "backbone"
-            for at in _alike(list(todo), data, runner.runs // len(config.learning_rates)):
-                part = dict(list(todo.items())[i] for i in at)
+            each = max(1, learner.runner.runs // len(config.learning_rates))
+            for at in _alike(list(todo), data.widths, each):
                 found = search(
-                    runner, start, {name: tree[at] for name, tree in own.items()},
-                    part, data, rates, searched, config.test_examples,
+                    learner, start, {name: tree[at] for name, tree in own.items()},
+                    dict(list(todo.items())[i] for i in at), data, config.test_examples,
                 )  # fmt: skip
                 files.append_jsonl(model_dir / RUNS, found)
                 rows += found
@@ -192,44 +244,14 @@ def adapt_all(whole: FewShotConfig) -> None:
     print(gains.text_table(found_gains))
 
 
-def new_runner(
-    start: Start,
-    frozen: tuple[str, ...],
-    runs: int,
-    mixture: PreparedMixture,
-    data: FewShotData,
-    whole: FewShotConfig,
-    mesh: Mesh,
-) -> SideBySide:
-    """What trains and decodes `runs` runs from starts of this form, as many a call as fit."""
-    config, length = (
-        whole.finetune,
-        most_tokens(whole.decoding, start.model.config, whole.data.lengths),
-    )
-    c, devices = start.model.config, mesh.devices.size
-    rows = max(config.batch_sizes)
-    width = (c.encoder_layers + c.decoder_layers) * (
-        12 * c.d_model + 3 * c.d_ff
-    ) + c.vocabulary_size
-    each = config.runs_at_once or runs_per_device(
-        start.run.params, rows * max(map(sum, data.widths.values())), width,
-        len(config.batch_sizes), mesh.devices.flat[0],
-    )  # fmt: skip
-    vocabulary = mixture.vocabulary
-    return SideBySide(
-        start.model, dataclasses.replace(whole.optimizer, frozen=frozen), whole.step, mesh,
-        steps=config.steps, runs=min(each, -(-runs // devices)) * devices,
-        rows=whole.run.eval_batch_rows, length=length, decoding=whole.decoding,
-        ids=DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id),
-    )  # fmt: skip
-
-
-def _alike(samples: Sequence[Sample], data: FewShotData, count: int) -> Iterator[list[int]]:
-    """The numbers of at most so many samples whose arrays have the same widths, and of more."""
-    for width in dict.fromkeys(data.widths.values()):
-        alike = [i for i, s in enumerate(samples) if data.widths[s.task] == width]
-        for at in range(0, len(alike), max(1, count)):
-            yield alike[at : at + max(1, count)]
+def _alike(
+    samples: Sequence[Sample], widths: Mapping[str, tuple[int, int]], count: int
+) -> Iterator[list[int]]:
+    """The numbers of samples whose arrays have the same widths, `count` at a time."""
+    for width in dict.fromkeys(widths.values()):
+        alike = [i for i, sample in enumerate(samples) if widths[sample.task] == width]
+        for at in range(0, len(alike), count):
+            yield alike[at : at + count]
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

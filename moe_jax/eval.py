@@ -3,60 +3,84 @@
     python -m moe_jax.eval --gin.MODEL_DIR=/tmp/stage2 [--gin.MIXTURE_OR_TASK_NAME=NAME] \
         [--gin.eval.split=test] [--gin.eval.examples=100]
 
-Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl. A task that the model was not trained
-on is scored zero-shot; in a mixture of experts it takes the mean representation, or its own from a
-file that `represent` made (eval.representations=FILE).
+Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl, and prompts.jsonl where tasks are
+prompts of one dataset. A task that the model was not trained on is scored zero-shot. In a mixture
+of experts it takes the representation of the training task whose inputs are most similar, the mean
+of all (eval.unseen='mean'), or its own from a file that `represent` made
+(eval.representations=FILE). With eval.disable_examples=N there is also disabling.json: the loss of
+every task with each expert off in turn.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import jax
 
-from moe_jax.core.errors import check_fields
+from moe_jax.core import files
+from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Names, Range
+from moe_jax.core.errors import UserError, say
 from moe_jax.core.sharding import make_mesh
-from moe_jax.evaluation.evaluator import Evaluator, TaskScore, mean_score, write_scores
+from moe_jax.evaluation.disabling import disabling
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.scores import TaskScore, mean_score, over_prompts, write_scores
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
 from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.unseen.zero_shot import nearest_trained
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Configuration, called="eval"):
     """Settings of this command.
 
     Attributes:
         split: the split to score; tasks without it are left out.
         examples: at most this many per task, evenly spaced; None for all.
         mixtures: further mixtures to score, each into a directory of its own.
-        representations: file of representations for tasks that the model was not trained on.
+        unseen: representation of a task that the model was not trained on: that of the `nearest`
+            training task, by the text of the inputs, or the `mean` of all.
+        representations: file of representations for these tasks instead.
+        disable_examples: with each expert of a mixture off in turn, the loss on at most this many
+            examples of each task; 0 for none.
     """
 
-    split: str = "test"
-    examples: int | None = None
-    mixtures: Sequence[str] = ()
-    representations: str | None = None
+    split: Name = "test"
+    examples: Examples = None
+    mixtures: Names = ()
+    unseen: Literal["nearest", "mean"] = "nearest"
+    representations: Name | None = None
+    disable_examples: Annotated[int, Range(0, INT32)] = 0
 
-    def __post_init__(self) -> None:
-        check_fields(self, "eval")
 
-
-configurables.register(EvalConfig, "eval")
+configurables.register(EvalConfig)
 
 
 def evaluate(config: Config, settings: EvalConfig) -> None:
     """Scores the run in MODEL_DIR."""
     run_config, data, split = config.run, config.data, settings.split
-    mixtures = prepare_mixtures(data, *settings.mixtures)
+    mixtures = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
     vocabulary = mixtures[data.mixture_or_task_name].vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
-    names = [name for mixture in mixtures.values() for name in mixture.names]
-    run = with_tasks(run, names, settings.representations)
+    if settings.disable_examples and not run.model.routed:
+        raise UserError(
+            f"eval.disable_examples is {settings.disable_examples}, but {run_config.model_dir} is "
+            "a dense model: it has no experts to switch off"
+        )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
+        nearest = {}
+        if run.model.routed and settings.unseen == "nearest" and settings.representations is None:
+            nearest = nearest_trained(
+                run, mixtures[data.mixture_or_task_name], list(mixtures.values()), split,
+                data.lengths, run_config.eval_batch_rows, mesh,
+            )  # fmt: skip
+        for new, trained in nearest.items() if jax.process_index() == 0 else ():
+            say(f"{new} takes the route of {trained}, whose inputs are most similar")
+        names = [name for mixture in mixtures.values() for name in mixture.names]
+        run = with_tasks(run, names, settings.representations, nearest)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(
             run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
@@ -65,15 +89,27 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
             scores = evaluator.tasks(
                 params, run.step, mixture, run.task_ids, split, settings.examples
             )
+            directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
             if jax.process_index() == 0:
-                directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
                 write_scores(directory, scores)
                 _show(scores, directory)
+            if settings.disable_examples:
+                found = disabling(
+                    evaluator, params, run.step, mixture, run.task_ids, split,
+                    settings.disable_examples,
+                )  # fmt: skip
+                if jax.process_index() == 0:
+                    files.write_json(directory / "disabling.json", found)
 
 
 def _show(scores: list[TaskScore], directory: Path) -> None:
     for score in scores:
         print(f"{score.task.name:<40} {score.metric:<20} {score.score:.3f}")
+    for row in over_prompts(scores):
+        print(
+            f"{row['dataset']:<40} {row['metric']:<20} mean {row['mean']:.3f}, median"
+            f" {row['median']:.3f} over {row['prompts']} prompts"
+        )
     print(f"mean over {len(scores)} tasks: {mean_score(scores):.4f}; written to {directory}")
 
 

@@ -12,22 +12,24 @@ has a gin file.
 import dataclasses
 import hashlib
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from moe_jax.core import files
-from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core import files, processes
+from moe_jax.core.configuration import INT32, Configuration, Examples, Range, Text
+from moe_jax.core.errors import UserError
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import RunConfig
 
 DONE = "done.json"
+Setting = Annotated[str, Text(0, 4096)]
 
 
 @dataclasses.dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(Configuration, called="experiment"):
     """Settings of this command.
 
     Attributes:
@@ -40,22 +42,22 @@ class ExperimentConfig:
         stage2_from_dense: stage 2 starts its experts from the dense model, not from fresh weights.
         eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
+        disable_examples: with each expert of the mixture off in turn, the loss on at most this many
+            test examples of each task; 0 for none.
     """
 
-    model: str = ""
-    dense: str = ""
-    stage1: str = ""
-    stage2: str = ""
-    finetune: str = ""
-    unseen: str = ""
+    model: Setting = ""
+    dense: Setting = ""
+    stage1: Setting = ""
+    stage2: Setting = ""
+    finetune: Setting = ""
+    unseen: Setting = ""
     stage2_from_dense: bool = False
-    eval_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "experiment")
+    eval_examples: Examples = None
+    disable_examples: Annotated[int, Range(0, INT32)] = 32
 
 
-configurables.register(ExperimentConfig, "experiment")
+configurables.register(ExperimentConfig)
 
 
 def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
@@ -71,7 +73,11 @@ def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
                 "--gin_file=experiments/quickstart.gin"
             )
     run.require("model_dir")
-    root = Path(run.model_dir)
+    with processes.lock(run.model_dir):
+        _run_stages(Path(run.model_dir), settings)
+
+
+def _run_stages(root: Path, settings: ExperimentConfig) -> None:
     begin = time.perf_counter()
     at = {name: str(root / name) for name in ("dense", "stage1", "stage2", "few_shot", "report")}
     stages = Stages(root, settings.model)
@@ -87,6 +93,8 @@ def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
         both = {"MODEL_DIR": at[name], "eval.mixtures": repr((settings.unseen,))}
         if settings.eval_examples is not None:
             both["eval.examples"] = str(settings.eval_examples)
+        if name == "stage2" and settings.disable_examples:
+            both["eval.disable_examples"] = str(settings.disable_examples)
         stages.run(f"scores of {name}", "eval", None, both)
     stages.run(
         "few_shot",
@@ -95,10 +103,10 @@ def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
         {"MODEL_DIR": at["few_shot"], "DENSE_DIR": at["dense"], "MOE_DIR": at["stage2"]},
     )
 
-    from moe_jax.report.build import report  # matplotlib
+    from moe_jax.report.build import report  # scikit-learn
 
     names = ("dense", "stage1", "stage2")
-    result = report(at["report"], {n: at[n] for n in names}, at["few_shot"], routes="stage1")
+    result = report(at["report"], {n: at[n] for n in names}, at["few_shot"], model="stage2")
     print("\nResults:")
     for finding in result.findings:
         print(f"- {finding}")
@@ -147,7 +155,7 @@ class Stages:
 
     @staticmethod
     def _call(command: Sequence[str], name: str) -> None:
-        code = subprocess.run(command).returncode
+        code = processes.call(command)
         if code:
             raise UserError(f"{name} failed with exit code {code}: see above")
 

@@ -5,8 +5,9 @@
 
 For every starting point, task of the mixture and few-shot sample: trains on the task's few examples
 with every learning rate and batch size and scores each on dev. The best one is scored on test.
-Writes MODEL_DIR/runs.jsonl and arg.{json,csv,txt}. Started again, the command continues after the
-last line of runs.jsonl.
+Writes MODEL_DIR/runs.jsonl, arg.{json,csv,txt} (gains over direct fine-tuning) and gains.json
+(gains over the dense model, with intervals). Started again, the command continues after the last
+line of runs.jsonl.
 """
 
 from moe_jax.runs import flags

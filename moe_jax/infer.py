@@ -3,34 +3,39 @@
     echo "question" | python -m moe_jax.infer --gin.MODEL_DIR=/tmp/stage2 \
         --gin.infer.task=skills_capital_of [--gin.infer.input=FILE] [--gin.infer.output=FILE]
 
-Inputs are read one per line. For each, a JSON line is written: {"input", "prediction", "route"}.
-A task that the model was not trained on is answered zero-shot, as in `eval`. Its representation
-comes from a file that `represent` made (infer.representations=FILE). Without such a file, a task of
-MIXTURE_OR_TASK_NAME gets the mean representation.
+Inputs are read one per line, which ends at a line feed. For each, a JSON line is written: {"line"
+(its number, from 1), "input", "prediction", "route"}.
+A task that the model was not trained on is answered zero-shot, as in `eval`: its representation is
+its own from a file that `represent` made (infer.representations=FILE), or the mean where it is a
+task of MIXTURE_OR_TASK_NAME.
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, check_fields, nearest
+from moe_jax.core.configuration import Configuration, Name
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
-from moe_jax.evaluation.evaluator import Evaluator, route_json
+from moe_jax.data.vocabulary import load_vocabulary
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.scores import route_json
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
-from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.runs.mixtures import prepare_mixtures, run_vocabulary
+
+Line = tuple[int, str]  # number, from 1, and text
 
 
 @dataclasses.dataclass(frozen=True)
-class InferConfig:
+class InferConfig(Configuration, called="infer"):
     """Settings of this command.
 
     Attributes:
@@ -40,16 +45,13 @@ class InferConfig:
         representations: file with the representation of a task that the model was not trained on.
     """
 
-    task: str | None = None
-    input: str = "-"
-    output: str = "-"
-    representations: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "infer")
+    task: Name | None = None
+    input: Name = "-"
+    output: Name = "-"
+    representations: Name | None = None
 
 
-configurables.register(InferConfig, "infer")
+configurables.register(InferConfig)
 
 
 def infer(config: Config, settings: InferConfig) -> None:
@@ -60,12 +62,21 @@ def infer(config: Config, settings: InferConfig) -> None:
     """
     if settings.task is None:
         raise UserError("infer.task is not set: give --gin.infer.task=NAME")
+    # A file is looked through before the work; standard input is answered as it comes.
+    lines = _lines(settings.input) if settings.input == "-" else list(_lines(settings.input))
     task, output, representations = settings.task, settings.output, settings.representations
     run_config, data = config.run, config.data
-    mixture = prepare_mixtures(data)[data.mixture_or_task_name]
-    vocabulary = mixture.vocabulary
+    # What it was trained on is looked at only where the run itself does not say enough.
+    own, mixture = run_vocabulary(run_config.model_dir), None
+    if own is None:
+        mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    vocabulary = load_vocabulary(own) if own is not None else mixture.vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
-    known = dict.fromkeys([*run.task_ids, *mixture.names])
+    known = dict.fromkeys(run.task_ids)
+    if task not in known and representations is None:
+        if mixture is None:
+            mixture = prepare_mixtures(data, run=run_config.model_dir)[data.mixture_or_task_name]
+        known |= dict.fromkeys(mixture.names)
     if task not in known and representations is None:
         raise UserError(
             f"the task table has no {task!r}; a task that the model was not trained on needs"
@@ -80,15 +91,15 @@ def infer(config: Config, settings: InferConfig) -> None:
     def answers() -> Iterator[dict]:
         routes = evaluator.routes(params, run.step) if run.model.routed else None
         route = None if routes is None else route_json(np.asarray(routes)[task_id])
-        lines = _lines(settings.input)
-        while texts := list(islice(lines, rows)):
+        for numbered in _batches(lines, rows):
+            texts = [text for _, text in numbered]
             filled = [*texts, *[""] * (rows - len(texts))]
             encoded = encode_inputs(vocabulary, filled, data.lengths["inputs"])
             arrays = {name: array[0] for name, array in encoded.items()}
             arrays["input_segments"][len(texts) :] = 0
             predictions = evaluator.predict(params, routes, task_id, arrays)
-            for text, prediction in zip(texts, predictions, strict=False):
-                yield {"input": text, "prediction": prediction, "route": route}
+            for (number, text), prediction in zip(numbered, predictions, strict=False):
+                yield {"line": number, "input": text, "prediction": prediction, "route": route}
 
     with jax.set_mesh(mesh):
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
@@ -101,13 +112,38 @@ def infer(config: Config, settings: InferConfig) -> None:
             files.write_jsonl(output, answers())
 
 
-def _lines(path: str) -> Iterator[str]:
+def _batches(lines: Iterable[Line], rows: int) -> Iterator[list[Line]]:
+    """Lists of so many lines; those before a bad one come before its error."""
+    batch: list[Line] = []
     try:
-        with sys.stdin if path == "-" else open(path, encoding="utf-8") as f:
-            for line in f:
-                yield line.rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
+        for line in lines:
+            batch.append(line)
+            if len(batch) == rows:
+                yield batch
+                batch = []
+    except UserError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def _lines(path: str) -> Iterator[Line]:
+    """(number, text) of every line; the carriage return of a line of Windows is left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no UTF-8: when that line is reached.
+    """
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+                except UnicodeDecodeError as e:
+                    raise UserError(f"{path}:{number}: the line is not UTF-8") from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
 
 
 if __name__ == "__main__":

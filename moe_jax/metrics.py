@@ -6,7 +6,8 @@ Every metric has the signature
 
 where `targets` is a list with, per example, the list of valid outputs (a plain string counts as
 the only valid output) and `predictions` a list of strings of the same length. Scores are Python
-floats: 0 to 1, or -1 to 1 for the two correlations, and never NaN.
+floats: 0 to 1, or -1 to 1 for the two correlations, and never NaN. `rank_classification` is a
+metric of scores and not of predictions: see there.
 
 The definitions are those of the NLP Few-shot Gym (Ye, Lin & Ren, *CrossFit*, EMNLP 2021, arXiv
 2104.08835). Differences from its code are stated where they occur: a constant or unreadable
@@ -53,6 +54,71 @@ def answers_or_target(
     return [(a.decode() if isinstance(a, bytes) else a).strip() for a in answers]
 
 
+def label_of_choice(
+    text: str,
+    example: Mapping[str, Any] | None = None,
+    is_target: bool = False,
+    labels: Mapping[str, str] | None = None,
+) -> list[str] | str:
+    """SeqIO postprocess function of prompts: as `answers_or_target`, choices by their labels.
+
+    Args:
+        labels: answer choice -> the label that the metric compares; to be bound by
+            `functools.partial`.
+    """
+    found, labels = answers_or_target(text, example, is_target), labels or {}
+    return [labels.get(a, a) for a in found] if is_target else labels.get(found, found)
+
+
+def choice_target(
+    score: Any, example: Mapping[str, Any] | None = None, is_target: bool = False
+) -> Any:
+    """SeqIO postprocess function of tasks that have a row for every answer choice.
+
+    The counterpart of T5's `rank_classification` (`t5.data.postprocessors`), in the same form.
+
+    Args:
+        score: the text of the target, or a model's score, which is returned as it is.
+        example: features `idx` int [2] (question, choice), `is_correct` bool, optionally `weight`
+            float, and `targets` [n] tokens.
+        is_target: whether `score` is the target.
+
+    Returns:
+        Of a target ((question, choice), is it correct, weight, number of tokens).
+    """
+    if not is_target:
+        return score
+    index = tuple(int(i) for i in example["idx"])
+    weight = float(example.get("weight", 1.0))
+    return index, bool(example["is_correct"]), weight, len(example["targets"])
+
+
+def rank_classification(
+    targets: Sequence[tuple[Sequence[int], bool, float, int]],
+    scores: Sequence[float],
+    length_penalty: float = 1.0,
+) -> dict[str, float]:
+    """Weighted share of questions whose best scored choice is correct; the first of equal ones.
+
+    Args:
+        targets: one per choice, in any order, as `choice_target` makes them.
+        scores: log-likelihood of each choice, summed over its tokens.
+        length_penalty: scores are divided by the number of tokens to this power. 1 is the mean per
+            token; 0 the sum, by which T0 was published (Sanh et al. 2022, arXiv 2110.08207).
+    """
+    if len(targets) != len(scores):
+        raise ValueError(f"{len(targets)} targets but {len(scores)} scores")
+    if not targets:
+        raise UserError("a metric needs at least one example, got none")
+    best: dict[int, tuple[float, int, bool, float]] = {}
+    for ((question, choice), correct, weight, tokens), score in zip(targets, scores, strict=True):
+        found = (score / tokens**length_penalty, -choice, correct, weight)
+        best[question] = max(found, best.get(question, found))
+    right = [correct for _, _, correct, _ in best.values()]
+    weights = [weight for _, _, _, weight in best.values()]
+    return {"ACC": float(np.average(right, weights=weights))}
+
+
 def exact_match(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
     """Share of predictions equal to a valid output after `normalize`."""
     return {"EM": _mean_of_best(_same_normalized, targets, predictions)}
@@ -80,9 +146,36 @@ def rouge_l(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str,
     `rouge` instead takes the union of the common subsequences of all pairs of sentences and counts
     each distinct word once. On the gym's tasks, with copied, shuffled and thinned outputs, the two
     means differ by at most 0.05, `rouge` mostly higher (`rouge-score` with its own lower-cased
-    words of [a-z0-9] differs by up to 0.3). A prediction without words scores 0.
+    words of [a-z0-9] differs by up to 0.3). A prediction without words, or of nothing but
+    punctuation, scores 0, as in CrossFit.
     """
-    return {"Rouge-L": _mean_of_best(_rouge_l_f1, targets, predictions)}
+
+    def score(answer: str, prediction: str) -> float:
+        return _rouge_l_f1(answer, prediction) if prediction.translate(_NO_PUNCTUATION) else 0.0
+
+    return {"Rouge-L": _mean_of_best(score, targets, predictions)}
+
+
+def stemmed_rouge_l(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
+    """Mean ROUGE-L F1 of stemmed, lower-case words of [a-z0-9]: Super-NaturalInstructions' own.
+
+    That of `rouge-score` with its stemmer (Wang et al. 2022, arXiv 2204.07705).
+    """
+    score = functools.partial(_rouge_l_f1, stemmed=True)
+    return {"ROUGE-L": _mean_of_best(score, targets, predictions)}
+
+
+def match(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
+    """Share of predictions equal to a valid output but for case, punctuation and spaces.
+
+    Super-NaturalInstructions' exact match; other than in `exact_match`, articles count.
+    """
+
+    def same(answer: str, prediction: str) -> float:
+        plain = (text.lower().translate(_NO_PUNCTUATION).split() for text in (answer, prediction))
+        return float(next(plain) == next(plain))
+
+    return {"match": _mean_of_best(same, targets, predictions)}
 
 
 def classification_f1(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str, float]:
@@ -187,8 +280,8 @@ def _token_f1(answer: str, prediction: str) -> float:
     return 2 * common / (answer_counts.total() + predicted_counts.total()) if common else 0.0
 
 
-def _rouge_l_f1(answer: str, prediction: str) -> float:
-    return _rouge_scorer().score(answer, prediction)["rougeL"].fmeasure
+def _rouge_l_f1(answer: str, prediction: str, stemmed: bool = False) -> float:
+    return _rouge_scorer(stemmed).score(answer, prediction)["rougeL"].fmeasure
 
 
 class _Words:
@@ -199,10 +292,13 @@ class _Words:
 
 
 @functools.cache
-def _rouge_scorer():
+def _rouge_scorer(stemmed: bool):
     from rouge_score import rouge_scorer
 
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words())
+    # With its own tokenizer, `rouge-score` stems.
+    return rouge_scorer.RougeScorer(
+        ["rougeL"], use_stemmer=True, tokenizer=None if stemmed else _Words()
+    )
 
 
 def _mean_of_best(

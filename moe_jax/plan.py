@@ -16,7 +16,7 @@ from absl import flags
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import group_shards, make_mesh
+from moe_jax.core.sharding import make_mesh
 from moe_jax.model.task_moe import TaskMoE
 from moe_jax.planning.devices import plan_devices
 from moe_jax.planning.report import advice, table
@@ -41,11 +41,7 @@ def plan(config: Config) -> None:
             "read data: give it, such as --gin.ModelConfig.vocabulary_size=50265"
         )
     mesh = make_mesh(config.mesh, plan_devices(_TOPOLOGY.value, _DEVICES.value))
-    if data.groups % group_shards(mesh):
-        raise UserError(
-            f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} rows: "
-            f"not a multiple of the mesh's {group_shards(mesh)} data shards"
-        )
+    config.check_groups(mesh)
     model = TaskMoE(model_config, config.router, _TASKS.value)
     shape = BatchShape(data.groups, data.rows_per_group, **data.lengths)
     print(f"compiling for {mesh.devices.size} devices, a minute or two ...", file=sys.stderr)

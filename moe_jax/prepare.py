@@ -7,25 +7,25 @@ process does the work, so that the calling process never imports TensorFlow.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
+from moe_jax.core.configuration import Configuration, Names
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import DataConfig
 from moe_jax.runs.mixtures import prepare_mixtures
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Configuration, called="prepare"):
     """Settings of this command.
 
     Attributes:
         mixtures: further mixtures or tasks to prepare with MIXTURE_OR_TASK_NAME, in its vocabulary.
     """
 
-    mixtures: Sequence[str] = ()
+    mixtures: Names = ()
 
 
-configurables.register(PrepareConfig, "prepare")
+configurables.register(PrepareConfig)
 
 
 def main(data: DataConfig, settings: PrepareConfig) -> None:

@@ -18,7 +18,7 @@ from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
 from moe_jax.unseen.representations import RepresentConfig, represent
 
-configurables.register(RepresentConfig, "represent")
+configurables.register(RepresentConfig)
 
 if __name__ == "__main__":
     flags.run(represent, Config, RepresentConfig, from_model_dir=True)

@@ -103,7 +103,7 @@ def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
         print(f"{category} / {subcategory}" if subcategory else category)
         for name in names:
             task = seqio.TaskRegistry.get(name)
-            scores = ", ".join(f.__name__ for f in task.metric_fns) or "no metric"
+            scores = ", ".join(map(_name, task.metric_fns)) or "no metric"
             print(f"  {name:<44} {scores:<18} {_short(task.splits)}")
     if args.category is None:
         listed = {name: n for m in modules for name, n in getattr(m, "LISTED", {}).items()}
@@ -146,7 +146,8 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     category = _categories(modules).get(task.name, ("none",))
     print(f"{task.name}\n  category: {' / '.join(filter(None, category))}")
     print(f"  splits:   {', '.join(task.splits)}")
-    print(f"  metrics:  {', '.join(registry.metric_references(task)) or 'none'}")
+    references = [name for kind in registry.metric_references(task) for name in kind]
+    print(f"  metrics:  {', '.join(references) or 'none'}")
     split = args.split or ("train" if "train" in task.splits else next(iter(task.splits), ""))
     for number, row in enumerate(_rows(task, split, args.examples), 1):
         print(f"example {number} of {split}")
@@ -157,6 +158,8 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
             print(f"  {feature}: {registry.text(row, feature, vocabulary)}")
             print(f"    {len(ids)} tokens: {' '.join(tokens)}{' ...' * (len(ids) > 40)}")
         print(f"  references: {_postprocess(task, [row], is_target=True)[0]!r}")
+        if choices := registry.choices(row):
+            print(f"  choices: {', '.join(map(repr, choices))}")
 
 
 # ---- check ----
@@ -230,7 +233,7 @@ def _row_problems(task: Any, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Runs the metrics on targets as predictions, as evaluation will."""
+    """Runs the metrics on targets as predictions, or on equal scores for every token."""
     from moe_jax.data import registry
 
     if not task.metric_fns:
@@ -242,18 +245,31 @@ def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str
     except UserError as e:
         yield str(e)
         return
-    for metric in task.metric_fns:
+    per_token = [-float(len(row["targets"])) for row in rows]
+    runs = [(f, predictions, f"targets of {split} as predictions") for f in task.predict_metric_fns]
+    runs += [(f, per_token, f"{split} with -1 for every token") for f in task.score_metric_fns]
+    for metric, values, what in runs:
+        name = _name(metric)
         try:
-            scores = {key: float(value) for key, value in metric(targets, predictions).items()}
+            scores = {key: float(value) for key, value in metric(targets, values).items()}
         except Exception as e:
-            yield f"metric {metric.__name__}: {_one_line(e)}"
+            yield f"metric {name}: {_one_line(e)}"
             continue
         if not scores or not all(map(math.isfinite, scores.values())):
-            yield f"metric {metric.__name__} must return finite numbers by name, returned {scores}"
+            yield f"metric {name} must return finite numbers by name, returned {scores}"
         shown = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
-        print(f"  targets of {split} as predictions: {shown}")
+        print(f"  {what}: {shown}")
         if metric in metrics.METRICS.values() and max(scores.values()) < 0.999:
             print("  note: a perfect model scores less than 1 (constant or unmatchable targets)")
+    ranked = [(registry.choices(row), p) for row, p in zip(rows, predictions, strict=True)]
+    outside = sum(bool(choices) and target not in choices for choices, target in ranked)
+    if outside:
+        print(f"  note: {outside} targets of {split} are not among their answer choices")
+
+
+def _name(metric: Any) -> str:
+    """Name of a metric function, or of that which a `functools.partial` calls."""
+    return getattr(metric, "func", metric).__name__
 
 
 def length_summary(lengths: Sequence[int], limit: int) -> str:

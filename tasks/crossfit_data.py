@@ -23,6 +23,8 @@ import gin
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.files import read_json
 
+from .data_directory import absolute, data_directory
+
 TASKS: dict[str, dict[str, str]] = read_json(Path(__file__).with_name("crossfit_tasks.json"))
 PUBLISHED = {
     name: {
@@ -34,8 +36,6 @@ PUBLISHED = {
     for name, lists in read_json(Path(__file__).with_name("crossfit_partitions.json")).items()
 }
 
-# Settings are passed as environment variables, because tasks are registered in a child process
-# (which imports TensorFlow), where gin is not configured.
 DATA_DIR, FULL_DIR, PARTITION = "CROSSFIT_DIR", "CROSSFIT_FULL_DIR", "CROSSFIT_PARTITION"
 
 _FEW_SHOT_FILE = re.compile(r"_(\d+)_(\d+)_(train|dev|test)\.tsv")
@@ -50,8 +50,7 @@ def settings(
     data_dir: str | None = None, full_dir: str | None = None, partition: str | None = None
 ) -> dict[str, str]:
     """The gin settings as environment variables: {"CROSSFIT_DIR": absolute path, ...}."""
-    given = {DATA_DIR: data_dir, FULL_DIR: full_dir, PARTITION: partition}
-    return {name: os.path.abspath(path) for name, path in given.items() if path is not None}
+    return absolute(**{DATA_DIR: data_dir, FULL_DIR: full_dir, PARTITION: partition})
 
 
 def directory(variable: str) -> Path | None:
@@ -60,15 +59,10 @@ def directory(variable: str) -> Path | None:
     Raises:
         UserError: it is not a directory, or contains no CrossFit task.
     """
-    value = os.environ.get(variable)
-    if not value:
-        return None
-    path = Path(value)
-    if not path.is_dir():
-        raise UserError(f"{variable}={value}: no such directory")
-    if not present(path):
+    path = data_directory(variable)
+    if path is not None and not present(path):
         raise UserError(
-            f"{variable}={value}: holds no directory named as a CrossFit task (such as ag_news)"
+            f"{variable}={path}: holds no directory named as a CrossFit task (such as ag_news)"
         )
     return path
 
@@ -108,7 +102,7 @@ def _checked_partition(path: str) -> dict[str, list[str]]:
     where: dict[str, str] = {}
     for part, names in lists.items():
         for task in names:
-            if task not in TASKS:
+            if not isinstance(task, str) or task not in TASKS:
                 raise UserError(f"{path}: unknown task {task!r}{nearest(str(task), TASKS)}")
             if task in where:
                 raise UserError(f"{path}: {task!r} is in {where[task]!r} and again in {part!r}")

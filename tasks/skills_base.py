@@ -1,22 +1,20 @@
 """Shared by all tasks of the skills gym: the table of tasks, splits, random numbers.
 
-A task is one small function decorated with `skill`. It draws a single example from a NumPy
-generator; everything else (splits, balance of labels, uniqueness) happens in `examples`. No
+A task is one small function decorated with `skill`. It draws a single example of a world from a
+random generator; everything else (splits, balance of labels, uniqueness) happens in `examples`. No
 TensorFlow here: only `skills_gym` imports SeqIO.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from random import Random
+from typing import Any, NamedTuple
 
-import numpy as np
+from .skills_world import world
 
-SEED = 7
-SIZES = {"train": 192, "validation": 32, "test": 64}
+SIZES = {"train": 2000, "validation": 64, "test": 128}
 FEWSHOT_SEEDS = (13, 21, 42)
 FEWSHOT = 16  # examples in a few-shot split; per label, if a task has labels
-
-T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -31,12 +29,15 @@ class Skill(NamedTuple):
 
     Attributes:
         name: registered task name.
-        category, subcategory: the skill that was planted.
+        category, subcategory: the skill that was planted; of a combination, `skill+skill`.
         metric: name of the metric function in `moe_jax.metrics`.
-        labels: the outputs of a classification task; empty for any other task.
+        labels: the outputs of a classification task, as keys of `World.labels`; empty for any
+            other task.
         unseen: kept out of the training mixture, and given few-shot splits.
-        draw: `draw(rng) -> (text, answer)`, where an answer is a string or a tuple of valid
-            strings; of a classification task `draw(rng, label) -> text`.
+        surface: name of the kind of input that this task shares with others, which want other
+            answers: only the prefix tells them apart. Empty if the input itself tells.
+        draw: `draw(rng, world) -> (text, answer)`, where an answer is a string or a tuple of valid
+            strings; of a classification task `draw(rng, world, label) -> text`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Skill(NamedTuple):
     metric: str
     labels: tuple[str, ...]
     unseen: bool
+    surface: str
     draw: Callable[..., Any]
 
     @property
@@ -70,6 +72,7 @@ def skill(
     metric: str = "exact_match",
     labels: Sequence[str] = (),
     unseen: bool = False,
+    surface: str = "",
 ) -> Callable[[Callable], Callable]:
     """Decorator: adds the `draw` function (see `Skill`) to the table under its name."""
 
@@ -77,17 +80,21 @@ def skill(
         name = f"skills_{draw.__name__}"
         if name in SKILLS:
             raise ValueError(f"two tasks are called {name}")
-        SKILLS[name] = Skill(name, category, subcategory, metric, tuple(labels), unseen, draw)
+        SKILLS[name] = Skill(
+            name, category, subcategory, metric, tuple(labels), unseen, surface, draw
+        )
         return draw
 
     return enter
 
 
-def examples(task: Skill, split: str) -> list[Example]:
-    """Draws a split: always the same examples, each input once, labels in equal numbers.
+def examples(task: Skill, split: str, seed: int = 0) -> list[Example]:
+    """Draws a split in the world of `seed`.
 
-    Splits share no input, because the hash of an input's text says which split it belongs to.
-    Few-shot splits are drawn from the same share as `train` and `validation`.
+    They are always the same examples, each input once, labels in equal numbers. Splits share no
+    input, because the hash of an input's text says which split it belongs to. Few-shot splits are
+    drawn from the same share as `train` and `validation`. Tasks of one surface draw the same
+    inputs, as far as they consume the same random numbers.
 
     Raises:
         ValueError: the task has no such split, or not enough different inputs to fill it.
@@ -95,23 +102,25 @@ def examples(task: Skill, split: str) -> list[Example]:
     size = task.sizes.get(split)
     if size is None:
         raise ValueError(f"{task.name} has no split {split!r}, only {', '.join(task.sizes)}")
-    rng = np.random.default_rng(_digest(f"{SEED}/{task.name}/{split}"))
+    here = world(seed)
+    rng = Random(_digest(f"{seed}/{task.surface or task.name}/{split}"))
     share = split.rsplit("_", 1)[-1]
     drawn: dict[str, tuple[str, ...]] = {}
     for _ in range(100 * size):
         if len(drawn) == size:
             break
         if task.labels:
-            answer = task.labels[len(drawn) % len(task.labels)]
-            text = task.draw(rng, answer)
+            label = task.labels[len(drawn) % len(task.labels)]
+            text, answer = task.draw(rng, here, label), here.labels[label]
         else:
-            text, answer = task.draw(rng)
+            text, answer = task.draw(rng, here)
         if text not in drawn and _share(text) == share:
             drawn[text] = (answer,) if isinstance(answer, str) else tuple(answer)
     else:
         raise ValueError(f"{task.name} has fewer than {size} inputs for its split {split!r}")
     rows = [Example(f"[{task.name}] {text}", answers) for text, answers in drawn.items()]
-    return [rows[i] for i in rng.permutation(size)]
+    rng.shuffle(rows)
+    return rows
 
 
 def _share(text: str) -> str:
@@ -125,16 +134,6 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
-def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
-    """Draws one of `choices` (`rng.choice` would make NumPy scalars of them)."""
-    return choices[int(rng.integers(len(choices)))]
-
-
-def pick_several(rng: np.random.Generator, choices: Sequence[T], count: int) -> list[T]:
-    """Draws `count` different ones of `choices`, in random order."""
-    return [choices[i] for i in rng.permutation(len(choices))[:count]]
-
-
-def maybe(rng: np.random.Generator, probability: float = 0.5) -> bool:
-    """Draws True with the given probability."""
-    return bool(rng.random() < probability)
+def maybe(rng: Random) -> bool:
+    """Draws True every other time."""
+    return rng.random() < 0.5

@@ -1,167 +1,193 @@
 """Classification tasks: the answer is one of a few label words, in equal numbers."""
 
+from collections.abc import Iterable
 from functools import partial
+from random import Random
 
-import numpy as np
-
-from .skills_base import maybe, pick, pick_several, skill
-from .skills_language import (
-    ADJECTIVES,
-    ANIMALS,
-    COLOURS,
-    DAYS,
-    FEELINGS,
-    FOODS,
-    MOTIONS,
-    NEGATIVE,
-    NOUNS,
-    NUMBERS,
-    PEOPLE,
-    PLACES,
-    PLURALS,
-    POSITIVE,
-    REVIEWED,
-    THINGS,
-    TOPICS,
-    a,
-    draw_event,
-    sentence,
-    tell,
-)
+from . import skills_language as language
+from .skills_base import maybe, skill
+from .skills_language import a, draw_event, sentence, tell
+from .skills_words import World
 
 classification = partial(skill, "classification", metric="classification_f1")
 ACCEPTABILITY = ("acceptable", "unacceptable")
+CONTRARY = {
+    "positive": "negative", "negative": "positive", "liked": "disliked", "disliked": "liked",
+    "praise": "complaint", "complaint": "praise",
+}  # fmt: skip
 
 
-@classification("sentiment", labels=("positive", "negative"))
-def review(rng: np.random.Generator, label: str) -> str:
-    return _opinion(rng, pick(rng, PEOPLE), pick(rng, REVIEWED), label == "positive")
+@classification("sentiment", labels=("positive", "negative"), surface="review")
+def review(rng: Random, world: World, label: str) -> str:
+    return language.review(rng, world, rng.choice(world.people), label == "positive")
 
 
-@classification("sentiment", labels=tuple(FEELINGS))
-def emotion(rng: np.random.Generator, label: str) -> str:
-    person = pick(rng, PEOPLE)
-    feeling = pick(rng, FEELINGS[label])
-    other = pick(rng, FEELINGS[pick(rng, [name for name in FEELINGS if name != label])])
-    event = pick(rng, ("match", "concert", "flight", "race", "show"))
-    return pick(
-        rng,
+@classification("sentiment", labels=("liked", "disliked"), surface="visit")
+def visit(rng: Random, world: World, label: str) -> str:
+    adjective = rng.choice(world.positive if label == "liked" else world.negative)
+    other = rng.choice(world.negative if label == "liked" else world.positive)
+    first, second = rng.sample(world.services, 2)
+    person, event = rng.choice(world.people), rng.choice(world.events)
+    return rng.choice(
+        (
+            f"{person} came to the {event} for the {first}, which was {adjective}.",
+            f"At the {event}, {person} had {a(adjective)} {first}.",
+            f"{person} knows the {event} for its {adjective} {first}, not for the {second}.",
+            f"No {other} {first} at the {event}: it was {adjective}, said {person}.",
+        )
+    )
+
+
+@classification("sentiment", labels=("joy", "anger", "sadness", "fear"))
+def emotion(rng: Random, world: World, label: str) -> str:
+    person, event = rng.choice(world.people), rng.choice(world.events)
+    feeling = rng.choice(world.feelings[label])
+    other = rng.choice(world.feelings[_another(rng, world.feelings, label)])
+    return rng.choice(
         (
             f"{person} felt {feeling} after the {event}.",
             f"After the {event}, {person} was {feeling}, not {other}.",
             f"{person} was not {other} but {feeling} about the {event}.",
-        ),
+        )
     )
 
 
-@classification("sentiment", labels=("praise", "complaint"), unseen=True)
-def feedback(rng: np.random.Generator, label: str) -> str:
-    adjective = pick(rng, POSITIVE if label == "praise" else NEGATIVE)
-    service, place = pick(rng, ("room", "food", "music", "seat")), pick(rng, PLACES)
-    return f"{pick(rng, PEOPLE)} writes: the {service} in {place} was {adjective}."
+@classification("sentiment", labels=("praise", "complaint"), unseen=True, surface="feedback")
+def feedback(rng: Random, world: World, label: str) -> str:
+    return language.remark(rng, world, rng.choice(world.people), label == "praise")
 
 
-@classification("topic", labels=tuple(TOPICS))
-def topic(rng: np.random.Generator, label: str) -> str:
-    first, second = pick_several(rng, TOPICS[label], 2)
-    stray = pick(rng, TOPICS[pick(rng, [name for name in TOPICS if name != label])])
-    person = pick(rng, PEOPLE)
-    return pick(
-        rng,
+# The same inputs, but the labels are exchanged (and so listed in the other order).
+
+
+@classification("contrary", labels=("negative", "positive"), surface="review")
+def review_contrary(rng: Random, world: World, label: str) -> str:
+    return review(rng, world, CONTRARY[label])
+
+
+@classification("contrary", labels=("disliked", "liked"), surface="visit")
+def visit_contrary(rng: Random, world: World, label: str) -> str:
+    return visit(rng, world, CONTRARY[label])
+
+
+@classification("contrary", labels=("complaint", "praise"), unseen=True, surface="feedback")
+def feedback_contrary(rng: Random, world: World, label: str) -> str:
+    return feedback(rng, world, CONTRARY[label])
+
+
+@classification("topic", labels=("sport", "food", "music", "travel"))
+def topic(rng: Random, world: World, label: str) -> str:
+    first, second = rng.sample(world.topics[label], 2)
+    stray = rng.choice(world.topics[_another(rng, world.topics, label)])
+    person = rng.choice(world.people)
+    return rng.choice(
         (
             f"{person} talked about the {first} and the {second}, but not about the {stray}.",
             f"After the {stray}, {person} asked about the {first} and the {second}.",
             f"{person} forgot the {stray} because of the {first} and the {second}.",
-        ),
+        )
     )
 
 
 @classification("topic", labels=("yes", "no"))
-def mentions_animal(rng: np.random.Generator, label: str) -> str:
-    return f"{_shopping(rng, ANIMALS, FOODS | THINGS, label)} Is there an animal?"
+def mentions_animal(rng: Random, world: World, label: str) -> str:
+    animals = tuple(world.animals) if label == "yes" else None
+    others = (*world.foods, *world.things)
+    told = language.shopping(rng, rng.choice(world.people), animals, others)
+    return f"{told} Is there an animal?"
 
 
 @classification("topic", labels=("yes", "no"), unseen=True)
-def mentions_food(rng: np.random.Generator, label: str) -> str:
-    return f"{_shopping(rng, FOODS, ANIMALS | THINGS, label)} Is there any food?"
+def mentions_food(rng: Random, world: World, label: str) -> str:
+    foods = tuple(world.foods) if label == "yes" else None
+    others = (*world.animals, *world.things)
+    told = language.shopping(rng, rng.choice(world.people), foods, others)
+    return f"{told} Is there any food?"
 
 
 @classification("pairs", labels=("entailment", "neutral", "contradiction"))
-def entailment(rng: np.random.Generator, label: str) -> str:
-    event = draw_event(rng)
-    part, choices = pick(
-        rng, (("place", PLACES), ("colour", COLOURS), ("number", NUMBERS), ("day", DAYS))
-    )
+def entailment(rng: Random, world: World, label: str) -> str:
+    event = draw_event(rng, world)
+    choices = {
+        "place": world.places,
+        "colour": world.colours,
+        "number": world.numbers,
+        "day": world.days,
+    }
+    part = rng.choice(tuple(choices))
     claim = getattr(event, part)
     if label == "contradiction":
-        claim = pick(rng, [choice for choice in choices if choice != claim])
+        claim = _another(rng, choices[part], claim)
     hypothesis = {
         "place": f"{event.person} was in {claim}.",
         "colour": f"The {event.things} were {claim}.",
         "number": f"There were {claim} {event.things}.",
         "day": f"It was on {claim}.",
     }[part]
-    left_out = pick(rng, [name for name in ("place", "colour", "number", "day") if name != part])
+    left_out = _another(rng, choices, part)
     if label == "neutral":  # either about something else, or about what the premise leaves out
         if maybe(rng):
-            hypothesis = f"{event.person} felt {pick(rng, FEELINGS[pick(rng, tuple(FEELINGS))])}."
+            hypothesis = f"{event.person} felt {_feeling(rng, world)}."
         else:
             left_out = part
     return f"Premise: {tell(rng, event, (left_out,))} Hypothesis: {hypothesis}"
 
 
 @classification("pairs", labels=("agree", "disagree"))
-def same_opinion(rng: np.random.Generator, label: str) -> str:
-    first, second = pick_several(rng, PEOPLE, 2)
-    reviewed, positive = pick(rng, REVIEWED), maybe(rng)
-    same, opposite = POSITIVE[:4], NEGATIVE[:4]  # few words, as comparing two is hard enough
-    if not positive:
-        same, opposite = opposite, same
-    verdict, reply = pick(rng, same), pick(rng, same if label == "agree" else opposite)
+def same_opinion(rng: Random, world: World, label: str) -> str:
+    first, second = rng.sample(world.people, 2)
+    # Few words, as comparing two is hard enough.
+    same, opposite = rng.sample((world.positive[:4], world.negative[:4]), 2)
+    verdict, reply = rng.choice(same), rng.choice(same if label == "agree" else opposite)
+    reviewed = rng.choice(world.reviewed)
     return f"{first}: the {reviewed} was {verdict}. {second}: it was {reply}."
 
 
+@classification("pairs", labels=("same", "different"), unseen=True)
+def same_feeling(rng: Random, world: World, label: str) -> str:
+    first, second = rng.sample(world.people, 2)
+    one = rng.choice(tuple(world.feelings))
+    other = one if label == "same" else _another(rng, world.feelings, one)
+    feeling, reply = rng.choice(world.feelings[one]), rng.choice(world.feelings[other])
+    return f"After the {rng.choice(world.events)} {first} was {feeling} and {second} was {reply}."
+
+
 @classification("acceptability", labels=ACCEPTABILITY)
-def word_order(rng: np.random.Generator, label: str) -> str:
-    place = f"near {pick(rng, PEOPLE)} on {pick(rng, DAYS)}"
-    animal, adjective = pick(rng, tuple(ANIMALS)), pick(rng, ADJECTIVES)
-    words = f"the {adjective} {animal} {pick(rng, MOTIONS).past} {place}".split()
+def word_order(rng: Random, world: World, label: str) -> str:
+    place = f"near {rng.choice(world.people)} on {rng.choice(world.days)}"
+    animal, adjective = rng.choice(tuple(world.animals)), rng.choice(world.adjectives)
+    words = f"the {adjective} {animal} {rng.choice(world.motions).past} {place}".split()
     if label == "unacceptable":
-        at = int(rng.integers(len(words) - 1))
+        at = rng.randrange(len(words) - 1)
         words[at], words[at + 1] = words[at + 1], words[at]
     return sentence(" ".join(words))
 
 
 @classification("acceptability", labels=ACCEPTABILITY)
-def agreement(rng: np.random.Generator, label: str) -> str:
-    animal, verb = pick(rng, tuple(ANIMALS)), pick(rng, MOTIONS)
+def agreement(rng: Random, world: World, label: str) -> str:
+    animal, verb = rng.choice(tuple(world.animals)), rng.choice(world.motions)
     plural = maybe(rng)
-    subject = ANIMALS[animal] if plural else animal
+    subject = world.animals[animal] if plural else animal
     form = verb.base if plural == (label == "acceptable") else verb.present
-    other = pick(rng, NOUNS)  # may have the other number, and stands next to the verb
-    near = pick(rng, ("", f" near the {other}", f" near the {PLURALS[other]}"))
-    return f"The {subject}{near} {form} in {pick(rng, PLACES)}."
+    other = rng.choice(world.nouns)  # may have the other number, and stands next to the verb
+    near = rng.choice(("", f" near the {other}", f" near the {world.plurals[other]}"))
+    return f"The {subject}{near} {form} in {rng.choice(world.places)}."
 
 
-def _opinion(rng: np.random.Generator, person: str, reviewed: str, positive: bool) -> str:
-    """A review; half of them also name an opposite opinion."""
-    same, opposite = (POSITIVE, NEGATIVE) if positive else (NEGATIVE, POSITIVE)
-    return pick(
-        rng,
-        (
-            f"{person} found the {reviewed} {pick(rng, same)}.",
-            f"The {reviewed} was {pick(rng, same)}, said {person}.",
-            f"To {person} the {reviewed} was not {pick(rng, opposite)}.",
-            f"To {person} the {reviewed} was not {pick(rng, opposite)} but {pick(rng, same)}.",
-            f"{person} expected {a(pick(rng, opposite))} {reviewed}, but it was {pick(rng, same)}.",
-        ),
-    )
+@classification("acceptability", labels=ACCEPTABILITY, unseen=True)
+def article(rng: Random, world: World, label: str) -> str:
+    vowels = [noun for noun in world.nouns if noun[0] in "aeiou"]
+    noun = rng.choice(vowels if vowels and maybe(rng) else world.nouns)
+    phrase = a(noun)
+    if label == "unacceptable":
+        phrase = f"{'a' if noun in vowels else 'an'} {noun}"
+    things = world.plurals[rng.choice(world.nouns)]
+    return f"{rng.choice(world.people)} has {phrase} and {rng.choice(world.numbers)} {things}."
 
 
-def _shopping(rng: np.random.Generator, wanted: dict, others: dict, label: str) -> str:
-    """Somebody has three things, one of which is of the wanted kind if `label` is yes."""
-    items = pick_several(rng, tuple(others), 3)
-    if label == "yes":
-        items[int(rng.integers(3))] = pick(rng, tuple(wanted))
-    first, second, third = map(a, items)
-    return f"{pick(rng, PEOPLE)} has {first}, {second} and {third}."
+def _another(rng: Random, choices: Iterable[str], one: str) -> str:
+    return rng.choice([choice for choice in choices if choice != one])
+
+
+def _feeling(rng: Random, world: World) -> str:
+    return rng.choice(world.feelings[rng.choice(tuple(world.feelings))])

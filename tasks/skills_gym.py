@@ -1,12 +1,15 @@
 """The skills gym: text-to-text tasks generated from a seed, built from planted skills.
 
 This is the default data. Training tasks (mixture `skills_gym_train`) teach four categories of
-skill: extractive, classification, world knowledge and generation. Unseen tasks (mixture
-`skills_gym_unseen`) are new tasks of these skills, and combinations of two; they also have few-shot
-splits `fewshot_<seed>_train` and `fewshot_<seed>_validation`. `ONTOLOGY` says which skill was
-planted where, so that it can be compared with what the routes learn.
+skill: extractive, classification, world knowledge and generation. Tasks of one skill have different
+texts and labels. Some tasks interfere: they share their texts and want other answers. Unseen tasks
+(mixture `skills_gym_unseen`) are new tasks of these skills, and combinations of two; they also have
+few-shot splits `fewshot_<seed>_train` and `fewshot_<seed>_validation`. `ONTOLOGY` says which skill
+was planted where, so that it can be compared with what the routes learn.
 
-Registering is cheap: examples are drawn when a split is read.
+The gym's seed (gin's `skills_gym.seed`, or SKILLS_GYM_SEED) chooses the world that the tasks talk
+about: its words, labels and facts. Names of tasks do not depend on it. Registering is cheap:
+examples are drawn when a split is read.
 """
 
 from functools import partial
@@ -17,8 +20,12 @@ import tensorflow as tf
 from moe_jax import metrics
 
 from .skills_table import ONTOLOGY, SKILLS, TRAIN, UNSEEN, examples
+from .skills_world import SEED, current_seed
 
-__all__ = ["ONTOLOGY"]
+__all__ = ["ENVIRONMENT", "ONTOLOGY"]
+
+# The environment variable that decides what is drawn.
+ENVIRONMENT = (SEED,)
 
 
 def _dataset(
@@ -29,7 +36,7 @@ def _dataset(
     `shuffle_files` and `seed` are SeqIO's; the order is fixed, and the pipeline shuffles.
     """
     del shuffle_files, seed
-    rows = examples(SKILLS[name], split)
+    rows = examples(SKILLS[name], split, current_seed())
     columns = {
         "inputs": tf.constant([row.inputs for row in rows]),
         "targets": tf.constant([row.answers[0] for row in rows]),

@@ -1,86 +1,26 @@
 """World knowledge: the answer is not in the input, so the model must remember it.
 
 Training and test inputs share the facts and differ in the wording. Unseen tasks ask for the same
-facts the other way round.
+facts the other way round, or in another form.
 """
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from random import Random
 
-import numpy as np
-
-from .skills_base import pick, skill
-from .skills_language import PEOPLE, PLACES
+from .skills_base import maybe, skill
+from .skills_language import a
+from .skills_words import World
 
 knowledge = partial(skill, "world_knowledge")
 Drawn = tuple[str, str | tuple[str, ...]]
 
-# Country: capital, language, continent. The countries are the places of the other tasks.
-COUNTRIES = {
-    "France": ("Paris", "French", "Europe"),
-    "Spain": ("Madrid", "Spanish", "Europe"),
-    "Italy": ("Rome", "Italian", "Europe"),
-    "Austria": ("Vienna", "German", "Europe"),
-    "Greece": ("Athens", "Greek", "Europe"),
-    "Poland": ("Warsaw", "Polish", "Europe"),
-    "Japan": ("Tokyo", "Japanese", "Asia"),
-    "China": ("Beijing", "Chinese", "Asia"),
-    "Iran": ("Tehran", "Persian", "Asia"),
-    "Vietnam": ("Hanoi", "Vietnamese", "Asia"),
-    "Egypt": ("Cairo", "Arabic", "Africa"),
-    "Kenya": ("Nairobi", "Swahili", "Africa"),
-    "Morocco": ("Rabat", "Arabic", "Africa"),
-    "Ghana": ("Accra", "English", "Africa"),
-    "Peru": ("Lima", "Spanish", "America"),
-    "Chile": ("Santiago", "Spanish", "America"),
-    "Brazil": ("Brasilia", "Portuguese", "America"),
-    "Canada": ("Ottawa", "English", "America"),
-}
-# Singular: plural and class; as many animals of each class.
-ANIMAL_CLASSES = {
-    "horse": ("horses", "mammal"), "cow": ("cows", "mammal"), "dog": ("dogs", "mammal"),
-    "mouse": ("mice", "mammal"), "duck": ("ducks", "bird"), "goose": ("geese", "bird"),
-    "owl": ("owls", "bird"), "eagle": ("eagles", "bird"), "shark": ("sharks", "fish"),
-    "salmon": ("salmon", "fish"), "trout": ("trout", "fish"), "eel": ("eels", "fish"),
-    "bee": ("bees", "insect"), "ant": ("ants", "insect"), "beetle": ("beetles", "insect"),
-    "moth": ("moths", "insect"), "snake": ("snakes", "reptile"), "lizard": ("lizards", "reptile"),
-    "turtle": ("turtles", "reptile"), "crocodile": ("crocodiles", "reptile"),
-}  # fmt: skip
-BABIES = {
-    "dog": "puppy", "cat": "kitten", "cow": "calf", "horse": "foal", "sheep": "lamb",
-    "hen": "chick", "duck": "duckling", "goose": "gosling", "goat": "kid", "pig": "piglet",
-    "bear": "cub", "deer": "fawn", "swan": "cygnet", "frog": "tadpole", "eagle": "eaglet",
-    "kangaroo": "joey",
-}  # fmt: skip
-# The usual colour first, then others that are right too.
-THING_COLOURS = {
-    "snow": ("white",), "milk": ("white",), "salt": ("white",), "coal": ("black",),
-    "tar": ("black",), "grass": ("green",), "broccoli": ("green",), "a cucumber": ("green",),
-    "blood": ("red",), "a tomato": ("red",), "a strawberry": ("red",), "the sky": ("blue",),
-    "the sea": ("blue", "green"), "a lemon": ("yellow",), "a banana": ("yellow", "green"),
-    "chocolate": ("brown", "white", "black"), "soil": ("brown", "black"), "a flamingo": ("pink",),
-    "an apple": ("red", "green", "yellow"), "a rose": ("red", "pink", "white", "yellow"),
-}  # fmt: skip
-OPPOSITES = {
-    "big": ("small",), "small": ("big",), "hot": ("cold",), "cold": ("hot",),
-    "fast": ("slow",), "slow": ("fast",), "high": ("low",), "low": ("high",),
-    "wet": ("dry",), "dry": ("wet",), "full": ("empty",), "empty": ("full",),
-    "clean": ("dirty",), "dirty": ("clean",), "strong": ("weak",), "weak": ("strong",),
-    "loud": ("quiet",), "quiet": ("loud",), "old": ("new", "young"), "new": ("old",),
-    "heavy": ("light",), "light": ("heavy", "dark"), "short": ("long", "tall"),
-    "long": ("short",),
-}  # fmt: skip
-TOOLS = {
-    "carpenter": "hammer", "painter": "brush", "tailor": "needle", "cook": "pan",
-    "farmer": "tractor", "writer": "pen", "photographer": "camera", "gardener": "spade",
-    "barber": "scissors", "baker": "oven", "fisherman": "net", "astronomer": "telescope",
-    "dentist": "drill", "plumber": "wrench", "firefighter": "hose", "surgeon": "scalpel",
-}  # fmt: skip
+
+# Countries: a question, or a journey without one.
 
 
-@knowledge("geography")
-def capital_of(rng: np.random.Generator) -> Drawn:
-    country = pick(rng, PLACES)
+@knowledge("capital")
+def capital_of(rng: Random, world: World) -> Drawn:
     wordings = (
         "{person} asks for the capital of {it}.",
         "What is the capital of {it}, {person}?",
@@ -88,13 +28,12 @@ def capital_of(rng: np.random.Generator) -> Drawn:
         "{person} left {other} for {it}. What is the capital there?",
         "Tell {person} the capital of {it}, not of {other}.",
     )
-    return _ask(rng, wordings, country, PLACES), COUNTRIES[country][0]
+    country = rng.choice(world.places)
+    return _ask(rng, world, wordings, country, world.places), world.countries[country].capital
 
 
-@knowledge("geography")
-def language_of(rng: np.random.Generator) -> Drawn:
-    country = pick(rng, PLACES)
-    language = COUNTRIES[country][1]
+@knowledge("language")
+def language_of(rng: Random, world: World) -> Drawn:
     wordings = (
         "{person} comes from {it}. Which language does {person} speak?",
         "Which language will {person} hear in {it}?",
@@ -102,12 +41,12 @@ def language_of(rng: np.random.Generator) -> Drawn:
         "{person} left {other} for {it} and learns the language.",
         "Tell {person} the language of {it}.",
     )
-    return _ask(rng, wordings, country, PLACES), language
+    country = rng.choice(world.places)
+    return _ask(rng, world, wordings, country, world.places), world.countries[country].language
 
 
-@knowledge("geography")
-def continent_of(rng: np.random.Generator) -> Drawn:
-    country = pick(rng, PLACES)
+@knowledge("continent")
+def continent_of(rng: Random, world: World) -> Drawn:
     wordings = (
         "{person} is in {it}. Which continent is that?",
         "On which continent is {it}, {person}?",
@@ -115,26 +54,58 @@ def continent_of(rng: np.random.Generator) -> Drawn:
         "{person} flies to {it} from {other}. To which continent?",
         "Tell {person} the continent of {it}.",
     )
-    return _ask(rng, wordings, country, PLACES), COUNTRIES[country][2]
+    country = rng.choice(world.places)
+    return _ask(rng, world, wordings, country, world.places), world.countries[country].continent
 
 
-@knowledge("geography", unseen=True)
-def country_of_capital(rng: np.random.Generator) -> Drawn:
-    country = pick(rng, PLACES)
-    capital = COUNTRIES[country][0]
+@knowledge("capital", surface="trip")
+def trip_capital(rng: Random, world: World) -> Drawn:
+    text, country = _trip(rng, world)
+    return text, world.countries[country].capital
+
+
+@knowledge("language", surface="trip")
+def trip_language(rng: Random, world: World) -> Drawn:
+    text, country = _trip(rng, world)
+    return text, world.countries[country].language
+
+
+@knowledge("continent", surface="trip")
+def trip_continent(rng: Random, world: World) -> Drawn:
+    text, country = _trip(rng, world)
+    return text, world.countries[country].continent
+
+
+@knowledge("capital", unseen=True)
+def country_of_capital(rng: Random, world: World) -> Drawn:
     wordings = (
         "{person} lives in {it}. Which country is that?",
         "{it} is the capital of which country, {person}?",
         "{person} asks which country has the capital {it}.",
         "Tell {person} the country of {it}.",
     )
-    capitals = [names[0] for names in COUNTRIES.values()]
-    return _ask(rng, wordings, capital, capitals), country
+    country = rng.choice(world.places)
+    capitals = [known.capital for known in world.countries.values()]
+    return _ask(rng, world, wordings, world.countries[country].capital, capitals), country
+
+
+def _trip(rng: Random, world: World) -> tuple[str, str]:
+    """A text on a journey, and the country where it ends."""
+    wordings = (
+        "{person} travels to {it}.",
+        "{person} left {other} for {it}.",
+        "{person} arrived in {it} from {other}.",
+        "To {it} goes {person}, far from {other}.",
+    )
+    country = rng.choice(world.places)
+    return _ask(rng, world, wordings, country, world.places), country
+
+
+# Nature.
 
 
 @knowledge("nature")
-def animal_class(rng: np.random.Generator) -> Drawn:
-    animal = pick(rng, tuple(ANIMAL_CLASSES))
+def animal_class(rng: Random, world: World) -> Drawn:
     wordings = (
         "{person} saw a small {it}. What kind of animal is it?",
         "What kind of animal is the {it}, {person}?",
@@ -142,25 +113,26 @@ def animal_class(rng: np.random.Generator) -> Drawn:
         "{person} likes the {other} but loves the {it}. Which class is the loved one?",
         "{person} loves the {it} but likes the {other}. Which class is the loved one?",
     )
-    return _ask(rng, wordings, animal, ANIMAL_CLASSES), ANIMAL_CLASSES[animal][1]
+    animal = rng.choice(tuple(world.animal_kinds))
+    text = _ask(rng, world, wordings, animal, world.animal_kinds)
+    return text, world.animal_kinds[animal].kind
 
 
 @knowledge("nature")
-def baby_animal(rng: np.random.Generator) -> Drawn:
-    animal = pick(rng, tuple(BABIES))
+def baby_animal(rng: Random, world: World) -> Drawn:
     wordings = (
-        "{person} has a {it}. What is its baby called?",
+        "{person} has {a_it}. What is its baby called?",
         "What is a young {it} called, {person}?",
-        "{person} saw a {other} and the baby of a {it}. What was the baby?",
-        "{person} saw the baby of a {it} and a {other}. What was the baby?",
+        "{person} saw {a_other} and the baby of {a_it}. What was the baby?",
+        "{person} saw the baby of {a_it} and {a_other}. What was the baby?",
         "Tell {person} the name of a baby {it}.",
     )
-    return _ask(rng, wordings, animal, BABIES), BABIES[animal]
+    animal = rng.choice(tuple(world.babies))
+    return _ask(rng, world, wordings, animal, world.babies), world.babies[animal]
 
 
 @knowledge("nature")
-def colour_of_thing(rng: np.random.Generator) -> Drawn:
-    thing = pick(rng, tuple(THING_COLOURS))
+def colour_of_thing(rng: Random, world: World) -> Drawn:
     wordings = (
         "{person} thinks of {it}. What colour is it?",
         "What is the usual colour of {it}, {person}?",
@@ -168,12 +140,29 @@ def colour_of_thing(rng: np.random.Generator) -> Drawn:
         "{person} paints {it} and draws {other}. In which colour?",
         "Tell {person} the colour of {it}.",
     )
-    return _ask(rng, wordings, thing, THING_COLOURS), THING_COLOURS[thing]
+    thing = rng.choice(tuple(world.thing_colours))
+    return _ask(rng, world, wordings, thing, world.thing_colours), world.thing_colours[thing]
 
 
-@knowledge("words")
-def opposite(rng: np.random.Generator) -> Drawn:
-    word = pick(rng, tuple(OPPOSITES))
+@knowledge("nature", unseen=True)
+def parent_of_baby(rng: Random, world: World) -> Drawn:
+    wordings = (
+        "{person} found {a_it}. Which animal is its mother?",
+        "Which animal will {a_it} become, {person}?",
+        "{person} saw {a_it} and {a_other}. What will the first become?",
+        "Tell {person} what {a_it} grows up to be.",
+    )
+    # Not those whose name tells: a piglet.
+    parents = {baby: one for one, baby in world.babies.items() if not baby.startswith(one)}
+    baby = rng.choice(tuple(parents))
+    return _ask(rng, world, wordings, baby, parents), parents[baby]
+
+
+# Opposites.
+
+
+@knowledge("opposite")
+def opposite(rng: Random, world: World) -> Drawn:
     wordings = (
         "What is the opposite of {it}, {person}?",
         "{person} says {it}. What is the opposite?",
@@ -181,38 +170,90 @@ def opposite(rng: np.random.Generator) -> Drawn:
         "{person} says {it} and heard {other}. What is the opposite?",
         "Tell {person} the opposite of {it}.",
     )
-    others = [other for other in OPPOSITES if other not in OPPOSITES[word]]
-    return _ask(rng, wordings, word, others), OPPOSITES[word]
+    return _ask_opposite(rng, world, wordings)
+
+
+@knowledge("opposite")
+def other_kind(rng: Random, world: World) -> Drawn:
+    wordings = (
+        "{person} wants no {it} {thing}. What then?",
+        "This {thing} is too {it}, says {person}. What should it be?",
+        "{person} has a {thing}, which is not {it} at all. What is it?",
+        "A {it} {thing} is not for {person}. What kind is?",
+    )
+    return _ask_opposite(rng, world, wordings)
+
+
+@knowledge("opposite", unseen=True)
+def contrast(rng: Random, world: World) -> Drawn:
+    wordings = (
+        "Unlike the {it} {thing}, the one of {person} is what?",
+        "One {thing} is {it}, and the one of {person} differs. How?",
+        "{person} calls the {thing} {it}, but we say the contrary.",
+    )
+    return _ask_opposite(rng, world, wordings)
+
+
+def _ask_opposite(rng: Random, world: World, wordings: Sequence[str]) -> Drawn:
+    word = rng.choice(tuple(world.opposites))
+    others = [other for other in world.opposites if other not in world.opposites[word]]
+    return _ask(rng, world, wordings, word, others), world.opposites[word]
+
+
+# Work.
 
 
 @knowledge("work")
-def tool_of_job(rng: np.random.Generator) -> Drawn:
-    job = pick(rng, tuple(TOOLS))
+def tool_of_job(rng: Random, world: World) -> Drawn:
     wordings = (
-        "{person} is a {it}. Which tool does {person} need?",
-        "Which tool does a {it} use, {person}?",
-        "{person} was a {other} and became a {it}. Which tool is in the bag now?",
-        "{person} became a {it} and was a {other} before. Which tool is in the bag now?",
+        "{person} is {a_it}. Which tool does {person} need?",
+        "Which tool does {a_it} use, {person}?",
+        "{person} was {a_other} and became {a_it}. Which tool is in the bag now?",
+        "{person} became {a_it} and was {a_other} before. Which tool is in the bag now?",
         "Tell {person} the tool of the {it}.",
     )
-    return _ask(rng, wordings, job, TOOLS), TOOLS[job]
+    job = rng.choice(world.jobs)
+    return _ask(rng, world, wordings, job, world.jobs), world.tools[job]
+
+
+@knowledge("work")
+def lost_at_work(rng: Random, world: World) -> Drawn:
+    wordings = (
+        "{person} the {it} lost something and cannot work.",
+        "The {it} asks {person} for something to work with.",
+        "{person} the {other} gives {a_it} something for work.",
+        "A gift for {a_it} from {person} the {other}.",
+    )
+    job = rng.choice(world.jobs)
+    return _ask(rng, world, wordings, job, world.jobs), world.tools[job]
 
 
 @knowledge("work", unseen=True)
-def job_of_tool(rng: np.random.Generator) -> Drawn:
-    job = pick(rng, tuple(TOOLS))
+def job_of_tool(rng: Random, world: World) -> Drawn:
     wordings = (
         "{person} works with this tool: {it}. What is the job?",
         "{person} needs one thing at work: {it}. What is the job of {person}?",
         "Who uses this tool, {person}: {it}?",
         "Tell {person} who needs this: {it}.",
     )
-    return _ask(rng, wordings, TOOLS[job], TOOLS.values()), job
+    job = rng.choice(world.jobs)
+    return _ask(rng, world, wordings, world.tools[job], world.tools.values()), job
 
 
 def _ask(
-    rng: np.random.Generator, wordings: Sequence[str], subject: str, others: Iterable[str]
+    rng: Random, world: World, wordings: Sequence[str], subject: str, others: Iterable[str]
 ) -> str:
-    """One of the wordings, about the subject (`{it}`), beside another one (`{other}`)."""
-    other = pick(rng, [other for other in others if other != subject])
-    return pick(rng, wordings).format(person=pick(rng, PEOPLE), it=subject, other=other)
+    """One of the wordings, about the subject (`{it}`), beside another one (`{other}`).
+
+    Every other time, the day is told before.
+    """
+    other = rng.choice([other for other in others if other != subject])
+    text = rng.choice(wordings).format(
+        person=rng.choice(world.people),
+        it=subject,
+        a_it=a(subject),
+        other=other,
+        a_other=a(other),
+        thing=rng.choice(tuple(world.things)),
+    )
+    return f"It is {rng.choice(world.days)}. {text}" if maybe(rng) else text

@@ -1,81 +1,11 @@
-"""The small world that the skills gym talks about: its words, and sentences made of them.
+"""Sentences about a world: what happened, what somebody thinks of something, what there is."""
 
-Words are few and shared between tasks on purpose: what a model learns about a word in one task
-(its plural, what kind of word it is) can serve it in another.
-"""
-
+from collections.abc import Sequence
+from random import Random
 from typing import NamedTuple
 
-import numpy as np
-
-from .skills_base import maybe, pick
-
-PEOPLE = (
-    "Anna", "Omar", "Lucy", "Ben", "Mia", "Tom", "Nina", "Sam",
-    "Eva", "Leo", "Rosa", "Ivan", "Kate", "Hugo", "Zoe", "Adam",
-)  # fmt: skip
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
-COLOURS = ("red", "blue", "green", "white", "black", "brown", "yellow", "pink")
-PLACES = (
-    "France", "Spain", "Italy", "Austria", "Greece", "Poland", "Japan", "China", "Iran",
-    "Vietnam", "Egypt", "Kenya", "Morocco", "Ghana", "Peru", "Chile", "Brazil", "Canada",
-)  # fmt: skip
-ADJECTIVES = ("old", "small", "big", "clean", "quiet", "heavy")
-
-# Singular and plural.
-THINGS = {
-    "cup": "cups", "hat": "hats", "box": "boxes", "book": "books", "lamp": "lamps",
-    "chair": "chairs", "knife": "knives", "watch": "watches", "key": "keys", "shelf": "shelves",
-}  # fmt: skip
-FOODS = {
-    "apple": "apples", "pear": "pears", "peach": "peaches", "cake": "cakes",
-    "potato": "potatoes", "cherry": "cherries", "egg": "eggs", "loaf": "loaves",
-}  # fmt: skip
-ANIMALS = {
-    "horse": "horses", "cow": "cows", "dog": "dogs", "cat": "cats", "duck": "ducks",
-    "goose": "geese", "mouse": "mice", "fox": "foxes", "wolf": "wolves", "bee": "bees",
-}  # fmt: skip
-PLURALS = THINGS | FOODS | ANIMALS
-NOUNS = tuple(PLURALS)
-
-
-class Verb(NamedTuple):
-    """The forms of a verb: they `buy`, she `buys`, she `bought`."""
-
-    base: str
-    present: str
-    past: str
-
-
-ACTIONS = (
-    Verb("buy", "buys", "bought"), Verb("sell", "sells", "sold"), Verb("find", "finds", "found"),
-    Verb("see", "sees", "saw"), Verb("draw", "draws", "drew"), Verb("wash", "washes", "washed"),
-    Verb("count", "counts", "counted"), Verb("carry", "carries", "carried"),
-    Verb("lose", "loses", "lost"), Verb("keep", "keeps", "kept"), Verb("hide", "hides", "hid"),
-    Verb("paint", "paints", "painted"),
-)  # fmt: skip
-MOTIONS = (
-    Verb("sleep", "sleeps", "slept"), Verb("run", "runs", "ran"), Verb("wait", "waits", "waited"),
-    Verb("sit", "sits", "sat"), Verb("jump", "jumps", "jumped"), Verb("eat", "eats", "ate"),
-)  # fmt: skip
-
-# Opinions about a thing, and feelings of a person.
-POSITIVE = ("good", "great", "lovely", "wonderful", "excellent", "pleasant", "superb", "charming")
-NEGATIVE = ("bad", "awful", "terrible", "horrible", "dull", "poor", "boring", "nasty")
-FEELINGS = {
-    "joy": ("happy", "glad", "cheerful", "delighted", "merry"),
-    "anger": ("angry", "furious", "annoyed", "cross", "mad"),
-    "sadness": ("sad", "gloomy", "unhappy", "miserable", "tearful"),
-    "fear": ("afraid", "scared", "frightened", "terrified", "nervous"),
-}
-TOPICS = {
-    "sport": ("match", "goal", "team", "coach", "race", "ball", "player", "stadium"),
-    "food": ("bread", "soup", "cheese", "salad", "kitchen", "rice", "butter", "cake"),
-    "music": ("song", "guitar", "piano", "concert", "drum", "choir", "violin", "singer"),
-    "travel": ("train", "ticket", "hotel", "airport", "passport", "flight", "map", "suitcase"),
-}
-REVIEWED = ("film", "book", "hotel", "song", "show", "soup", "concert", "cake")
+from .skills_base import maybe
+from .skills_words import Verb, World
 
 
 class Event(NamedTuple):
@@ -85,26 +15,29 @@ class Event(NamedTuple):
     verb: Verb
     number: str
     colour: str
-    noun: str
+    things: str
     place: str
     day: str
 
-    @property
-    def things(self) -> str:
-        return PLURALS[self.noun]
 
-
-def draw_event(rng: np.random.Generator) -> Event:
+def draw_event(rng: Random, world: World) -> Event:
     """An event of which every part is drawn alone."""
-    lists = (PEOPLE, ACTIONS, NUMBERS, COLOURS, NOUNS, PLACES, DAYS)
-    return Event(*(pick(rng, choices) for choices in lists))
+    return Event(
+        rng.choice(world.people),
+        rng.choice(world.actions),
+        rng.choice(world.numbers),
+        rng.choice(world.colours),
+        world.plurals[rng.choice(world.nouns)],
+        rng.choice(world.places),
+        rng.choice(world.days),
+    )
 
 
-def draw_two_events(rng: np.random.Generator) -> tuple[Event, Event]:
+def draw_two_events(rng: Random, world: World) -> tuple[Event, Event]:
     """Two events that differ in every part, so that a question about one has one answer."""
-    first, second = draw_event(rng), draw_event(rng)
+    first, second = draw_event(rng, world), draw_event(rng, world)
     while any(a == b for a, b in zip(first, second, strict=True)):
-        second = draw_event(rng)
+        second = draw_event(rng, world)
     return first, second
 
 
@@ -118,7 +51,7 @@ def a(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def tell(rng: np.random.Generator, event: Event, leave_out: tuple[str, ...] = ()) -> str:
+def tell(rng: Random, event: Event, leave_out: tuple[str, ...] = ()) -> str:
     """A sentence about an event, without the parts in `leave_out` (number, colour, place, day)."""
     words = [event.person, event.verb.past]
     words += [] if "number" in leave_out else [event.number]
@@ -131,3 +64,41 @@ def tell(rng: np.random.Generator, event: Event, leave_out: tuple[str, ...] = ()
     if ends and maybe(rng):
         return sentence(f"{ends[0]}, {' '.join([clause, *ends[1:]])}")
     return sentence(" ".join([clause, *ends]))
+
+
+def review(rng: Random, world: World, person: str, positive: bool) -> str:
+    """What a person thinks of something; half of the reviews also name an opposite opinion."""
+    words = (world.positive, world.negative)
+    same, opposite = map(rng.choice, words if positive else words[::-1])
+    reviewed = rng.choice(world.reviewed)
+    return rng.choice(
+        (
+            f"{person} found the {reviewed} {same}.",
+            f"The {reviewed} was {same}, said {person}.",
+            f"To {person} the {reviewed} was not {opposite}.",
+            f"To {person} the {reviewed} was not {opposite} but {same}.",
+            f"{person} expected {a(opposite)} {reviewed}, but it was {same}.",
+        )
+    )
+
+
+def remark(rng: Random, world: World, person: str, positive: bool) -> str:
+    """What a person writes of one part of a stay somewhere."""
+    adjective = rng.choice(world.positive if positive else world.negative)
+    service, place = rng.choice(world.services), rng.choice(world.places)
+    return f"{person} writes: the {service} in {place} was {adjective}."
+
+
+def shopping(rng: Random, person: str, wanted: Sequence[str] | None, others: Sequence[str]) -> str:
+    """Somebody has three things, one of which is `wanted`, if anything is."""
+    items = rng.sample(others, 3)
+    if wanted is not None:
+        items[rng.randrange(3)] = rng.choice(wanted)
+    first, second, third = map(a, items)
+    return f"{person} has {first}, {second} and {third}."
+
+
+def draw_list(rng: Random, world: World) -> tuple[str, list[str]]:
+    """Somebody's list of three to five things, as a text and as its items."""
+    items = rng.sample(world.nouns, rng.randint(3, 5))
+    return f"The list of {rng.choice(world.people)}: {', '.join(items)}.", items

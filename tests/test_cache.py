@@ -11,7 +11,7 @@ import pytest
 from toy import NAMES, TASKS, VOCABULARY, toy_cache, toy_mixtures
 
 from moe_jax.core.errors import UserError
-from moe_jax.data import cache
+from moe_jax.data import cache, staleness
 from moe_jax.data.cache import Example, Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
@@ -59,7 +59,7 @@ def test_metrics_and_postprocessing_are_found_by_name():
     task = toy_mixtures()[0].task("toy_sum")
     postprocess = task.postprocess_fn()
     prediction = postprocess(" 7.0 ", example=None, is_target=False)
-    (metric,) = task.metric_fns().values()
+    (metric,) = task.metric_fns()
     assert list(metric([["7", "7.0"], ["8"]], [prediction, "7"]).values()) == [0.5]
 
 
@@ -115,6 +115,79 @@ def test_damaged_files_are_named(copied):
     np.save(lengths, np.zeros((3, 2), np.int32))
     with pytest.raises(UserError, match="holds 3 lengths, not 60"):
         task.lengths("train")
+
+
+DAMAGES = {
+    "bit": lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:],
+    "cut": lambda b: b[: len(b) // 2],
+    "empty": lambda b: b"",
+    "zero": lambda b: bytes(len(b)),
+}
+
+
+def test_damage_of_any_file_is_found(copied, tmp_path, capsys):
+    """Each file of a mixture in one of the ways; also files that are gone."""
+    request = Request.make(NAMES, TASKS, VOCABULARY)
+    directories = [copied.vocabulary_dir, *(task.directory for task in copied.tasks)]
+    paths = [path for directory in directories for path in sorted(directory.iterdir())]
+    paths.append(request.path(tmp_path / "cache", "toy_train"))
+    assert len(paths) > 15 and sum(path.name == "checksums.json" for path in paths) == 3
+    for number, path in enumerate(paths):
+        content = path.read_bytes()
+        for damage in [list(DAMAGES.values())[number % len(DAMAGES)], None]:
+            path.unlink() if damage is None else path.write_bytes(damage(content))
+            assert cache.find(tmp_path / "cache", request, "toy_train", quiet=True) is None
+            assert not capsys.readouterr().err
+            assert cache.find(tmp_path / "cache", request, "toy_train") is None
+            said = capsys.readouterr().err
+            if damage is None and path.parent.name == "mixtures":
+                assert not said  # it was never prepared
+            else:
+                assert said.startswith("damaged, and prepared again: ") and str(path) in said
+                assert said.count("\n") == 1
+            path.write_bytes(content)
+    found = cache.find(tmp_path / "cache", request, "toy_train")
+    assert found is not None and found.fingerprint == copied.fingerprint
+
+
+# What a source is -> (its path, files to change it with).
+SOURCES = {
+    "file": ("data/train.tsv", ["data/train.tsv"]),
+    "directory": ("data", ["data/train.tsv", "data/more/deep.tsv"]),
+    "pattern": ("data/t*-*.tsv", ["data/train-0.tsv"]),
+    "names": ("data/", []),
+}
+CHANGES = {
+    "edit": lambda path: path.write_bytes(path.read_bytes().swapcase()),  # of the same length
+    "add": lambda path: path.with_name("train-9.tsv").write_text("new"),
+    "remove": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changes_is_noticed(kind, change, tmp_path):
+    for name in ("train.tsv", "train-0.tsv", "train-1.tsv", "more/deep.tsv", "other.txt"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name} a line\n")
+    where, names = SOURCES[kind]
+    source = f"{tmp_path}/{where}"
+    before = staleness.state(source)
+    assert not staleness.changed(source, before)
+    for name in names:  # a time alone is no change
+        os.utime(tmp_path / name, (1, 1))
+    assert not staleness.changed(source, before)
+    for name in names or ["data/train.tsv"]:
+        path = tmp_path / name
+        content = path.read_bytes()
+        CHANGES[change](path)
+        # A file that is gone altogether is none: a cache may travel without its sources.
+        expected = {"file": change == "edit", "names": change != "edit"}.get(kind, True)
+        assert staleness.changed(source, before) == expected, (name, change)
+        path.write_bytes(content)
+        path.with_name("train-9.tsv").unlink(missing_ok=True)
+        assert not staleness.changed(source, before)
 
 
 def test_a_deleted_task_is_not_found(copied, tmp_path):

@@ -180,6 +180,8 @@ def test_directory(layout, monkeypatch):
         ({"train": ["glue-rt"], "dev": [], "test": []}, "unknown task 'glue-rt'; did you mean"),
         ({"train": ["glue-rte"], "dev": []}, 'must be {"train"'),
         (["glue-rte"], 'must be {"train"'),
+        ({"train": [["glue-rte"]], "dev": [], "test": []}, "unknown task"),
+        ({"train": [{"a": 1}, None], "dev": [], "test": []}, "unknown task"),
     ],
 )
 def test_bad_partition(tmp_path, monkeypatch, given, message):
@@ -239,10 +241,17 @@ def test_registration(layout):
         import seqio
         from moe_jax.builtin_tasks import crossfit
         from moe_jax.core.errors import UserError
-        out["tasks"] = sorted(seqio.TaskRegistry.names())
+        out["tasks"] = sorted(n for n in seqio.TaskRegistry.names() if ":" not in n)
         out["own"] = {n: sorted(t.name for t in seqio.MixtureRegistry.get(n).tasks)
-                      for n in seqio.MixtureRegistry.names() if "own" in n}
-        out["ontology"] = crossfit.ONTOLOGY
+                      for n in seqio.MixtureRegistry.names() if "own" in n and "prompt" not in n}
+        out["ontology"] = {
+            category: {
+                group: [n for n in names if ":" not in n] for group, names in groups.items()
+            } for category, groups in crossfit.ONTOLOGY.items()
+        }
+        out["prompted"] = [n for groups in crossfit.ONTOLOGY.values() for names in groups.values()
+                           for n in names if ":" in n]
+        out["prompts"] = crossfit.PROMPTS
         task = seqio.TaskRegistry.get("crossfit_glue_rte")
         out["splits"] = list(task.splits)
         rows = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
@@ -274,6 +283,9 @@ def test_registration(layout):
         "classification": {"nli": ["crossfit_full_anli", "crossfit_glue_rte"]},
         "qa": {"binary": ["crossfit_boolq"]},
     }
+    # Prompts are of their task's category; see test_crossfit_prompts.py.
+    assert sorted(out["prompted"]) == sorted(n for names in out["prompts"].values() for n in names)
+    assert set(out["prompts"]) == set(out["tasks"])
     assert set(out["splits"]) == {
         *("train", "validation", "test", "fewshot_13_train", "fewshot_13_validation"),
         *("fewshot_100_train", "fewshot_100_validation"),

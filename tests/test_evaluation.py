@@ -12,13 +12,15 @@ import pytest
 from toy import toy_mixtures
 from toy_run import EOS, PAD, START, pack_rows, stack_groups, tiny_model
 
+from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
-from moe_jax.evaluation.evaluator import (
-    Evaluator,
+from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
+from moe_jax.evaluation.scores import (
+    TaskScore,
     mean_score,
+    over_prompts,
     route_json,
-    tasks_with_split,
     write_routes,
     write_scores,
 )
@@ -49,7 +51,7 @@ class Tokens:
 def learned():
     """(model, parameters, losses, mesh) after training on TARGETS, packed."""
     model = tiny_model(
-        tasks=2, experts=2, d_model=32, temperature=2.0, temperature_rate=0.02,
+        tasks=2, experts=2, d_model=32, max_positions=48, temperature=2.0, temperature_rate=0.02,
     )  # fmt: skip
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     config = OptimizerConfig(
@@ -186,6 +188,24 @@ def test_scores_and_predictions_are_written(scores, tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 40
     assert lines[0]["prediction"] in lines[0]["references"]
+
+
+def test_prompts_of_a_dataset_are_summed_up(scores, tmp_path):
+    def of(dataset, score, metric="ACC"):
+        task = types.SimpleNamespace(name="t", dataset=dataset, category="", subcategory="")
+        return TaskScore(task, "test", metric, score, {metric: score}, [])
+
+    found = [of("nli", 0.2), of("", 0.9), of("nli", 0.6), of("nli", 0.25), of("nli", 1.0, "EM")]
+    rows = over_prompts(found)
+    assert rows == [
+        {"dataset": "nli", "split": "test", "metric": "ACC", "prompts": 3, "median": 0.25,
+         "mean": pytest.approx(0.35), "min": 0.2, "max": 0.6},
+        {"dataset": "nli", "split": "test", "metric": "EM", "prompts": 1, "median": 1.0,
+         "mean": 1.0, "min": 1.0, "max": 1.0},
+    ]  # fmt: skip
+    write_scores(tmp_path, found)
+    assert [*files.read_jsonl(tmp_path / "prompts.jsonl")] == rows
+    assert over_prompts(scores) == []  # the toy tasks are no prompts
 
 
 def test_a_split_that_no_task_has_is_named():

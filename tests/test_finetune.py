@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_run import (
-    IDS,
+    EOS,
+    PAD,
+    START,
     bindings,
     finish,
     flags_of,
@@ -128,7 +130,12 @@ def test_a_new_task_is_routed_as_the_training_tasks_were(tune):
 # ------------------------------------------------------------------------------ what is trained
 
 
-@pytest.mark.parametrize("tune", FROZEN)
+SLOW = ("frozen_router", "route_only")
+
+
+@pytest.mark.parametrize(
+    "tune", [pytest.param(t, marks=[pytest.mark.slow] * (t in SLOW)) for t in FROZEN]
+)
 def test_what_is_tuned(tune):
     new = start_of(representation="mean", tune=tune)
     data = DataConfig(lengths={"inputs": 12, "targets": 12})
@@ -136,7 +143,8 @@ def test_what_is_tuned(tune):
     config = FewShotConfig(
         RunConfig(), data, FinetuneConfig(steps=2, learning_rates=(1e-3, 0.0)), optimizer_config
     )
-    learners = program.Learners(config, MESH, IDS, {"a": (12, 12)}, samples=1)
+    vocabulary = types.SimpleNamespace(decoder_start_id=START, eos_id=EOS, pad_id=PAD)
+    learners = program.Learners(config, MESH, vocabulary, {"a": (12, 12)}, samples=1)
     learner = learners.of(new)
     before = {**new.shared, **jax.tree.map(lambda a: a[0], new.own(["new"], GROUPS[:1]))}
     order = np.zeros((2, 2, 3), np.int32) + np.arange(3, dtype=np.int32)
@@ -203,6 +211,9 @@ class FakeData:
     def training(self, samples):
         return [SAMPLES.index(sample) for sample in samples]
 
+    def all_decoded(self, task, split, limit):
+        return True
+
     def blocks(self, task, split, limit, rows):
         return ["a block"]
 
@@ -253,9 +264,9 @@ def test_only_the_best_on_dev_is_scored_on_test(done):
 
 @pytest.mark.parametrize("rows", [{"a": [0.0] * 8, "bx": [0.0] * 8}, {"a": [0.0], "b": [0.0]}])
 def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path, monkeypatch):
-    """And before MODEL_DIR holds the run, which would refuse another file later."""
+    """The error comes before MODEL_DIR is written, which would later refuse another file."""
     mixture = types.SimpleNamespace(names=("a", "b"), vocabulary=types.SimpleNamespace(size=24))
-    monkeypatch.setattr(program, "prepare_mixtures", lambda data: {"a_mixture": mixture})
+    monkeypatch.setattr(program, "prepare_mixtures", lambda data, run: {"a_mixture": mixture})
     monkeypatch.setattr(
         program, "read_starts", lambda *_: pytest.fail("training is about to start")
     )
@@ -274,7 +285,7 @@ def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path,
     flags.parse_gin([], [f"{name} = {value!r}" for name, value in settings.items()], [])
     with pytest.raises(UserError, match=r"no task 'b'; did you mean 'bx'|representation_dim is 8"):
         program.adapt_all(build(FewShotConfig))
-    assert not (tmp_path / "few_shot").exists()
+    assert [path.name for path in (tmp_path / "few_shot").iterdir()] == [".lock"]
 
 
 @pytest.mark.slow
@@ -295,6 +306,10 @@ def test_runs_resumes_and_reports(tmp_path):
     out = finish(start("finetune", flags_of(lines)))
     assert "toy_reverse" in out  # the score is 0 after so few steps: no relative gain
     assert set(files.read_json(tmp_path / "few_shot" / "arg.json")["starts"]) == {"dense", "moe"}
+    assert {"date", "commit"} <= files.read_json(tmp_path / "few_shot" / "origin.json").keys()
+    over_dense = files.read_json(tmp_path / "few_shot" / "gains.json")
+    assert over_dense["baseline"] == "dense" and set(over_dense["arms"]) == {"untrained", "moe"}
+    assert "minus dense" in out
     path = tmp_path / "few_shot" / "runs.jsonl"
     text = path.read_text()
     rows = [json.loads(line) for line in text.splitlines()]

@@ -127,6 +127,13 @@ def test_absent_keys(kind, tied, architecture, scaled):
     assert not read_config(settings, False, "test").scale_tied_logits
 
 
+@pytest.mark.parametrize("rate", [1e30, float("inf"), -0.1, 1.0, "0.1", True])
+def test_a_dropout_that_is_none(rate):
+    settings = {"model_type": "t5", "dropout_rate": rate, **OLDEST}
+    with pytest.raises(UserError, match=r"^test: ModelConfig\.dropout_rate is .*; it is float"):
+        read_config(settings, True, "test")
+
+
 def test_ids_of_absent_keys():
     """The ids that `transformers` uses if a `config.json` leaves them out."""
     for kind in ("t5", "mt5"):

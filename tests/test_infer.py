@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from toy import toy_mixtures
+from toy import toy_cache, toy_mixtures
 from toy_run import bindings, random_backbone, tiny_model, tiny_params
 
 from moe_jax import eval as eval_program
@@ -67,6 +67,10 @@ def rows(routed, tmp_path_factory):
     return path, candidates[other]
 
 
+def stdin(data: bytes):
+    return io.TextIOWrapper(io.BytesIO(data))
+
+
 def call(program, model_dir, **settings):
     """Runs a command in this process; a setting is one of its arguments or a macro."""
     prefix, own = (
@@ -96,11 +100,14 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
         mixture = {} if given else {"MIXTURE_OR_TASK_NAME": "toy_unseen"}
         output = tmp_path / f"{kind}.jsonl"
         text = "".join(line["input"] + "\n" for line in wanted)
-        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        monkeypatch.setattr("sys.stdin", stdin(text.encode()))
         call(infer.infer, model_dir, task="toy_reverse", output=str(output), **given, **mixture)
         found = [json.loads(line) for line in output.read_text().splitlines()]
         keys = ("input", "prediction", "route")
-        assert found == [{key: line[key] for key in keys} for line in wanted]
+        assert found == [
+            {"line": number, **{key: line[key] for key in keys}}
+            for number, line in enumerate(wanted, 1)
+        ]
         vector = row if given else np.asarray(params["representations"]).mean(0)
         route = np.asarray(routes_of(model, {**params, "representations": vector[None]}, 3))[0]
         assert found[0]["route"] == np.argmax(route, -1).tolist()
@@ -108,11 +115,23 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
     assert said["file"] != said["mean"]
 
 
+def test_experts_are_disabled_on_request(routed, dense):
+    model_dir = routed[0]
+    given = {"MIXTURE_OR_TASK_NAME": "toy_unseen", "examples": 1, "disable_examples": 2}
+    call(eval_program.evaluate, model_dir, **given)
+    found = json.loads((model_dir / "eval" / "toy_unseen_test" / "disabling.json").read_text())
+    (task,) = found["tasks"].values()
+    assert task["examples"] == 2
+    assert np.shape(task["without"]) == (len(found["layers"]), found["experts"])
+    with pytest.raises(UserError, match="a dense model: it has no experts to switch off"):
+        call(eval_program.evaluate, dense, **given)
+
+
 def test_a_dense_model_has_no_routes(dense, rows, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("red blue\n"))
+    monkeypatch.setattr("sys.stdin", stdin(b"red blue\n"))
     call(infer.infer, dense, task="toy_reverse", representations=str(rows[0]))
     unseen = json.loads(capsys.readouterr().out)
-    monkeypatch.setattr("sys.stdin", io.StringIO("red blue\n"))
+    monkeypatch.setattr("sys.stdin", stdin(b"red blue\n"))
     call(infer.infer, dense, task="toy_copy")
     assert json.loads(capsys.readouterr().out) == unseen
     assert unseen["input"] == "red blue" and unseen["route"] is None
@@ -129,3 +148,62 @@ def test_a_misspelt_task_is_refused_with_the_nearest(model_dir, rows, request):
     # The task exists, but not in the mixture.
     with pytest.raises(UserError, match="no 'toy_reverse'"):
         call(infer.infer, model_dir, task="toy_reverse")
+
+
+def test_a_line_ends_at_a_line_feed(dense, monkeypatch, capsys):
+    """Not at a carriage return, a form feed or a separator of Unicode; answers are numbered."""
+    lines = ["one\rtwo", "\x0bthree\x0c", "four\u2028five\x85", "", "six"]
+    monkeypatch.setattr("sys.stdin", stdin("\n".join(lines).encode() + b"\r\n"))
+    call(infer.infer, dense, task="toy_copy")
+    found = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [row["input"] for row in found] == lines
+    assert [row["line"] for row in found] == [1, 2, 3, 4, 5]
+
+
+def test_a_line_that_is_no_text_ends_the_answers_there(dense, monkeypatch, capsys, tmp_path):
+    data = b"red\nblue\n\xff\xfe\nred\n"
+    monkeypatch.setattr("sys.stdin", stdin(data))
+    with pytest.raises(UserError, match=r"^-:3: the line is not UTF-8$"):
+        call(infer.infer, dense, task="toy_copy")
+    assert len(capsys.readouterr().out.splitlines()) == 2  # those before it are answered
+    (tmp_path / "in.txt").write_bytes(data)
+    with pytest.raises(UserError, match=r"in\.txt:3: the line is not UTF-8$"):
+        call(infer.infer, dense, task="toy_copy", input=str(tmp_path / "in.txt"))
+    assert not capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run that carries its vocabulary."""
+    model_dir = tmp_path_factory.mktemp("own") / "run"
+    write_run(model_dir, experts=1)
+    directory.copy_vocabulary(model_dir, toy_mixtures()[0].vocabulary_dir)
+    return model_dir
+
+
+def test_answers_need_no_training_data(own, monkeypatch, capsys, tmp_path):
+    """Neither the task module nor the cache."""
+    said = []
+    for settings in ({}, {"TASK_MODULES": ("gone.py",), "CACHE_DIR": str(tmp_path / "nowhere")}):
+        monkeypatch.setattr("sys.stdin", stdin(b"copy: red blue\n"))
+        call(infer.infer, own, task="toy_copy", **settings)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and json.loads(said[0])["prediction"]
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_keeps_its_vocabulary_when_its_data_change(own, tmp_path):
+    """As if the text that trains the vocabulary had changed: of the same size, with other ids."""
+    predictions = []
+    for vocabulary, cache_dir in (("toy_train", toy_cache()), ("toy_unseen", tmp_path / "cache")):
+        lines = [f"MODEL_DIR = {str(own)!r}", f"CACHE_DIR = {str(cache_dir)!r}",
+                 "eval.examples = 4", f"VocabularyConfig.trained_on = {vocabulary!r}"]  # fmt: skip
+        flags.parse_gin([], lines, [], from_model_dir=True)
+        eval_program.evaluate(build(Config), build(eval_program.EvalConfig))
+        path = own / "eval" / "toy_train_test" / "predictions.jsonl"
+        predictions.append(path.read_text())
+    assert predictions[0] == predictions[1]
+    (used,) = {path.parent.name for path in (tmp_path / "cache").glob("vocabularies/*/*.json")}
+    files_of = [d / "sentencepiece.model" for d in (own / "vocabulary",
+                tmp_path / "cache" / "vocabularies" / used)]  # fmt: skip
+    assert files_of[0].read_bytes() == files_of[1].read_bytes()

@@ -44,6 +44,20 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == actual
 
 
+def test_one_file_of_events_however_often_a_run_is_started(tmp_path):
+    """An event that a kill cut short does not hide those after it."""
+    for step in range(4):
+        log = MetricsLog(tmp_path, step)
+        log.write(step + 1, "train", {"loss": float(step)})
+        log.close()
+        (path,) = tmp_path.glob("events.out.tfevents.*")
+        if step % 2:
+            path.write_bytes(path.read_bytes() + b"\x20\0\0\0\0\0\0\0half"[: 4 * step])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert found == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 3.0)]
+
+
 def test_other_processes_write_nothing(tmp_path):
     log = MetricsLog(tmp_path, 0, enabled=False)
     log.write(1, "train", {"loss": 1.0})

@@ -68,7 +68,7 @@ def test_what_is_no_command(arguments, message):
 
 def test_arguments_reach_the_command():
     done = moe_jax("report", "--help")
-    assert done.returncode == 0 and "--routes NAME" in done.stdout
+    assert done.returncode == 0 and "--model NAME" in done.stdout
     done = moe_jax("eval", "--gin.MODEL_DIR=nowhere")
     assert done.returncode == 1 and done.stderr.startswith("error: nowhere holds no run")
 

@@ -110,6 +110,42 @@ def test_resuming_is_exact(train):
             _equal(next(fresh), want[b])
 
 
+def _groups(batches):
+    """The groups of all batches, as (shape of rows, task, bytes), in order."""
+    return [
+        (b["inputs"].shape[2], int(b["task_id"][g]), b["inputs"][g].tobytes())
+        for b in batches
+        for g in range(len(b["task_id"]))
+    ]
+
+
+@pytest.mark.parametrize("shapes", [1, 2])
+def test_batches_of_another_size_go_on_with_the_next_groups(shapes, train):
+    """Of each shape of rows: the same groups in the same order, none left out, none twice."""
+    settings = {"lengths": {"inputs": 96, "targets": 48}, "rows": 2, "threads": 0, "shapes": shapes}
+    whole = _groups(_batches(train, 60, groups=6, **settings))
+    parts, found = [(3, 6), (5, 2), (4, 9), (4, 3)], []
+    for i, (count, groups) in enumerate(parts):
+        batches = iter(train_batches(train, groups=groups, earlier=parts[:i], **settings))
+        state = batches.get_state()
+        state["next_index"] = sum(n for n, _ in parts[:i])
+        batches.set_state(state)
+        found += _groups(itertools.islice(batches, count))
+    assert len(found) == sum(count * groups for count, groups in parts)
+    widths = {width for width, _, _ in whole}
+    assert len(widths) == shapes
+    for width in widths:
+        mine = [group for group in found if group[0] == width]
+        assert mine == [group for group in whole if group[0] == width][: len(mine)]
+
+
+def test_a_batch_of_an_earlier_size_cannot_be_asked_for(train):
+    batches = iter(train_batches(train, lengths=LENGTHS, groups=4, rows=2, earlier=[(2, 8)],
+                                 threads=0))  # fmt: skip
+    with pytest.raises(ValueError, match="batch 0 is of an earlier part of the run"):
+        next(batches)
+
+
 def test_rows_of_several_shapes(train):
     """Proportions, resuming and several processes work; a batch has one shape, rows are full."""
     limits = {"inputs": 48, "targets": 48}  # targets are far shorter

@@ -121,6 +121,21 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
     assert cache.find(cache_dir, request, "own") is not None
 
 
+def test_what_is_damaged_is_prepared_again(tmp_path, children, capsys):
+    get = functools.partial(prepare.ensure_prepared, tmp_path, "toy_unseen", TASKS, BYTES)
+    whole = get()["toy_unseen"]
+    task = whole.tasks[0]
+    for path in (task.directory / "train.lengths.npy", whole.vocabulary_dir / "vocabulary.json"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        capsys.readouterr()
+        again = get()["toy_unseen"]
+        assert capsys.readouterr().err.startswith(f"damaged, and prepared again: {path} is not")
+        assert again.fingerprint == whole.fingerprint and path.read_bytes() == content
+        np.testing.assert_array_equal(again.tasks[0].lengths("train"), task.lengths("train"))
+    assert len(children) == 3
+
+
 def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
     actual = []
 

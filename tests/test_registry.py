@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from moe_jax.core.errors import UserError
 from moe_jax.data import registry
+from moe_jax.data.modules import resolve
 from moe_jax.metrics import exact_match
 
 SIZES = {"train": 300, "test": 7}
@@ -178,7 +179,7 @@ def test_rates_flatten_mixtures_and_see_the_counts():
 def test_functions_must_be_found_by_name(tmp_path):
     task = _task()
     assert registry.reference(exact_match, task, "metric") == "moe_jax.metrics:exact_match"
-    for bad in (lambda targets, predictions: {}, functools.partial(exact_match)):
+    for bad in (lambda targets, predictions: {}, functools.partial(exact_match, lambda: 1)):
         with pytest.raises(UserError, match=r"task .t.: the metric .* cannot be found by name"):
             registry.reference(bad, task, "the metric")
 
@@ -188,11 +189,41 @@ def test_functions_must_be_found_by_name(tmp_path):
     with pytest.raises(UserError, match="closure"):
         registry.metric_references(_task(metric_fns=[closure]))
 
-    def scores(targets, scores):
+    def aux(targets, predictions, aux_values):
         return {}
 
     with pytest.raises(UserError, match="only metric_fns of"):
-        registry.metric_references(_task(metric_fns=[scores]))
+        registry.metric_references(_task(metric_fns=[aux]))
+
+
+def best_share(targets, scores, at_least=0.0, names=()):
+    """A metric of scores."""
+    return {"share": float(np.mean(np.asarray(scores) >= at_least))}
+
+
+def test_metrics_of_scores_and_with_arguments():
+    bound = functools.partial(best_share, at_least=-1.5, names=["a:(b", "c)"])
+    predictions, scores = registry.metric_references(
+        _task(metric_fns=[bound, exact_match, best_share])
+    )
+    assert predictions == ["moe_jax.metrics:exact_match"]
+    name = f"{__name__}:best_share"
+    assert scores == [f"{name}(at_least=-1.5, names=['a:(b', 'c)'])", name]
+    found = resolve(scores[0])
+    assert (found.func, found.keywords) == (best_share, bound.keywords)
+    assert found([0, 0], [-1.0, -2.0]) == {"share": 0.5}
+    with pytest.raises(UserError, match="cannot be found by name"):
+        bad = functools.partial(best_share, at_least=object())
+        registry.metric_references(_task(metric_fns=[bad]))
+
+
+def test_choices_and_questions_of_a_row():
+    row = {"answer_choices": np.array([b"ja", "né".encode()], object)}
+    assert registry.choices(row) == ("ja", "né")
+    assert registry.choices({}) == ()
+    assert registry.question({"idx": np.array([7, 1], np.int32)}) == 7
+    for other in ({}, {"idx": np.int32(7)}, {"idx": np.array([1.0, 2.0])}):
+        assert registry.question(other) is None
 
 
 def test_modules_own_their_tasks_and_files(tmp_path):
@@ -216,9 +247,10 @@ def missing_hint(name):
     for name in ("owned_a", "owned_b"):
         task = seqio.TaskRegistry.get(name)
         assert registry.owners(name, modules) == modules[:1]
-        assert registry.data_files(task, modules) == [str(data)]
+        pattern = [str(tmp_path / "*.tsv")] if name == "owned_b" else []  # which more files may fit
+        assert registry.data_files(task, modules) == [*pattern, str(data)]
     reference = registry.metric_references(seqio.TaskRegistry.get("owned_a"))
-    assert reference == [f"{path}:metric"]
+    assert reference == ([f"{path}:metric"], [])
     with pytest.raises(UserError, match="because of the moon"):
         registry.find_tasks("owned_c", modules)
     os.link(path, tmp_path / "again.py")

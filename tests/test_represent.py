@@ -296,7 +296,7 @@ WRONG = {
     "split": ({"split": "tarin"}, "'toy_copy' has no split 'tarin'"),
     "one task": ({"MIXTURE_OR_TASK_NAME": "toy_unseen"}, "two tasks that differ, here is one"),
     "components": ({"pca_from": "FISHER"}, "another kind: there fisher, here text"),
-    "dim": ({"dim": 0}, "must be at least 1"),
+    "dim": ({"dim": 0}, "represent.dim is 0; it is int from 1"),
 }
 
 

@@ -116,6 +116,14 @@ FAULTS = {
     "no rows": ("f.npz", save(**NAMED, representation=1), "has no 'representations'; did you mean"),
     "numbers": ("f.npz", save(tasks=[1], representations=np.ones((1, 2))), "one name per row"),
     "twice": ("f.npz", save(tasks=["a", "a"], representations=np.ones((2, 2))), "'a' is there tw"),
+    "complex": ("f.npz", save(**NAMED, representations=np.ones((2, 2)) * 1j), "must hold as many"),
+    "truth": ("f.npz", save(**NAMED, representations=np.ones((2, 2), bool)), "must hold as many"),
+    "huge": ("f.npz", save(**NAMED, representations=np.full((2, 2), 1e300)), "that is not finite"),
+    "key twice": (
+        "f.json",
+        lambda path: path.write_text('{"a": [1], "a": [2]}'),
+        "'a' is there tw",
+    ),
     "count": ("f.npz", save(**NAMED, representations=np.ones((3, 2))), "each of its 2 tasks"),
     "uneven": (
         "f.json",

@@ -51,8 +51,11 @@ def test_a_run_goes_on_under_its_own_configuration(tmp_path):
     directory.write_config(tmp_path, configs(*SETTINGS))
     directory.check_config(tmp_path, configs(*SETTINGS))
     free = ["CACHE_DIR = '/other'", "EVAL_PERIOD = 3", "CHECKPOINT_PERIOD = 4",
-            "RunConfig.keep_checkpoints = 2", "MeshConfig.fsdp = 2"]  # fmt: skip
-    directory.check_config(tmp_path, configs(*SETTINGS, *free))
+            "RunConfig.keep_checkpoints = 3", "MeshConfig.fsdp = 2", "TRAIN_STEPS = 8",
+            "BATCH_SIZE = 8", "StepConfig.groups_at_once = 2", "RunConfig.log_period = 1",
+            "ModelConfig.remat = True", "ModelConfig.dtype = 'bfloat16'"]  # fmt: skip
+    before = directory.check_config(tmp_path, configs(*SETTINGS, *free))
+    assert before["RunConfig.train_steps"] == 7
 
 
 def test_runs_that_call_the_built_in_tasks_by_their_former_names(tmp_path):
@@ -68,7 +71,8 @@ def test_runs_that_call_the_built_in_tasks_by_their_former_names(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("TRAIN_STEPS = 8", "there TRAIN_STEPS is 7, here 8"),
+    ("DataConfig.rows_per_group = 8", r"there DataConfig.rows_per_group is 4, here 8 "
+     r"\(the examples to come would be others\)"),
     ("MIXTURE_OR_TASK_NAME = 'b'", "there MIXTURE_OR_TASK_NAME is 'a_mixture', here 'b'"),
     ("VocabularyConfig.extra_ids = 8", "VocabularyConfig.extra_ids is 9, here 8"),
     ("ModelConfig.experts = 3", "ModelConfig.experts is 1, here 3"),

@@ -44,8 +44,8 @@ def runner_of(model, frozen, devices):
 @pytest.mark.parametrize(
     "form, devices, at_once",
     [
-        ("dense", 1, True),
-        ("all experts", 1, True),
+        pytest.param("dense", 1, True, marks=pytest.mark.slow),
+        pytest.param("all experts", 1, True, marks=pytest.mark.slow),
         ("one expert", 2, False),
         ("representation", 2, False),
     ],

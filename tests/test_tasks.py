@@ -42,6 +42,13 @@ def nan(targets, predictions):
 def raises(targets, predictions):
     raise KeyError("gone")
 
+def mean_score(targets, scores, scale):
+    return {"mean": scale * sum(scores) / len(scores)}
+
+@seqio.map_over_dataset
+def choose(example):
+    return {**example, "answer_choices": tf.constant(["yes", "maybe"])}
+
 feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
 PAIRS = {"train": [("is it?", "yes")] * 3, "validation": [("hm", "no")], "test": [("é", "no")]}
 
@@ -67,6 +74,8 @@ add("t_no_metric", metric_fns=())
 add("t_lambda", metric_fns=(lambda targets, predictions: {"x": 1.0},))
 add("t_nan", metric_fns=(nan,))
 add("t_raises", metric_fns=(raises,))
+add("t_ranked", preprocessors=(choose, tokenize, append_eos),
+    metric_fns=(accuracy, functools.partial(mean_score, scale=2.0)))
 seqio.MixtureRegistry.add("t_mix", ["t_good", "t_no_metric", "t_nan"], default_rate=1.0)
 """
 
@@ -108,6 +117,8 @@ def run(tmp_path_factory):
         "unknown": ["check", "t_godo"],
         "mix": ["check", "t_mix"],
         "short": ["check", "t_good", "--inputs_length", "6", "--targets_length", "3"],
+        "ranked": ["check", "t_ranked"],
+        "show ranked": ["show", "t_ranked", "--examples", "1"],
         "zero": ["check", "t_good", "--examples", "0"],
     }
     commands |= {name: ["check", f"t_{name}"] for name in [*checked.split(), "raises"]}
@@ -149,7 +160,9 @@ def test_list(run):
     assert " ".join(good.split()) == "t_good accuracy train validation test few-shot(2 seeds)"
     assert next(line for line in lines if "t_mix" in line).split()[1:] == ["3", "of", "5", "tasks"]
     assert lines.index("no category") < lines.index("other / x") < lines.index("qa / binary")
-    assert lines[-1] == "12 tasks"
+    ranked = next(line for line in lines if line.startswith("  t_ranked "))
+    assert ranked.split()[1:3] == ["accuracy,", "mean_score"]
+    assert lines[-1] == "13 tasks"
     text, _ = run["list qa"]
     assert [line.split()[0] for line in text.splitlines()] == ["qa", "t_good", "1"]
     assert run["list qx"][1] == "error: no category 'qx'; there are: no category, other, qa"
@@ -235,6 +248,23 @@ def test_check_says_all_there_is_to_say(run):
     assert [line for line in run["mix"][0].splitlines() if line.startswith("t_")] == [
         *("t_good", "t_nan", "t_no_metric"),
     ]
+
+
+def test_choices_and_metrics_of_scores(run):
+    """The targets of test are `no`, with EOS 3 tokens, which no choice is."""
+    text, code = run["ranked"]
+    assert code == 0
+    assert text.splitlines()[-4:] == [
+        "  targets of test as predictions: ACC 1",
+        "  test with -1 for every token: mean -6",
+        "  note: 1 targets of test are not among their answer choices",
+        "  ok",
+    ]
+    text, code = run["show ranked"]
+    assert code == 0
+    assert "  metrics:  moe_jax.metrics:accuracy, " in text
+    assert "module.py:mean_score(scale=2.0)" in text
+    assert text.splitlines()[-1] == "  choices: 'yes', 'maybe'"
 
 
 def test_length_summary():

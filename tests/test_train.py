@@ -2,13 +2,18 @@
 
 import json
 import random
+import re
+import shutil
 import signal
 import socket
 import time
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from toy_run import bindings, finish, flags_of, metrics, start
+
+from moe_jax import __version__
 
 # All sources of randomness are on: noise, exploration, dropout, data order.
 SETTINGS = {
@@ -51,6 +56,13 @@ def test_a_run_leaves_all_its_files(whole):
     assert routes["layers"] == ["encoder.0", "decoder.0"] and routes["experts"] == 2
     for task in routes["tasks"].values():
         np.testing.assert_array_equal(np.sort(task["route"], axis=-1), [[0, 1]] * 2)
+    for step in (16, 32, 48):  # also at each evaluation
+        then = json.loads((model_dir / "routes" / f"{step}.json").read_text())
+        assert then["step"] == step and then["tasks"].keys() == routes["tasks"].keys()
+    assert then == routes
+    origin = json.loads((model_dir / "origin.json").read_text())
+    assert datetime.fromisoformat(origin["date"]) <= datetime.now(UTC)
+    assert origin["version"] == __version__ and "commit" in origin
     assert list(model_dir.glob("events.out.tfevents.*"))
 
 
@@ -62,24 +74,35 @@ def test_a_training_process_imports_no_tensorflow(whole):
 
 
 def test_killed_runs_go_on_exactly(whole, tmp_path):
-    """SIGKILL at seeded moments: between steps, while evaluating, while saving."""
+    """Signals at seeded moments: between steps, while evaluating, while saving.
+
+    After SIGTERM and SIGINT nothing is lost; every start says so in one line and exits with 75.
+    """
     model_dir = tmp_path / "killed"
     arguments = flags_of(bindings(model_dir, **SETTINGS))
     rng = random.Random(4)
     log = model_dir / "metrics.jsonl"
-    kills = 0
-    for first in (1, 9, 20):  # lines after which this start may be killed
+    ends = []
+    # Lines after which a start gets a signal.
+    for first, number in ((1, signal.SIGKILL), (7, signal.SIGTERM), (13, signal.SIGINT),
+                          (20, signal.SIGKILL)):  # fmt: skip
         process = start("train", arguments)
         lines, wait = first + rng.randrange(6), rng.random() * 0.1
         while process.poll() is None:
             if log.exists() and log.read_bytes().count(b"\n") >= lines:
                 time.sleep(wait)
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(number)
                 break
             time.sleep(0.002)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 2  # on a fast machine the last kill may come too late
+        _, err = process.communicate()
+        ends.append(process.returncode)
+        if process.returncode == 75:
+            (said,) = re.findall(rf"^stopped by {number.name}.*$", err, re.M)
+            assert err.rstrip().endswith(said) and "Traceback" not in err
+            step = re.search(r"after step (\d+); the same command goes on from there", said)
+            if step:  # not while it evaluated
+                assert (model_dir / "checkpoints" / step[1]).is_dir()
+    assert ends[:2] == [-signal.SIGKILL, 75] and ends[2] in (75, 0)  # a fast machine is done
     with log.open("a") as f:
         f.write('{"step": 999, "kind": "tr')  # a line cut short
     finish(start("train", arguments))
@@ -96,25 +119,94 @@ def test_a_finished_run_started_again_changes_nothing(whole):
     assert metrics(model_dir) == before
 
 
+def test_a_finished_run_goes_on_for_longer_with_other_batches_on_another_mesh(whole, tmp_path):
+    model_dir = tmp_path / "longer"
+    shutil.copytree(whole[0], model_dir)
+    changes = {"TRAIN_STEPS": 52, "BATCH_SIZE": 16, "MeshConfig__fsdp": 2, "EVAL_PERIOD": 0,
+               "CHECKPOINT_PERIOD": 3, "StepConfig__groups_at_once": 1}  # fmt: skip
+    process = start("train", flags_of(bindings(model_dir, **SETTINGS | changes)), devices=2)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    # Of 52 steps, 3 are warm-up; the rest fall to zero.
+    peak, rate = 3e-3, (52 - 48) / (52 - 3)
+    assert f"from step 49 on, the learning rate is that of 52 steps, {rate:.1%} of its peak" in err
+    assert "BATCH_SIZE was 8, now is 16: the data goes on where it was" in err
+    lines = [line for line in metrics(model_dir) if line["kind"] == "train"]
+    assert lines[:24] == [line for line in metrics(whole[0]) if line["kind"] == "train"]
+    assert [line["step"] for line in lines[24:]] == [50, 51, 52]
+    np.testing.assert_allclose(lines[-1]["learning_rate"], peak * 1 / (52 - 3), rtol=1e-5)
+    meta = json.loads((model_dir / "checkpoints" / "52" / "meta" / "metadata").read_text())
+    assert meta["parts"] == [[48, 4], [4, 8]]  # groups of 2 rows
+    process = start("train", flags_of(bindings(model_dir, **SETTINGS)))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.splitlines()[-1].startswith(
+        f"error: {model_dir} is at step 52, beyond TRAIN_STEPS 48"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_stopped_anywhere_goes_on_elsewhere_as_if_it_had_not(seed, tmp_path):
+    """With another mesh, number of processes and of groups at once, for longer than planned."""
+    steady = {**SETTINGS, "EVAL_PERIOD": 0, "OptimizerConfig__decay": "constant",
+              "OptimizerConfig__warmup_fraction": 0.0}  # fmt: skip
+    straight, model_dir = tmp_path / "straight", tmp_path / "elastic"
+    finish(start("train", flags_of(bindings(straight, **steady))))
+    stop = random.Random(seed).randrange(2, 40)
+    finish(start("train", flags_of(bindings(model_dir, **steady | {"TRAIN_STEPS": stop}))))
+    elsewhere = {"StepConfig__groups_at_once": 2 - seed % 2, "ModelConfig__remat": True}
+    if seed == 0:
+        for process in start_two(model_dir, **steady | elsewhere):
+            finish(process)
+    else:
+        mesh = {"MeshConfig__fsdp": 2, "MeshConfig__expert": seed}
+        arguments = flags_of(bindings(model_dir, **steady | elsewhere | mesh))
+        finish(start("train", arguments, devices=2 * seed))
+    ours = {line["step"]: line for line in metrics(model_dir)}
+    for line in metrics(straight):
+        step = line["step"]
+        if step in (stop, stop + 1):  # where the windows of the means differ
+            continue
+        for name in line.keys() - {"kind"}:
+            np.testing.assert_allclose(
+                ours[step][name], line[name], rtol=2e-3, err_msg=f"{step}: {name}"
+            )
+
+
 def _port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def test_two_processes_give_the_metrics_of_one(whole, tmp_path):
-    """Two processes on this machine; the second start resumes from the first one's checkpoint."""
-    model_dir = tmp_path / "two"
-    arguments = flags_of(bindings(model_dir, **SETTINGS))
+def start_two(model_dir, **settings):
+    arguments = flags_of(bindings(model_dir, **settings or SETTINGS))
     port = _port()
-    processes = [
+    return [
         start("train", [
             *arguments, "--multiprocess_gpu", f"--coordinator_address=127.0.0.1:{port}",
             "--process_count=2", f"--process_index={index}",
         ])
         for index in range(2)
     ]  # fmt: skip
-    for process in processes:
+
+
+def test_two_processes_give_the_metrics_of_one(whole, tmp_path):
+    """Over loopback. A signal to one of them stops both after the same step; they go on there."""
+    model_dir = tmp_path / "two"
+    log = model_dir / "metrics.jsonl"
+    first, second = start_two(model_dir)
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 5):
+        assert first.poll() is None and second.poll() is None
+        time.sleep(0.01)
+    second.send_signal(signal.SIGTERM)
+    ends = [process.communicate(timeout=120)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [75, 75], ends
+    steps = [re.findall(r"^stopped by .* after step (\d+); the same", end, re.M) for end in ends]
+    assert len(steps[0]) == 1 and steps[0] == steps[1]
+    assert (model_dir / "checkpoints" / steps[0][0]).is_dir()
+    for process in start_two(model_dir):
         finish(process)
     ours, wanted = metrics(model_dir), metrics(whole[0])
     assert [(line["step"], line["kind"]) for line in ours] == [

@@ -1,1 +1,1 @@
-"""Used by all other subpackages: errors, files, sharding."""
+"""Used by all other subpackages: errors, configurations, files, sharding."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -73,36 +74,82 @@ def json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """Reads UTF-8 text.
+
+    Raises:
+        UserError: the file is missing, cannot be read or is no UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8: byte {e.start} is 0x{e.object[e.start]:02x}") from e
+
+
 def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file, in which every key is there once and every number is finite.
 
     Raises:
         UserError: the file is missing or not JSON; the message names file and line.
     """
+    text = read_text(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from e
+        return _parse(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not valid JSON: {_reason(e)}") from e
 
 
-def read_jsonl(path: str | os.PathLike) -> Iterator[Any]:
-    """Yields the values of a JSON-lines file, one per non-empty line.
+def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a JSON-lines file, one per non-empty line.
 
     Raises:
-        UserError: the file is missing, or a line is not JSON; the message names file and line.
+        UserError: the file is missing, or a line is no JSON object; the message names file and
+            line.
     """
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as e:
-                        raise UserError(f"{path}:{number}: not valid JSON: {e.msg}") from e
+                        value = _parse(line.decode("utf-8"))
+                    except (ValueError, RecursionError) as e:
+                        raise UserError(f"{path}:{number}: not valid JSON: {_reason(e)}") from e
+                    if not isinstance(value, dict):
+                        raise UserError(f"{path}:{number}: not a JSON object")
+                    yield value
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+
+
+def _parse(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON, or has a key twice or a number that is infinite.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def check_new(path: str | os.PathLike) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.configuration import Configuration, Range
+from moe_jax.core.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "model")
 # Groups, the leading axis of a batch, are sharded over these.
@@ -48,7 +49,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Configuration):
     """Sizes of the mesh axes.
 
     Attributes:
@@ -59,16 +60,10 @@ class MeshConfig:
             (tensor parallelism).
     """
 
-    data: int = 0
-    fsdp: int = 1
-    expert: int = 1
-    model: int = 1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for axis in MESH_AXES:
-            if getattr(self, axis) < (0 if axis == "data" else 1):
-                raise UserError(f"MeshConfig.{axis} is {getattr(self, axis)}, below its minimum")
+    data: Annotated[int, Range(0, 2**20)] = 0
+    fsdp: Annotated[int, Range(1, 2**20)] = 1
+    expert: Annotated[int, Range(1, 2**20)] = 1
+    model: Annotated[int, Range(1, 2**20)] = 1
 
 
 def device_per_core(most: int = 8) -> None:

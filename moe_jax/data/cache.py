@@ -1,19 +1,18 @@
 """Reads the cache that `prepare` wrote, without TensorFlow or SeqIO.
 
     CACHE/vocabularies/<id>/vocabulary.json, sentencepiece.model
-    CACHE/tasks/<task>/<id>/spec.json, <split>-00000-of-0000N.array_record, <split>.lengths.npy
+    CACHE/tasks/<task>/<id>/spec.json, <split>-00000-of-0000N.array_record, <split>.lengths.npy,
+        <split>.questions.npy (only where several rows are one question)
     CACHE/mixtures/<mixture>-<key>.json
 
-A mixture's file lists its tasks' directories and their source files, so that a process without
-TensorFlow can tell whether the cache is stale. Files are never changed in place.
+A mixture's file lists its tasks' directories and the source files that they came from, so that a
+process without TensorFlow can see that it is stale. Nothing is ever changed in place. Everything
+has checksums: what is damaged is prepared again.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,28 +22,16 @@ import grain
 import msgpack
 import numpy as np
 
-from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core import checksums, files
+from moe_jax.core.checksums import digest
+from moe_jax.core.errors import UserError, nearest, say
+from moe_jax.data import staleness
 from moe_jax.data.modules import resolve
 from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
 from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
-FORMAT = 1  # version of the cache's files; a change makes all caches stale
+FORMAT = 2  # version of the cache's files; a change makes all caches stale
 SPEC = "spec.json"
-
-
-def digest(value: Any) -> str:
-    """Short hash of a JSON value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """Short hash of a file's bytes, or of the names in a directory."""
-    if os.path.isdir(path):
-        return digest(sorted(os.listdir(path)))
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +99,14 @@ class Example:
         inputs_text: text of the inputs.
         references: the post-processed target, as the task's metrics expect it: usually the list of
             valid outputs.
+        choices: texts that the answer is one of; () where any text may be.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     inputs_text: str
     references: Any
+    choices: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         record = {
@@ -125,6 +114,7 @@ class Example:
             "targets": self.targets.astype("<i4").tobytes(),
             "inputs_text": self.inputs_text,
             "references": self.references,
+            "choices": self.choices,
         }
         return msgpack.packb(record)
 
@@ -132,7 +122,7 @@ class Example:
     def from_bytes(cls, data: bytes) -> "Example":
         record = msgpack.unpackb(data, strict_map_key=False)
         tokens = {k: np.frombuffer(record.pop(k), "<i4") for k in ("inputs", "targets")}
-        return cls(**tokens, **record)
+        return cls(**tokens, **record | {"choices": tuple(record["choices"])})
 
 
 class Records(Sequence[Example]):
@@ -166,8 +156,8 @@ class Records(Sequence[Example]):
             names = ", ".join(self._paths)
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise UserError(
-                f"missing or damaged shard in {names} ({reason}); delete its directory to have it"
-                " prepared again"
+                f"missing or damaged shard in {names} ({reason}); start again to have it prepared"
+                " again"
             ) from e
 
 
@@ -190,8 +180,10 @@ class PreparedTask:
         directory: directory of its shards.
         rate: SeqIO's mixing rate, resolved to a number.
         splits: by name.
-        metrics: 'module:function' of each metric function.
+        metrics: 'module:function' of each metric of (targets, predictions).
+        score_metrics: the same, of (targets, scores).
         postprocess: 'module:function' or None.
+        dataset: of which it is a prompt; '' where it is none.
     """
 
     name: str
@@ -201,7 +193,9 @@ class PreparedTask:
     rate: float
     splits: dict[str, Split]
     metrics: tuple[str, ...]
+    score_metrics: tuple[str, ...]
     postprocess: str | None
+    dataset: str
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -216,14 +210,28 @@ class PreparedTask:
 
     def lengths(self, split: str) -> np.ndarray:
         """int32 [n, 2]: tokens of inputs and targets with EOS, before any truncation."""
-        path = self.directory / f"{split}.lengths.npy"
+        return self._numbers(split, "lengths", (2,))
+
+    def questions(self, split: str) -> np.ndarray:
+        """int32 [n]: the question that each example belongs to.
+
+        Examples of one question are scored together or not at all: in a task for rank
+        classification they are its choices. Elsewhere each is a question of its own.
+        """
+        if not (self.directory / f"{split}.questions.npy").exists():
+            return np.arange(self.examples(split), dtype=np.int32)
+        return self._numbers(split, "questions", ())
+
+    def _numbers(self, split: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The array [n, *shape] beside the shards."""
+        path = self.directory / f"{split}.{name}.npy"
         try:
-            lengths_Nx2 = np.load(path, allow_pickle=False)
+            numbers = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"missing or damaged {path} ({e})") from e
-        if lengths_Nx2.shape != (self.examples(split), 2):
-            raise UserError(f"{path} holds {len(lengths_Nx2)} lengths, not {self.examples(split)}")
-        return lengths_Nx2
+        if numbers.shape != (self.examples(split), *shape):
+            raise UserError(f"{path} holds {len(numbers)} {name}, not {self.examples(split)}")
+        return numbers
 
     def records(self, split: str) -> Records:
         """The examples, in the order of the source.
@@ -236,14 +244,19 @@ class PreparedTask:
             actual = path.stat().st_size if path.is_file() else None
             if actual != size:
                 state = "is missing" if actual is None else f"has {actual} bytes, not {size}"
-                raise UserError(
-                    f"shard {path} {state}; delete {self.directory} to have it prepared again"
-                )
+                raise UserError(f"shard {path} {state}; start again to have it prepared again")
         return Records([self.directory / name for name, _ in self.split(split).shards])
 
-    def metric_fns(self) -> dict[str, Callable[[list, list], Mapping[str, float]]]:
-        """Metric functions `(targets, predictions) -> {name: value}` by function name."""
-        return {ref.rpartition(":")[2]: resolve(ref) for ref in self.metrics}
+    def metric_fns(self) -> list[Callable[[list, list], Mapping[str, float]]]:
+        """Metric functions `(targets, predictions) -> {name: value}`."""
+        return [resolve(reference) for reference in self.metrics]
+
+    def score_metric_fns(self) -> list[Callable[[list, list], Mapping[str, float]]]:
+        """Metric functions `(targets, scores) -> {name: value}`.
+
+        A score is the log-likelihood of an example's target, summed over its tokens.
+        """
+        return [resolve(reference) for reference in self.score_metrics]
 
     def postprocess_fn(self) -> Callable[..., Any] | None:
         """The function that turns a decoded prediction into what the metrics take."""
@@ -288,10 +301,8 @@ class PreparedMixture:
         raise UserError(f"mixture {self.name!r} has no task {name!r}{nearest(name, self.names)}")
 
 
-def read_mixture(cache_dir: str | os.PathLike, path: Path) -> PreparedMixture:
-    """Reads a prepared mixture's file and the spec of each of its tasks."""
-    cache_dir = Path(cache_dir)
-    stored = files.read_json(path)
+def _mixture(cache_dir: Path, stored: Mapping[str, Any]) -> PreparedMixture:
+    """What a prepared mixture's file says, and the spec of each of its tasks."""
     vocabulary_dir = cache_dir / "vocabularies" / stored["vocabulary"]
     tasks = tuple(_read_task(cache_dir / entry["dir"], entry) for entry in stored["tasks"])
     content = [
@@ -316,54 +327,54 @@ def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
             for name, s in spec["splits"].items()
         },
         metrics=tuple(spec["metrics"]),
+        score_metrics=tuple(spec["score_metrics"]),
         postprocess=spec["postprocess"],
+        dataset=spec["dataset"],
     )
 
 
-def find(cache_dir: str | os.PathLike, request: Request, name: str) -> PreparedMixture | None:
-    """The prepared mixture `name` of `request`, or None if it is missing or stale."""
+def find(
+    cache_dir: str | os.PathLike, request: Request, name: str, quiet: bool = False
+) -> PreparedMixture | None:
+    """The prepared mixture `name` of `request`, or None where it is missing, stale or damaged.
+
+    Args:
+        quiet: does not say what is damaged.
+    """
+    cache_dir = Path(cache_dir)
     path = request.path(cache_dir, name)
     if not path.is_file():
         return None
-    stored = files.read_json(path)
-    directories = [f"vocabularies/{stored['vocabulary']}"] + [t["dir"] for t in stored["tasks"]]
-    if not all((Path(cache_dir) / directory).is_dir() for directory in directories):
+    stored, problem = _read_sealed(path)
+    if stored is not None:
+        directories = [f"vocabularies/{stored['vocabulary']}", *(t["dir"] for t in stored["tasks"])]
+        if not all((cache_dir / directory).is_dir() for directory in directories):
+            return None
+        problems = (checksums.damage(cache_dir / directory) for directory in directories)
+        problem = next(filter(None, problems), None)
+    if problem is not None:
+        if not quiet:
+            say(f"damaged, and prepared again: {problem}")
         return None
     environment = {**os.environ, **request.environment}
     if any(environment.get(k) != v for k, v in stored["environment"].items()):
         return None
-    if any(_changed(source, *state) for source, state in stored["inputs"].items()):
+    if any(staleness.changed(source, state) for source, state in stored["inputs"].items()):
         return None
-    return read_mixture(cache_dir, path)
+    return _mixture(cache_dir, stored)
 
 
-def state(path: str) -> tuple[int, int, str]:
-    """Size, modification time in ns and digest of a source file or directory."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, file_digest(path)
+def write_mixture(path: Path, stored: Mapping[str, Any]) -> None:
+    """Writes a prepared mixture's file, with a digest of its own."""
+    files.write_json(path, {**stored, "digest": digest(stored)})
 
 
-def _changed(path: str, size: int, mtime_ns: int, content: str) -> bool:
-    """Whether a source changed. A missing one counts as unchanged: caches are copied without
-    sources."""
+def _read_sealed(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """(what `write_mixture` wrote, None), or (None, what is wrong with the file)."""
     try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    if (status.st_size, status.st_mtime_ns) == (size, mtime_ns):
-        return False
-    return file_digest(path) != content
-
-
-@contextlib.contextmanager
-def lock(cache_dir: str | os.PathLike) -> Iterator[None]:
-    """A lock: one process at a time prepares in `cache_dir`, the others wait."""
-    path = Path(cache_dir) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (closed below)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        stored = files.read_json(path)
+    except UserError as e:
+        return None, str(e)
+    if isinstance(stored, dict) and stored.pop("digest", None) == digest(stored):
+        return stored, None
+    return None, f"{path} is not what was written"

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,9 +23,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from moe_jax.core import files
+from moe_jax.core import checksums, files, processes
 from moe_jax.core.errors import UserError
-from moe_jax.data import cache, registry, vocabulary
+from moe_jax.core.progress import progress
+from moe_jax.data import cache, registry, staleness, vocabulary
 from moe_jax.data.cache import Example, Request
 from moe_jax.data.modules import source_files
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
@@ -56,9 +58,9 @@ def materialise(cache_dir: Path, request: Request) -> None:
         name: f"tasks/{name}/" + cache.digest([vocabulary_id, splits[name], sources.digest(task)])
         for name, task in tasks.items()
     }
-    waiting = [name for name in tasks if not (cache_dir / directories[name]).is_dir()]
+    waiting = [name for name in tasks if not _is_whole(cache_dir / directories[name])]
     examples = 0
-    with tqdm(total=sum(len(splits[n]) for n in waiting), unit=" splits", disable=None) as bar:
+    with progress(total=sum(len(splits[n]) for n in waiting), unit=" splits") as bar:
         for name in waiting:
             bar.set_description(f"prepare {name}")
             task = tasks[name]
@@ -68,21 +70,33 @@ def materialise(cache_dir: Path, request: Request) -> None:
                 spec = _write_task(directory, task, splits[name], bar)
                 spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
                 spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
+                spec["dataset"] = sources.datasets.get(name, "")
                 files.write_json(directory / cache.SPEC, spec)
+                checksums.seal(directory)
             examples += sum(split["examples"] for split in spec["splits"].values())
     for name, members in mixtures.items():
         used = {task.name: directories[task.name] for task in members}
         mixture = _mixture(cache_dir, name, used, sources)
         behind = [name, *filter(None, [request.vocabulary.trained_on])]
         inputs = [*sources.files(behind), *request.vocabulary.files()]
-        mixture["inputs"] = {path: cache.state(path) for path in inputs}
+        mixture["inputs"] = {path: staleness.state(path) for path in inputs}
         mixture["environment"] = sources.environment(behind)
         mixture |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
-        files.write_json(request.path(cache_dir, name), mixture)
+        cache.write_mixture(request.path(cache_dir, name), mixture)
     if waiting:
         seconds = time.perf_counter() - start
         print(f"prepared {len(waiting)} tasks, {examples:,} examples, in {seconds:.1f} s in"
               f" {cache_dir}", file=sys.stderr)  # fmt: skip
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether there is such a directory of the cache; one that is damaged is removed."""
+    if not directory.is_dir():
+        return False
+    if checksums.damage(directory) is None:
+        return True
+    shutil.rmtree(directory)
+    return False
 
 
 def _chosen(task: seqio.Task, wanted: Sequence[str] | None) -> list[str]:
@@ -101,10 +115,13 @@ class _Sources:
     def __init__(self, modules: Sequence[ModuleType]):
         self.modules = modules
         self._code = {module.__name__: source_files(module) for module in modules}
-        self._file_digest = functools.cache(cache.file_digest)
+        self._content = functools.cache(staleness.content)
         self.ontology = {}
         self.categories = {}
+        self.datasets = {}
         for module in modules:
+            for dataset, names in getattr(module, "PROMPTS", {}).items():
+                self.datasets |= dict.fromkeys(names, dataset)
             for category, groups in getattr(module, "ONTOLOGY", {}).items():
                 for subcategory, names in groups.items():
                     self.ontology.setdefault(category, {}).setdefault(subcategory, []).extend(names)
@@ -117,19 +134,24 @@ class _Sources:
         return {name: os.environ.get(name) for name in sorted(variables)}
 
     def files(self, names: Sequence[str]) -> list[str]:
-        """Files and directories that determine the tasks or mixtures `names`, sorted."""
-        paths = {os.path.abspath(v) for v in self.environment(names).values() if v}
+        """Files and directories that decide what the tasks or mixtures `names` hold, sorted."""
+        found = set()
         for name in names:
             for module in registry.owners(name, self.modules):
-                paths.update(self._code[module.__name__])
+                found.update(self._code[module.__name__])
+                for variable in getattr(module, "ENVIRONMENT", ()):
+                    if path := os.environ.get(variable):
+                        # Of a directory, a module may say itself which files a task reads.
+                        alone = os.path.isdir(path) and hasattr(module, "data_files")
+                        found.add(os.path.abspath(path) + "/" * alone)
             for task in registry.find_tasks(name, self.modules):
-                paths.update(registry.data_files(task, self.modules))
-        return sorted(path for path in paths if os.path.exists(path))
+                found.update(registry.data_files(task, self.modules))
+        return sorted(path for path in found if staleness.exists(path))
 
     def digest(self, task: seqio.Task) -> str:
         """Hash of the code and data of one task."""
         paths = self.files([task.name])
-        contents = [(os.path.basename(path), self._file_digest(path)) for path in paths]
+        contents = [(os.path.basename(path.rstrip("/")), self._content(path)) for path in paths]
         return cache.digest([cache.FORMAT, self.environment([task.name]), contents])
 
 
@@ -141,9 +163,11 @@ def _write_task(
 ) -> dict[str, Any]:
     """Writes the shards of all splits; returns the spec."""
     eos = registry.own_vocabulary(task).eos_id
+    metrics, score_metrics = registry.metric_references(task)
     spec = {
         "task": task.name,
-        "metrics": registry.metric_references(task),
+        "metrics": metrics,
+        "score_metrics": score_metrics,
         "postprocess": task.postprocessor
         and registry.reference(task.postprocessor, task, "the postprocess_fn"),
     }
@@ -162,7 +186,7 @@ def _write_task(
                 raise UserError(
                     f"{where}: targets do not end in EOS; add seqio.preprocessors.append_eos"
                 )
-            writer.write(example)
+            writer.write(example, registry.question(row))
         done = sum(len(w.lengths) for w in writers.values())
         bar.set_postfix_str(f"{done:,} examples", refresh=False)
     bar.update(1)
@@ -180,6 +204,7 @@ def _example(task: seqio.Task, row: registry.Row) -> Example:
         row["targets"],
         registry.text(row, "inputs", features["inputs"].vocabulary),
         registry.to_json(task.postprocess_fn(target, example=row, is_target=True)),
+        registry.choices(row),
     )
 
 
@@ -190,12 +215,13 @@ class _SplitWriter:
         self.directory = directory
         self.split = split
         self.lengths: list[tuple[int, int]] = []
+        self._questions: list[int | None] = []
         self._hash = hashlib.sha256()
         self._shards: list[Path] = []
         self._writer = None
         self._room = 0
 
-    def write(self, example: Example) -> None:
+    def write(self, example: Example, question: int | None) -> None:
         record = example.to_bytes()
         if self._room <= 0:
             self._next_shard()
@@ -203,6 +229,7 @@ class _SplitWriter:
         self._room -= len(record)
         self._hash.update(len(record).to_bytes(8, "little") + record)
         self.lengths.append((len(example.inputs), len(example.targets)))
+        self._questions.append(question)
 
     def _next_shard(self) -> None:
         if self._writer is not None:
@@ -219,8 +246,12 @@ class _SplitWriter:
         for path in self._shards:
             path = path.rename(f"{path}-of-{len(self._shards):05d}.array_record")
             shards.append((path.name, path.stat().st_size))
-        lengths_Nx2 = np.array(self.lengths, np.int32)
-        np.save(self.directory / f"{self.split}.lengths.npy", lengths_Nx2, allow_pickle=False)
+        numbers = {"lengths": self.lengths}
+        if None not in self._questions:
+            numbers["questions"] = self._questions
+        for name, values in numbers.items():
+            path = self.directory / f"{self.split}.{name}.npy"
+            np.save(path, np.array(values, np.int32), allow_pickle=False)
         return {
             "examples": len(self.lengths),
             "fingerprint": self._hash.hexdigest()[:16],
@@ -268,7 +299,7 @@ def _prepare_vocabulary(
             raise UserError(f"VocabularyConfig.trained_on: {e}") from e
         digests = [sources.digest(task) for task in trainers]
         name = cache.digest([config.size, config.extra_ids, config.trained_on, digests])
-        if not (parent / name).is_dir():
+        if not _is_whole(parent / name):
             print(f"training a vocabulary on {config.trained_on!r}", file=sys.stderr)
             model = vocabulary.train_sentencepiece(_texts(trainers), config.size)
             _save_vocabulary(parent / name, _sentencepiece(model, config.extra_ids))
@@ -298,7 +329,7 @@ def _prepare_vocabulary(
     with tempfile.TemporaryDirectory() as directory:
         _save_vocabulary(Path(directory) / "new", seqio_vocabulary, settings)
         name = files.read_json(Path(directory) / "new" / vocabulary.FILE)["fingerprint"]
-    if not (parent / name).is_dir():
+    if not _is_whole(parent / name):
         _save_vocabulary(parent / name, seqio_vocabulary, settings)
     return name, None if config.kind == "task" else seqio_vocabulary
 
@@ -307,7 +338,7 @@ def _texts(tasks: Sequence[seqio.Task]) -> list[str]:
     """Inputs and targets of the train splits, in order."""
     texts = []
     placeholder = seqio.ByteVocabulary()
-    for task in tqdm(tasks, "read text", unit=" tasks", disable=None):
+    for task in progress(tasks, desc="read text", unit=" tasks"):
         if "train" not in task.splits:
             raise UserError(f"task {task.name!r} has no 'train' split to train a vocabulary on")
         for _, rows in registry.read(registry.with_vocabulary(task, placeholder), ["train"]):
@@ -346,10 +377,17 @@ def _save_vocabulary(
         settings = {"kind": "seqio", **settings}
     with files.new_directory(path) as directory:
         vocabulary.write_vocabulary(directory, settings, contents)
+        checksums.seal(directory)
 
 
 def _child(job_file: str) -> int:
-    """Runs a job. A UserError is written to a file, which the parent reads and reports."""
+    """Runs a job; a UserError goes to the file that the parent reads, which reports it once.
+
+    Stopped by a signal, it clears away what is half written; the parent says so.
+    """
+    processes.end_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     job = files.read_json(job_file)
     try:
         materialise(Path(job["cache_dir"]), Request.from_json(job["request"]))

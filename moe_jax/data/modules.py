@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
 import tempfile
@@ -22,9 +23,13 @@ from moe_jax.core.errors import UserError
 
 # Includes the user's and the system's, which sysconfig leaves out in a virtual environment.
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
+# 'module:name(argument=value)' -> 'module:name', 'argument=value'.
+_CALL = re.compile(r"(.+?:[\w.]+)\((.*)\)", re.DOTALL)
 # The package `tasks/` at the top of the repository.
 BUILTIN_TASKS = "moe_jax.builtin_tasks"
-DEFAULT_TASK_MODULES = (f"{BUILTIN_TASKS}.skills_gym", f"{BUILTIN_TASKS}.crossfit")
+DEFAULT_TASK_MODULES = tuple(
+    f"{BUILTIN_TASKS}.{name}" for name in ("skills_gym", "crossfit", "p3", "natural_instructions")
+)
 
 
 def full_name(name: str) -> str:
@@ -81,9 +86,17 @@ def _load_file(name: str) -> ModuleType:
 def resolve(reference: str) -> Any:
     """Returns the object named 'package.module:qualified.name' or 'file.py:qualified.name'.
 
+    A function may come with keyword arguments that are Python literals:
+    'package.module:function(num_classes=2)'.
+
     Raises:
         UserError: the module cannot be imported or lacks the name.
     """
+    call = _CALL.fullmatch(reference)
+    if call:
+        keywords = ast.parse(f"f({call[2]})", mode="eval").body.keywords
+        values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in keywords}
+        return functools.partial(resolve(call[1]), **values)
     module, _, name = reference.rpartition(":")
     try:
         return functools.reduce(getattr, name.split("."), load_module(module))

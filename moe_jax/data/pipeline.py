@@ -112,8 +112,8 @@ class Schedule:
         order = np.argsort(times, kind="stable")
         return tasks[order], numbers[order]
 
-    def __call__(self, group: int) -> tuple[int, int]:
-        """(task, number of that task's earlier groups) for group `group` of the run."""
+    def _find(self, group: int) -> tuple[int, int]:
+        """(period, place in it) of group `group` of the run."""
         # A period holds _PERIOD groups, up to rounding, so the guess is off by at most one unless
         # there are many tasks.
         period = group // _PERIOD
@@ -121,9 +121,19 @@ class Schedule:
             period -= 1
         while self._counts(period + 1).sum() <= group:
             period += 1
+        return period, group - int(self._counts(period).sum())
+
+    def __call__(self, group: int) -> tuple[int, int]:
+        """(task, number of that task's earlier groups) for group `group` of the run."""
+        period, place = self._find(group)
         tasks, numbers = self._period(period)
-        place = group - int(self._counts(period).sum())
         return int(tasks[place]), int(numbers[place])
+
+    def before(self, group: int) -> np.ndarray:
+        """int64 [T], number of groups of each task before group `group` of the run."""
+        period, place = self._find(group)
+        first_T = self._counts(period)
+        return first_T + np.bincount(self._period(period)[0][:place], minlength=len(first_T))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +162,7 @@ class TrainBatches:
         schedule: Schedule,
         *,
         groups: int,
+        earlier: Sequence[tuple[int, int]],
         process_index: int,
         process_count: int,
     ):
@@ -160,14 +171,27 @@ class TrainBatches:
         self._groups = groups
         mine = groups // process_count
         self._mine = range(process_index * mine, (process_index + 1) * mine)
+        # Per lane: its batches before the first one of this size, and their groups.
+        self._first = sum(batches for batches, _ in earlier)
+        self._batches_L, self._groups_L = [0] * len(lanes), [0] * len(lanes)
+        end = 0
+        for batches, size in earlier:
+            end += batches
+            before_L = schedule.before(end).tolist()
+            for lane, before in enumerate(before_L):
+                self._groups_L[lane] += (before - self._batches_L[lane]) * size
+            self._batches_L = before_L
 
     def __len__(self) -> int:
         return 1 << 62  # endless
 
     def __getitem__(self, index: int) -> Batch:
-        number, index = self._schedule(int(index))
-        lane = self._lanes[number]
-        scheduled = [lane.schedule(index * self._groups + g) for g in self._mine]
+        if index < self._first:
+            raise ValueError(f"batch {index} is of an earlier part of the run")
+        which, number = self._schedule(int(index))
+        lane = self._lanes[which]
+        first = self._groups_L[which] + (number - self._batches_L[which]) * self._groups
+        scheduled = [lane.schedule(first + g) for g in self._mine]
         groups = [lane.streams[task].group(number, lane.rows) for task, number in scheduled]
         batch = {name: np.stack([group[name] for group in groups]) for name in groups[0]}
         batch["task_id"] = np.array([lane.task_ids[task] for task, _ in scheduled], np.int32)
@@ -180,6 +204,7 @@ def train_batches(
     lengths: Mapping[str, int],
     groups: int,
     rows: int,
+    earlier: Sequence[tuple[int, int]] = (),
     pack: bool = True,
     shapes: int = 1,
     seed: int = 0,
@@ -202,6 +227,8 @@ def train_batches(
         lengths: {"inputs": L_in, "targets": L_out}.
         groups: G, groups per batch over all processes.
         rows: R, rows in a group.
+        earlier: (number of batches, their G) of each earlier part of a run whose G has changed.
+            This part, which starts after them, goes on with the next group of each row shape.
         pack: put several examples into a row; if not, one.
         shapes: maximum number of row shapes. With more than one, `lengths` only truncates, each
             task gets the shape that fits it best, a batch holds tasks of one shape, and R is chosen
@@ -269,8 +296,8 @@ def train_batches(
         lanes.append(Lane(streams, ids, Schedule(shares, seed), in_group))
         weights.append(sum(shares) / in_group)
     source = TrainBatches(
-        lanes, Schedule(weights, seed), groups=groups, process_index=process_index,
-        process_count=process_count,
+        lanes, Schedule(weights, seed), groups=groups, earlier=earlier,
+        process_index=process_index, process_count=process_count,
     )  # fmt: skip
     options = grain.ReadOptions(
         num_threads=0 if workers else threads, prefetch_buffer_size=max(prefetch, threads)
@@ -343,7 +370,8 @@ def eval_batches(
         mixture, task, split: what to read.
         lengths: {"inputs": L_in, "targets": L_out}.
         rows: R; the last batch is filled up with empty rows (all segments 0).
-        limit: at most this many examples, evenly spaced over the split.
+        limit: at most this many questions (see `PreparedTask.questions`), evenly spaced over the
+            split.
         task_id: written into the batch.
 
     Yields:
@@ -357,16 +385,18 @@ def eval_batches(
         raise UserError(f"rows={rows} and limit={limit} must be at least 1")
     prepared = mixture.task(task)
     records = prepared.records(split)
-    count = len(records) if limit is None else min(limit, len(records))
-    indices = (np.arange(count) * len(records) // count).tolist()
-    for start in range(0, count, rows):
-        chosen = indices[start : start + rows]
-        examples = records.__getitems__(chosen)
+    questions, question_N = np.unique(prepared.questions(split), return_inverse=True)
+    count = len(questions) if limit is None else min(limit, len(questions))
+    chosen = np.arange(count) * len(questions) // count
+    indices = np.flatnonzero(np.isin(question_N, chosen)).tolist()
+    for start in range(0, len(indices), rows):
+        part = indices[start : start + rows]
+        examples = records.__getitems__(part)
         padded = [[example] for example in examples] + [[]] * (rows - len(examples))
         arrays: dict[str, Any] = packing.build(padded, lengths, mixture.vocabulary)
         batch = {name: array[None] for name, array in arrays.items()}
         batch["task_id"] = np.array([task_id], np.int32)
-        yield batch, list(zip(chosen, examples, strict=True))
+        yield batch, list(zip(part, examples, strict=True))
 
 
 def _number(text: str) -> int:

@@ -1,13 +1,12 @@
 """Looks mixtures up in the cache; prepares those that are missing or stale."""
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_jax.core import files
+from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache
 from moe_jax.data.cache import PreparedMixture, Request
@@ -30,9 +29,9 @@ def prepare(
     from moe_jax.data.materialise import materialise  # imports TensorFlow
 
     request = Request.make(names, task_modules, vocabulary, splits, environment)
-    with cache.lock(cache_dir):
+    with processes.lock(cache_dir, wait=True):
         materialise(Path(cache_dir), request)
-    return _mixtures(cache_dir, request)
+    return _found(cache_dir, request)
 
 
 def ensure_prepared(
@@ -63,27 +62,33 @@ def ensure_prepared(
             unreadable source, no space or permission to write, a child process that died.
     """
     request = Request.make(names, task_modules, vocabulary, splits, environment)
-    if not _up_to_date(cache_dir, request):
-        with cache.lock(cache_dir):
+    found = look_up(cache_dir, request)
+    if None in found.values():
+        with processes.lock(cache_dir, wait=True) as lock:
             # Another process may have prepared it while this one waited for the lock.
-            if not _up_to_date(cache_dir, request):
-                _run_child(cache_dir, request)
-    return _mixtures(cache_dir, request)
+            found = look_up(cache_dir, request, quiet=True)
+            if None in found.values():
+                _run_child(cache_dir, request, lock)
+                found = _found(cache_dir, request)
+    return found
 
 
-def _up_to_date(cache_dir: str | os.PathLike, request: Request) -> bool:
-    return all(cache.find(cache_dir, request, name) for name in request.names)
+def look_up(
+    cache_dir: str | os.PathLike, request: Request, quiet: bool = False
+) -> dict[str, PreparedMixture | None]:
+    """The mixtures of a request as far as they are in the cache; see `cache.find`."""
+    return {name: cache.find(cache_dir, request, name, quiet) for name in request.names}
 
 
-def _mixtures(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
-    mixtures = {name: cache.find(cache_dir, request, name) for name in request.names}
-    for name, mixture in mixtures.items():
+def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
+    found = look_up(cache_dir, request)
+    for name, mixture in found.items():
         if mixture is None:
             raise UserError(f"the sources of {name!r} changed while they were being prepared")
-    return mixtures
+    return found
 
 
-def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
+def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         error = Path(directory) / "error"
         job = {"cache_dir": str(cache_dir), "request": request.to_json(), "error": str(error)}
@@ -91,12 +96,13 @@ def _run_child(cache_dir: str | os.PathLike, request: Request) -> None:
         # The child imports this package and the user's modules from the same places as this
         # process, and does not use the accelerator.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        child = subprocess.run(
+        code = processes.call(
             [sys.executable, "-m", "moe_jax.data.materialise", f"{directory}/job.json"],
             env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+            keep=[lock],
         )
         if error.exists():
             raise UserError(error.read_text(encoding="utf-8"))
-        if child.returncode != 0:
+        if code != 0:
             names = ", ".join(request.names)
-            raise UserError(f"preparing {names} failed: see above (exit {child.returncode})")
+            raise UserError(f"preparing {names} failed: see above (exit {code})")

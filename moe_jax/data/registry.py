@@ -4,6 +4,7 @@ Importing this module imports SeqIO and TensorFlow (5 s and 1 GB). `prepare` and
 training process does not. A task module registers tasks when imported, and may define
 
     ONTOLOGY = {category: {subcategory: [task names]}}
+    PROMPTS = {dataset: [task names]}         tasks that are one dataset in other words
     ENVIRONMENT = ("VARIABLE", ...)           variables it reads
     data_files(task_name) -> [paths]          local files or directories that a task reads
     missing_hint(name) -> str | None          why a name is not registered
@@ -12,6 +13,7 @@ Metric and postprocess functions belong in a module without TensorFlow, because 
 it.
 """
 
+import ast
 import dataclasses
 import functools
 import os
@@ -26,6 +28,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax.core.errors import UserError, nearest
+from moe_jax.data import staleness
 from moe_jax.data.modules import load_module, quiet, resolve
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -124,8 +127,8 @@ def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:
 
 
 def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
-    """Local files and directories that `task` reads, sorted, as far as they can be determined."""
-    paths = {
+    """Local files, directories and patterns that `task` reads, sorted, as far as can be told."""
+    found = {
         str(path)
         for module in owners(task.name, modules)
         if hasattr(module, "data_files")
@@ -133,25 +136,35 @@ def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
     }
     source = task.source
     if isinstance(source, seqio.FileDataSource):
-        paths.update(file for split in source.splits for file in source.list_shards(split))
+        for patterns in source._split_to_filepattern.values():
+            found.update([patterns] if isinstance(patterns, str | Path) else patterns)
+        found.update(file for split in source.splits for file in source.list_shards(split))
     elif isinstance(source, seqio.TfdsDataSource):
-        paths.add(os.path.join(source.tfds_dataset.builder.data_dir, "dataset_info.json"))
+        found.add(os.path.join(source.tfds_dataset.builder.data_dir, "dataset_info.json"))
     elif isinstance(source, seqio.FunctionDataSource):
         partial = source._dataset_fn
         while isinstance(partial, functools.partial):
             values = [*partial.args, *partial.keywords.values()]
-            paths.update(str(v) for v in values if isinstance(v, str | Path) and os.path.exists(v))
+            paths = [str(v) for v in values if isinstance(v, str | Path)]
+            found.update(p for p in paths if os.path.exists(p) or "/" in p)  # or a pattern
             partial = partial.func
-    return sorted(os.path.abspath(path) for path in paths if os.path.exists(path))
+    paths = {os.path.abspath(path) for path in found if str(path)}
+    return sorted(path for path in paths if staleness.exists(path))
 
 
 def reference(function: Any, task: seqio.Task, role: str) -> str:
     """'module:name' (or 'file.py:name') from which another process can import `function`.
 
+    A `functools.partial` of such a function with literal keyword arguments becomes
+    'module:name(argument=value)'.
+
     Raises:
-        UserError: the function has no such name: it is a lambda, a closure or a
-            `functools.partial`.
+        UserError: the function has no such name, for example a lambda or a closure.
     """
+    if isinstance(function, functools.partial):
+        arguments = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
+        if not function.args and _is_literal(list(function.keywords.values())):
+            return f"{reference(function.func, task, role)}({arguments})"
     name = getattr(function, "__qualname__", "")
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     if name and "<" not in name and module is not None:
@@ -167,18 +180,27 @@ def reference(function: Any, task: seqio.Task, role: str) -> str:
     )
 
 
-def metric_references(task: seqio.Task) -> list[str]:
-    """'module:name' of each metric function.
+def _is_literal(value: Any) -> bool:
+    """Whether another process can read `value` from its `repr`."""
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        return False
+
+
+def metric_references(task: seqio.Task) -> tuple[list[str], list[str]]:
+    """'module:name' of each metric function of (targets, predictions), and of (targets, scores).
 
     Raises:
-        UserError: a metric that is not a module-level function of (targets, predictions).
+        UserError: a metric that is another kind, or no function at the top of a module.
     """
-    if task._metric_objs_constructor_args or len(task.metric_fns) != len(task.predict_metric_fns):
+    if task._metric_objs_constructor_args or task.predict_with_aux_metric_fns:
         raise UserError(
-            f"task {task.name!r}: only metric_fns of (targets, predictions) are supported, not"
-            " metric_objs or metrics of scores"
+            f"task {task.name!r}: only metric_fns of (targets, predictions) or (targets, scores)"
+            " are supported, not metric_objs or metrics of aux_values"
         )
-    return [reference(function, task, "the metric") for function in task.predict_metric_fns]
+    kinds = (task.predict_metric_fns, task.score_metric_fns)
+    return tuple([reference(function, task, "the metric") for function in fns] for fns in kinds)
 
 
 def with_vocabulary(task: seqio.Task, vocabulary: seqio.Vocabulary) -> seqio.Task:
@@ -309,6 +331,18 @@ def text(row: Row, feature: str, vocabulary: seqio.Vocabulary) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     return vocabulary.decode([int(i) for i in row[feature]])
+
+
+def choices(row: Row) -> tuple[str, ...]:
+    """The texts that an answer is chosen from: feature `answer_choices` [n]; () without it."""
+    return tuple(to_json(np.ravel(row.get("answer_choices", ()))))
+
+
+def question(row: Row) -> int | None:
+    """Which question a row is one choice of, in a task for rank classification: `idx` [2] is
+    (question, choice), as the `rank_classification` preprocessors of T5 write it."""
+    index = np.asarray(row.get("idx", ()))
+    return int(index[0]) if index.shape == (2,) and index.dtype.kind in "iu" else None
 
 
 def to_json(value: Any) -> Any:

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -122,7 +121,10 @@ class Representations:
             )
         tasks, rows_TxK = _checked(path, archive["tasks"].tolist(), archive["representations"])
         projection = Projection(archive["mean"], archive["components"], archive["scale"])
-        settings = json.loads(str(archive["settings"]))
+        try:
+            settings = json.loads(str(archive["settings"]))
+        except ValueError as e:
+            raise UserError(f"{path}: its settings are not valid JSON: {e}") from e
         return cls(tuple(tasks), rows_TxK, archive["raw"], projection, settings)
 
 
@@ -171,7 +173,7 @@ def _read_archive(path: str | os.PathLike) -> dict[str, np.ndarray]:
             arrays = {name: archive[name] for name in archive}
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+    except Exception as e:  # zipfile, zlib and NumPy raise many kinds
         raise UserError(f"{path} is neither a .json file nor an .npz archive of arrays") from e
     for name in ("tasks", "representations"):
         if name not in arrays:
@@ -187,8 +189,12 @@ def _checked(path: Any, tasks: Any, rows: Any) -> tuple[list[str], np.ndarray]:
         twice = next(task for task in tasks if tasks.count(task) > 1)
         raise UserError(f"{path}: {twice!r} is there twice")
     try:
-        rows_TxK = np.asarray(rows, np.float32)
-    except (TypeError, ValueError):  # lists of uneven length, or values that are not numbers
+        rows_TxK = np.asarray(rows)
+        if rows_TxK.dtype.kind not in "fiu":  # complex numbers and truth values are no rows
+            rows_TxK = np.empty(0)
+        with np.errstate(over="ignore"):  # what float32 does not hold is not finite: below
+            rows_TxK = rows_TxK.astype(np.float32)
+    except (TypeError, ValueError, OverflowError):  # lists of uneven length, or of no numbers
         rows_TxK = np.empty(0)
     if rows_TxK.ndim != 2 or len(rows_TxK) != len(tasks):
         raise UserError(f"{path}: must hold as many numbers for each of its {len(tasks)} tasks")

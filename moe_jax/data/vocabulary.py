@@ -16,20 +16,20 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import sentencepiece
 import tokenizers
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.configuration import Configuration, Range, Text
+from moe_jax.core.errors import UserError
 from moe_jax.data import tokenizer_files
 from moe_jax.data.tokenizer_files import TOKENIZER
 
 DIRECTORY = "vocabulary"  # in a model directory: a copy of the prepared vocabulary
 FILE = "vocabulary.json"
 MODEL = "sentencepiece.model"
-KINDS = ("sentencepiece", "tokenizers", "bytes", "seqio", "task")
 # Training text is limited so that `prepare` stays quick: BPE takes about 0.4 s per megabyte.
 MAX_TEXTS = 200_000
 MAX_CHARACTERS = 8_000_000
@@ -40,7 +40,7 @@ NORMALISATION = "D A\tA\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class VocabularyConfig:
+class VocabularyConfig(Configuration):
     """Which vocabulary tokenises a run's tasks.
 
     Attributes:
@@ -57,19 +57,15 @@ class VocabularyConfig:
             `Vocabulary.size`.
     """
 
-    kind: str = "sentencepiece"
-    size: int = 4096
-    trained_on: str = ""
-    path: str = ""
-    factory: str = ""
-    extra_ids: int = 0
+    kind: Literal["sentencepiece", "tokenizers", "bytes", "seqio", "task"] = "sentencepiece"
+    size: Annotated[int, Range(1, 2**24)] = 4096
+    trained_on: Annotated[str, Text(0, 4096)] = ""
+    path: Annotated[str, Text(0, 4096)] = ""
+    factory: Annotated[str, Text(0, 4096)] = ""
+    extra_ids: Annotated[int, Range(0, 2**16)] = 0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            hint = nearest(self.kind, KINDS)
-            raise UserError(f"VocabularyConfig.kind is {self.kind!r}, not one of {KINDS}{hint}")
-        if not isinstance(self.trained_on, str):
-            raise UserError(f"VocabularyConfig.trained_on is one name, not {self.trained_on!r}")
+        super().__post_init__()
         if (self.kind == "seqio") != bool(self.factory):
             raise UserError("VocabularyConfig.factory goes with kind='seqio', and only with it")
         if self.kind == "tokenizers" and not self.path:
@@ -211,8 +207,8 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
         UserError: `vocabulary.json` or the model is missing, or the kind is unknown.
     """
     directory = Path(directory)
-    settings = files.read_json(directory / FILE)
-    match settings.get("kind"):
+    settings = read_settings(directory)
+    match settings["kind"]:
         case "bytes":
             return ByteVocabulary(settings["extra_ids"])
         case "sentencepiece":
@@ -225,8 +221,24 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
             from moe_jax.data import registry  # imports TensorFlow, which no other kind needs
 
             return SeqioVocabulary(registry.load_vocabulary(settings))
-        case kind:
-            raise UserError(f"{directory / FILE}: unknown kind of vocabulary {kind!r}")
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What `vocabulary.json` says: `kind`, what the kind needs.
+
+    Raises:
+        UserError: it is missing, damaged, or of an unknown kind.
+    """
+    path = directory / FILE
+    settings = files.read_json(path)
+    kind = settings.get("kind") if isinstance(settings, dict) else None
+    needed = {"bytes": ["extra_ids"], "sentencepiece": [], "tokenizers": ["ids"], "seqio": []}
+    if not isinstance(kind, str) or kind not in needed:
+        raise UserError(f"{path}: unknown kind of vocabulary {kind!r}")
+    for name in needed[kind]:
+        if name not in settings:
+            raise UserError(f"{path}: it has no {name!r}")
+    return settings
 
 
 def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:

@@ -1,18 +1,19 @@
 """Decoding: greedy, sampling (`sampling`) and beam search (`beam`)."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.core.configuration import Configuration, Range, Seed, Temperature, TokenId
 from moe_jax.core.errors import UserError
 from moe_jax.decoding.beam import beam_search
 from moe_jax.decoding.cache import CachedDecoder
 from moe_jax.decoding.rows import RowModel
 from moe_jax.decoding.sampling import sample
-from moe_jax.model.config import ModelConfig
+
+Length = Annotated[int, Range(0, 2**20)]
 
 
 class DecodingIds(NamedTuple):
@@ -24,7 +25,7 @@ class DecodingIds(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodingConfig:
+class DecodingConfig(Configuration):
     """How answers are decoded. Names and meanings are those of Hugging Face's `generate`, except
     that lengths do not count the start token.
 
@@ -43,50 +44,35 @@ class DecodingConfig:
         min_length: minimum number of tokens before the end of sequence.
         forced_bos_id, forced_eos_id: the first token, and the last token if `max_length` is
             reached.
+        choice_length_penalty: for tasks with answer choices, which are ranked and not decoded. A
+            choice's log-likelihood is divided by its length to this power.
     """
 
-    num_beams: int = 1
-    length_penalty: float = 1.0
+    num_beams: Annotated[int, Range(1, 1024)] = 1
+    length_penalty: Annotated[float, Range(-10, 10)] = 1.0
     early_stopping: bool | Literal["never"] = False
     sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_length: int = 0
-    min_length: int = 0
-    forced_bos_id: int | None = None
-    forced_eos_id: int | None = None
+    temperature: Temperature = 1.0
+    top_k: Annotated[int, Range(0, 2**24)] = 0
+    top_p: Annotated[float, Range(1e-6, 1)] = 1.0
+    seed: Seed = 0
+    max_length: Length = 0
+    min_length: Length = 0
+    forced_bos_id: TokenId | None = None
+    forced_eos_id: TokenId | None = None
+    choice_length_penalty: Annotated[float, Range(0, 10)] = 1.0
 
     def __post_init__(self) -> None:
-        def check(good: bool, name: str, rule: str) -> None:
-            if not good:
-                raise UserError(f"DecodingConfig.{name} is {getattr(self, name)!r}; {rule}")
-
-        check(self.num_beams >= 1, "num_beams", "it is at least 1")
-        known = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
-        check(known, "early_stopping", "it is True, False or 'never'")
-        check(self.temperature > 0, "temperature", "it is above 0; greedy is sample=False")
-        check(self.top_k >= 0, "top_k", "it is at least 0, for all tokens")
-        check(0 < self.top_p <= 1, "top_p", "it is above 0 and at most 1")
-        check(self.max_length >= 0, "max_length", "it is at least 0, for the length of targets")
-        check(self.min_length >= 0, "min_length", "it is at least 0")
-        check(not self.sample or self.num_beams == 1, "num_beams", "sampling keeps one beam")
-
-
-def most_tokens(config: DecodingConfig, model: ModelConfig, lengths: Mapping[str, int]) -> int:
-    """The most tokens decoded: `max_length`, or the length of targets.
-
-    Raises:
-        UserError: `DecodingConfig.max_length` is beyond the model's positions.
-    """
-    length = config.max_length or lengths["targets"]
-    if model.family.positions == "learned" and length > model.max_positions:
-        raise UserError(
-            f"DecodingConfig.max_length is {length}, but ModelConfig.max_positions "
-            f"{model.max_positions}"
-        )
-    return length
+        super().__post_init__()
+        if self.sample and self.num_beams > 1:
+            raise UserError(
+                f"DecodingConfig.num_beams is {self.num_beams}; sampling keeps one beam"
+            )
+        if 0 < self.max_length < self.min_length:
+            raise UserError(
+                f"DecodingConfig.min_length is {self.min_length}, above max_length "
+                f"{self.max_length}"
+            )
 
 
 def constrain(

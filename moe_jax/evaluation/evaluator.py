@@ -1,10 +1,12 @@
-"""Scores a model on tasks: decodes answers, then applies each task's metric."""
+"""Scores a model on tasks: predicts answers or scores targets, then applies each task's metrics.
 
-import dataclasses
+A prediction is decoded. Where an example has answer choices, it is the most likely of them ("rank
+classification"). A score is the log-likelihood of an example's target, summed over its tokens.
+"""
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,33 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
-from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.progress import progress
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
-from moe_jax.data.cache import PreparedMixture, PreparedTask
+from moe_jax.data.cache import Example, PreparedMixture
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
-from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode, most_tokens
+from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
+from moe_jax.evaluation.choices import choice_likelihoods
+from moe_jax.evaluation.scores import TaskScore, route_json, task_metrics
 from moe_jax.model.experts import Params, gather
 from moe_jax.model.placement import Placement
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings, routes_of
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskScore:
-    """One task's score and what it was computed from."""
-
-    task: PreparedTask
-    split: str
-    metric: str
-    score: float
-    metrics: dict[str, float]
-    predictions: list[dict[str, Any]]
 
 
 class Evaluator:
@@ -50,7 +41,7 @@ class Evaluator:
         decoding: how answers are decoded; greedy if None.
 
     Raises:
-        UserError: `DecodingConfig.max_length` is beyond the model's positions.
+        UserError: inputs or answers are longer than the model's positions.
     """
 
     def __init__(
@@ -67,8 +58,12 @@ class Evaluator:
         self.lengths = lengths
         self.rows = rows
         decoding = decoding or DecodingConfig()
-        length = most_tokens(decoding, model.config, lengths)
-        ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
+        self.choice_length_penalty = decoding.choice_length_penalty
+        self.length = length = decoding.max_length or lengths["targets"]
+        model.config.check_lengths(**lengths, answers=length)
+        self.ids = ids = DecodingIds(
+            vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id
+        )
         spread = rows % group_shards(mesh) == 0
         self._by_row = NamedSharding(mesh, P(GROUP_AXES) if spread else P())
         self._decode = self._by_rows(
@@ -105,16 +100,16 @@ class Evaluator:
         return jax.jit(call, out_shardings=replicated(mesh))
 
     def _arguments(self, params, routes_TxNxE, task_id, arrays, names) -> tuple:
-        """The arguments of the compiled functions, with inputs cut to their length bucket."""
-        count, longest = arrays["inputs"].shape
-        bucket = input_bucket(int(np.count_nonzero(arrays["input_segments"], 1).max()), longest)
+        """The arguments of the compiled functions, with rows cut to their length buckets."""
         batch = {}
         for name in names:
-            array = arrays[name][:, :bucket] if name in INPUTS else arrays[name]
-            batch[name] = global_array(array, self._by_row)
+            segments_RxL = arrays["input_segments" if name in INPUTS else "target_segments"]
+            longest = int(np.count_nonzero(segments_RxL, 1).max())
+            bucket = length_bucket(longest, segments_RxL.shape[1])
+            batch[name] = global_array(arrays[name][:, :bucket], self._by_row)
         if not self.model.routed:
             return params["backbone"], None, batch
-        tasks_R = np.broadcast_to(np.asarray(task_id), (count,))
+        tasks_R = np.broadcast_to(np.asarray(task_id), arrays["inputs"].shape[:1])
         count = experts_per_row(self.model)
         return params["backbone"], row_routes(np.asarray(routes_TxNxE), tasks_R, count), batch
 
@@ -169,35 +164,47 @@ class Evaluator:
                 metric `log_likelihood_per_token` after the task's own.
         """
         task = mixture.task(name)
-        postprocess = task.postprocess_fn()
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
         route = None if routes is None else route_json(routes[task_id])
+        score = partial(self.log_likelihoods, params, routes, task_id)
+        postprocess = task.postprocess_fn() or (lambda text, **_: text)
         lines: dict[int, dict[str, Any]] = {}
+        ranked: dict[int, Example] = {}
         batches = eval_batches(
             mixture, name, split, lengths=self.lengths, rows=self.rows, limit=limit
         )
         for arrays, examples in _by_length(batches, self.rows):
-            row_ids = np.zeros(self.rows, np.int32)
-            row_ids[: len(examples)] = [index for index, _ in examples]
-            texts = self.predict(params, routes, task_id, arrays, row_ids)
-            for (index, example), text in zip(examples, texts, strict=False):
+            for index, example in examples:
                 lines[index] = {
                     "task": name,
                     "split": split,
                     "index": int(index),
                     "input": example.inputs_text,
-                    "prediction": postprocess(text, is_target=False) if postprocess else text,
                     "references": example.references,
                     "route": route,
                 }
-            if likelihoods:
-                sums, tokens = self.log_likelihoods(params, routes, task_id, arrays)
+            if task.metrics:
+                ranked |= {index: example for index, example in examples if example.choices}
+            if task.metrics and not all(example.choices for _, example in examples):
+                row_ids = np.zeros(self.rows, np.int32)
+                row_ids[: len(examples)] = [index for index, _ in examples]
+                texts = self.predict(params, routes, task_id, arrays, row_ids)
+                for (index, _), text in zip(examples, texts, strict=False):
+                    lines[index]["prediction"] = postprocess(text, is_target=False)
+            if likelihoods or task.score_metrics:
+                sums, tokens = score(arrays)
                 for (index, _), total, count in zip(examples, sums, tokens, strict=False):
                     lines[index] |= {"log_likelihood": float(total), "target_tokens": int(count)}
-        rows = [lines[index] for index in sorted(lines)]
-        metrics = task_metrics(
-            task, [row["references"] for row in rows], [row["prediction"] for row in rows]
+        likelihoods_of = choice_likelihoods(
+            score, ranked, self.lengths, self.rows, self.vocabulary, self.choice_length_penalty
         )
+        for index, likelihood_C in likelihoods_of.items():
+            choices = ranked[index].choices
+            best = choices[int(np.argmax(likelihood_C))]
+            lines[index]["prediction"] = postprocess(best, is_target=False)
+            lines[index]["choices"] = dict(zip(choices, likelihood_C, strict=True))
+        rows = [lines[index] for index in sorted(lines)]
+        metrics = task_metrics(task, rows)
         metric = next(iter(metrics))
         if likelihoods:
             total, tokens = (
@@ -220,23 +227,17 @@ class Evaluator:
         """Scores every task of `mixture` that has the split; see `tasks_with_split`."""
         routes = self.routes(params, jnp.int32(step)) if self.model.routed else None
         names = tasks_with_split(mixture, split)
-        bar = tqdm(names, desc=f"evaluating {split}", unit="task", leave=False, disable=not show)
+        bar = progress(
+            names, desc=f"evaluating {split}", unit="task", leave=False, disable=not show
+        )
         return [
             self.task(params, routes, mixture, name, task_ids[name], split, limit, likelihoods)
             for name in bar
         ]
 
 
-def task_metrics(task: PreparedTask, references: list, predictions: list) -> dict[str, float]:
-    """Every metric of a task, its own first, from predictions that are postprocessed."""
-    metrics = {}
-    for function in task.metric_fns().values():
-        metrics |= {k: float(v) for k, v in function(references, predictions).items()}
-    return metrics
-
-
-def input_bucket(length: int, longest: int) -> int:
-    """The padded length of an input: `longest`, halved while `length` fits, but at least 32."""
+def length_bucket(length: int, longest: int) -> int:
+    """The padded length of a row: `longest`, halved while `length` fits, but at least 32."""
     bucket = longest
     while bucket % 2 == 0 and bucket // 2 >= max(length, 32):
         bucket //= 2
@@ -261,13 +262,6 @@ def _by_length(
             yield batch, [examples[i] for i in chosen if i < len(examples)]
 
 
-def route_json(route_NxE: np.ndarray) -> list:
-    """A route for JSON: N expert numbers where it is one-hot, else N x E weights."""
-    if np.all(np.max(route_NxE, -1) == 1.0):
-        return np.argmax(route_NxE, -1).tolist()
-    return np.round(route_NxE.astype(float), 6).tolist()
-
-
 def tasks_with_split(mixture: PreparedMixture, split: str) -> list[str]:
     """Names of the tasks that can be evaluated on `split`.
 
@@ -282,61 +276,3 @@ def tasks_with_split(mixture: PreparedMixture, split: str) -> list[str]:
             f"(there are {', '.join(known)})"
         )
     return names
-
-
-def mean_score(scores: Iterable[TaskScore]) -> float:
-    """Mean over tasks of each task's first metric."""
-    return float(np.mean([score.score for score in scores]))
-
-
-def write_scores(directory: str | Path, scores: list[TaskScore]) -> None:
-    """Writes predictions.jsonl, then scores.jsonl, whose presence means that both are complete."""
-    directory = Path(directory)
-    files.write_jsonl(
-        directory / "predictions.jsonl", (row for score in scores for row in score.predictions)
-    )
-    rows = []
-    for score in scores:
-        route = score.predictions[0]["route"] if score.predictions else None
-        experts = None if route is None else [int(np.argmax(r)) if np.ndim(r) else r for r in route]
-        rows += [
-            {
-                "task": score.task.name,
-                "split": score.split,
-                "metric": metric,
-                "score": value,
-                "examples": len(score.predictions),
-                "category": score.task.category,
-                "subcategory": score.task.subcategory,
-                "experts": experts,
-            }
-            for metric, value in score.metrics.items()
-        ]
-    files.write_jsonl(directory / "scores.jsonl", rows)
-
-
-def write_routes(
-    path: str | Path,
-    model: TaskMoE,
-    routes_TxNxE: np.ndarray,
-    step: int,
-    mixture: PreparedMixture,
-    task_ids: Mapping[str, int],
-) -> None:
-    """Writes routes.json: the route and the human category of every task."""
-    files.write_json(
-        path,
-        {
-            "step": step,
-            "experts": model.config.experts,
-            "layers": list(model.config.routed_layers),
-            "tasks": {
-                task.name: {
-                    "route": np.round(routes_TxNxE[task_ids[task.name]].astype(float), 6).tolist(),
-                    "category": task.category,
-                    "subcategory": task.subcategory,
-                }
-                for task in mixture.tasks
-            },
-        },
-    )

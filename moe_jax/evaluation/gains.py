@@ -10,8 +10,8 @@ b[t, s] and x[t, s] the test scores of the baseline and of another start on task
     ARG        = mean over s of ARG[s] = mean over t of gain[t]
 
 Dividing by the mean keeps a single seed that scores 0 from making a gain infinite. A task whose
-mean baseline score is 0 or below (accuracies at 0; correlations may be negative) has no relative
-gain: it is reported and left out of ARG, but counts in `mean_difference`.
+mean baseline score is below `NEAR_ZERO` (correlations may be negative) has no relative gain: it is
+named and left out of ARG, but counts in `mean_difference`. The rest is as published.
 """
 
 import csv
@@ -27,6 +27,10 @@ from scipy import stats
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
+
+# Five right answers in a hundred. A gain over less is mostly noise: of 0.15 over 0.005, +2,900 %,
+# which would outweigh all other tasks of an average.
+NEAR_ZERO = 0.05
 
 _KEYS = (
     "task",
@@ -74,7 +78,7 @@ def relative_gains(rows: Iterable[Mapping[str, Any]], baseline: str = "untrained
     )
     base_TxK = score_TxSxK[:, starts.index(baseline)]
     scale_T = base_TxK.mean(-1)
-    has_gain_T = scale_T > 0
+    has_gain_T = scale_T >= NEAR_ZERO
 
     def per_seed(values_K) -> dict[str, float]:
         return {str(seed): float(value) for seed, value in zip(seeds, values_K, strict=True)}
@@ -194,16 +198,31 @@ def text_table(gains: Mapping[str, Any]) -> str:
         for start in others:
             line += [_mean_std(starts[start]), percent(starts[start]["relative_gain"])]
         lines.append(line)
+    return "\n".join([*aligned(lines, left=2), "", *sentences(gains)]) + "\n"
+
+
+def aligned(lines: list[list[str]], left: int) -> list[str]:
+    """The cells of a table in columns, the first `left` of them flush left; a rule below line 1."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [
+    result = [
         "  ".join(
-            text.ljust(width) if i < 2 else text.rjust(width)
+            text.ljust(width) if i < left else text.rjust(width)
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, "", *sentences(gains)]) + "\n"
+    result.insert(1, "-" * max(map(len, result)))
+    return result
+
+
+def score_rows(gains: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The test scores that `relative_gains` compared, as rows of `paired.compare`."""
+    return [
+        {"arm": start, "task": task, "seed": seed, "score": score}
+        for task, starts in gains["tasks"].items()
+        for start, cell in starts.items()
+        for seed, score in cell["per_seed"].items()
+    ]
 
 
 def sentences(gains: Mapping[str, Any]) -> list[str]:
@@ -238,8 +257,8 @@ def sentences(gains: Mapping[str, Any]) -> list[str]:
     without = next((s["no_relative_gain"] for s in gains["starts"].values()), [])
     if without:
         result.append(
-            f"No relative gain, since direct fine-tuning scores 0 or below: {', '.join(without)}"
-            f" ({len(without)} of {len(gains['tasks'])} tasks, counted apart)."
+            f"No relative gain, since direct fine-tuning scores below {NEAR_ZERO}:"
+            f" {', '.join(without)} ({len(without)} of {len(gains['tasks'])} tasks, not averaged)."
         )
     return result
 

@@ -42,7 +42,10 @@ def read_config(config: Mapping[str, Any], tied: bool, source: Any) -> ModelConf
             " files), but the weights have an output embedding of their own; only those of the"
             " input embedding can be scaled"
         )
-    return ModelConfig(architecture=family.architecture, tie_embeddings=tied, **fields)
+    try:
+        return ModelConfig(architecture=family.architecture, tie_embeddings=tied, **fields)
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from e
 
 
 def write_config(config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:

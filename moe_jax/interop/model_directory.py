@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax.core.errors import UserError
+from moe_jax.core.progress import progress
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import TokenizersVocabulary, VocabularyConfig
 from moe_jax.interop.hf_weights import Part
@@ -87,7 +88,7 @@ def write_initial(
     shapes = _shapes(config)
     params: dict[str, Any] = {}
     title = f"read {source.name}"
-    with tqdm(total=len(parts), desc=title, unit=" tensors", disable=None) as bar:
+    with progress(total=len(parts), desc=title, unit=" tensors") as bar:
         for path, group in itertools.groupby(parts, lambda part: part.path):
             *parents, leaf = f"backbone/{path}".split("/")
             node = params
@@ -103,8 +104,11 @@ def write_initial(
         vocabulary.write_vocabulary(new / vocabulary.DIRECTORY, own.settings, own.contents)
         vocabulary_config = VocabularyConfig(kind="tokenizers", path=os.path.abspath(out))
         only.append(VocabularyConfig)
-    data = DataConfig(lengths=_LENGTHS, vocabulary=vocabulary_config)
-    # A run that starts from here chooses the other settings.
+    lengths = _LENGTHS
+    if config.family.positions == "learned":
+        lengths = {name: min(n, config.max_positions) for name, n in _LENGTHS.items()}
+    data = DataConfig(lengths=lengths, vocabulary=vocabulary_config)
+    # The rest is left to the run that starts from here.
     directory.write_config(new, Config(RunConfig(), data, config), only, ["DataConfig.lengths"])
 
 

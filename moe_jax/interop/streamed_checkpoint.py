@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-from moe_jax.training.checkpoints import DIRECTORY
+from moe_jax.core import checksums
+from moe_jax.training.checkpoints import DIRECTORY, SEALED
 
 _FILE_BYTES = 1 << 27  # data waits in memory until it fills a file
 
@@ -72,4 +73,5 @@ def save_params(model_dir: Path, step: int, params: Any, meta: dict[str, Any]) -
         args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)
         checkpointer.save(place / "params", args=args)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        checkpointer.save(place / "meta", args=ocp.args.JsonSave(meta))
+        checkpointer.save(place / "meta", args=ocp.args.JsonSave({**meta, SEALED: True}))
+    checksums.seal(place)

@@ -1,16 +1,32 @@
 """Model and router configurations. Defaults live here; gin files only override them."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from moe_jax.core.errors import UserError, check_fields
-from moe_jax.model.family import Family, family_of
-from moe_jax.model.router import router_class
-from moe_jax.model.selection import selection_of
+from moe_jax.core.configuration import (
+    INT32,
+    Configuration,
+    Known,
+    Range,
+    Seed,
+    Share,
+    Size,
+    Temperature,
+)
+from moe_jax.core.errors import UserError
+from moe_jax.model.family import Family, families, family_of
+from moe_jax.model.router import router_class, routers
+from moe_jax.model.selection import selection_of, selections
+
+Width = Annotated[int, Range(1, 2**18)]
+Dropout = Annotated[float, Range(0, 1, below=True)]
+Deviation = Annotated[float, Range(0, 100)]
+Depth = Annotated[int, Range(1, 1024)]
+Layers = Annotated[tuple[Annotated[int, Range(0, 1023)], ...], Size(0, 1024)]
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Configuration):
     """An encoder-decoder transformer whose routed layers have `experts` copies.
 
     Attributes:
@@ -41,33 +57,33 @@ class ModelConfig:
         remat: compute a layer's activations again in the backward pass instead of keeping them.
     """
 
-    architecture: str = "bart"
-    vocabulary_size: int = 0
-    d_model: int = 768
-    d_ff: int = 3072
-    heads: int = 12
-    head_dim: int = 0
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    max_positions: int = 1024
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
+    architecture: Annotated[str, Known(families)] = "bart"
+    vocabulary_size: Annotated[int, Range(0, INT32)] = 0
+    d_model: Width = 768
+    d_ff: Width = 3072
+    heads: Annotated[int, Range(1, 4096)] = 12
+    head_dim: Annotated[int, Range(0, 2**18)] = 0
+    encoder_layers: Depth = 6
+    decoder_layers: Depth = 6
+    max_positions: Annotated[int, Range(2, 2**20)] = 1024
+    relative_buckets: Annotated[int, Range(4, 4096)] = 32
+    relative_max_distance: Annotated[int, Range(3, 2**20)] = 128
     tie_embeddings: bool | None = None
     scale_tied_logits: bool | None = None
-    init_std: float = 0.02
-    dropout_rate: float = 0.1
-    attention_dropout_rate: float = 0.0
-    activation_dropout_rate: float = 0.0
-    experts: int = 1
-    encoder_vanilla_layers: tuple[int, ...] = ()
-    decoder_vanilla_layers: tuple[int, ...] = ()
-    expert_noise: float = 0.01
+    init_std: Deviation = 0.02
+    dropout_rate: Dropout = 0.1
+    attention_dropout_rate: Dropout = 0.0
+    activation_dropout_rate: Dropout = 0.0
+    experts: Annotated[int, Range(1, 4096)] = 1
+    encoder_vanilla_layers: Layers = ()
+    decoder_vanilla_layers: Layers = ()
+    expert_noise: Deviation = 0.01
     dtype: Literal["float32", "bfloat16"] = "float32"
-    unroll_layers: int = 1
+    unroll_layers: Depth = 1
     remat: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         for name in ("tie_embeddings", "scale_tied_logits"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.family, name))
@@ -80,8 +96,11 @@ class ModelConfig:
                     f"ModelConfig.{name}_vanilla_layers is {vanilla}, "
                     f"but the {name} has layers 0 to {depth - 1}"
                 )
-        if self.experts < 1:
-            raise UserError(f"ModelConfig.experts must be at least 1, not {self.experts}")
+        if self.relative_max_distance <= self.relative_buckets // 2:
+            raise UserError(
+                f"ModelConfig.relative_max_distance is {self.relative_max_distance}; it is above "
+                f"half of relative_buckets {self.relative_buckets}, which count distances exactly"
+            )
         if self.head_dim == 0:
             if self.d_model % self.heads:
                 raise UserError(
@@ -93,6 +112,18 @@ class ModelConfig:
     def family(self) -> Family:
         """How the layers compute."""
         return family_of(self.architecture)
+
+    def check_lengths(self, **lengths: int) -> None:
+        """Raises a UserError naming a length beyond the positions that the model has learned.
+
+        JAX would take the last position for all beyond it.
+        """
+        for name, length in lengths.items():
+            if self.family.positions == "learned" and length > self.max_positions:
+                raise UserError(
+                    f"ModelConfig.max_positions is {self.max_positions}, but there are {name} of "
+                    f"{length} tokens"
+                )
 
     @property
     def attention_scale(self) -> float:
@@ -116,7 +147,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterConfig:
+class RouterConfig(Configuration):
     """How a task's representation becomes one distribution over experts per routed layer.
 
     With a hard selection and fewer than E experts per layer, the router's gradient comes from the
@@ -144,21 +175,21 @@ class RouterConfig:
         seed: seed of routes that are random per task.
     """
 
-    kind: str = "linear"
-    hidden_dim: int = 128
-    representation_dim: int = 128
-    selection: str = "softmax"
-    experts_per_layer: int = 0
-    temperature: float = 1.0
+    kind: Annotated[str, Known(routers)] = "linear"
+    hidden_dim: Annotated[int, Range(1, 2**16)] = 128
+    representation_dim: Annotated[int, Range(1, 2**20)] = 128
+    selection: Annotated[str, Known(selections)] = "softmax"
+    experts_per_layer: Annotated[int, Range(0, 4096)] = 0
+    temperature: Temperature = 1.0
     temperature_schedule: Literal["exponential", "linear", "constant"] = "exponential"
-    temperature_rate: float = 0.0
-    temperature_floor: float = 0.1
-    exploration_epsilon: float = 0.0
+    temperature_rate: Annotated[float, Range(0, 1e6)] = 0.0
+    temperature_floor: Annotated[float, Range(1e-6, 1e6)] = 0.1
+    exploration_epsilon: Share = 0.0
     exploration_route: Literal["one_hot", "uniform"] = "one_hot"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         selection = selection_of(self.selection)
         if self.experts_per_layer and not selection.gathers:
             raise UserError(
@@ -167,11 +198,6 @@ class RouterConfig:
             )
         if selection.needs_k and not self.experts_per_layer:
             raise UserError(f"RouterConfig.selection '{self.selection}' needs experts_per_layer")
-        if not 0.0 <= self.exploration_epsilon <= 1.0:
-            raise UserError(
-                f"RouterConfig.exploration_epsilon is {self.exploration_epsilon}; "
-                "it is a probability"
-            )
         if self.exploration_epsilon and not selection.learned:
             raise UserError(
                 f"RouterConfig.exploration_epsilon {self.exploration_epsilon} is for routes that "

@@ -8,8 +8,6 @@ To add a family, register a record, also from outside the package:
 import dataclasses
 from typing import Literal
 
-from moe_jax.core.errors import UserError, nearest
-
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -56,17 +54,13 @@ def register(family: Family) -> Family:
     return family
 
 
-def family_of(name: str) -> Family:
-    """The family of this name.
+def families() -> tuple[str, ...]:
+    """The names that are known."""
+    return tuple(_FAMILIES)
 
-    Raises:
-        UserError: there is none; the nearest names are given.
-    """
-    if name not in _FAMILIES:
-        raise UserError(
-            f"ModelConfig.architecture is {name!r}; it is one of {', '.join(_FAMILIES)}"
-            f"{nearest(str(name), _FAMILIES)}"
-        )
+
+def family_of(name: str) -> Family:
+    """The family of this name."""
     return _FAMILIES[name]
 
 

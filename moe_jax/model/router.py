@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError
 from moe_jax.model.attention import attend
 
 if TYPE_CHECKING:
@@ -33,17 +33,13 @@ def register(kind: str, router: type["Router"]) -> None:
     _ROUTERS[kind] = router
 
 
-def router_class(kind: str) -> type["Router"]:
-    """The router of this kind.
+def routers() -> tuple[str, ...]:
+    """The kinds that are known."""
+    return tuple(_ROUTERS)
 
-    Raises:
-        UserError: there is none; the nearest names are given.
-    """
-    if kind not in _ROUTERS:
-        raise UserError(
-            f"RouterConfig.kind is {kind!r}; it is one of {', '.join(_ROUTERS)}"
-            f"{nearest(str(kind), _ROUTERS)}"
-        )
+
+def router_class(kind: str) -> type["Router"]:
+    """The router of this kind."""
     return _ROUTERS[kind]
 
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core.errors import UserError, nearest
-
 if TYPE_CHECKING:
     from moe_jax.model.config import RouterConfig
 
@@ -59,17 +57,13 @@ def register(selection: Selection) -> Selection:
     return selection
 
 
-def selection_of(name: str) -> Selection:
-    """The selection of this name.
+def selections() -> tuple[str, ...]:
+    """The names that are known."""
+    return tuple(_SELECTIONS)
 
-    Raises:
-        UserError: there is none; the nearest names are given.
-    """
-    if name not in _SELECTIONS:
-        raise UserError(
-            f"RouterConfig.selection is {name!r}; it is one of {', '.join(_SELECTIONS)}"
-            f"{nearest(str(name), _SELECTIONS)}"
-        )
+
+def selection_of(name: str) -> Selection:
+    """The selection of this name."""
     return _SELECTIONS[name]
 
 

@@ -22,7 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a run and its name in the report; repeatable; compared with the first one",
     )
     parser.add_argument("--finetune", metavar="DIR", help="directory of few-shot adaptation")
-    parser.add_argument("--routes", metavar="NAME", help="the run whose routes to analyse")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the run that the page is about (default: the last with routes)",
+    )
+    parser.add_argument(
+        "--single", metavar="DIR", help="directory of runs of one task each, to compare with"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write the report")
     parser.add_argument(
         "--permutations", type=int, default=1000, help="shuffled controls (default: %(default)s)"
@@ -39,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs[name] = path
         if args.permutations < 1:
             raise UserError(f"--permutations is {args.permutations}, expected 1 or more")
-        made = build.report(args.output, runs, args.finetune, args.routes, args.permutations)
+        made = build.report(
+            args.output, runs, args.finetune, args.model, args.single, args.permutations
+        )
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Builds a report: reads runs, computes, draws, writes index.html, PNGs and report.json."""
+"""Builds a report: reads runs, computes, writes index.html and report.json."""
 
 import dataclasses
 import math
@@ -9,7 +9,15 @@ from typing import Any
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError, nearest
-from moe_jax.report import inputs, page, plots, route_sections, sections
+from moe_jax.report import (
+    expert_sections,
+    inputs,
+    page,
+    route_sections,
+    score_sections,
+    transfer_sections,
+)
+from moe_jax.report.features import features
 from moe_jax.report.inputs import Run
 from moe_jax.report.sections import Section
 
@@ -26,49 +34,63 @@ def report(
     output: str | os.PathLike,
     runs: Mapping[str, str | os.PathLike],
     finetune: str | os.PathLike | None = None,
-    routes: str | None = None,
+    model: str | None = None,
+    single: str | os.PathLike | None = None,
     permutations: int = 1000,
     seed: int = 0,
 ) -> Report:
-    """Writes OUTPUT/index.html (self-contained), OUTPUT/*.png and OUTPUT/report.json.
+    """Writes OUTPUT/index.html (self-contained) and OUTPUT/report.json (all its numbers).
 
     Args:
         output: directory to write to; made if absent.
         runs: {name: run directory} in the order of the page. Later runs are compared with the
             first. The page names what a directory lacks and leaves it out.
         finetune: directory with the runs.jsonl of few-shot adaptation.
-        routes: name of the run whose routes to analyse; by default the last that has routes over
-            more than one expert, else the last that has any.
+        model: name of the run that the page is about: its routes, experts and predictions are
+            shown. By default the last that has routes over more than one expert, else the last
+            that has any, else the last.
+        single: directory of runs of one task each, to compare with.
         permutations: shuffled controls of the agreement with the ontology.
         seed: of those shuffles.
 
     Raises:
-        UserError: a directory is missing, a file malformed, `routes` unknown or without routes,
+        UserError: a directory is missing, a file malformed, `model` unknown or without routes,
             or there is nothing to report at all.
     """
     read = [inputs.read_run(name, path) for name, path in runs.items()]
     rows = None if finetune is None else inputs.read_finetune(finetune)
+    alone = None if single is None else inputs.read_single(single)
     if rows is None and not any(r.train or r.eval or r.scores or r.routes for r in read):
         places = ", ".join(str(r.path) for r in read) or "no run given"
         raise UserError(f"nothing to report: no metrics, scores, routes or tunings ({places})")
-    analysed = _with_routes(read, routes)
-    starts = dict.fromkeys(str(row.get("start")) for row in rows or [])
-    names = dict.fromkeys([*runs, *(s for s in starts if s != "untrained")])
-    colours = {name: plots.colour(i, len(names)) for i, name in enumerate(names)}
+    chosen = _chosen(read, model)
+    lines: dict[str, list] = {}
+    for evaluation, line in inputs.read_predictions(chosen.path) if chosen else ():
+        lines.setdefault(line["task"], []).append((evaluation, line))
+    measured = features(line for of_task in lines.values() for _, line in of_task)
+    links = {task: f"#task-{i}" for i, task in enumerate(lines)}
+    adaptation = transfer_sections.adaptation(rows)
     parts: list[Section] = [
-        sections.scores(read, colours),
-        sections.adaptation(rows, colours),
-        *(
-            route_sections.sections(analysed, permutations, seed)
-            if analysed
-            else route_sections.without_routes()
-        ),
-        sections.losses(read, colours),
+        score_sections.scores(read, links),
+        adaptation,
+        transfer_sections.transfer(read, alone, adaptation.numbers, links),
     ]
-    return _write(Path(output), read, finetune, parts)
+    if chosen and chosen.routes:
+        history = inputs.read_history(chosen.path, chosen.routes)
+        parts += route_sections.sections(chosen, history, permutations, seed, links)
+        parts.append(expert_sections.correlations(chosen, measured))
+        parts.append(expert_sections.disabling(chosen, inputs.read_disabling(chosen.path)))
+    else:
+        parts.append(route_sections.without_routes())
+    parts.append(score_sections.losses(read))
+    if chosen:
+        parts.append(score_sections.tasks(chosen, lines, measured, links))
+    few_shot = [] if finetune is None else [inputs.read_run("few-shot adaptation", finetune)]
+    parts.append(score_sections.provenance([*read, *few_shot], chosen))
+    return _write(Path(output), finetune, chosen, parts)
 
 
-def _with_routes(runs: list[Run], name: str | None) -> Run | None:
+def _chosen(runs: list[Run], name: str | None) -> Run | None:
     if name is not None:
         for run in runs:
             if run.name == name:
@@ -77,30 +99,29 @@ def _with_routes(runs: list[Run], name: str | None) -> Run | None:
                 return run
         raise UserError(f"no run is named {name!r}{nearest(name, [r.name for r in runs])}")
     candidates = [run for run in runs if run.routes]
-    choices = [run for run in candidates if run.routes.experts > 1] or candidates
+    choices = [run for run in candidates if run.routes.experts > 1] or candidates or runs
     return choices[-1] if choices else None
 
 
 def _write(
-    output: Path, runs: list[Run], finetune: str | os.PathLike | None, parts: list[Section]
+    output: Path, finetune: str | os.PathLike | None, model: Run | None, parts: list[Section]
 ) -> Report:
     findings = [sentence for part in parts for sentence in part.findings]
-    pngs = {f"{name}.png": data for part in parts for name, data in part.figures.items()}
-    for name, data in pngs.items():
-        files.write_bytes(output / name, data)
     numbers = {
-        "runs": {run.name: str(run.path) for run in runs},
+        "model": model and model.name,
         "finetune": None if finetune is None else str(finetune),
         "findings": findings,
         **{part.name: part.numbers for part in parts},
-        "figures": list(pngs),
     }
     files.write_json(output / "report.json", _finite(numbers))
-    named = [f"{run.name} ({run.path})" for run in runs]
-    named += [] if finetune is None else [f"few-shot adaptation ({finetune})"]
+    about = f"“{model.name}”" if model else "few-shot adaptation"
+    if model and model.origin.get("date"):
+        about += f", trained from {model.origin['date']}"
+    about += "" if finetune is None else f"; few-shot adaptation in {finetune}"
     shown = {"summary": ("Summary", page.bullets(findings))}
     shown |= {part.name: (part.title, "".join(part.parts)) for part in parts}
-    html = page.page("Task-level mixture of experts", f"Runs: {', '.join(named)}", shown)
+    drawn = {name: figure for part in parts for name, figure in part.figures.items()}
+    html = page.page("Task-level mixture of experts", about, shown, _finite(drawn))
     files.write_text(output / "index.html", html)
     return Report(output / "index.html", findings)
 

@@ -1,10 +1,9 @@
 """Reads the files of run directories that a report shows."""
 
 import dataclasses
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 
 NO_CATEGORY = "(no category)"
+PREDICTION = {"task", "input", "prediction", "references"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,14 @@ class Routes:
 class Run:
     """One run directory; fields of missing files are empty or None.
 
-    `train` and `eval` are the lines of metrics.jsonl, one per step; `scores` are {evaluation:
-    {task: line of scores.jsonl}}.
+    `origin` is its date, version and commit, `config` its settings; `train` and `eval` are the
+    lines of metrics.jsonl, one per step; `scores` are {evaluation: {task: line of scores.jsonl}}.
     """
 
     name: str
     path: Path
+    origin: dict[str, Any]
+    config: dict[str, Any]
     train: list[dict[str, Any]]
     eval: list[dict[str, Any]]
     scores: dict[str, dict[str, dict[str, Any]]]
@@ -52,7 +54,8 @@ class Run:
 
 
 def read_run(name: str, path: str | os.PathLike) -> Run:
-    """Reads metrics.jsonl, routes.json and eval/*/scores.jsonl, if they exist.
+    """Reads origin.json, config.json, metrics.jsonl, routes.json and eval/*/scores.jsonl, if they
+    exist.
 
     Raises:
         UserError: the directory is missing, or a file in it is malformed.
@@ -62,12 +65,77 @@ def read_run(name: str, path: str | os.PathLike) -> Run:
         raise UserError(f"run name {name!r} must start with a letter or digit, then [\\w.+ -]")
     if not path.is_dir():
         raise UserError(f"run {name!r}: {path} is not a directory")
+    origin, config = (_read_object(path / file) for file in ("origin.json", "config.json"))
     train, eval_ = _read_metrics(path / "metrics.jsonl")
-    scores = {}
-    for file in sorted(path.glob("eval/*/scores.jsonl")):
-        scores |= _read_scores(file)
-    routes = path / "routes.json"
-    return Run(name, path, train, eval_, scores, read_routes(routes) if routes.exists() else None)
+    scores = _read_evaluations(path)
+    routes = read_routes(path / "routes.json") if (path / "routes.json").exists() else None
+    return Run(name, path, origin, config, train, eval_, scores, routes)
+
+
+def read_history(path: Path, final: Routes) -> dict[int, np.ndarray]:
+    """{step: routes [T, N, E]} of routes/STEP.json in a run, in the order of the final routes,
+    which come last. A file with other tasks or layers is left out.
+
+    Raises:
+        UserError: a file is malformed.
+    """
+    history = {}
+    for file in sorted((path / "routes").glob("*.json")):
+        then = read_routes(file)
+        if then.tasks == final.tasks and then.layers == final.layers and then.step < final.step:
+            history[then.step] = then.route_TxNxE
+    return dict(sorted(history.items())) | {final.step: final.route_TxNxE}
+
+
+def read_predictions(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(evaluation, line) of eval/*/predictions.jsonl in a run.
+
+    Raises:
+        UserError: a line lacks a key.
+    """
+    for file in sorted(path.glob("eval/*/predictions.jsonl")):
+        for number, line in enumerate(files.read_jsonl(file), 1):
+            if not isinstance(line, Mapping) or PREDICTION - line.keys():
+                lacking = "', '".join(sorted(PREDICTION - set(line)))
+                raise UserError(f"{file}: entry {number} lacks '{lacking}'")
+            yield file.parent.name, dict(line)
+
+
+def read_disabling(path: Path) -> dict[str, dict[str, Any]]:
+    """{evaluation: value of eval/*/disabling.json} in a run.
+
+    Raises:
+        UserError: a key is missing, or losses are not finite numbers [N, E].
+    """
+    result = {}
+    for file in sorted(path.glob("eval/*/disabling.json")):
+        value = files.read_json(file)
+        try:
+            shape = (len(value["layers"]), int(value["experts"]))
+            for task, row in value["tasks"].items():
+                losses = np.asarray([row["loss"], *np.ravel(row["without"])], np.float64)
+                if np.shape(row["without"]) != shape or not np.isfinite(losses).all():
+                    raise UserError(f"{file}: the losses of {task!r} are not {shape} numbers")
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{file}: not a file of disabling: {type(e).__name__} {e}") from e
+        result[file.parent.name] = value
+    return result
+
+
+def read_single(path: str | os.PathLike) -> dict[str, dict[str, dict[str, Any]]]:
+    """{split: {task: line of scores.jsonl}} of the runs in a directory, each of one task.
+
+    Raises:
+        UserError: the directory is missing or has no scores, or a file is malformed.
+    """
+    path, result = Path(path), {}
+    for run in sorted(path.iterdir()) if path.is_dir() else []:
+        for lines in _read_evaluations(run).values():
+            for task, line in lines.items():
+                result.setdefault(str(line.get("split")), {})[task] = line
+    if not result:
+        raise UserError(f"{path} has no runs of single tasks: no */eval/*/scores.jsonl")
+    return result
 
 
 def read_finetune(path: str | os.PathLike) -> list[dict[str, Any]] | None:
@@ -119,6 +187,20 @@ def read_routes(path: Path) -> Routes:
     return Routes(step, layers, names, categories, subcategories, np.asarray(routes, np.float64))
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    value = files.read_json(path) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be {{name: value}}")
+    return value
+
+
+def _read_evaluations(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    scores = {}
+    for file in sorted(run.glob("eval/*/scores.jsonl")):
+        scores |= _read_scores(file)
+    return scores
+
+
 def _read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     """Returns train and eval lines by step. If a step was written twice, the last line counts."""
     kinds: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
@@ -142,8 +224,6 @@ def _read_scores(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
         score = line["score"]
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise UserError(f"{path}: the score of {line['task']!r} is {score!r}, not a number")
-        if not math.isfinite(score):
-            raise UserError(f"{path}: the score of {line['task']!r} is not finite")
         by_split.setdefault(str(line.get("split")), {}).setdefault(line["task"], dict(line))
     folder = path.parent.name
     if len(by_split) == 1:

@@ -12,6 +12,10 @@ document.querySelectorAll('th button').forEach(button => button.addEventListener
     return sign * (number ? x - y : x.localeCompare(y));
   }).forEach(row => body.append(row));
 }));
-// A click shows a figure at its full size, or fits it to the page again.
-document.querySelectorAll('img').forEach(image =>
-  image.addEventListener('click', () => image.classList.toggle('full')));
+// A link to a task opens its predictions.
+const openTarget = () => {
+  const target = location.hash && document.getElementById(location.hash.slice(1));
+  if (target && target.tagName === 'DETAILS') { target.open = true; target.scrollIntoView(); }
+};
+addEventListener('hashchange', openTarget);
+openTarget();

@@ -1,16 +1,23 @@
 """Small functions that turn values into escaped HTML, and the self-contained page."""
 
-import base64
 import dataclasses
-import struct
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
-from typing import Any
-
-from moe_jax.report.plots import DPI, fixed
+from typing import Any, NamedTuple
 
 DASH = "–"
+
+
+class Link(NamedTuple):
+    """Text that leads to a place of the page, `#` and an id; without a place it is plain text."""
+
+    text: str
+    place: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +59,24 @@ def numbers(digits: int, *titles: str, **settings: Any) -> list[Column]:
 
 
 def table(
-    columns: Sequence[Column], rows: Iterable[Sequence[Any]], best: Sequence[int] = ()
+    columns: Sequence[Column], rows: Iterable[Sequence[Any]], bold: Sequence[int | None] = ()
 ) -> str:
-    """A sortable table. Each row's highest value among the columns `best` is bold."""
+    """A sortable table. `bold` gives for each row the column whose value is bold, or None."""
     head = "".join(
         f'<th{_class("number" * c.is_number)}><button type="button">{escape(c.title)}</button></th>'
         for c in columns
     )
     body = []
-    for row in rows:
-        values = [row[i] for i in best if row[i] is not None]
-        top = max(values) if len(values) > 1 and max(values) > min(values) else None
+    for r, row in enumerate(rows):
         cells = []
         for i, (column, value) in enumerate(zip(columns, row, strict=True)):
             names = ["number"] * column.is_number + ["wide"] * column.wide
-            names += ["best"] * (top is not None and i in best and value == top)
+            names += ["best"] * (bool(bold) and bold[r] == i)
             key = "" if value is None else escape(str(value))
-            cells.append(
-                f'<td{_class(*names)} data-value="{key}">{escape(column.show(value))}</td>'
-            )
+            text = escape(column.show(value))
+            if isinstance(value, Link) and value.place:
+                text = f'<a href="{escape(value.place)}">{text}</a>'
+            cells.append(f'<td{_class(*names)} data-value="{key}">{text}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -78,21 +84,26 @@ def table(
     )
 
 
-def figure(png: bytes, alt: str, caption: str = "") -> str:
-    """An embedded PNG at its natural size (96 CSS pixels per inch)."""
-    width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk, which is always first
-    scale = 96 / DPI
-    data = base64.b64encode(png).decode()
+def figure(name: str, caption: str = "") -> str:
+    """The place where figures.js draws the figure of this name."""
     note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return (
-        f'<figure><img alt="{escape(alt)}" width="{width * scale:.0f}" '
-        f'height="{height * scale:.0f}" src="data:image/png;base64,{data}">{note}</figure>'
-    )
+    return f'<figure data-figure="{escape(name)}">{note}</figure>'
 
 
-def pair(*figures: str) -> str:
-    """Figures side by side if there is room."""
-    return f'<div class="pair">{"".join(figures)}</div>'
+def details(title: str, *parts: str, name: str = "") -> str:
+    """Parts that are shown on a click, or when a link leads to `name`."""
+    place = f' id="{escape(name)}"' if name else ""
+    return f"<details{place}><summary>{escape(title)}</summary>{''.join(parts)}</details>"
+
+
+def fixed(value: float, digits: int) -> str:
+    """`value` with `digits` decimals, without a minus sign at 0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def signed(value: float, digits: int) -> str:
+    """`value` with its sign, which is plus at 0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def paragraph(text: str) -> str:
@@ -121,18 +132,32 @@ def section(name: str, title: str, *parts: str) -> str:
     return f'<section id="{name}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
 
 
-def page(title: str, subtitle: str, sections: dict[str, tuple[str, str]]) -> str:
-    """The whole page of {id: (title, content)}; style and script are inline."""
+def page(
+    title: str,
+    subtitle: str,
+    sections: Mapping[str, tuple[str, str]],
+    figures: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The whole page of {id: (title, content)}; style, scripts and figures are inline."""
     files = resources.files("moe_jax.report")
-    style, script = (files.joinpath(n).read_text("utf-8") for n in ("style.css", "page.js"))
-    links = "".join(f'<a href="#{name}">{escape(t)}</a>' for name, (t, _) in sections.items())
+    style, script, draw = (
+        files.joinpath(name).read_text("utf-8") for name in ("style.css", "page.js", "figures.js")
+    )
+    links = " ".join(f'<a href="#{name}">{escape(t)}</a>' for name, (t, _) in sections.items())
     body = "".join(section(name, t, content) for name, (t, content) in sections.items())
+    # In a script element only `<` could end the JSON.
+    data = json.dumps(figures, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = data.replace("<", "\\u003c")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n<body>"
         f'<header><h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>'
-        f"<nav>{links}</nav></header>\n{body}\n<script>\n{script}</script></body></html>\n"
+        f"<nav>{links}</nav></header>\n{body}\n"
+        '<noscript><p class="missing">Figures need JavaScript.</p></noscript>'
+        '<div id="tip" role="tooltip" hidden></div>\n'
+        f'<script type="application/json" id="figures">{data}</script>\n'
+        f"<script>\n{script}{draw}</script></body></html>\n"
     )
 
 

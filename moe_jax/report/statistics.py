@@ -4,14 +4,13 @@ Axes: T tasks, N routed layers, E experts, C categories.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from sklearn.metrics.cluster import expected_mutual_information
-from sklearn.metrics.pairwise import cosine_similarity
 
 LINKAGE = "average"
 # Routes closer than this (cosine distance) count as equal: the precision of a float32 softmax.
@@ -21,7 +20,8 @@ SAME_ROUTE = 1e-9
 def similarity(route_TxNxE: np.ndarray) -> np.ndarray:
     """Cosine similarity [T, T] float64 of the flattened routes, in 0..1."""
     route_TxF = np.asarray(route_TxNxE, np.float64).reshape(len(route_TxNxE), -1)
-    similarity_TxT = np.clip(cosine_similarity(route_TxF), -1, 1)
+    route_TxF = route_TxF / np.linalg.norm(route_TxF, axis=-1, keepdims=True)
+    similarity_TxT = np.clip(route_TxF @ route_TxF.T, -1, 1)
     np.fill_diagonal(similarity_TxT, 1)
     return (similarity_TxT + similarity_TxT.T) / 2
 
@@ -59,16 +59,20 @@ def distinct_routes(similarity_TxT: np.ndarray) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Adjusted mutual information of two labelings against shuffled labels.
+    """A measure of agreement beside what chance gives.
 
-    `ami` is 1 for equal partitions and about 0 by chance (Vinh, Epps and Bailey 2010);
-    `control` [P] are its values with one labeling shuffled; `p_value` = (1 + number of controls
-    at least as high) / (1 + P).
+    `control` [P] are values by chance; `p_value` = (1 + number of controls at least as high) /
+    (1 + P).
     """
 
-    ami: float
+    value: float
     control: np.ndarray
-    p_value: float
+
+    @property
+    def p_value(self) -> float:
+        # The tolerance makes values equal that differ only by rounding.
+        as_high = np.count_nonzero(self.control >= self.value - 1e-12)
+        return float((1 + as_high) / (1 + len(self.control)))
 
     @property
     def control_mean(self) -> float:
@@ -83,15 +87,50 @@ class Agreement:
 def agreement(
     labels_T: Sequence, clusters_T: Sequence, permutations: int = 1000, seed: int = 0
 ) -> Agreement:
-    """Compares two labelings [T] of the same tasks with a permutation test."""
-    _, labels_T = np.unique(np.asarray(labels_T), return_inverse=True)
+    """Adjusted mutual information of two labelings [T] of the same tasks, against shuffled labels.
+
+    It is 1 for equal partitions and about 0 by chance (Vinh, Epps and Bailey 2010).
+    """
     _, clusters_T = np.unique(np.asarray(clusters_T), return_inverse=True)
+    labels_PxT = _shuffled(labels_T, permutations, seed)
+    ami, *control = _adjusted_mutual_information(labels_PxT, clusters_T)
+    return Agreement(float(ami), np.array(control))
+
+
+def neighbour_agreement(
+    labels_T: Sequence, similarity_TxT: np.ndarray, permutations: int = 1000, seed: int = 0
+) -> Agreement:
+    """The share of tasks whose nearest neighbour has the same label, against shuffled labels.
+
+    Of several neighbours that are equally near, each counts in part.
+    """
+    near_TxT = similarity_TxT.copy()
+    np.fill_diagonal(near_TxT, -np.inf)
+    nearest_TxT = near_TxT >= near_TxT.max(-1, keepdims=True) - SAME_ROUTE
+    weight_TxT = nearest_TxT / nearest_TxT.sum(-1, keepdims=True) / len(near_TxT)
+    value, *control = (
+        float(weight_TxT[labels[:, None] == labels].sum())
+        for labels in _shuffled(labels_T, permutations, seed)
+    )
+    return Agreement(value, np.array(control))
+
+
+def random_routes(route_TxNxE: np.ndarray, seed: int) -> np.ndarray:
+    """Routes [T, N, E] that do not depend on the task: each layer's are shuffled among the tasks.
+
+    So each layer keeps how decided it is and how much it uses each expert.
+    """
+    rng = np.random.default_rng(seed)
+    layers = [rng.permutation(route_TxE) for route_TxE in np.moveaxis(route_TxNxE, 1, 0)]
+    return np.stack(layers, 1)
+
+
+def _shuffled(labels_T: Sequence, permutations: int, seed: int) -> np.ndarray:
+    """Labels as numbers [1 + P, T]: in their order, then shuffled."""
+    _, labels_T = np.unique(np.asarray(labels_T), return_inverse=True)
     rng = np.random.default_rng(seed)
     shuffled_PxT = rng.permuted(np.tile(labels_T, (permutations, 1)), axis=1)
-    ami, *control = _adjusted_mutual_information(np.vstack([labels_T, shuffled_PxT]), clusters_T)
-    # The tolerance makes values equal that differ only by rounding.
-    p_value = (1 + np.count_nonzero(np.array(control) >= ami - 1e-12)) / (1 + permutations)
-    return Agreement(float(ami), np.array(control), float(p_value))
+    return np.vstack([labels_T, shuffled_PxT])
 
 
 def _adjusted_mutual_information(labels_PxT: np.ndarray, clusters_T: np.ndarray) -> np.ndarray:
@@ -120,17 +159,18 @@ def _adjusted_mutual_information(labels_PxT: np.ndarray, clusters_T: np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class Correlations:
-    """Point-biserial correlation of each expert's weight with membership in each category.
+    """Correlation of each expert's weight with properties of tasks: categories, then features.
 
-    `r_NxExC`, `p_NxExC` (two-sided) and `q_NxExC` (Benjamini-Hochberg over all tests) are NaN
-    if not tested because the expert's weight is the same for every task.
+    `r_NxExC`, `p_NxExC` (two-sided, by permutation) and `q_NxExC` (Holm over all tests) are NaN
+    if not tested because the weight or the property is the same for every task.
     """
 
-    categories: list[str]
-    untested: list[str]
+    names: list[str]
+    categories: int
     r_NxExC: np.ndarray
     p_NxExC: np.ndarray
     q_NxExC: np.ndarray
+    permutations: int
 
     @property
     def tests(self) -> int:
@@ -144,35 +184,101 @@ class Correlations:
         return [tuple(i) for i in order]
 
 
-def correlations(
-    route_TxNxE: np.ndarray, categories_T: Sequence[str], minimum: int = 3
-) -> Correlations:
-    """Correlates every expert's weight with membership in every category.
+def memberships(categories_T: Sequence[str], minimum: int = 3) -> dict[str, np.ndarray]:
+    """{category: 0 or 1 [T]} of categories with at least `minimum` tasks inside and outside.
 
-    A category is tested where at least `minimum` tasks are in it and as many outside: with
-    fewer, the t distribution of the correlation means little. Others are named in `untested`.
+    With fewer, a correlation means little.
+    """
+    result = {}
+    for name in dict.fromkeys(categories_T):
+        member_T = np.array([c == name for c in categories_T], np.float64)
+        if minimum <= member_T.sum() <= len(member_T) - minimum:
+            result[name] = member_T
+    return result
+
+
+def membership(route_TxNxE: np.ndarray, labels_T: Sequence[str], label: str) -> np.ndarray:
+    """Correlation [N * E] of every expert's weight with having the label; NaN where one of them
+    is the same for every task."""
+    weight_TxF = np.asarray(route_TxNxE, np.float64).reshape(len(labels_T), -1)
+    member_Tx1 = np.array([[value == label] for value in labels_T], np.float64)
+    return _correlated(weight_TxF, member_Tx1, 0, 0)[0][0]
+
+
+def correlations(
+    route_TxNxE: np.ndarray,
+    categories: Mapping[str, np.ndarray],
+    features: Mapping[str, np.ndarray],
+    seed: int = 0,
+) -> Correlations:
+    """Pearson correlation of every expert's weight with every property.
+
+    There are 40 permutations of the tasks for each test, so that Holm's correction leaves room
+    for p-values below 0.05.
+
+    Args:
+        categories, features: {name: value of each task [T]}; a task with a NaN is left out of
+            that feature's tests.
     """
     route_TxNxE = np.asarray(route_TxNxE, np.float64)
-    tasks, layers, experts = route_TxNxE.shape
-    names = list(dict.fromkeys(categories_T))
-    member_CxT = np.array([[c == name for c in categories_T] for name in names], np.float64)
-    size_C = member_CxT.sum(-1) if names else np.zeros(0)
-    tested_C = (size_C >= minimum) & (tasks - size_C >= minimum)
-    categories = [n for n, tested in zip(names, tested_C, strict=True) if tested]
-    shape = (layers * experts, len(categories))
-    r_FxC, p_FxC, q_FxC = (np.full(shape, np.nan) for _ in range(3))
-    weight_FxT = route_TxNxE.reshape(tasks, layers * experts).T
-    varies_F = np.ptp(weight_FxT, axis=-1) > 1e-6 if tasks else np.zeros(len(weight_FxT), bool)
-    if categories and varies_F.any():
-        result = stats.pearsonr(weight_FxT[varies_F][:, None], member_CxT[tested_C][None], axis=-1)
-        r_FxC[varies_F], p_FxC[varies_F] = result.statistic, result.pvalue
-        q = stats.false_discovery_control(result.pvalue, axis=None, method="bh")
-        q_FxC[varies_F] = q.reshape(result.pvalue.shape)
-    full = (layers, experts, len(categories))
-    untested = [n for n in names if n not in categories]
-    return Correlations(
-        categories, untested, r_FxC.reshape(full), p_FxC.reshape(full), q_FxC.reshape(full)
-    )
+    _, layers, experts = route_TxNxE.shape
+    named = {**categories, **features}
+    permutations = 40 * layers * experts * len(named)
+    value_CxT = np.array([*named.values()]).reshape(len(named), len(route_TxNxE))
+    r_CxF, p_CxF = (np.full((len(named), layers * experts), np.nan) for _ in range(2))
+    masks_CxT = np.isfinite(value_CxT)
+    for known_T in np.unique(masks_CxT, axis=0):
+        these_C = np.all(masks_CxT == known_T, axis=-1)
+        weight_TxF = route_TxNxE[known_T].reshape(known_T.sum(), -1)
+        value_TxC = value_CxT[these_C][:, known_T].T
+        r_CxF[these_C], p_CxF[these_C] = _correlated(weight_TxF, value_TxC, permutations, seed)
+    full = (layers, experts, len(named))
+    r_FxC, p_FxC = r_CxF.T, p_CxF.T
+    q_FxC = holm(p_FxC)
+    arrays = (a.reshape(full) for a in (r_FxC, p_FxC, q_FxC))
+    return Correlations(list(named), len(categories), *arrays, permutations)
+
+
+def _correlated(
+    weight_TxF: np.ndarray, value_TxC: np.ndarray, permutations: int, seed: int, at_once: int = 2000
+) -> tuple[np.ndarray, np.ndarray]:
+    """(correlation, two-sided p) [C, F]; NaN where nothing varies."""
+    tasks, shape = len(weight_TxF), (value_TxC.shape[1], weight_TxF.shape[1])
+    r_CxF, p_CxF = (np.full(shape, np.nan) for _ in range(2))
+    if tasks < 3:
+        return r_CxF, p_CxF
+    varies_C, varies_F = np.ptp(value_TxC, axis=0) > 0, np.ptp(weight_TxF, axis=0) > 1e-6
+
+    def standard(x):
+        x = x - x.mean(0)
+        return x / np.linalg.norm(x, axis=0)
+
+    value_TxV, weight_TxW = standard(value_TxC[:, varies_C]), standard(weight_TxF[:, varies_F])
+    r_VxW = value_TxV.T @ weight_TxW
+    rng = np.random.default_rng(seed)
+    as_far_VxW = np.zeros(r_VxW.shape)
+    for start in range(0, permutations, at_once):
+        count = min(at_once, permutations - start)
+        order_PxT = rng.permuted(np.tile(np.arange(tasks), (count, 1)), axis=1)
+        for v, value_T in enumerate(value_TxV.T):
+            shuffled_PxW = np.abs(value_T[order_PxT] @ weight_TxW)
+            as_far_VxW[v] += (shuffled_PxW >= np.abs(r_VxW[v]) - 1e-12).sum(0)
+    varies = np.ix_(varies_C, varies_F)
+    r_CxF[varies], p_CxF[varies] = r_VxW, (1 + as_far_VxW) / (1 + permutations)
+    return r_CxF, p_CxF
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's correction (1979) of p-values of any shape over all that are not NaN."""
+    known = np.isfinite(p)
+    values = p[known]
+    order = np.argsort(values, kind="stable")
+    scaled = values[order] * np.arange(len(values), 0, -1)
+    result = np.empty_like(values)
+    result[order] = np.minimum(1, np.maximum.accumulate(scaled))
+    full = np.full_like(p, np.nan)
+    full[known] = result
+    return full
 
 
 def entropy(distribution: np.ndarray) -> np.ndarray:

@@ -2,10 +2,27 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from moe_jax.core.errors import UserError, check_fields
-from moe_jax.core.sharding import MeshConfig
+from jax.sharding import Mesh
+
+from moe_jax.core.configuration import (
+    INT32,
+    Configuration,
+    Examples,
+    Name,
+    Names,
+    Period,
+    Range,
+    Rate,
+    Rows,
+    Seed,
+    Size,
+    Steps,
+    Text,
+)
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, group_shards
 from moe_jax.data.modules import DEFAULT_TASK_MODULES, full_name
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
@@ -50,7 +67,7 @@ FinetuneConfig.moe_dir = %MOE_DIR
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Configuration):
     """The training data: tasks, vocabulary, shape of batches, mixing rates.
 
     Attributes:
@@ -61,7 +78,8 @@ class DataConfig:
         vocabulary: the vocabulary that tokenises texts.
         environment: environment variables that the task modules read (see
             `tasks/crossfit_data.py`).
-        batch_size: rows per batch.
+        batch_size: rows per batch. With another one a run goes on with the next groups of its
+            data; learning rates do not change.
         rows_per_group: R, rows of one task that form a group; divides `batch_size`.
         pack: put as many examples into a row as fit into `lengths`; otherwise one.
         row_shapes: maximum number of shapes of packed rows. Each task uses the shape with the least
@@ -74,38 +92,29 @@ class DataConfig:
         mixing_temperature: temperature of `mixing` by temperature.
     """
 
-    mixture_or_task_name: str | None = None
-    task_modules: Sequence[str] = ()
-    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    cache_dir: str = "cache"
+    mixture_or_task_name: Name | None = None
+    task_modules: Name | Names = ()
+    lengths: Annotated[
+        Mapping[Literal["inputs", "targets"], Annotated[int, Range(2, 2**20)]], Size(2, 2)
+    ] = dataclasses.field(default_factory=dict)
+    cache_dir: Name = "cache"
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    batch_size: int = 32
-    rows_per_group: int = 4
+    environment: Annotated[Mapping[Name, Annotated[str, Text(0, 2**16)]], Size(0, 4096)] = (
+        dataclasses.field(default_factory=dict)
+    )
+    batch_size: Rows = 32
+    rows_per_group: Rows = 4
     pack: bool = True
-    row_shapes: int = 1
+    row_shapes: Annotated[int, Range(1, 64)] = 1
     mixing: Literal["examples", "equal", "temperature", "seqio"] = "examples"
-    cap: int | None = None
-    mixing_temperature: float = 1.0
+    cap: Annotated[int, Range(1, INT32)] | None = None
+    mixing_temperature: Annotated[float, Range(0.1, 1000)] = 1.0
 
     def __post_init__(self) -> None:
-        lengths = self.lengths
-        if (
-            not isinstance(lengths, Mapping)
-            or set(lengths) != {"inputs", "targets"}
-            or not all(isinstance(n, int) and n > 1 for n in lengths.values())
-        ):
-            raise UserError(
-                "TASK_FEATURE_LENGTHS must be {'inputs': N, 'targets': N}, lengths of at least 2, "
-                f"not {lengths!r}"
-            )
-        check_fields(self)
+        super().__post_init__()
         names = self.task_modules
         names = (names,) if isinstance(names, str) else names
         object.__setattr__(self, "task_modules", tuple(map(full_name, names)))
-        for name in ("batch_size", "rows_per_group", "row_shapes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"DataConfig.{name} must be at least 1, not {getattr(self, name)}")
         vocabulary = self.vocabulary
         if vocabulary.kind == "sentencepiece" and not (vocabulary.path or vocabulary.trained_on):
             # Set here, so that other mixtures use the same vocabulary.
@@ -130,12 +139,13 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Configuration):
     """A run's directory, length, periods and starting points.
 
     Attributes:
         model_dir: the run's directory.
-        train_steps: optimizer steps in all.
+        train_steps: optimizer steps in all. With more of them a finished run goes on, and the
+            learning rate is then that of the longer schedule.
         eval_period: steps between evaluations on the dev split; 0 for none.
         checkpoint_period: steps between checkpoints; the last step is always saved.
         log_period: steps between lines of metrics.jsonl.
@@ -155,27 +165,20 @@ class RunConfig:
         seed: of initialisation, dropout, routes and data order.
     """
 
-    model_dir: str | None = None
-    train_steps: int | None = None
-    eval_period: int = 1000
-    checkpoint_period: int = 1000
-    log_period: int = 10
-    initial_checkpoint_path: str | None = None
-    router_checkpoint_path: str | None = None
-    representations_path: str | None = None
-    eval_split: str = "validation"
-    eval_examples: int | None = 32
-    eval_batch_rows: int = 32
-    keep_checkpoints: int = 1
-    extensions: Sequence[str] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("train_steps", "checkpoint_period", "log_period", "eval_batch_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"RunConfig.{name} must be at least 1, not {value}")
+    model_dir: Name | None = None
+    train_steps: Steps | None = None
+    eval_period: Period = 1000
+    checkpoint_period: Steps = 1000
+    log_period: Steps = 10
+    initial_checkpoint_path: Name | None = None
+    router_checkpoint_path: Name | None = None
+    representations_path: Name | None = None
+    eval_split: Name = "validation"
+    eval_examples: Examples = 32
+    eval_batch_rows: Rows = 32
+    keep_checkpoints: Annotated[int, Range(1, 10_000)] = 2
+    extensions: Name | Names = ()
+    seed: Seed = 0
 
     def require(self, *names: str) -> None:
         """Raises a UserError for the first of these settings that is missing."""
@@ -186,7 +189,7 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Configuration):
     """Few-shot adaptation: starting points, grid and trained parts.
 
     Attributes:
@@ -212,22 +215,20 @@ class FinetuneConfig:
             their memory allows, and on CPU, where one follows the other, a handful.
     """
 
-    dense_dir: str | None = None
-    moe_dir: str | None = None
-    learning_rates: Sequence[float] = (1e-5, 2e-5, 5e-5)
-    batch_sizes: Sequence[int] = (2, 4, 8)
-    seeds: Sequence[int] = (13, 21, 42, 87, 100)
-    steps: int = 1000
-    test_examples: int | None = None
+    dense_dir: Name | None = None
+    moe_dir: Name | None = None
+    learning_rates: Annotated[Sequence[Rate], Size(1, 1000)] = (1e-5, 2e-5, 5e-5)
+    batch_sizes: Annotated[Sequence[Rows], Size(1, 1000)] = (2, 4, 8)
+    seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (13, 21, 42, 87, 100)
+    steps: Steps = 1000
+    test_examples: Examples = None
     representation: Literal["mean", "nearest", "random", "file"] = "nearest"
-    representations_path: str | None = None
+    representations_path: Name | None = None
     tune: Literal["all", "frozen_router", "route_only", "free_route"] = "all"
-    runs_at_once: int = 0
+    runs_at_once: Annotated[int, Range(0, 2**20)] = 0
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        if self.runs_at_once < 0:
-            raise UserError(f"FinetuneConfig.runs_at_once is {self.runs_at_once}, below 0")
+        super().__post_init__()
         if (self.representation == "file") != (self.representations_path is not None):
             raise UserError(
                 f"FinetuneConfig.representation is {self.representation!r} and representations_path"
@@ -236,7 +237,7 @@ class FinetuneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """The configuration of a training run, saved with it."""
 
     run: RunConfig
@@ -248,9 +249,35 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     decoding: DecodingConfig = dataclasses.field(default_factory=DecodingConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        model, chosen = self.model, self.router.experts_per_layer
+        if 1 < model.experts < chosen:
+            raise UserError(
+                f"RouterConfig.experts_per_layer is {chosen}, but ModelConfig.experts "
+                f"{model.experts}"
+            )
+        model.check_lengths(**self.data.lengths)
+        _check_decoding(self.decoding, self.data)
+
+    def check_groups(self, mesh: Mesh) -> None:
+        """Raises a UserError where the groups of a batch do not divide over the devices."""
+        data, shards, at_once = self.data, group_shards(mesh), self.step.groups_at_once
+        if data.groups % shards:
+            raise UserError(
+                f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} "
+                f"rows: not a multiple of the mesh's {shards} data shards"
+            )
+        groups = data.groups // shards
+        if at_once and groups % min(at_once, groups):
+            raise UserError(
+                f"StepConfig.groups_at_once {at_once} does not divide the {groups} groups per "
+                "device"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
-class FewShotConfig:
+class FewShotConfig(Configuration):
     """The configuration of a few-shot adaptation, saved with it."""
 
     run: RunConfig
@@ -259,3 +286,16 @@ class FewShotConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     decoding: DecodingConfig = dataclasses.field(default_factory=DecodingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_decoding(self.decoding, self.data)
+
+
+def _check_decoding(decoding: DecodingConfig, data: DataConfig) -> None:
+    """Raises a UserError where answers cannot be as long as they must."""
+    if not decoding.max_length and decoding.min_length > data.lengths["targets"]:
+        raise UserError(
+            f"DecodingConfig.min_length is {decoding.min_length}, above the length of targets "
+            f"{data.lengths['targets']}"
+        )

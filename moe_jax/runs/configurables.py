@@ -5,11 +5,12 @@ Libraries get dataclasses and do not use gin. A field is bound by its class (`Mo
 """
 
 import dataclasses
-import typing
 from typing import Any, TypeVar
 
 import gin
 
+from moe_jax.core.configuration import Configuration, hints
+from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
@@ -18,17 +19,16 @@ from moe_jax.runs.config import DataConfig, FinetuneConfig, RunConfig
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Configuration)
 # Name in gin -> class.
-_CLASSES: dict[str, type] = {}
+_CLASSES: dict[str, type[Configuration]] = {}
 
 
-def register(cls: type, name: str | None = None) -> None:
-    """Makes a dataclass known to gin as `name`, by default its own."""
-    name = name or cls.__name__
-    if name not in _CLASSES:
-        gin.external_configurable(cls, name=name, module="moe_jax")
-        _CLASSES[name] = cls
+def register(cls: type[Configuration]) -> None:
+    """Makes a configuration known to gin."""
+    if cls.called not in _CLASSES:
+        gin.external_configurable(cls, name=cls.called, module="moe_jax")
+        _CLASSES[cls.called] = cls
 
 
 for _cls in (
@@ -45,32 +45,28 @@ def parameters(name: str) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)] if cls else []
 
 
-def classes() -> dict[str, type]:
+def classes() -> dict[str, type[Configuration]]:
     """Every configuration class by its name in gin."""
     return dict(_CLASSES)
 
 
-def name_of(cls: type) -> str:
-    """The name of a registered class in gin."""
-    return next(name for name, known in _CLASSES.items() if known is cls)
-
-
 def build(cls: type[T]) -> T:
-    """Makes a dataclass from gin's bindings, and recursively its fields that are dataclasses.
+    """The configuration as gin's bindings have it; fields that are ones are built likewise.
 
     Raises:
         UserError: a value is invalid.
     """
-    hints = typing.get_type_hints(cls)
-    name = next((name for name, known in _CLASSES.items() if known is cls), None)
+    name = cls.called if cls.called in _CLASSES else None
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        inner = hints[field.name]
-        if dataclasses.is_dataclass(inner) and not _is_bound(name, field.name):
-            values[field.name] = build(inner)
+    for field, hint in hints(cls).items():
+        if dataclasses.is_dataclass(hint) and not _is_bound(name, field):
+            values[field] = build(hint)
     if name is not None:
-        made = gin.get_configurable(name)(**values)
-        # Gin makes a subclass. An instance of the class itself equals one made without gin.
+        try:
+            made = gin.get_configurable(name)(**values)
+        except RecursionError as e:  # @DataConfig() somewhere in DataConfig
+            raise UserError(f"{name} is nested in itself") from e
+        # Gin makes a subclass: an instance of the class itself is equal to one made without gin.
         values = {field.name: getattr(made, field.name) for field in dataclasses.fields(cls)}
         values = {key: _plain(value) for key, value in values.items()}
     return cls(**values)

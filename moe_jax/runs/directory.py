@@ -1,4 +1,4 @@
-"""The files of a run's directory: configuration, task table, vocabulary.
+"""The files of a run's directory: configuration, origin, task table, vocabulary.
 
 The configuration is written twice: `config.json` for programs, `config.gin` for people and for
 --gin_file. Reading uses no gin and imports no module that the files name.
@@ -7,27 +7,38 @@ The configuration is written twice: `config.json` for programs, `config.gin` for
 import ast
 import dataclasses
 import re
-import typing
+import subprocess
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moe_jax import __version__
 from moe_jax.core import files
-from moe_jax.core.errors import UserError
+from moe_jax.core.configuration import Configuration, hints
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import vocabulary
 from moe_jax.runs.config import BASE_BINDINGS, Config
 
 CONFIG = "config.gin"
 CONFIG_JSON = "config.json"
+ORIGIN = "origin.json"
 TASK_TABLE = "task_table.json"
 
 # Settings that may change when a run is resumed: they affect neither the model nor its training.
 _FREE = re.compile(
-    r"RunConfig\.(model_dir|eval_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
-    r"|DataConfig\.cache_dir|MeshConfig\.\w+|FinetuneConfig\.runs_at_once"
+    r"RunConfig\.(model_dir|(eval|log)_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
+    r"|DataConfig\.cache_dir|MeshConfig\.\w+|StepConfig\.groups_at_once"
+    r"|FinetuneConfig\.runs_at_once"
+    r"|ModelConfig\.(dtype|unroll_layers|remat)"
 )
-# In few-shot adaptation, decoding determines the scores in runs.jsonl; in training only dev scores.
-_FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+")
+# Training can also go on for longer, or with other batches. In few-shot adaptation, such settings
+# and decoding determine the scores in runs.jsonl.
+_FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+|RunConfig\.train_steps|DataConfig\.batch_size")
+# Those that cannot, though the model stays the same.
+_ORDER = re.compile(
+    r"DataConfig\.(rows_per_group|pack|row_shapes|lengths|mixing\w*|cap)|RunConfig\.seed"
+)
 _MACROS = dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", BASE_BINDINGS, re.M))
 _NAMES = {macro: binding for binding, macro in _MACROS.items()}
 
@@ -42,8 +53,8 @@ def root(path: str | Path) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
-def config_lines(config: Any) -> Lines:
-    """Every setting in a tree of dataclasses, as `ModelConfig.d_model` -> 64."""
+def config_lines(config: Configuration) -> Lines:
+    """Every setting in a tree of configurations, as `ModelConfig.d_model` -> 64."""
     lines: Lines = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -52,28 +63,37 @@ def config_lines(config: Any) -> Lines:
         else:
             value = dict(value) if isinstance(value, Mapping) else value
             value = tuple(value) if isinstance(value, list) else value
-            lines[f"{type(config).__name__}.{field.name}"] = value
+            lines[f"{config.called}.{field.name}"] = value
     return lines
 
 
-def config_from(cls: type, lines: Lines, source: Any) -> Any:
-    """Makes the dataclass from `config_lines`; missing settings have their defaults.
+def config_from(cls: type[Configuration], lines: Lines, source: Any) -> Any:
+    """The configuration that `config_lines` describes; what the lines lack has its default.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a setting that is not there, or a value that cannot be.
     """
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for field in dataclasses.fields(cls):
-        name = f"{cls.__name__}.{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = config_from(hints[field.name], lines, source)
-        elif name in lines:
-            values[field.name] = lines[name]
-    try:
+    known: list[str] = []
+
+    def made(cls: type[Configuration]) -> Configuration:
+        values = {}
+        for field, hint in hints(cls).items():
+            name = f"{cls.called}.{field}"
+            if dataclasses.is_dataclass(hint):
+                values[field] = made(hint)
+            elif name in lines:
+                values[field] = lines[name]
+            known.append(name)
         return cls(**values)
+
+    try:
+        result = made(cls)
     except UserError as e:
         raise UserError(f"{source}: {e}") from e
+    for name in lines:
+        if name not in known:
+            raise UserError(f"{source}: there is no setting {name!r}{nearest(name, known)}")
+    return result
 
 
 def gin_text(lines: Lines) -> str:
@@ -122,14 +142,14 @@ def _read_gin(path: Path) -> Lines:
     if not path.exists():
         return {}
     lines: Lines = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(files.read_text(path).splitlines(), 1):
         name, equals, text = line.partition(" = ")
         if not equals or re.fullmatch(r"@\w+\(\)", text):  # its fields have their own lines
             continue
         try:
             lines[_NAMES.get(name, name)] = ast.literal_eval(text)
-        except (ValueError, SyntaxError) as e:
-            raise UserError(f"{path}:{number}: {name} is not a plain value: {text}") from e
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
+            raise UserError(f"{path}:{number}: {name} is no plain value: {text}") from e
     return lines
 
 
@@ -145,26 +165,58 @@ def read_config(model_dir: str | Path) -> Config:
     return config_from(Config, lines, f"{model_dir}/{CONFIG_JSON}")
 
 
-def check_config(model_dir: str | Path, config: Any) -> None:
+def check_config(model_dir: str | Path, config: Any) -> Lines:
     """Checks that a directory does not hold a run of another configuration.
 
     A setting that did not exist when the run began had its default.
 
+    Returns:
+        The settings of the run that the directory holds; those of `config` if it holds none.
+
     Raises:
-        UserError: names the first setting that differs.
+        UserError: names the first setting that differs, and may not.
     """
     lines = read_lines(model_dir)
     if not lines:
-        return
+        return config_lines(config)
     old = config_lines(config_from(type(config), lines, f"{model_dir}/{CONFIG}"))
     for name, value in config_lines(config).items():
         free = _FREE.fullmatch(name)
         free = free or (isinstance(config, Config) and _FREE_IN_TRAINING.fullmatch(name))
         if not free and old[name] != value:
+            why = " (the examples to come would be others)" if _ORDER.fullmatch(name) else ""
             raise UserError(
                 f"{model_dir} holds another run: there {_MACROS.get(name, name)} is "
-                f"{old[name]!r}, here {value!r}; give another MODEL_DIR"
+                f"{old[name]!r}, here {value!r}{why}; give another MODEL_DIR"
             )
+    return old
+
+
+def write_origin(model_dir: str | Path) -> None:
+    """Writes when and with which code a run began: {"date", "version", "commit"}.
+
+    A resumed run keeps what it has. The date is UTC; the commit is None outside a git checkout.
+    """
+    path = Path(model_dir) / ORIGIN
+    if not path.exists():
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        files.write_json(path, {"date": date, "version": __version__, "commit": _commit()})
+
+
+def _commit() -> str | None:
+    """The commit of this package's checkout, with `-dirty` if tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    # An installed package may lie within the repository of another project.
+    commands = (["ls-files", "--error-unmatch", Path(__file__).name],
+                ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])  # fmt: skip
+    try:
+        for command in commands:
+            done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=30)
+            if done.returncode:
+                return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip()
 
 
 def copy_vocabulary(model_dir: str | Path, source: Path) -> None:
@@ -181,5 +233,14 @@ def write_task_table(model_dir: str | Path, tasks: Sequence[str]) -> None:
 
 
 def read_task_table(model_dir: str | Path) -> list[str]:
-    """The ordered task names of a run."""
-    return files.read_json(Path(model_dir) / TASK_TABLE)["tasks"]
+    """The ordered task names of a run.
+
+    Raises:
+        UserError: the file is missing, or holds something else.
+    """
+    path = Path(model_dir) / TASK_TABLE
+    value = files.read_json(path)
+    names = value.get("tasks") if isinstance(value, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{path}: must be {{"tasks": [names]}}')
+    return names

@@ -13,13 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import gin
+import jax
 from absl import app, flags, logging
 
+from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import modules
-from moe_jax.runs import configurables, directory, help
+from moe_jax.kernels import memory
+from moe_jax.runs import configurables, directory, help, stopping
 from moe_jax.runs.config import BASE_BINDINGS
 
 GIN_CONFIGS = Path(__file__).resolve().parents[1] / "gin_configs"
@@ -58,11 +62,12 @@ def run(
 ) -> None:  # fmt: skip
     """Parses flags and gin, calls `main(config, settings)`, and ends the process.
 
-    A `UserError` or gin error ends in one line on standard error and exit code 1.
+    A `UserError` or gin error ends in one line on standard error and exit code 1; SIGTERM and
+    SIGINT in one line and `stopping.EXIT_CODE`.
 
     Args:
-        config: class of the run's configuration.
-        settings: class of the command's own settings, if any; registered by
+        config: the dataclass of the run's configuration, made from gin's bindings.
+        settings: that of the command's own settings, if it has some; registered by
             `configurables.register`.
         from_model_dir: starts from the configuration of the run in MODEL_DIR, so that flags give
             only the differences.
@@ -70,6 +75,7 @@ def run(
 
     def start(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)
+        stopping.install()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
@@ -79,21 +85,25 @@ def run(
             main(*parts)
         except UserError as e:
             fail(e)
+        except OSError as e:  # no room for what is written without `files`, such as events
+            fail(UserError(f"{e.filename or 'cannot write'}: {e.strerror or e}"))
+        except stopping.Stopped as e:
+            if e.together and _several_processes():
+                jax.distributed.shutdown()  # the others are as far
+            end(str(e), stopping.EXIT_CODE)
 
+    processes.end_with_parent()
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(_help(config, settings))
         return
-    try:
-        app.run(start, argv=rewrite_gin_flags(sys.argv))
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues from the last checkpoint")
+    app.run(start, argv=rewrite_gin_flags(sys.argv))
 
 
 def _help(config: type, settings: type | None) -> str:
     """The command's docstring, its flags, and the settings that it reads."""
-    own = [] if settings is None else help.settings(settings, configurables.name_of(settings))
+    own = [] if settings is None else help.settings(settings)
     return "\n".join(
         [
             (sys.modules["__main__"].__doc__ or "").strip(),
@@ -108,17 +118,22 @@ def _help(config: type, settings: type | None) -> str:
     )
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception) -> NoReturn:
     """Ends the process: one line on standard error, exit code 1."""
-    # Threads of a failed save may also print. They may finish a line; later lines are dropped.
+    # Gin appends where a configurable was called from; the first line is ours.
+    end(f"error: {str(error).strip().splitlines()[0]}", 1)
+
+
+def end(line: str, code: int) -> NoReturn:
+    """Ends the process: one line on standard error."""
+    # Threads of a failed save print as well: they may finish a line; later ones are dropped.
     stderr, sys.stderr = sys.stderr, io.StringIO()
     time.sleep(0.1)
-    # Gin appends the place of the call; only the first line is shown.
-    print(f"error: {str(error).strip().splitlines()[0]}", file=stderr)
+    print(line, file=stderr)
     for stream in (sys.stdout, stderr):
         stream.flush()
-    # Not `sys.exit`: those threads would keep running.
-    os._exit(1)
+    # Not `sys.exit`: those threads would go on.
+    os._exit(code)
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
@@ -197,7 +212,7 @@ def _with_includes(path: Path, search_paths: Sequence[str], seen: tuple[Path, ..
     if path in seen:
         raise UserError(f"{path} includes itself")
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in files.read_text(path).splitlines():
         match = re.fullmatch(r"\s*include\s+(['\"])(.+)\1\s*(#.*)?", line)
         if match is None:
             lines.append(line)
@@ -294,15 +309,17 @@ def _explain(error: Exception) -> str:
     return message
 
 
+def _several_processes() -> bool:
+    return _MULTIPROCESS.value or _MULTIPROCESS_TPU.value
+
+
 def _start_jax() -> None:
-    import jax
-
-    from moe_jax.kernels import memory
-
     memory.run_in_main_thread()
     if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    # Its handler of SIGTERM would take the place of ours.
+    jax.config.update("jax_enable_preemption_service", False)
     if _MULTIPROCESS.value:
         for flag in ("coordinator_address", "process_count", "process_index"):
             if flags.FLAGS[flag].value is None:

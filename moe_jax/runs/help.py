@@ -1,11 +1,12 @@
-"""The meaning and defaults of settings, for `--help`."""
+"""The meaning, range and default of settings, for `--help`."""
 
 import dataclasses
 import inspect
 import re
 import textwrap
-import typing
 from collections.abc import Iterator
+
+from moe_jax.core.configuration import Configuration, describe, hints
 
 MACROS = {
     "MODEL_DIR": "the run's directory",
@@ -38,24 +39,20 @@ def field_docs(cls: type) -> dict[str, str]:
     return {f.name: result[f.name] for f in dataclasses.fields(cls) if f.name in result}
 
 
-def settings(cls: type, name: str | None = None) -> Iterator[str]:
-    """Lines of help for a tree of dataclasses.
-
-    Args:
-        name: the name of the class in gin, if it is not its own.
-    """
-    hints, inner = typing.get_type_hints(cls), []
-    docs, own = field_docs(cls), []
+def settings(cls: type[Configuration]) -> Iterator[str]:
+    """Lines of help for a tree of configurations."""
+    types, docs, inner, own = hints(cls), field_docs(cls), [], []
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            inner.append(hints[field.name])
+        hint = types[field.name]
+        if dataclasses.is_dataclass(hint):
+            inner.append(hint)
             continue
-        default = "" if field.default is dataclasses.MISSING else f" (default: {field.default!r})"
-        text = f"{docs.get(field.name, '')}{default}"
-        own.append(f"  --gin.{name or cls.__name__}.{field.name}")
+        default = "" if field.default is dataclasses.MISSING else f"; default: {field.default!r}"
+        text = f"{docs.get(field.name, '')} ({describe(hint)}{default})"
+        own.append(f"  --gin.{cls.called}.{field.name}")
         own.append(textwrap.fill(text, 92, initial_indent=" " * 8, subsequent_indent=" " * 8))
     if own:
-        yield "\n".join([f"{name or cls.__name__}:", *own, ""])
+        yield "\n".join([f"{cls.called}:", *own, ""])
     for each in inner:
         yield from settings(each)
 

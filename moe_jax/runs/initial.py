@@ -8,7 +8,8 @@ import jax
 from moe_jax.data.representations import read_representations
 from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.runs.config import RunConfig
-from moe_jax.training.checkpoints import fit_backbone, fit_table, load_params, split_layers
+from moe_jax.training.checkpoints import load_params
+from moe_jax.training.shapes import fit_backbone, fit_table, split_layers
 from moe_jax.training.step import PRNG
 
 

@@ -1,7 +1,7 @@
 """Loads a trained run: configuration, task table, vocabulary and parameters."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE, parameter_shapes, shapes_of
 from moe_jax.runs import directory
-from moe_jax.training.checkpoints import check_shapes, load_params
+from moe_jax.training.checkpoints import load_params
+from moe_jax.training.shapes import check_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,19 @@ def load_run(
     return Run(model, params, {name: i for i, name in enumerate(tasks)}, meta["step"])
 
 
-def with_tasks(run: Run, names: Sequence[str], representations: str | None = None) -> Run:
+def with_tasks(
+    run: Run,
+    names: Sequence[str],
+    representations: str | None = None,
+    nearest: Mapping[str, str] | None = None,
+) -> Run:
     """Adds tasks to the table of a run.
 
     Args:
-        representations: file with the rows of new tasks; without it, they get the mean. A dense
-            model does not use the rows, but the names are checked anyway.
+        representations: file with the rows of new tasks. A dense model does not use the rows, but
+            the names are checked anyway.
+        nearest: without a file, new task -> the trained task whose row it takes; tasks that are
+            not in it get the mean of all rows.
 
     Raises:
         UserError: the file has no such row, see `read_representations`.
@@ -82,7 +90,12 @@ def with_tasks(run: Run, names: Sequence[str], representations: str | None = Non
     if run.model.routed:
         table_TxK = np.asarray(params["representations"])
         if representations is None:
-            new_NxK = np.repeat(table_TxK.mean(0, keepdims=True), len(new), axis=0)
+            nearest = nearest or {}
+            mean_K = table_TxK.mean(0)
+            new_NxK = np.stack([
+                table_TxK[run.task_ids[nearest[name]]] if name in nearest else mean_K
+                for name in new
+            ])  # fmt: skip
         else:
             new_NxK = read_representations(representations, new, table_TxK.shape[1])
         params["representations"] = jnp.asarray(np.concatenate([table_TxK, new_NxK]))

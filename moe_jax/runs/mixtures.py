@@ -1,16 +1,69 @@
-"""Prepares the mixtures of a configuration."""
+"""The prepared mixtures of a configuration, in the vocabulary of a run where there is one."""
 
-from moe_jax.core.errors import UserError
-from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.prepared import ensure_prepared
+from pathlib import Path
+
+from moe_jax.core.errors import UserError, say
+from moe_jax.data import vocabulary
+from moe_jax.data.cache import PreparedMixture, Request
+from moe_jax.data.prepared import ensure_prepared, look_up
+from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.runs import directory
 from moe_jax.runs.config import DataConfig
 
 
-def prepare_mixtures(data: DataConfig, *more: str) -> dict[str, PreparedMixture]:
-    """Returns {name: mixture}: the mixture of `data`, then `more` with the same vocabulary."""
+def prepare_mixtures(
+    data: DataConfig, *more: str, run: str | None = None
+) -> dict[str, PreparedMixture]:
+    """The mixture of `data` first, then `more` in the same vocabulary; by name.
+
+    Args:
+        run: a model directory. What it was trained on may have changed since, and with it the
+            vocabulary that `data` stands for: the one that the run carries is taken.
+    """
     if data.mixture_or_task_name is None:
         raise UserError("MIXTURE_OR_TASK_NAME is not set: give --gin.MIXTURE_OR_TASK_NAME=...")
     names = list(dict.fromkeys([data.mixture_or_task_name, *more]))
+    config, own = data.vocabulary, None if run is None else run_vocabulary(run)
+    if own is not None:
+        request = Request.make(names, data.task_modules, config, environment=data.environment)
+        found = look_up(data.cache_dir, request, quiet=True)
+        wanted = _fingerprint(own)
+        if all(m is not None and _fingerprint(m.vocabulary_dir) == wanted for m in found.values()):
+            return found
+        config = _config_of(own) or config
     return ensure_prepared(
-        data.cache_dir, names, data.task_modules, data.vocabulary, environment=data.environment
+        data.cache_dir, names, data.task_modules, config, environment=data.environment
     )
+
+
+def run_vocabulary(model_dir: str | Path) -> Path | None:
+    """Where a run carries its vocabulary; None where a directory has none."""
+    path = directory.root(model_dir) / vocabulary.DIRECTORY
+    return path if (path / vocabulary.FILE).is_file() else None
+
+
+def check_vocabulary(model_dir: str | Path, mixture: PreparedMixture) -> None:
+    """Says so where a model, which another one starts from, has another vocabulary."""
+    own = run_vocabulary(model_dir)
+    if own is not None and _fingerprint(own) != _fingerprint(mixture.vocabulary_dir):
+        say(
+            f"{model_dir} has another vocabulary than this run: unless both give the same ids, its"
+            " embeddings are of other tokens"
+        )
+
+
+def _fingerprint(path: Path) -> str | None:
+    return vocabulary.read_settings(path).get("fingerprint")
+
+
+def _config_of(own: Path) -> VocabularyConfig | None:
+    """What tokenises with a prepared vocabulary; None where SeqIO must be asked for it."""
+    settings = vocabulary.read_settings(own)
+    match settings["kind"]:
+        case "sentencepiece":
+            return VocabularyConfig(kind="sentencepiece", path=str(own / vocabulary.MODEL))
+        case "tokenizers":
+            return VocabularyConfig(kind="tokenizers", path=str(own))
+        case "bytes":
+            return VocabularyConfig(kind="bytes", extra_ids=settings["extra_ids"])
+    return None

@@ -1,28 +1,32 @@
 """The training loop.
 
-The order in every step: batch, update, metrics, dev scores, checkpoint.
+In every step: the batch, the step, its metrics, routes, the checkpoint, dev scores, in this order.
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jax.experimental import multihost_utils
 
-from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import by_group, group_shards, make_mesh
+from moe_jax.core import processes
+from moe_jax.core.errors import UserError, say
+from moe_jax.core.progress import progress
+from moe_jax.core.sharding import by_group, make_mesh
 from moe_jax.data.pipeline import train_batches
-from moe_jax.evaluation.evaluator import Evaluator, mean_score, tasks_with_split, write_routes
+from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
+from moe_jax.evaluation.scores import mean_score, write_routes
 from moe_jax.kernels import memory
-from moe_jax.runs import directory
+from moe_jax.runs import directory, stopping
 from moe_jax.runs.config import Config
 from moe_jax.runs.initial import initial_params
 from moe_jax.runs.load import build_model
-from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.logs import MetricsLog, Window
-from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.logs import SCORE, MetricsLog, Window
+from moe_jax.training.optimizer import make_optimizer, schedule
 from moe_jax.training.step import init_state, make_train_step, state_shardings
 
 
@@ -30,38 +34,64 @@ def train(config: Config) -> None:
     """Trains; continues from the last checkpoint if there is one.
 
     Raises:
-        UserError: the configuration does not fit the data, the devices or the run in the directory.
+        UserError: what the configuration asks for does not fit the data, the devices or what the
+            directory holds, or another process trains there.
+        Stopped: a signal asked for it; the state after the step at hand is saved.
     """
+    config.run.require("model_dir", "train_steps")
+    lead = jax.process_index() == 0
+    with processes.lock(config.run.model_dir) if lead else contextlib.nullcontext():
+        _train(config, lead)
+
+
+def _train(config: Config, lead: bool) -> None:
     # ---------------------------------------------------------------- configuration
     run, data, optimizer_config = config.run, config.data, config.optimizer
-    run.require("model_dir", "train_steps")
     model_dir = Path(run.model_dir)
-    lead = jax.process_index() == 0
-    directory.check_config(model_dir, config)
+    before = directory.check_config(model_dir, config)
 
     # ---------------------------------------------------------------- data and model
     mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    if run.initial_checkpoint_path and lead:
+        check_vocabulary(run.initial_checkpoint_path, mixture)
     tasks = list(mixture.names)
     task_ids = {name: i for i, name in enumerate(tasks)}
     vocabulary = mixture.vocabulary
     model = build_model(config.model, config.router, vocabulary.size, len(tasks))
     mesh = make_mesh(config.mesh)
-    if data.groups % group_shards(mesh):
-        raise UserError(
-            f"BATCH_SIZE {data.batch_size} is {data.groups} groups of {data.rows_per_group} rows: "
-            f"not a multiple of the mesh's {group_shards(mesh)} data shards"
-        )
+    config.check_groups(mesh)
     if run.eval_period:
         tasks_with_split(mixture, run.eval_split)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as scope:
         optimizer = make_optimizer(optimizer_config)
         sharding = state_shardings(model, optimizer, mesh)
+
+        # ------------------------------------------------------------ state: own checkpoint first
+        params = initial_params(model, run, tasks, sharding.params)
+        checkpoints = scope.enter_context(Checkpoints(model_dir, run.keep_checkpoints))
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
+        start, rows, parts = 0, [], []
+        found = checkpoints.restore_latest(state)
+        if found is not None:
+            state, meta = found
+            if meta["tasks"] != tasks:
+                raise UserError(f"{model_dir} was trained on another task table")
+            if meta["data"] != mixture.fingerprint:
+                raise UserError(f"the data changed since {model_dir} was trained on it")
+            start, rows = meta["step"], meta.get("window", [])
+            parts = meta.get("parts") or [
+                [start, before["DataConfig.batch_size"] // data.rows_per_group]
+            ]
+            _announce(config, before, start)
+        # Batches of another size than now.
+        earlier = parts[:-1] if parts and parts[-1][1] == data.groups else parts
         batches = iter(
             train_batches(
                 mixture,
                 lengths=data.lengths,
                 groups=data.groups,
                 rows=data.rows_per_group,
+                earlier=earlier,
                 pack=data.pack,
                 shapes=data.row_shapes,
                 seed=run.seed,
@@ -72,21 +102,11 @@ def train(config: Config) -> None:
                 process_count=jax.process_count(),
             )
         )
-
-        # ------------------------------------------------------------ state: own checkpoint first
-        params = initial_params(model, run, tasks, sharding.params)
-        checkpoints = Checkpoints(model_dir, run.keep_checkpoints)
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
-        start = checkpoints.latest() or 0
-        if start:
-            state, meta = checkpoints.restore(start, state)
-            if meta["tasks"] != tasks:
-                raise UserError(f"{model_dir} was trained on another task table")
-            if meta["data"] != mixture.fingerprint:
-                raise UserError(f"the data changed since {model_dir} was trained on it")
+        if found is not None:
             batches.set_state(meta["iterator"])
         if lead:
             directory.write_config(model_dir, config)
+            directory.write_origin(model_dir)
             directory.write_task_table(model_dir, tasks)
             directory.copy_vocabulary(model_dir, mixture.vocabulary_dir)
 
@@ -99,10 +119,36 @@ def train(config: Config) -> None:
             model, vocabulary, data.lengths, run.eval_batch_rows, mesh, config.decoding
         )
         log = MetricsLog(model_dir, start, enabled=lead)
-        window = Window()
-        bar = tqdm(
-            total=run.train_steps, initial=start, desc=model_dir.name, unit="step", disable=not lead
-        )
+        checkpoints.scores = log.scores
+        stop = scope.enter_context(stopping.after_a_step(mesh))
+        bar = scope.enter_context(
+            progress(
+                total=run.train_steps, initial=start, desc=model_dir.name, unit="step",
+                disable=not lead,
+            )
+        )  # fmt: skip
+
+        def is_due(period: int, step: int) -> bool:
+            return bool(period) and (step % period == 0 or step == run.train_steps)
+
+        def evaluate(step: int) -> None:
+            with stop.at_once():
+                found = evaluator.tasks(
+                    state.params, step, mixture, task_ids, run.eval_split, run.eval_examples, lead
+                )
+            per_task = {f"score/{s.task.name}": s.score for s in found}
+            log.write(step, "eval", {SCORE: mean_score(found), **per_task})
+
+        def keep_routes(path: Path, step: int) -> None:
+            if model.routed:
+                routes = np.asarray(evaluator.routes(state.params, jnp.int32(step)))
+                if lead:
+                    write_routes(path, model, routes, step, mixture, task_ids)
+
+        # A run that was stopped or killed while it evaluated has saved before.
+        if start and is_due(run.eval_period, start) and _lead_says(start not in log.scores):
+            evaluate(start)
+        window = Window(rows)
         for step in range(start + 1, run.train_steps + 1):
             # 1. The batch. It was made while the device was busy.
             batch = next(batches)
@@ -115,45 +161,77 @@ def train(config: Config) -> None:
                 memory.keep_freed()
             window.add(metrics)
             bar.update()
-            last = step == run.train_steps
-            evaluate = run.eval_period and (step % run.eval_period == 0 or last)
-            save = step % run.checkpoint_period == 0 or last
-            # 3. A line of metrics. Also before each checkpoint, so that a resumed run writes the
-            # same lines.
-            if step % run.log_period == 0 or save or evaluate:
+            evaluates = is_due(run.eval_period, step)
+            save = evaluates or is_due(run.checkpoint_period, step)
+            stops = stop.agreed()
+            # 3. A line of metrics; also where a resumed run would start, so that its lines match.
+            if step % run.log_period == 0 or save:
                 line = window.close()
                 log.write(step, "train", line)
                 bar.set_postfix_str(_postfix(line), refresh=False)
-            # 4. Scores on the dev split.
-            score = None
-            if evaluate:
-                scores = evaluator.tasks(
-                    state.params, step, mixture, task_ids, run.eval_split, run.eval_examples, lead
-                )
-                score = mean_score(scores)
-                per_task = {f"score/{s.task.name}": s.score for s in scores}
-                log.write(step, "eval", {"mean_score": score, **per_task})
-            # 5. The checkpoint, with the position in the data.
+            # 4. The routes, then the checkpoint, with the position in the data.
             if save:
+                keep_routes(model_dir / "routes" / f"{step}.json", step)
+            if save or stops:
                 meta = {
                     "tasks": tasks,
                     "data": mixture.fingerprint,
                     "iterator": batches.get_state(),
+                    "window": window.rows(),
+                    "parts": [*earlier, [step - sum(n for n, _ in earlier), data.groups]],
                 }
-                checkpoints.save(state, meta, score)
-            if save or evaluate:
+                checkpoints.save(state, meta)
+            if stops:
+                checkpoints.wait()
+                raise stop.stopped(step)
+            # 5. Scores on the dev split.
+            if evaluates:
+                evaluate(step)
+            if save:
                 window = Window()
-        bar.close()
+        checkpoints.wait()
 
         # ------------------------------------------------------------ results
-        checkpoints.wait()
-        if model.routed:
-            routes = np.asarray(evaluator.routes(state.params, jnp.int32(run.train_steps)))
-            if lead:
-                write_routes(
-                    model_dir / "routes.json", model, routes, run.train_steps, mixture, task_ids
-                )
+        keep_routes(model_dir / "routes.json", run.train_steps)
         log.close()
+
+
+def _lead_says(yes: bool) -> bool:
+    """What process 0 says, on all processes."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(yes)))
+
+
+def _announce(config: Config, before: directory.Lines, step: int) -> None:
+    """Says what another length or batch size means for a run that goes on after `step`.
+
+    Raises:
+        UserError: the run is already longer.
+    """
+    run, rows = config.run, config.data.batch_size
+    steps, old_steps = run.train_steps, before["RunConfig.train_steps"]
+    if step > steps:
+        raise UserError(
+            f"{run.model_dir} is at step {step}, beyond TRAIN_STEPS {steps}: the steps cannot be "
+            "taken back; give at least as many, or another MODEL_DIR"
+        )
+    if jax.process_index():
+        return
+    if steps != old_steps:
+        new, old = (
+            float(schedule(config.optimizer, jnp.int32(step), total))
+            for total in (steps, old_steps)
+        )
+        say(
+            f"TRAIN_STEPS was {old_steps}, now is {steps}: from step {step + 1} on, the learning "
+            f"rate is that of {steps} steps, {new:.1%} of its peak in place of {old:.1%}"
+        )
+    if rows != before["DataConfig.batch_size"]:
+        say(
+            f"BATCH_SIZE was {before['DataConfig.batch_size']}, now is {rows}: the data goes on "
+            "where it was, and the learning rate stays as it is"
+        )
 
 
 def _postfix(line: dict[str, float]) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 
 METRICS = "metrics.jsonl"
+SCORE = "mean_score"  # of a line of kind `eval`
 
 
 class MetricsLog:
@@ -28,19 +30,27 @@ class MetricsLog:
     Args:
         step: the step the run starts at; lines of an interrupted run after this step are dropped.
         enabled: only one process of a run writes.
+
+    Attributes:
+        scores: step -> mean dev score, of this run and of those that it goes on from.
     """
 
     def __init__(self, model_dir: str | Path, step: int, enabled: bool = True):
         self._enabled = enabled
+        self.scores: dict[int, float] = {}
         if not enabled:
             return
         path = Path(model_dir) / METRICS
-        files.write_jsonl(path, _kept(path, step) if path.exists() else [])
+        kept = _kept(path, step)
+        self.scores |= {line["step"]: line[SCORE] for line in kept if SCORE in line}
+        files.write_jsonl(path, kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._events = EventFile(model_dir, step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """Appends one line and the same scalars as events under `kind/`."""
+        if SCORE in values:
+            self.scores[step] = values[SCORE]
         if not self._enabled:
             return
         try:
@@ -58,15 +68,19 @@ class MetricsLog:
 
 
 class EventFile:
-    """Scalars for TensorBoard, in a new file of `directory`.
+    """Scalars for TensorBoard, in one file of `directory`, however often a run is started.
 
     Args:
-        first_step: TensorBoard ignores data from this step on in the directory's earlier files.
+        first_step: TensorBoard drops what is there already from this step on.
     """
 
     def __init__(self, directory: str | Path, first_step: int):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(open(Path(directory) / name, "ab"))  # noqa: SIM115
+        earlier = sorted(Path(directory).glob("events.out.tfevents.*"))
+        path = earlier[-1] if earlier else Path(directory) / name
+        file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+        file.truncate(_whole_records(path))
+        self._records = RecordWriter(file)
         self._add(file_version="brain.Event:2")
         self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
@@ -84,24 +98,43 @@ class EventFile:
         self._records.close()
 
 
-def _kept(path: Path, step: int) -> list[Any]:
+def _whole_records(path: Path) -> int:
+    """Bytes of the records before one that a kill cut short, which would hide all after it."""
+    size, end = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while len(head := file.read(8)) == 8:  # length, its checksum, the event, its checksum
+            next_end = end + 16 + int.from_bytes(head, "little")
+            if next_end > size:
+                break
+            file.seek(end := next_end)
+    return end
+
+
+def _kept(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines up to a step; what a kill cut short is left out."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if not path.exists():
+        return kept
+    for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a killed run may be incomplete
+        except ValueError:  # the write that a kill cut short: no JSON, or half a character
             continue
-        if row["step"] <= step:
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             kept.append(row)
     return kept
 
 
 class Window:
-    """Means over the steps since the last line. Metrics are read from the device one step late."""
+    """Means over the steps since the last line, read from the device one step late.
 
-    def __init__(self):
+    Args:
+        rows: metrics of steps before, which a run that was stopped had not written yet.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, float]] = ()):
         self._waiting: list[dict[str, jax.Array]] = []
-        self._rows: list[dict[str, float]] = []
+        self._rows: list[dict[str, float]] = list(rows)
         self._start = time.perf_counter()
         self.last: dict[str, float] = {}
 
@@ -115,20 +148,25 @@ class Window:
         self.last = {k: float(v) for k, v in jax.device_get(self._waiting.pop(0)).items()}
         self._rows.append(self.last)
 
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics of every step since the last line."""
+        while self._waiting:
+            self._read()
+        return self._rows
+
     def close(self) -> dict[str, float]:
         """The line for the steps since the last call.
 
         Raises:
             UserError: the loss is not finite.
         """
-        while self._waiting:
-            self._read()
+        rows = self.rows()
         seconds = time.perf_counter() - self._start
-        line = {k: float(np.mean([row[k] for row in self._rows])) for k in self._rows[0]}
+        line = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
         if not np.isfinite(line["loss"]) or not np.isfinite(line["gradient_norm"]):
             raise UserError("the loss or its gradient is no longer finite; lower the learning rate")
-        tokens = sum(row["target_tokens"] for row in self._rows)
-        line["time/step_s"] = seconds / len(self._rows)
+        tokens = sum(row["target_tokens"] for row in rows)
+        line["time/step_s"] = seconds / len(rows)
         line["time/target_tokens_per_s"] = tokens / seconds
         self.__init__()
         return line

@@ -2,19 +2,20 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.configuration import Configuration, Period, Range, Rate, Share, Size
+from moe_jax.core.errors import UserError
 
 PARTS = ("backbone", "router", "representations")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Configuration):
     """AdamW with separate learning rates for experts, router and task representations.
 
     Learning rates are peaks: linear warm-up, then linear decay to zero (or constant). Weight decay
@@ -43,28 +44,25 @@ class OptimizerConfig:
             together.
     """
 
-    learning_rate: float = 1e-5
-    router_learning_rate: float = 1e-3
-    representation_learning_rate: float = 1e-2
-    frozen: tuple[Literal["backbone", "router", "representations"], ...] = ()
-    warmup_fraction: float = 0.06
+    learning_rate: Rate = 1e-5
+    router_learning_rate: Rate = 1e-3
+    representation_learning_rate: Rate = 1e-2
+    frozen: Annotated[
+        tuple[Literal["backbone", "router", "representations"], ...], Size(0, len(PARTS))
+    ] = ()
+    warmup_fraction: Share = 0.06
     decay: Literal["linear", "constant"] = "linear"
-    clip_norm: float = 0.1
-    weight_decay: float = 0.01
-    b1: float = 0.9
-    b2: float = 0.999
-    epsilon: float = 1e-8
+    clip_norm: Annotated[float, Range(0, 1e6)] = 0.1
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.01
+    b1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    b2: Annotated[float, Range(0, 1, below=True)] = 0.999
+    epsilon: Annotated[float, Range(1e-20, 1)] = 1e-8
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     lazy: bool = False
-    alternate_every: int = 0
+    alternate_every: Period = 0
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        if self.alternate_every < 0:
-            raise UserError(
-                f"OptimizerConfig.alternate_every is {self.alternate_every}; it is at least 1, "
-                "or 0 for all parts at once"
-            )
+        super().__post_init__()
         frozen = set(self.frozen)
         if self.alternate_every and ("backbone" in frozen or frozen >= set(PARTS[1:])):
             raise UserError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.configuration import Configuration, Range
+from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import replicated, shardings
 from moe_jax.data.batch import Batch
 from moe_jax.data.packing import padding_share
@@ -24,10 +25,11 @@ from moe_jax.training.slots import Slots, empty_slots, find_slots, slot_count, u
 
 # Drawing with these keys compiles faster than with threefry keys.
 PRNG = "rbg"
+Coefficient = Annotated[float, Range(-1e6, 1e6)]  # of a term of the loss
 
 
 @dataclasses.dataclass(frozen=True)
-class StepConfig:
+class StepConfig(Configuration):
     """How the gradient of a batch is computed.
 
     Attributes:
@@ -42,14 +44,11 @@ class StepConfig:
             See `penalties` for all three terms, which are added to the mean loss per target token.
     """
 
-    label_smoothing: float = 0.1
-    groups_at_once: int = 0
-    expert_distance: float = 0.0
-    route_entropy: float = 0.0
-    route_load: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
+    groups_at_once: Annotated[int, Range(0, 2**20)] = 0
+    expert_distance: Coefficient = 0.0
+    route_entropy: Coefficient = 0.0
+    route_load: Coefficient = 0.0
 
 
 class TrainState(struct.PyTreeNode):

@@ -1,4 +1,4 @@
-"""Few-shot adaptation: every starting point to every new task, on few examples."""
+"""Few-shot adaptation of every starting point to every new task."""
 
 import dataclasses
 import itertools
@@ -7,26 +7,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from moe_jax.core import files
+from moe_jax.core import files, processes
+from moe_jax.core.progress import progress
 from moe_jax.core.sharding import MeshConfig, device_per_core, make_mesh
-from moe_jax.decoding.search import DecodingIds, most_tokens
-from moe_jax.evaluation import gains
+from moe_jax.data.vocabulary import Vocabulary
+from moe_jax.evaluation import gains, paired
+from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.model.experts import Params
 from moe_jax.runs import directory
 from moe_jax.runs.config import FewShotConfig
-from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
 from moe_jax.unseen.samples import FewShotData, Sample
 from moe_jax.unseen.side_by_side import SideBySide, runs_per_device
 from moe_jax.unseen.starts import FROZEN, Start, check_file, read_starts
 
 RUNS = "runs.jsonl"
-# A line of runs.jsonl is of one run, named by these.
+# The fields that identify a run in runs.jsonl.
 KEY = ("task", "start", "seed", "learning_rate", "batch_size")
-# Examples of a sample that the route nearest to them is sought with.
+# Training examples of a sample by which `nearest` chooses a route, whatever the batch size.
 NEAREST_ROWS = 16
 
 
@@ -38,14 +40,17 @@ class Grid(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What trains and decodes the runs of starts of one form.
+    """What trains and scores the runs of starts of one form.
 
     Attributes:
+        runner: trains runs, and decodes their answers.
+        evaluator: scores one run at a time, on tasks whose metrics need more than decoded answers.
         searched: the part whose learning rate is searched, the backbone if it is trained.
         peaks: learning rates of the other parts.
     """
 
     runner: SideBySide
+    evaluator: Evaluator
     searched: str
     peaks: Mapping[str, float]
 
@@ -63,11 +68,11 @@ class Learners:
         self,
         whole: FewShotConfig,
         mesh: Mesh,
-        ids: DecodingIds,
+        vocabulary: Vocabulary,
         widths: Mapping[str, tuple[int, int]],
         samples: int,
     ):
-        self._whole, self._mesh, self._ids = whole, mesh, ids
+        self._whole, self._mesh, self._vocabulary = whole, mesh, vocabulary
         self._runs = samples * len(whole.finetune.learning_rates)
         self._tokens = max(whole.finetune.batch_sizes) * max(map(sum, widths.values()))
         self._of: dict[tuple, Learner] = {}
@@ -89,14 +94,17 @@ class Learners:
             self._mesh.devices.flat[0],
         )  # fmt: skip
         optimizer = dataclasses.replace(whole.optimizer, frozen=frozen)
+        evaluator = Evaluator(
+            model, self._vocabulary, whole.data.lengths, whole.run.eval_batch_rows, self._mesh,
+            whole.decoding,
+        )  # fmt: skip
         runner = SideBySide(
             model, optimizer, whole.step, self._mesh, steps=config.steps,
-            runs=min(each, -(-self._runs // devices)) * devices, rows=whole.run.eval_batch_rows,
-            length=most_tokens(whole.decoding, c, whole.data.lengths), decoding=whole.decoding,
-            ids=self._ids,
+            runs=min(each, -(-self._runs // devices)) * devices, rows=evaluator.rows,
+            length=evaluator.length, decoding=whole.decoding, ids=evaluator.ids,
         )  # fmt: skip
         searched = "representations" if "backbone" in frozen else "backbone"
-        return Learner(runner, searched, optimizer.learning_rates)
+        return Learner(runner, evaluator, searched, optimizer.learning_rates)
 
 
 class Trained(NamedTuple):
@@ -139,7 +147,8 @@ def search(
             start.shared, {part: tree[at] for part, tree in own.items()},
             data.training([samples[i] for i in at]), order, rates,
         )  # fmt: skip
-        dev = _scores(runner, start, params, data, {i: (s, s.dev) for i, (s, _) in enumerate(runs)})
+        wanted = {i: (s, s.dev) for i, (s, _) in enumerate(runs)}
+        dev = _scores(learner, start, params, data, wanted)
         trained.append(Trained(runs, params, [dev[i] for i in range(len(runs))]))
     place = {run: (c, i) for c, call in enumerate(trained) for i, run in enumerate(call.runs)}
     dev = {run: trained[c].dev[i] for run, (c, i) in place.items()}
@@ -149,11 +158,11 @@ def search(
     for c, call in enumerate(trained):
         mine = {place[s, p][1]: (s, "test") for s, p in best.items() if place[s, p][0] == c}
         if mine:
-            scores = _scores(runner, start, call.params, data, mine, test_examples)
+            scores = _scores(learner, start, call.params, data, mine, test_examples)
             test |= {mine[i][0]: score for i, (_, score) in scores.items()}
     rows = []
     for sample in samples:
-        # Whoever is stopped while this is written has lost the best run, and finds it again.
+        # The best run comes last: if writing is interrupted, it is the one that is trained again.
         for point in sorted(todo[sample], key=lambda p, s=sample: p == best[s]):
             metric, score = dev[sample, point]
             rows.append(
@@ -171,7 +180,7 @@ def search(
 
 
 def _scores(
-    runner: SideBySide,
+    learner: Learner,
     start: Start,
     params: Params,
     data: FewShotData,
@@ -179,27 +188,53 @@ def _scores(
     limit: int | None = None,
 ) -> dict[int, tuple[str, float]]:
     """run -> (metric, score) of its sample's task on a split, for the runs of one call."""
-    jobs = {
-        run: data.blocks(sample.task, split, limit, runner.rows)
-        for run, (sample, split) in wanted.items()
-    }
-    answers = runner.decode(start.shared, params, jobs)
-    return {
-        run: data.score(sample.task, split, limit, np.concatenate(answers[run]))
-        for run, (sample, split) in wanted.items()
-    }
+    jobs, scores = {}, {}
+    for run, (sample, split) in wanted.items():
+        if data.all_decoded(sample.task, split, limit):
+            jobs[run] = data.blocks(sample.task, split, limit, learner.runner.rows)
+        else:
+            own = jax.tree.map(lambda array, run=run: array[run], params)
+            score = _score_alone(learner.evaluator, start.shared | own, data, sample, split, limit)
+            scores[run] = score
+    answers = learner.runner.decode(start.shared, params, jobs) if jobs else {}
+    for run, blocks in answers.items():
+        sample, split = wanted[run]
+        scores[run] = data.score(sample.task, split, limit, np.concatenate(blocks))
+    return scores
+
+
+def _score_alone(
+    evaluator: Evaluator,
+    params: Params,
+    data: FewShotData,
+    sample: Sample,
+    split: str,
+    limit: int | None,
+) -> tuple[str, float]:
+    """(metric, score) of one run, where answers are ranked or scored."""
+    routes = evaluator.routes(params, jnp.int32(0)) if evaluator.model.routed else None
+    found = evaluator.task(params, routes, data.mixture, sample.task, 0, split, limit)
+    return found.metric, found.score
 
 
 def adapt_all(whole: FewShotConfig) -> None:
     """Adapts every starting point to every task, and writes the average relative gain."""
+    whole.run.require("model_dir")
+    with processes.lock(whole.run.model_dir):
+        _adapt_all(whole)
+
+
+def _adapt_all(whole: FewShotConfig) -> None:
     # ---------------------------------------------------------------- configuration
     run, config = whole.run, whole.finetune
-    run.require("model_dir")
     model_dir = Path(run.model_dir)
     directory.check_config(model_dir, whole)
-    mixture = prepare_mixtures(whole.data)[whole.data.mixture_or_task_name]
+    mixture = prepare_mixtures(whole.data, run=config.dense_dir)[whole.data.mixture_or_task_name]
+    if config.moe_dir is not None:
+        check_vocabulary(config.moe_dir, mixture)
     check_file(config, mixture.names)  # before the work, not in the middle of it
     directory.write_config(model_dir, whole)
+    directory.write_origin(model_dir)
     rows = _read_rows(model_dir / RUNS)
     done = {tuple(row[k] for k in KEY) for row in rows}
     grid = [Grid(rate, size) for size in config.batch_sizes for rate in config.learning_rates]
@@ -209,12 +244,10 @@ def adapt_all(whole: FewShotConfig) -> None:
     device_per_core()
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     with jax.set_mesh(mesh):
-        vocabulary = mixture.vocabulary
-        ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
-        learners = Learners(whole, mesh, ids, data.widths, len(samples))
+        learners = Learners(whole, mesh, mixture.vocabulary, data.widths, len(samples))
         total = len(samples) * len(grid) * (2 + (config.moe_dir is not None))
-        bar = tqdm(total=total, initial=len(done), desc="few-shot", unit="run")
-        for start in read_starts(config, vocabulary.size, run.seed, mesh):
+        bar = progress(total=total, initial=len(done), desc="few-shot", unit="run")
+        for start in read_starts(config, mixture.vocabulary.size, run.seed, mesh):
             todo = {
                 s: left
                 for s in samples
@@ -222,7 +255,7 @@ def adapt_all(whole: FewShotConfig) -> None:
             }
             if not todo:
                 continue
-            bar.set_postfix_str(start.name)
+            bar.set_postfix_str(start.name, refresh=False)
             learner = learners.of(start)
             own = start.own(
                 [sample.task for sample in todo],
@@ -242,6 +275,9 @@ def adapt_all(whole: FewShotConfig) -> None:
     found_gains = gains.relative_gains(rows)
     gains.write(model_dir, found_gains)
     print(gains.text_table(found_gains))
+    over_dense = paired.compare(gains.score_rows(found_gains))
+    files.write_json(model_dir / "gains.json", dataclasses.asdict(over_dense))
+    print(paired.text_table(over_dense))
 
 
 def _alike(
@@ -255,9 +291,9 @@ def _alike(
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Finished runs; a line that a kill cut short is dropped from the file."""
+    """Finished runs. An incomplete last line of a killed run is removed from the file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    files.write_text(path, "".join(line for line in lines if line.endswith("}\n")))
+    lines = path.read_bytes().splitlines(keepends=True)
+    files.write_bytes(path, b"".join(line for line in lines if line.endswith(b"}\n")))
     return list(files.read_jsonl(path))

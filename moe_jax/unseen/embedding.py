@@ -16,7 +16,7 @@ from moe_jax.core.sharding import GROUP_AXES, by_group, global_array, group_shar
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.packing import Batch
 from moe_jax.data.pipeline import eval_batches, task_batches
-from moe_jax.evaluation.evaluator import INPUTS, TARGETS, input_bucket
+from moe_jax.evaluation.evaluator import INPUTS, TARGETS, length_bucket
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE
@@ -25,11 +25,14 @@ from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.tuning import Tuner
 
 
-def text_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
+def text_sum(
+    model: TaskMoE, backbone: Params, batch: Batch, route_NxE: jax.Array | None = None
+) -> jax.Array:
     """Sum over examples of the encoder's last states, averaged over the tokens of each.
 
     Args:
         batch: arrays [R, L], one example to a row; an empty row adds nothing.
+        route_NxE: of a mixture of experts.
 
     Returns:
         float32 [d_model].
@@ -37,7 +40,7 @@ def text_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
     segments_RxL = batch["input_segments"]
     states_RxLxD = EncoderDecoder(model.config).apply(
         {"params": backbone}, batch["inputs"], segments_RxL, batch["input_positions"],
-        method="encode",
+        route_NxE, method="encode",
     )  # fmt: skip
     real_RxL = (segments_RxL > 0).astype(jnp.float32)
     weights_RxL = real_RxL / jnp.maximum(real_RxL.sum(-1, keepdims=True), 1.0)
@@ -167,7 +170,7 @@ def _over_devices(
 def _cut(batch: Batch) -> Batch:
     """[1, R, L] -> [R, L], inputs no longer than the bucket that holds them."""
     longest = int(np.count_nonzero(batch["input_segments"], -1).max())
-    bucket = input_bucket(longest, batch["inputs"].shape[-1])
+    bucket = length_bucket(longest, batch["inputs"].shape[-1])
     cut = {name: batch[name][0, :, :bucket] for name in INPUTS}
     return cut | {name: batch[name][0] for name in TARGETS}
 

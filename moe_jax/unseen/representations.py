@@ -7,15 +7,16 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, check_fields
+from moe_jax.core.configuration import Configuration, Examples, Name, Names, Period, Range, Rows
+from moe_jax.core.errors import UserError
+from moe_jax.core.progress import progress
 from moe_jax.core.sharding import make_mesh, replicated
 from moe_jax.data.cache import digest
 from moe_jax.data.representations import Representations, fit, unit_length
@@ -73,7 +74,7 @@ def affinity(rows_TxK: np.ndarray, categories: Sequence[str], seed: int = 0) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class RepresentConfig:
+class RepresentConfig(Configuration, called="represent"):
     """Settings of `represent`.
 
     Attributes:
@@ -91,19 +92,14 @@ class RepresentConfig:
     """
 
     kind: Kind = "text"
-    output: str | None = None
-    mixtures: Sequence[str] = ()
-    split: str = "train"
-    examples: int | None = 256
-    steps: int = 100
-    batch_size: int = 8
-    dim: int | None = None
-    pca_from: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "represent")
-        if min(self.steps + 1, self.batch_size, 1 if self.dim is None else self.dim) < 1:
-            raise UserError("represent.batch_size and represent.dim must be at least 1, steps 0")
+    output: Name | None = None
+    mixtures: Names = ()
+    split: Name = "train"
+    examples: Examples = 256
+    steps: Period = 100
+    batch_size: Rows = 8
+    dim: Annotated[int, Range(1, 2**20)] | None = None
+    pca_from: Name | None = None
 
 
 def represent(config: Config, settings: RepresentConfig) -> None:
@@ -115,7 +111,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     if not output.endswith(".npz"):
         raise UserError(f"represent.output {output!r} must end in .npz")
     earlier = Representations.read(pca_from) if pca_from else None
-    found = prepare_mixtures(data, *settings.mixtures)
+    found = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
     vocabulary = found[data.mixture_or_task_name].vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     if run.model.routed:
@@ -153,7 +149,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
         embed = Embedder(run.model, params, config, made_with, run_config.eval_batch_rows, mesh)
         parts = Path(f"{output}.parts")
         raw = []
-        bar = tqdm(names, desc=f"{kind} of tasks", unit="task", disable=not lead)
+        bar = progress(names, desc=f"{kind} of tasks", unit="task", disable=not lead)
         for name in bar:
             bar.set_postfix_str(name)
             task = places[name].task(name)

@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax.data.batch import INPUTS, of_rows
 from moe_jax.data.cache import Example, PreparedMixture
 from moe_jax.data.pipeline import eval_batches, example_order
-from moe_jax.evaluation.evaluator import task_metrics
+from moe_jax.evaluation.scores import task_metrics
 from moe_jax.runs.config import FewShotConfig
 
 
@@ -32,7 +32,7 @@ class FewShotData:
     """The examples of all samples, as arrays of few shapes."""
 
     def __init__(self, mixture: PreparedMixture, samples: Sequence[Sample], whole: FewShotConfig):
-        self._mixture = mixture
+        self.mixture = mixture
         self._lengths = dict(whole.data.lengths)
         self._steps = whole.finetune.steps
         self.widths = few_widths(self._needed(samples))
@@ -45,7 +45,7 @@ class FewShotData:
         limits = (self._lengths["inputs"], self._lengths["targets"])
         longest: dict[str, tuple[int, int]] = {}
         for s in samples:
-            task, old = self._mixture.task(s.task), longest.get(s.task, (1, 1))
+            task, old = self.mixture.task(s.task), longest.get(s.task, (1, 1))
             trained = task.lengths(s.train).max(0)
             inputs = max(task.lengths(split)[:, 0].max(initial=0) for split in (s.dev, "test"))
             new = np.minimum(np.maximum(trained, (inputs, 0)), limits)
@@ -56,24 +56,25 @@ class FewShotData:
         self, task: str, split: str, limit: int | None = None
     ) -> tuple[dict[str, np.ndarray], list[tuple[int, Example]]]:
         """Arrays [n, L] of a split, one example to a row, and the examples with their numbers."""
-        count = self._mixture.task(task).examples(split)
+        count = self.mixture.task(task).examples(split)
         rows = count if limit is None else min(limit, count)
-        batch, examples = next(
-            eval_batches(
-                self._mixture, task, split, lengths=self._lengths, rows=max(1, rows), limit=limit
-            )
+        batches = eval_batches(
+            self.mixture, task, split, lengths=self._lengths, rows=max(1, rows), limit=limit
         )
+        # More than one where a question has several examples.
+        found, parts = zip(*((of_rows(batch), part) for batch, part in batches), strict=True)
+        examples = [example for part in parts for example in part]
         width, target_width = self.widths[task]
-        cut = {
-            name: array[0, :, : width if name in INPUTS else target_width]
-            for name, array in of_rows(batch).items()
-        }
-        return cut, examples
+        arrays = {}
+        for name in found[0]:
+            array_nxL = np.concatenate([batch[name][0] for batch in found])[: len(examples)]
+            arrays[name] = array_nxL[:, : width if name in INPUTS else target_width]
+        return arrays, examples
 
     def _order(self, sample: Sample, rows: int) -> np.ndarray:
         """int32 [steps, rows]: the same for every starting point."""
         return example_order(
-            self._mixture, sample.task, sample.train, rows=rows, steps=self._steps,
+            self.mixture, sample.task, sample.train, rows=rows, steps=self._steps,
             seed=sample.seed,
         )  # fmt: skip
 
@@ -109,18 +110,27 @@ class FewShotData:
             for start in range(0, len(examples), rows)
         ]
 
+    def all_decoded(self, task: str, split: str, limit: int | None) -> bool:
+        """Whether a task's metrics need decoded answers alone: no choices, no likelihoods."""
+        _, examples = self.read(task, split, limit)
+        ranked = any(example.choices for _, example in examples)
+        return not ranked and not self.mixture.task(task).score_metrics
+
     def score(
         self, task: str, split: str, limit: int | None, tokens_xL: np.ndarray
     ) -> tuple[str, float]:
-        """(name, value) of a task's metric for the answers to a split."""
-        prepared = self._mixture.task(task)
+        """(name, value) of a task's first metric for the decoded answers to a split."""
+        prepared = self.mixture.task(task)
         postprocess = prepared.postprocess_fn()
         _, examples = self.read(task, split, limit)
-        texts = [self._mixture.vocabulary.decode(row) for row in tokens_xL.tolist()]
+        texts = [self.mixture.vocabulary.decode(row) for row in tokens_xL.tolist()]
         if postprocess:
             texts = [postprocess(text, is_target=False) for text in texts]
-        references = [example.references for _, example in examples]
-        return next(iter(task_metrics(prepared, references, texts[: len(examples)]).items()))
+        rows = [
+            {"references": example.references, "prediction": text}
+            for (_, example), text in zip(examples, texts, strict=False)
+        ]
+        return next(iter(task_metrics(prepared, rows).items()))
 
 
 def few_widths(needed: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Starting points of few-shot adaptation: their parameters, and what is trained of them."""
+"""Starting points of few-shot adaptation: their parameters, and which of them are trained."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from moe_jax.training.grouped_loss import group_loss
 Group = Mapping[str, np.ndarray]
 # A model of at most so many layers a side, this wide, is small.
 SHALLOW, NARROW = 4, 256
-# What of the mixture of experts stays as it is, by `FinetuneConfig.tune`.
+# The frozen parts of the mixture of experts, by `FinetuneConfig.tune`.
 FROZEN = {
     "all": (),
     "frozen_router": ("router",),
@@ -37,7 +37,7 @@ FROZEN = {
 
 
 class Start:
-    """A starting point: its parameters, and what is trained of them.
+    """A starting point: its parameters, and which of them are trained.
 
     Attributes:
         model: of one new task.
@@ -50,7 +50,7 @@ class Start:
         self.config = config
         self.seed = seed
         self._mesh = mesh
-        # A dense start, where there is no route to adapt, is trained whole.
+        # A dense start has no route to adapt, so all of it is trained.
         self.tune = config.tune if run.model.routed else "all"
         # One new task, routed as the trained model is at its last temperature, without noise.
         router = dataclasses.replace(
@@ -58,8 +58,7 @@ class Start:
             selection=run.model.selection.settled or run.model.selection.name,
             exploration_epsilon=0.0,
             temperature=float(temperature_at(run.model.router_config, run.step)),
-            temperature_rate=0.0,
-            temperature_floor=0.0,
+            temperature_schedule="constant",
         )
         model = run.model.clone(config=for_few_rows(run.model.config))
         self._trained = model.clone(router_config=router)
@@ -109,7 +108,7 @@ class Start:
     def choices(self) -> tuple[np.ndarray, np.ndarray]:
         """(training tasks [C] whose routes differ, those routes [C, N, E])."""
         routes_TxNxE = np.asarray(jax.jit(partial(routes_of, self._trained))(self.run.params, 0))
-        # Tasks that agree to a thousandth stand for each other: many do.
+        # Only one of several tasks with the same route (to a thousandth) is kept.
         _, tasks_C = np.unique(np.round(routes_TxNxE, 3), axis=0, return_index=True)
         return np.sort(tasks_C), routes_TxNxE[np.sort(tasks_C)]
 
@@ -177,7 +176,7 @@ def read_starts(
 
 
 def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
-    """Sees to it that the file of representations, if one is used, has every task.
+    """Checks that the file of representations, if one is used, has every task.
 
     Raises:
         UserError: see `read_representations`.

@@ -1,0 +1,123 @@
+"""What each expert is for: the loss of every task with that expert switched off.
+
+Correlations of experts with tasks say who uses an expert; this says who needs it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.pipeline import eval_batches
+from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
+from moe_jax.model.experts import Params
+from moe_jax.model.selection import temperature_at
+from moe_jax.model.task_moe import TaskMoE
+
+
+def without_each(route_NxE: np.ndarray, preference_NxE: np.ndarray) -> np.ndarray:
+    """The routes with one expert of one layer off.
+
+    The expert's weight becomes 0 and the others' are scaled up to sum to 1. If the expert had all
+    the weight, the expert that the router likes next takes its place.
+
+    Args:
+        route_NxE: float, the whole route.
+        preference_NxE: float, the router's liking, such as its softmax.
+
+    Returns:
+        [N, E, N, E] of the route's dtype; the first two axes say which expert is off.
+    """
+    layers, experts = route_NxE.shape
+    off_ExE = np.eye(experts, dtype=bool)
+    kept_NxExE = np.where(off_ExE, 0, route_NxE[:, None])
+    total_NxEx1 = kept_NxExE.sum(-1, keepdims=True)
+    next_NxE = np.argmax(np.where(off_ExE, -np.inf, preference_NxE[:, None]), -1)
+    nothing_left = total_NxEx1 < 1e-6
+    layer_NxExE = np.where(
+        nothing_left, np.eye(experts)[next_NxE], kept_NxExE / np.where(nothing_left, 1, total_NxEx1)
+    )
+    result_NxExNxE = np.tile(route_NxE, (layers, experts, 1, 1))
+    for n in range(layers):
+        result_NxExNxE[n, :, n] = layer_NxExE[n]
+    return result_NxExNxE
+
+
+def preferences(model: TaskMoE, params: Params, step: int) -> np.ndarray:
+    """The softmax of the router for every task, float32 [T, N, E]; uniform if routes are random."""
+    shape = (params["representations"].shape[0], model.layers, model.config.experts)
+    if not model.selection.learned:
+        return np.full(shape, 1 / model.config.experts, np.float32)
+    router = {"params": params["router"]}
+    logits_TxNxE = model.new_router().apply(router, params["representations"])
+    return np.asarray(jax.nn.softmax(logits_TxNxE / temperature_at(model.router_config, step)))
+
+
+def disabling(
+    evaluator: Evaluator,
+    params: Params,
+    step: int,
+    mixture: PreparedMixture,
+    task_ids: Mapping[str, int],
+    split: str,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Teacher-forced loss of every task, whole and with each expert off in turn.
+
+    Routes are arguments of the compiled function, so it is compiled as often as for `eval`. An
+    expert that a task does not use is not computed again.
+
+    Args:
+        params: of a mixture of experts.
+        limit: at most this many examples of each task, evenly spaced.
+
+    Returns:
+        The value of disabling.json: `step`, `split`, `experts`, `layers` and `tasks` {name:
+        `category`, `subcategory`, `examples`, `loss` (nats per target token), `without` [N][E]
+        (the loss with that expert off)}.
+
+    Raises:
+        UserError: no task has the split.
+    """
+    model = evaluator.model
+    routes_TxNxE = np.asarray(evaluator.routes(params, jnp.int32(step)))
+    preference_TxNxE = preferences(model, params, step)
+    tasks = {}
+    names = tasks_with_split(mixture, split)
+    bar = tqdm(names, desc=f"disabling experts, {split}", unit="task", leave=False)
+    bar.disable = jax.process_index() != 0
+    for name in bar:
+        route_NxE = routes_TxNxE[task_ids[name]]
+        off_NxExNxE = without_each(route_NxE, preference_TxNxE[task_ids[name]])
+        masked_MxNxE = np.concatenate([route_NxE[None], off_NxExNxE.reshape(-1, *route_NxE.shape)])
+        distinct_UxNxE, where_M = np.unique(masked_MxNxE, axis=0, return_inverse=True)
+        sums_U, tokens, count = np.zeros(len(distinct_UxNxE)), 0, 0
+        for batch, examples in eval_batches(
+            mixture, name, split, lengths=evaluator.lengths, rows=evaluator.rows, limit=limit
+        ):
+            rows = {key: array[0] for key, array in batch.items() if key != "task_id"}
+            count += len(examples)
+            for u in range(len(distinct_UxNxE)):
+                sum_R, tokens_R = evaluator.log_likelihoods(params, distinct_UxNxE, u, rows)
+                sums_U[u] += sum_R.sum(dtype=np.float64)
+            tokens += int(tokens_R.sum())
+        loss, *without = (-sums_U[where_M] / max(1, tokens)).tolist()
+        task = mixture.task(name)
+        tasks[name] = {
+            "category": task.category,
+            "subcategory": task.subcategory,
+            "examples": count,
+            "loss": loss,
+            "without": np.reshape(without, route_NxE.shape).tolist(),
+        }
+    return {
+        "step": int(step),
+        "split": split,
+        "experts": model.config.experts,
+        "layers": list(model.config.routed_layers),
+        "tasks": tasks,
+    }

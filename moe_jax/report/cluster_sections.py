@@ -1,0 +1,204 @@
+"""Sections of the report on which tasks route alike, and whether humans group them so."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from moe_jax.report import figures, page, statistics
+from moe_jax.report.inputs import NO_CATEGORY, Run
+from moe_jax.report.page import fixed
+from moe_jax.report.sections import Section
+
+LEVEL = 0.05  # p-value called significant
+RANDOM_ROUTES = 200  # draws
+
+
+def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -> Section:
+    """The similarity of routes between tasks in the order of their clusters, and the clusters."""
+    routes = run.routes
+    result = Section("similarity", "Which tasks route alike")
+    reason = degenerate(similarity_TxT)
+    if reason:
+        result.add(page.missing(f"There is nothing to cluster: {reason}."))
+        return result
+    tree = statistics.tree(similarity_TxT)
+    cluster_T = statistics.cut(tree, max(2, len(set(routes.categories) - {NO_CATEGORY})))
+    members = [np.flatnonzero(cluster_T == c) for c in dict.fromkeys(cluster_T.tolist())]
+    members.sort(key=len, reverse=True)
+    result.numbers = {
+        "linkage": statistics.LINKAGE,
+        "clusters": [[routes.tasks[i] for i in group] for group in members],
+        "tasks": routes.tasks,
+        "cosine_similarity": similarity_TxT.tolist(),
+    }
+    rows = []
+    for number, group in enumerate(members, 1):
+        counts = Counter(routes.categories[i] for i in group).most_common()
+        rows.append(
+            [
+                number,
+                len(group),
+                ", ".join(f"{c} {n}" for c, n in counts),
+                ", ".join(routes.tasks[i] for i in group),
+            ]
+        )
+    result.add(
+        page.soft(
+            "Cosine similarity of the tasks' flattened routes, with rows and columns in the order "
+            f"of hierarchical clustering ({statistics.LINKAGE} linkage of cosine distances)."
+        ),
+    )
+    order = statistics.leaves(tree)
+    tasks = [routes.tasks[i] for i in order]
+    result.draw(
+        "similarity",
+        figures.heatmap(
+            {"": similarity_TxT[np.ix_(order, order)]},
+            tasks,
+            tasks,
+            title="Clustered similarity of routes between tasks",
+            what="similarity",
+            low=min(float(similarity_TxT.min()), 0.99),
+            groups=[[routes.categories[i] for i in order]],
+            links=[links.get(task, "") for task in tasks],
+            square=True,
+        ),
+    )
+    result.add(
+        page.heading(f"The tree cut into {len(members)} clusters"),
+        page.table(
+            [*page.numbers(0, "cluster", "tasks"), *page.texts("categories", "members", wide=True)],
+            rows,
+        ),
+    )
+    return result
+
+
+def agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: int) -> Section:
+    """Adjusted mutual information and nearest neighbours, against labels and routes by chance."""
+    routes = run.routes
+    result = Section("agreement", "Do the routes agree with human categories?", numbers={})
+    reason = degenerate(similarity_TxT)
+    if reason:
+        sentence = f"Agreement of routes with the ontology cannot be measured: {reason}."
+        result.findings.append(sentence)
+        result.add(page.missing(sentence))
+        return result
+    known = [i for i, c in enumerate(routes.categories) if c != NO_CATEGORY]
+    levels = {
+        "categories": [routes.categories[i] for i in known],
+        "subcategories": [f"{routes.categories[i]} / {routes.subcategories[i]}" for i in known],
+    }
+    inside_TxT = similarity_TxT[np.ix_(known, known)]
+    random_RxTxT = [
+        statistics.similarity(statistics.random_routes(routes.route_TxNxE[known], seed + draw))
+        for draw in range(RANDOM_ROUTES)
+    ]
+    rows, bars = [], {}
+    for level, labels in levels.items():
+        classes = len(set(labels))
+        if not 1 < classes < len(labels) or degenerate(inside_TxT):
+            result.add(
+                page.missing(
+                    f"{level.capitalize()} are left out: {len(labels)} tasks in {classes} of them "
+                    "are not a grouping that routes could match."
+                )
+            )
+            continue
+        clusters_T = statistics.cut(statistics.tree(inside_TxT), classes)
+        ami = statistics.agreement(labels, clusters_T, permutations, seed)
+        near = statistics.neighbour_agreement(labels, inside_TxT, permutations, seed)
+        random = _random_routes(random_RxTxT, labels)
+        numbers = {"classes": classes, "clusters": int(clusters_T.max()), "tasks": len(labels)}
+        for name, measure, by_random in (
+            ("ami", ami, statistics.Agreement(ami.value, random[0])),
+            ("neighbour_accuracy", near, statistics.Agreement(near.value, random[1])),
+        ):
+            controls = {"shuffled labels": measure, "random routes": by_random}
+            numbers[name] = {"value": measure.value} | {
+                control: {
+                    "mean": a.control_mean,
+                    "range_95": a.control_range,
+                    "p_value": a.p_value,
+                    "draws": len(a.control),
+                }
+                for control, a in controls.items()
+            }
+            for control, a in controls.items():
+                label = "AMI" if name == "ami" else "nearest neighbour"
+                rows.append([level, label, a.value, control, a.control_mean, *a.control_range,
+                             a.p_value])  # fmt: skip
+            bars[f"{label.removeprefix('nearest ')}, {level}"] = controls
+        result.numbers[level] = numbers
+        low, high = ami.control_range
+        verdict = "more than" if ami.p_value < LEVEL else "no more than"
+        result.find(
+            f"Clusters of routes agree with the {classes} human {level} {verdict} chance would: "
+            f"adjusted mutual information {fixed(ami.value, 2)}, shuffled control "
+            f"{fixed(ami.control_mean, 2)} (95 % in {fixed(low, 2)} to {fixed(high, 2)}), "
+            f"p = {ami.p_value:.2g}; the task with the most similar route is of the same one for "
+            f"{100 * near.value:.0f} % of tasks (shuffled {100 * near.control_mean:.0f} %, "
+            f"p = {near.p_value:.2g})."
+        )
+    if not rows:
+        return result
+    result.add(
+        page.soft(
+            f"The tree ({statistics.LINKAGE} linkage) is cut into as many clusters as there are "
+            "classes, or fewer where routes tie. Adjusted mutual information (AMI) is 1 for equal "
+            "partitions and about 0 by chance. One control shuffles the labels among the tasks "
+            f"{permutations} times; the other shuffles each layer's routes among the tasks, "
+            f"{RANDOM_ROUTES} times, and clusters again. p is the share of controls (counting the "
+            "real value) that agree at least as well."
+        )
+    )
+    kinds = list(next(iter(bars.values())))
+    result.draw(
+        "agreement",
+        figures.dots(
+            list(bars),
+            {"this model": [next(iter(controls.values())).value for controls in bars.values()]}
+            | {kind: [controls[kind].control_mean for controls in bars.values()] for kind in kinds},
+            title="Agreement with the ontology and by chance",
+            intervals={"this model": [None] * len(bars)}
+            | {
+                kind: [controls[kind].control_range for controls in bars.values()] for kind in kinds
+            },
+            high=1.0,
+        ),
+        "Bars hold 95 % of the controls.",
+    )
+    result.add(
+        page.table(
+            [
+                *page.texts("level", "measure"),
+                *page.numbers(3, "value"),
+                *page.texts("control"),
+                *page.numbers(3, "its mean", "2.5 %", "97.5 %"),
+                *page.numbers(4, "p", tiny=True),
+            ],
+            rows,
+        )
+    )
+    return result
+
+
+def _random_routes(similarity_RxTxT: list[np.ndarray], labels: list[str]) -> np.ndarray:
+    """AMI and nearest-neighbour accuracy [2, R] of each of R random similarities."""
+    values = []
+    for similarity_TxT in similarity_RxTxT:
+        clusters_T = statistics.cut(statistics.tree(similarity_TxT), len(set(labels)))
+        ami = statistics.agreement(labels, clusters_T, 1)
+        near = statistics.neighbour_agreement(labels, similarity_TxT, 1)
+        values.append([ami.value, near.value])
+    return np.array(values).T
+
+
+def degenerate(similarity_TxT: np.ndarray) -> str:
+    """Why routes cannot be clustered; '' if they can."""
+    if len(similarity_TxT) < 3:
+        return "there are fewer than 3 tasks"
+    if statistics.distinct_routes(similarity_TxT) == 1:
+        return "all tasks take the same route"
+    return ""

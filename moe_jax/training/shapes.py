@@ -1,0 +1,106 @@
+"""Parameters of one model in the shapes of another: experts, vanilla layers, the task table."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.core.errors import UserError
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.experts import Params, add_noise
+from moe_jax.model.task_moe import parameter_shapes
+
+
+def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], source: Any) -> None:
+    """Raises a UserError that names the first parameter with another shape."""
+    for name in sorted(wanted | found):
+        if found.get(name) != wanted.get(name):
+            has = f"has shape {found[name]}" if name in found else "is absent"
+            needs = f"needs shape {wanted[name]}" if name in wanted else "has no such parameter"
+            raise UserError(f"{source}: {name} {has}, the model {needs}")
+
+
+def merge_heads(params: Params) -> Params:
+    """Merges the axes of heads and head width, which were separate in early checkpoints of 0.1."""
+
+    def merged(path, p):
+        *_, block, name = (key.key for key in path) if len(path) > 1 else ("", "")
+        if not block.endswith("_attention"):
+            return p
+        if name == "out_kernel":  # [layer, expert, H, K, D]
+            return p.reshape(*p.shape[:2], -1, p.shape[-1])
+        own = {"out_bias": 3}.get(name, 5 if name.endswith("_kernel") else 4)
+        return p.reshape(*p.shape[: own - 1], -1) if p.ndim > own else p
+
+    return jax.tree_util.tree_map_with_path(merged, params)
+
+
+def split_layers(backbone: Params, config: ModelConfig) -> Params:
+    """Moves the vanilla layers of `config` out of a dense backbone's routed layers."""
+    result = {**backbone}
+    for side in ("encoder", "decoder"):
+        layers = backbone[side]["layers"]
+        vanilla = list(getattr(config, f"{side}_vanilla_layers"))
+        depth, experts = jax.tree.leaves(layers)[0].shape[:2]
+        same_depth = depth == getattr(config, f"{side}_layers")
+        if vanilla and list(layers) == ["routed"] and experts == 1 and same_depth:
+            places = {"routed": [i for i in range(depth) if i not in vanilla], "vanilla": vanilla}
+            layers = {
+                kind: jax.tree.map(lambda p, at=at: p[at], layers["routed"])
+                for kind, at in places.items()
+                if at
+            }
+        result[side] = {**backbone[side], "layers": layers}
+    return result
+
+
+def fit_backbone(
+    backbone: Params, like: Params, noise: float, key: jax.Array, source: Any
+) -> Params:
+    """A loaded backbone in the shape of `like`. A single expert is copied to all experts, plus
+    noise.
+
+    Raises:
+        UserError: the architecture differs, or the number of experts is neither one nor E.
+    """
+    filled = False
+
+    def fill(path, leaf, wanted):
+        nonlocal filled
+        # [layer, expert, ...]: only the number of experts may differ.
+        routed = "routed" in (p.key for p in path)
+        if routed and leaf.shape[1] == 1 < wanted.shape[1]:
+            filled = True
+            return np.broadcast_to(leaf, (leaf.shape[0], wanted.shape[1], *leaf.shape[2:]))
+        return leaf
+
+    if jax.tree.structure(backbone) == jax.tree.structure(like):
+        backbone = jax.tree_util.tree_map_with_path(fill, backbone, like)
+    check_shapes(parameter_shapes(backbone), parameter_shapes(like), source)
+    if filled and noise:
+        for side in ("encoder", "decoder"):
+            key = jax.random.fold_in(key, 0)
+            layers = backbone[side]["layers"]
+            if "routed" in layers:
+                layers["routed"] = add_noise(
+                    jax.tree.map(jax.numpy.asarray, layers["routed"]), key, noise
+                )
+    return backbone
+
+
+def fit_table(params: Params, like: Params, found: list[str], tasks: list[str], source: Any):
+    """Router and representations of another run, rows matched by task name.
+
+    Raises:
+        UserError: the router has another shape, or a task has no row.
+    """
+    missing = [task for task in tasks if task not in found]
+    if missing:
+        raise UserError(f"{source}: its task table has no {missing[0]!r}")
+    rows = np.array([found.index(task) for task in tasks])
+    result = {
+        "router": params["router"],
+        "representations": np.asarray(params["representations"])[rows],
+    }
+    check_shapes(parameter_shapes(result), parameter_shapes({k: like[k] for k in result}), source)
+    return result

@@ -1,0 +1,169 @@
+"""Super-NaturalInstructions on disk: splits, task files, inputs. No TensorFlow here.
+
+Wang et al., *Super-NaturalInstructions: Generalization via Declarative Instructions on 1600+ NLP
+Tasks*, EMNLP 2022, arXiv 2204.07705. The data is the user's, a copy of its repository:
+
+    NATURAL_INSTRUCTIONS_DIR/tasks/task*.json
+    NATURAL_INSTRUCTIONS_DIR/splits/default/{train,test}_tasks.txt      a name per line
+
+A task file has "Definition", "Categories", "Positive Examples" (each with "input" and "output") and
+"Instances" (each with "input" and the list "output" of valid outputs).
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from moe_jax.core.errors import UserError
+from moe_jax.core.files import read_json
+
+from .data_directory import absolute
+
+DATA_DIR = "NATURAL_INSTRUCTIONS_DIR"
+POSITIVE_EXAMPLES = "NATURAL_INSTRUCTIONS_POSITIVE_EXAMPLES"
+PARTS = ("train", "test")
+_TEST_INSTANCES = 100  # the first ones of a test task, as the paper evaluates
+_MAX_VALIDATION = 100
+
+_NOW = "Now complete the following example -"
+
+Example = tuple[str, ...]  # input, output, other valid outputs
+
+
+@gin.configurable("natural_instructions")
+def settings(data_dir: str | None = None, positive_examples: int | None = None) -> dict[str, str]:
+    """Environment variables that say what gin says."""
+    given = absolute(**{DATA_DIR: data_dir})
+    if positive_examples is not None:
+        given[POSITIVE_EXAMPLES] = str(positive_examples)
+    return given
+
+
+def positive_examples() -> int:
+    """How many positive examples stand in an input: NATURAL_INSTRUCTIONS_POSITIVE_EXAMPLES, or 2.
+
+    Raises:
+        UserError: it is no number of at least 0.
+    """
+    value = os.environ.get(POSITIVE_EXAMPLES) or "2"
+    if not value.isdecimal():
+        raise UserError(f"{POSITIVE_EXAMPLES}={value}: must be a number of at least 0")
+    return int(value)
+
+
+def lists(path: Path) -> dict[str, list[str]]:
+    """{"train" | "test": task names} of the default split, as its files list them.
+
+    Raises:
+        UserError: a list is missing.
+    """
+    found = {}
+    for part in PARTS:
+        file = list_file(path, part)
+        try:
+            found[part] = file.read_text(encoding="utf-8").split()
+        except OSError as e:
+            raise UserError(
+                f"cannot read {file}: {e.strerror or e}; {DATA_DIR} must be a copy of the"
+                " repository natural-instructions"
+            ) from e
+    return found
+
+
+def list_file(path: Path, part: str) -> Path:
+    return path / "splits" / "default" / f"{part}_tasks.txt"
+
+
+def category(file: Path) -> str:
+    """The first of the task's categories. Its instances, most of the file, are not parsed.
+
+    Raises:
+        UserError: the file has none.
+    """
+    text, decoder = "", json.JSONDecoder()
+    with open(file, encoding="utf-8") as f:
+        while block := f.read(1 << 14):
+            text += block
+            if key := re.search(r'(?<!\\)"Categories"\s*:\s*', text):
+                try:
+                    return _strings(decoder.raw_decode(text, key.end())[0], file, "Categories")[0]
+                except json.JSONDecodeError:
+                    continue  # it goes on in the next block
+    raise UserError(f'{file}: no "Categories"')
+
+
+def read(file: Path, part: str, split: str, examples: int) -> list[Example]:
+    """Examples of a split: inputs with definition and positive examples, then all valid outputs.
+
+    A test task has `test`, its first 100 instances, and `train`, the others. Of a training task
+    `validation` is a tenth of the instances, at most 100, chosen by a hash, and `train` the rest.
+
+    Args:
+        part: of the default split, "train" or "test".
+        examples: positive examples in an input.
+
+    Raises:
+        UserError: the file is not as it should be, or the split is empty.
+    """
+    task = read_json(file)
+    if not isinstance(task, Mapping):
+        raise UserError(f"{file}: holds no JSON object")
+    frame = _instruction(task, file, examples)
+    found = []
+    for number, instance in enumerate(_list(task, file, "Instances")):
+        where = f"Instances[{number}]"
+        text = _text(instance, file, where, "input")
+        outputs = _strings(instance.get("output"), file, f"{where}.output")
+        found.append((f"{frame}{_NOW}\nInput: {text}\nOutput:", *outputs))
+    if part == "test":
+        cut = slice(_TEST_INSTANCES) if split == "test" else slice(_TEST_INSTANCES, None)
+        found = found[cut]
+    else:
+        count = min(len(found) // 10, _MAX_VALIDATION)
+        held_out = set(sorted(set(found), key=_digest)[:count])
+        found = [e for e in found if (e in held_out) == (split == "validation")]
+    if not found:
+        raise UserError(f"{file}: too few instances for a split {split!r}")
+    return found
+
+
+def _instruction(task: Mapping[str, Any], file: Path, examples: int) -> str:
+    """What comes before an instance, in the words of the paper's models."""
+    definition = " ".join(_strings(task.get("Definition"), file, "Definition"))
+    parts = [f"Definition: {definition}"]
+    for number, shown in enumerate(_list(task, file, "Positive Examples")[:examples], 1):
+        where = f"Positive Examples[{number - 1}]"
+        text, output = (_text(shown, file, where, key) for key in ("input", "output"))
+        parts.append(f"Positive Example {number} -\nInput: {text}\nOutput: {output}")
+    return "".join(f"{part}\n\n" for part in parts)
+
+
+def _list(task: Mapping[str, Any], file: Path, key: str) -> list[Any]:
+    value = task.get(key)
+    if not isinstance(value, list):
+        raise UserError(f"{file}: {key!r} is no list")
+    return value
+
+
+def _text(record: Any, file: Path, where: str, key: str) -> str:
+    """A text of a record; the output of some positive examples is a list of one."""
+    value = record.get(key) if isinstance(record, Mapping) else None
+    return _strings(value, file, f"{where}.{key}")[0]
+
+
+def _strings(value: Any, file: Path, where: str) -> list[str]:
+    """A text, or a list of at least one."""
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, Sequence) or not value or not all(isinstance(v, str) for v in value):
+        raise UserError(f"{file}: {where} is no text, nor a list of texts")
+    return [v.strip() for v in value]
+
+
+def _digest(example: Example) -> bytes:
+    return hashlib.blake2b("\t".join(example).encode(), digest_size=16).digest()

@@ -1,0 +1,83 @@
+"""Experts switched off: the routes by hand, and the losses against the model's own router."""
+
+import jax
+import numpy as np
+import pytest
+from toy import toy_mixtures
+from toy_run import tiny_model, tiny_params
+
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.data.pipeline import eval_batches
+from moe_jax.eval import EvalConfig
+from moe_jax.evaluation.disabling import disabling, without_each
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.model.task_moe import parameter_shardings
+
+LENGTHS = {"inputs": 40, "targets": 20}
+
+
+def test_routes_without_an_expert_by_hand():
+    route = np.array([[0.2, 0.3, 0.5], [0, 1, 0]])
+    liked = np.array([[0.2, 0.3, 0.5], [0.3, 0.6, 0.1]])
+    off = without_each(route, liked)
+    assert off.shape == (2, 3, 2, 3)
+    np.testing.assert_allclose(off[0, 2], [[0.4, 0.6, 0], [0, 1, 0]])
+    np.testing.assert_allclose(off[0, 0], [[0, 0.375, 0.625], [0, 1, 0]])
+    np.testing.assert_allclose(off[1, 0], route)  # it was not used
+    np.testing.assert_allclose(off[1, 1], [[0.2, 0.3, 0.5], [1, 0, 0]])  # the next choice
+
+
+@pytest.mark.parametrize("selection", ["softmax", "argmax"])
+def test_losses_are_those_of_a_router_that_cannot_choose_the_expert(selection):
+    """With free routes the representations are the route logits; -inf there is an expert off."""
+    mixture = toy_mixtures()[0]
+    tasks, layers, experts = len(mixture.names), 2, 3
+    model = tiny_model(
+        tasks=tasks, experts=experts, kind="free", selection=selection, max_positions=48,
+        vocabulary_size=mixture.vocabulary.size, representation_dim=layers * experts,
+    )  # fmt: skip
+    params = tiny_params(model)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    ids = {name: i for i, name in enumerate(mixture.names)}
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(model, mesh))
+        evaluator = Evaluator(model, mixture.vocabulary, LENGTHS, 4, mesh)
+        found = disabling(evaluator, placed, 0, mixture, ids, "validation", 6)
+
+    assert list(found["tasks"]) == list(mixture.names)
+    apply = jax.jit(lambda params, batch: model.apply({"params": params}, batch)[0])
+    table = np.asarray(params["representations"]).reshape(tasks, layers, experts)
+    for name in mixture.names[:2]:
+        batches = [
+            batch
+            for batch, _ in eval_batches(
+                mixture, name, "validation", lengths=LENGTHS, rows=4, limit=6, task_id=ids[name]
+            )
+        ]
+
+        def loss(logits, batches=batches):
+            total = count = 0
+            changed = params | {"representations": logits.reshape(tasks, -1)}
+            for batch in batches:
+                values = np.asarray(apply(changed, batch), np.float64)
+                values -= np.log(np.exp(values).sum(-1, keepdims=True))
+                chosen = np.take_along_axis(values, batch["targets"][..., None], -1)[..., 0]
+                real = batch["target_segments"] > 0
+                total, count = total - chosen[real].sum(), count + real.sum()
+            return total / count
+
+        actual = found["tasks"][name]
+        assert actual["examples"] == 6
+        assert actual["loss"] == pytest.approx(loss(table), rel=1e-4)
+        for n in range(layers):
+            for e in range(experts):
+                without = table.copy()
+                without[:, n, e] = -1e9
+                assert actual["without"][n][e] == pytest.approx(loss(without), rel=1e-4), (n, e)
+        assert np.ptp(actual["without"]) > 1e-3  # it matters which expert is off
+
+
+def test_a_negative_number_of_examples_is_refused():
+    with pytest.raises(UserError, match="disable_examples"):
+        EvalConfig(disable_examples=-1)

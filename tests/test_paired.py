@@ -1,0 +1,218 @@
+"""Paired gains against hand-computed numbers, an enumeration of all draws, and simulated truth."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax.core.errors import UserError
+from moe_jax.evaluation import gains
+from moe_jax.evaluation.paired import compare, sentences, text_table
+
+
+def rows(**score_TxK):
+    """Rows of arm -> scores [T][K]; tasks a, b, ...; seeds 0, 1, ..."""
+    return [
+        {"arm": arm, "task": "abcdefghijklmnop"[t], "seed": k, "score": float(score)}
+        for arm, table in score_TxK.items()
+        for t, line in enumerate(table)
+        for k, score in enumerate(line)
+    ]
+
+
+def test_by_hand():
+    found = compare(rows(dense=[[0.4, 0.6], [0.2, 0.2]], moe=[[0.6, 0.6], [0.2, 0.3]]))
+    assert (found.score, found.tasks, found.seeds, found.near_zero) == (0.35, 2, 2, ())
+    (moe,) = found.arms.values()
+    assert moe.score == pytest.approx(1.7 / 4)
+    # differences: 0.2 0.0 / 0.0 0.1
+    assert moe.difference.value == pytest.approx(0.3 / 4)
+    assert moe.relative.value == pytest.approx(0.3 / 4 / 0.35)
+    # gains: of a 0.1 over 0.5, of b 0.05 over 0.2
+    assert moe.arg.value == pytest.approx((0.2 + 0.25) / 2)
+    # One seed and one task are drawn: the interval goes from the lowest to the highest cell.
+    assert moe.difference.interval == pytest.approx((0.0, 0.2))
+    assert moe.relative.interval == pytest.approx((0.0, 0.5))  # 0.2 over 0.4 and 0.1 over 0.2
+    assert moe.arg.interval == pytest.approx((0.0, 0.5))  # 0.1 over the mean 0.2
+
+
+def every_draw(dense_TxK, moe_TxK):
+    """(difference, relative, arg) [n, 3] of all equally likely bootstrap samples, one by one."""
+    tasks, seeds = dense_TxK.shape
+    found = []
+    for drawn in itertools.product(range(tasks), repeat=tasks - 1):
+        for of_seeds in itertools.product(range(seeds), repeat=seeds - 1):
+            cells = [(t, k) for t in drawn for k in of_seeds]
+            dense = np.mean([dense_TxK[c] for c in cells])
+            moe = np.mean([moe_TxK[c] for c in cells])
+            gain = [
+                (moe_TxK[t, k] - dense_TxK[t, k]) / np.mean(dense_TxK[t])
+                for t, k in cells
+                if np.mean(dense_TxK[t]) >= 0.05
+            ]
+            found.append((moe - dense, moe / dense - 1, np.mean(gain) if gain else np.nan))
+    return np.array(found)
+
+
+def test_against_every_draw():
+    rng = np.random.default_rng(3)
+    dense, moe = rng.uniform(0.2, 0.8, (2, 4, 3))
+    dense[2] = 0.02, 0.05, 0.04  # near zero
+    draws = every_draw(dense, moe)
+    assert len(draws) == 4**3 * 3**2
+    comparison = compare(rows(dense=dense, moe=moe), samples=40_000)
+    assert comparison.near_zero == ("c",)
+    found = comparison.arms["moe"]
+    kept = [0, 1, 3]
+    ratio = moe[kept].mean(1) / dense[kept].mean(1) - 1
+    assert found.arg.value == pytest.approx(ratio.mean())
+    assert found.relative.value == pytest.approx(moe.mean() / dense.mean() - 1)
+    for i, figure in enumerate((found.difference, found.relative, found.arg)):
+        low, high = figure.interval
+        exact = draws[~np.isnan(draws[:, i]), i]
+        for end, level in ((low, 0.025), (high, 0.975)):
+            # Within the noise of so many samples.
+            below, above = np.quantile(exact, [level - 0.005, level + 0.005])
+            assert below - 1e-9 <= end <= above + 1e-9
+            assert np.abs(exact - end).min() < 1e-9  # it is the value of a possible draw
+
+
+def test_arg_is_that_of_gains():
+    """The same figure as `relative_gains` computes over the same baseline."""
+    rng = np.random.default_rng(5)
+    lines = rows(**{arm: rng.uniform(0, 0.6, (9, 4)) ** 2 for arm in ("dense", "moe", "other")})
+    runs = [
+        {"task": r["task"], "start": r["arm"], "seed": r["seed"], "test_score": r["score"]}
+        | {"metric": "EM", "learning_rate": 1e-4, "batch_size": 8, "dev_score": 0.5}
+        for r in lines
+    ]
+    over_dense = gains.relative_gains(runs, baseline="dense")
+    found = compare(lines)
+    for arm, gain in found.arms.items():
+        expected = over_dense["starts"][arm]
+        assert gain.arg.value == pytest.approx(expected["arg"])
+        assert gain.difference.value == pytest.approx(expected["mean_difference"])
+        assert list(found.near_zero) == expected["no_relative_gain"]
+    assert gains.score_rows(over_dense) == [
+        r | {"seed": str(r["seed"])} for r in sorted(lines, key=lambda r: (r["task"], r["arm"]))
+    ]
+
+
+def test_is_paired():
+    """What makes a task or a seed easy for both arms changes neither difference nor interval."""
+    rng = np.random.default_rng(0)
+    dense, moe = rng.uniform(0.2, 0.4, (2, 8, 4))
+    easy = rng.uniform(0, 0.5, (8, 4))
+    alone, both = (compare(rows(dense=dense + e, moe=moe + e)) for e in (0, easy))
+    alone, both = (c.arms["moe"].difference for c in (alone, both))
+    assert both.value == pytest.approx(alone.value)
+    assert both.interval == pytest.approx(alone.interval)
+
+
+@pytest.mark.parametrize(
+    ("task_spread", "seed_spread", "least"), [(0.1, 0.0, 0.9), (0.05, 0.03, 0.9), (0, 0.1, 0.84)]
+)
+def test_intervals_cover_the_truth(task_spread, seed_spread, least):
+    """Tasks and seeds that differ in what they gain: by 0.03 on average."""
+    rng = np.random.default_rng(2)
+    trials, hits = 200, np.zeros(3)
+    for trial in range(trials):
+        dense = np.full((16, 5), 0.5)
+        gain = 0.03 + rng.normal(0, task_spread, (16, 1)) + rng.normal(0, seed_spread, (1, 5))
+        moe = dense + gain + rng.normal(0, 0.02, (16, 5))
+        found = compare(rows(dense=dense, moe=moe), samples=400, seed=trial).arms["moe"]
+        for i, figure in enumerate((found.difference, found.relative, found.arg)):
+            low, high = figure.interval
+            hits[i] += low <= (0.03 if i == 0 else 0.06) <= high
+    assert (hits / trials >= least).all() and (hits / trials <= 0.995).all()
+
+
+def test_one_seed_or_one_task():
+    found = compare(rows(dense=[[0.5]], moe=[[0.6]])).arms["moe"]
+    assert found.difference.interval is None and found.arg.interval is None
+    one_seed = compare(rows(dense=[[0.5], [0.5]], moe=[[0.6], [0.8]]))
+    assert one_seed.arms["moe"].difference.interval == pytest.approx((0.1, 0.3))
+    assert "with one seed" in text_table(one_seed)
+    one_task = compare(rows(dense=[[0.5, 0.5]], moe=[[0.6, 0.8]])).arms["moe"]
+    assert one_task.difference.interval == pytest.approx((0.1, 0.3))
+    # One task counts, under one seed: nothing is known about chance.
+    near = compare(rows(dense=[[0.5], [0.0]], moe=[[0.6], [0.8]])).arms["moe"]
+    assert near.arg.value == pytest.approx(0.2) and near.arg.interval is None
+
+
+def test_baseline_of_zeros():
+    nothing = compare(rows(dense=[[0.0, 0.0]] * 3, moe=[[0.1, 0.2]] * 3))
+    moe = nothing.arms["moe"]
+    assert moe.relative is None and moe.arg is None and moe.difference.value > 0
+    assert nothing.near_zero == ("a", "b", "c")
+    # One task of six is above 0: in two fifths of the samples, the gain is infinite.
+    zeros = np.zeros((6, 2))
+    dense, gained = zeros.copy(), zeros + 0.1
+    dense[0] = 0.3
+    most = compare(rows(dense=dense, moe=dense + gained)).arms["moe"]
+    assert most.relative.value == pytest.approx(0.1 / 0.05)
+    assert most.relative.interval is None
+    assert most.arg.value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("shift", [-0.05, 0.0, 0.05])
+def test_relative_gain_and_difference_have_one_sign(shift):
+    rng = np.random.default_rng(7)
+    dense = rng.uniform(0.1, 0.6, (10, 3))
+    found = compare(rows(dense=dense, moe=dense + shift + rng.normal(0, 0.05, (10, 3))))
+    ends = [np.sign(f.interval) for f in (found.arms["moe"].difference, found.arms["moe"].relative)]
+    assert (ends[0] == ends[1]).all()
+
+
+def test_order_of_rows_and_json():
+    rng = np.random.default_rng(1)
+    lines = rows(**{arm: rng.uniform(0.1, 0.9, (5, 3)) for arm in ("dense", "moe", "average")})
+    found = compare(lines)
+    assert compare(iter(lines)) == found  # the same seed
+    assert compare(lines, seed=1) != found
+    value = json.loads(json.dumps(dataclasses.asdict(found), allow_nan=False))
+    assert list(value["arms"]) == ["moe", "average"]
+    assert value["arms"]["moe"]["arg"]["value"] == found.arms["moe"].arg.value
+    assert value["arms"]["moe"]["arg"]["interval"] == list(found.arms["moe"].arg.interval)
+    backwards = compare(lines[::-1])
+    for arm, gain in found.arms.items():
+        assert backwards.arms[arm].arg.value == pytest.approx(gain.arg.value)
+
+
+def test_table_and_sentences_show_the_figures():
+    found = compare(rows(dense=[[0.4, 0.6], [0.2, 0.2]], moe=[[0.6, 0.6], [0.2, 0.3]]))
+    (line,) = [line for line in text_table(found).splitlines() if line.startswith("moe")]
+    assert line.split("  ")[0] == "moe"
+    for text in ("0.425", "+0.075", "+0.000 to +0.200", "+21.4 %", "+22.5 %", "+0.0 % to +50.0 %"):
+        assert text in line
+    assert sentences(found)[0] == (
+        "moe minus dense: +0.075 (+0.000 to +0.200); relative +21.4 % (+0.0 % to +50.0 %); "
+        "ARG over dense +22.5 % (+0.0 % to +50.0 %)."
+    )
+    assert "2 tasks and 2 seeds" in sentences(found)[1]
+    near = compare(rows(dense=[[0.4, 0.6], [0.0, 0.08]], moe=[[0.6, 0.6], [0.2, 0.3]]))
+    assert "scores below 0.05 there: b." in text_table(near).splitlines()[-1]
+
+
+FULL = rows(dense=[[0.5, 0.6]] * 2, moe=[[0.5, 0.6]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no scores"),
+        ([{"arm": "dense", "task": "a", "score": 1.0}], "score 1 lacks 'seed'"),
+        (FULL[:-1], "arm 'moe', task 'b', seed 1 has no score"),
+        ([*FULL, FULL[0]], "arm 'dense', task 'a', seed 0 has two scores"),
+        ([FULL[0] | {"score": float("nan")}], "score is nan"),
+        ([FULL[0] | {"score": None}], "score is None"),
+        ([FULL[0] | {"arm": "dens"}], "no arm is called 'dense'; did you mean 'dens'"),
+    ],
+)
+def test_bad_rows_end_in_one_clear_line(lines, message):
+    with pytest.raises(UserError) as error:
+        compare(lines)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

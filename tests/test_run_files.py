@@ -1,0 +1,119 @@
+"""Files of a run, damaged or edited: one clear line that names the file, or what was written."""
+
+import json
+import random
+
+import pytest
+
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.report import inputs
+from moe_jax.runs import directory
+from moe_jax.runs.config import Config, DataConfig, FewShotConfig, RunConfig
+from moe_jax.training.logs import MetricsLog
+from moe_jax.unseen.adaptation import _read_rows
+
+DATA = DataConfig(lengths={"inputs": 8, "targets": 4})
+ROWS = [{"step": 1, "kind": "train", "loss": 2.5}, {"step": 2, "kind": "eval", "mean_score": 0.5}]
+# File -> how it is written, how it is read.
+FILES = {
+    "config.json": (lambda d: directory.write_config(d, Config(RunConfig(), DATA)),
+                    directory.read_config),
+    "config.gin": (lambda d: files.write_text(d / "config.gin", directory.gin_text(
+        directory.config_lines(Config(RunConfig(), DATA)))), directory.read_config),
+    "task_table.json": (lambda d: directory.write_task_table(d, ["a", "b"]),
+                        directory.read_task_table),
+    "metrics.jsonl": (lambda d: files.write_jsonl(d / "metrics.jsonl", ROWS),
+                      lambda d: inputs.read_run("run", d)),
+    "runs.jsonl": (lambda d: files.write_jsonl(d / "runs.jsonl", ROWS), inputs.read_finetune),
+    "done.json": (lambda d: files.write_json(d / "done.json", {"a": 1}),
+                  lambda d: files.read_json(d / "done.json")),
+}  # fmt: skip
+BAD = [b"", b"\xff\xfe\x00", b"[" * 10**5, b"nonsense", b'{"a": 1, "a": 2}', b'{"a": NaN}',
+       b'{"a": -Infinity}', b'{"a": 1e999}', b"9" * 5000, b'{"a": "\xc3"}\n',
+       b"\x00" * 64]  # fmt: skip
+NO_OBJECT = [b"[1, 2]\n", b"3\n", b'"text"\n', b"null\n", b'{"step": 1}\n[2]\n']
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_cannot_be_read_is_one_line(name, tmp_path):
+    write, read = FILES[name]
+    write(tmp_path)
+    assert read(tmp_path)
+    path = tmp_path / name
+    for content in BAD + (NO_OBJECT if name != "done.json" else []):
+        if not content.strip() and name.endswith((".jsonl", ".gin")):
+            continue  # which is no line
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value), content
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "tries", [150, pytest.param(5000, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_random_damage(name, tries, tmp_path):
+    """Bytes changed, dropped, doubled, at seeded places: a UserError of one line, or a value."""
+    write, read = FILES[name]
+    write(tmp_path)
+    path = tmp_path / name
+    good = path.read_bytes()
+    rng = random.Random(name)
+    for _ in range(tries):
+        content = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(content))
+            match rng.randrange(4):
+                case 0:
+                    content[at] ^= 1 << rng.randrange(8)
+                case 1:
+                    del content[at : at + rng.randrange(1, 20)]
+                case 2:
+                    content[at:at] = content[max(0, at - 20) : at]
+                case 3:
+                    content[at:at] = rng.choice([b"\xff", b"null", b"1e999", b"{", b"]", b"\n"])
+            if not content:
+                break
+        path.write_bytes(content)
+        try:
+            read(tmp_path)
+        except UserError as e:
+            assert str(tmp_path) in str(e) and "\n" not in str(e), bytes(content)
+
+
+def test_a_run_goes_on_after_whatever_a_kill_has_left(tmp_path):
+    """Of metrics.jsonl and runs.jsonl; whole lines are kept."""
+    half = b'\xff{"step": 3}\n[1]\n{"kind": "x"}\n{"step": 9, "kind": "train"}\n{"step": 2, "k'
+    files.write_jsonl(tmp_path / "metrics.jsonl", ROWS)
+    with open(tmp_path / "metrics.jsonl", "ab") as f:
+        f.write(half)
+    log = MetricsLog(tmp_path, step=2)
+    log.close()
+    assert log.scores == {2: 0.5}
+    assert list(files.read_jsonl(tmp_path / "metrics.jsonl")) == ROWS
+    files.write_jsonl(tmp_path / "runs.jsonl", ROWS)
+    with open(tmp_path / "runs.jsonl", "ab") as f:
+        f.write(b'{"task": "\xc3')
+    assert _read_rows(tmp_path / "runs.jsonl") == ROWS
+
+
+def test_a_few_shot_directory_is_no_training_run(tmp_path):
+    directory.write_config(tmp_path, FewShotConfig(RunConfig(), DATA))
+    with pytest.raises(UserError, match=r"config\.json: there is no setting 'FinetuneConfig\."):
+        directory.read_config(tmp_path)
+
+
+def test_keys_and_numbers_are_told_by_name(tmp_path):
+    path = tmp_path / "a.json"
+    for text, message in (
+        ('{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' is there twice"),
+        ('{"a": 1e400}', "1e400 is no finite number"),
+        ("[NaN]", "NaN is no finite number"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"{path} is not valid JSON: {message}"):
+            files.read_json(path)
+    path.write_text('{"a": [1, 2.5e-3, -7, "x", null, true]}')
+    assert files.read_json(path) == json.loads(path.read_text())

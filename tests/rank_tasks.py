@@ -15,6 +15,7 @@ import tensorflow as tf
 from moe_jax.metrics import accuracy, answers_or_target, choice_target, rank_classification
 
 QUESTIONS = 13
+FEW_SHOT = ("fewshot_13_train", "fewshot_13_validation")  # the questions of the test split again
 WORDS = ["red", "green", "blue and white", "a", "rather small", "round"]
 
 
@@ -77,7 +78,7 @@ def add(name, source, postprocess_fn, metric_fns):
     feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
     seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(source, splits=["test"]),
+        source=seqio.FunctionDataSource(source, splits=["test", *FEW_SHOT]),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         postprocess_fn=postprocess_fn,
         metric_fns=metric_fns,

@@ -17,6 +17,7 @@ RATIOS = {
         "padding_share", "padding_share_unpacked", "pipeline_to_repeated_batch",
     },
     "memory": {"memory_E3_to_dense"},
+    "fewshot": {"side_by_side_to_loop_E1", "side_by_side_to_loop_E3"},
 }  # fmt: skip
 
 

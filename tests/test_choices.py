@@ -1,5 +1,6 @@
 """Rank classification and metrics of scores, against SeqIO's evaluation of NumPy likelihoods."""
 
+import types
 from pathlib import Path
 
 import jax
@@ -22,6 +23,9 @@ from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.evaluation.scores import task_metrics
 from moe_jax.metrics import choice_target, rank_classification
 from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.runs.config import DataConfig, FewShotConfig, RunConfig
+from moe_jax.unseen import adaptation
+from moe_jax.unseen.samples import FewShotData, Sample
 
 MODULE = str(Path(__file__).with_name("rank_tasks.py"))
 LENGTHS = {"inputs": 96, "targets": 32}
@@ -56,16 +60,19 @@ def run(mixture):
 
 @pytest.fixture(scope="module")
 def likelihood(mixture, run):
-    """(input, target) -> (sum of log-likelihoods, tokens): one row at a time, in NumPy."""
     model, params, routes, _, _ = run
-    route_NxE = jnp.asarray(routes[TASK])
+    return likelihood_of(mixture, model, params["backbone"], jnp.asarray(routes[TASK]))
+
+
+def likelihood_of(mixture, model, backbone, route_NxE):
+    """(input, target) -> (sum of log-likelihoods, tokens): one row at a time, in NumPy."""
     apply = jax.jit(EncoderDecoder(model.config).apply)
 
     def of(source: str, target: str) -> tuple[float, int]:
         source, target = ([*mixture.vocabulary.encode(t), 1] for t in (source, target))
         batch = pack_rows([[(source, target)]], LENGTHS["inputs"], LENGTHS["targets"])
         batch["decoder_inputs"][0, 0] = mixture.vocabulary.decoder_start_id
-        logits_LxV = np.asarray(apply({"params": params["backbone"]}, batch, route_NxE))[0]
+        logits_LxV = np.asarray(apply({"params": backbone}, batch, route_NxE))[0]
         scores_LxV = log_softmax(logits_LxV.astype(np.float64), -1)
         return float(scores_LxV[np.arange(len(target)), target].sum()), len(target)
 
@@ -143,6 +150,38 @@ def test_examples_without_choices_are_decoded(mixture, run):
     assert not {row["prediction"] for row in mixed[1::2]} & {
         c for r in ranked for c in r["choices"]
     }
+
+
+def test_few_shot_runs_are_ranked_too(mixture, rank_tasks):
+    """Two runs that were trained in one call: each is scored with its own parameters."""
+    model = tiny_model(
+        tasks=1, experts=1, vocabulary_size=mixture.vocabulary.size, max_positions=96
+    )
+    backbones = [random_backbone(model, seed) for seed in (1, 3)]
+    trained = {"backbone": jax.tree.map(lambda *a: np.stack(a), *backbones)}
+    whole = FewShotConfig(RunConfig(eval_batch_rows=4), DataConfig(lengths=LENGTHS))
+    samples = [Sample("rank_chosen", 13), Sample("rank_both", 13)]
+    data = FewShotData(mixture, samples, whole)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        evaluator = Evaluator(model, mixture.vocabulary, LENGTHS, 4, mesh)
+        learner = types.SimpleNamespace(runner=None, evaluator=evaluator)  # nothing is decoded
+        start = types.SimpleNamespace(shared={"backbone": None})
+        wanted = {run: (sample, sample.dev) for run, sample in enumerate(samples)}
+        found = adaptation._scores(learner, start, trained, data, wanted)
+    right = []
+    for backbone in backbones:
+        likelihood = likelihood_of(mixture, model, backbone, None)
+        means = [
+            [total / n for total, n in (likelihood(text, choice) for choice in choices)]
+            for text, choices, _, _ in rank_tasks.questions()
+        ]
+        questions = zip(means, rank_tasks.questions(), strict=True)
+        right.append(
+            np.mean([c[int(np.argmax(m))] == target for m, (_, c, target, _) in questions])
+        )
+    assert right[0] != right[1]  # so that the test can tell
+    assert found == {run: ("ACC", pytest.approx(value)) for run, value in enumerate(right)}
 
 
 def test_choices_of_one_question_stay_together(mixture, rank_tasks):

@@ -1,4 +1,4 @@
-"""Few-shot adaptation: the start of a new task, trained parts, scores and files."""
+"""Few-shot adaptation: where a new task starts, what is trained, what is scored and written."""
 
 import dataclasses
 import itertools
@@ -9,11 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_run import bindings, finish, flags_of, random_batch, start, tiny_model, tiny_params
+from toy_run import (
+    EOS,
+    PAD,
+    START,
+    bindings,
+    finish,
+    flags_of,
+    random_batch,
+    start,
+    tiny_model,
+    tiny_params,
+)
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.data.batch import of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.task_moe import routes_of
 from moe_jax.runs import directory, flags
@@ -22,15 +34,26 @@ from moe_jax.runs.configurables import build
 from moe_jax.runs.load import Run
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.unseen import adaptation as program
-from moe_jax.unseen.adaptation import FROZEN, Adapter, Start, search
+from moe_jax.unseen.adaptation import Grid, search
+from moe_jax.unseen.samples import Sample
+from moe_jax.unseen.starts import FROZEN, Start
 
 MODEL = tiny_model(temperature=2.0, temperature_rate=0.1, exploration_epsilon=0.5)
 RUN = Run(MODEL, tiny_params(MODEL), {"a": 0, "b": 1, "c": 2}, step=7)
-BATCH = random_batch(groups=1, rows=3, tasks=1)
+MESH = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+GROUPS = [
+    {name: array[0] for name, array in of_rows(random_batch(groups=1, rows=3, seed=seed)).items()}
+    for seed in range(3)
+]
 
 
 def start_of(run=RUN, **settings):
-    return Start("moe", run, FinetuneConfig(**settings), seed=3)
+    return Start("moe", run, FinetuneConfig(**settings), seed=3, mesh=MESH)
+
+
+def own(new):
+    """The representation [K] of one new task."""
+    return np.asarray(new.own(["new"], GROUPS[:1])["representations"])[0, 0]
 
 
 # ------------------------------------------------------------------------------ where it starts
@@ -38,44 +61,45 @@ def start_of(run=RUN, **settings):
 
 def test_representations(tmp_path):
     table_TxK = np.asarray(RUN.params["representations"])
-    rows = {
-        kind: np.asarray(start_of(representation=kind).params("new", BATCH)["representations"])
-        for kind in ("mean", "random")
-    }
-    np.testing.assert_allclose(rows["mean"][0], table_TxK.mean(0), rtol=1e-6)
-    assert rows["random"].shape == (1, 8) and rows["random"].std() > 0.3
+    rows = {kind: own(start_of(representation=kind)) for kind in ("mean", "random")}
+    np.testing.assert_allclose(rows["mean"], table_TxK.mean(0), rtol=1e-6)
+    assert rows["random"].shape == (8,) and rows["random"].std() > 0.3
     path = str(tmp_path / "rows.json")
     files.write_json(path, {"other": [0.0] * 8, "new": list(range(8))})
     of_file = start_of(representation="file", representations_path=path)
-    np.testing.assert_array_equal(of_file.params("new", BATCH)["representations"], [range(8)])
+    found = of_file.own(["new", "other", "new"], GROUPS)["representations"]
+    np.testing.assert_array_equal(found[:, 0], [range(8), [0.0] * 8, range(8)])
     with pytest.raises(UserError, match="neww"):
-        of_file.params("neww", BATCH)
+        of_file.own(["neww"], GROUPS[:1])
     with pytest.raises(UserError, match="'file' and a path go together"):
         FinetuneConfig(representation="file")
 
 
-def test_nearest_has_the_lowest_loss():
-    """Each training task's loss on the few examples, written out."""
-    routes_TxNxE = np.asarray(routes_of(MODEL, RUN.params, RUN.step))
-    group = {name: array[0] for name, array in BATCH.items() if name != "task_id"}
+@pytest.mark.parametrize("settings", [{}, {"selection": "argmax", "experts_per_layer": 1}])
+def test_nearest_has_the_lowest_loss(settings):
+    """Each training task's loss on the few examples, written out: of soft routes and of hard."""
+    model = tiny_model(temperature=2.0, **settings)
+    run = dataclasses.replace(RUN, model=model)
+    routes_TxNxE = np.asarray(routes_of(model, RUN.params, RUN.step))
     logits = jax.jit(
-        lambda route: EncoderDecoder(MODEL.config).apply(
+        lambda group, route: EncoderDecoder(model.config).apply(
             {"params": RUN.params["backbone"]}, group, route
         )
     )
-    losses = []
-    for route in routes_TxNxE:
-        x = np.asarray(logits(route), np.float64)
-        log_p = x - np.log(np.exp(x).sum(-1, keepdims=True))
-        chosen = np.take_along_axis(log_p, group["targets"][..., None], -1)[..., 0]
-        losses.append(-chosen[group["target_segments"] > 0].sum())
-    new = start_of(representation="nearest")
-    tasks, routes = new._choices
-    assert tasks.tolist() == list(range(len(losses)))
-    found = new._losses(RUN.params["backbone"], routes, BATCH)
-    np.testing.assert_allclose(found, losses, rtol=1e-4)
-    row = new.params("new", BATCH)["representations"][0]
-    np.testing.assert_array_equal(row, RUN.params["representations"][int(np.argmin(losses))])
+    losses = np.empty((len(GROUPS), len(routes_TxNxE)))
+    for i, group in enumerate(GROUPS):
+        for t, route in enumerate(routes_TxNxE):
+            x = np.asarray(logits(group, route), np.float64)
+            log_p = x - np.log(np.exp(x).sum(-1, keepdims=True))
+            chosen = np.take_along_axis(log_p, group["targets"][..., None], -1)[..., 0]
+            losses[i, t] = -chosen[group["target_segments"] > 0].sum()
+    new = start_of(run, representation="nearest")
+    tasks, _ = new.choices
+    found = new.losses(GROUPS)  # three on two devices
+    np.testing.assert_allclose(found, losses[:, tasks], rtol=1e-4)
+    rows = new.own(["a", "b", "c"], GROUPS)["representations"][:, 0]
+    nearest = tasks[losses[:, tasks].argmin(-1)]
+    np.testing.assert_array_equal(rows, np.asarray(RUN.params["representations"])[nearest])
 
 
 def test_tasks_of_one_route_are_tried_once():
@@ -84,16 +108,17 @@ def test_tasks_of_one_route_are_tried_once():
     params = {**RUN.params, "representations": jnp.asarray(alike)}
     model = dataclasses.replace(MODEL, tasks=len(alike))
     run = dataclasses.replace(RUN, model=model, params=params)
-    tasks, routes = Start("moe", run, FinetuneConfig(), 0)._choices
+    tasks, routes = Start("moe", run, FinetuneConfig(), 0, MESH).choices
     assert tasks.tolist() == [0, 1, *range(4, 2 + len(table_TxK))]
     np.testing.assert_allclose(routes, routes_of(MODEL, RUN.params, RUN.step), atol=1e-5)
 
 
 @pytest.mark.parametrize("tune", FROZEN)
 def test_a_new_task_is_routed_as_the_training_tasks_were(tune):
-    """At the last temperature, without noise, by the router or by free logits."""
+    """At the last temperature, without noise, whether by the router or by logits of its own."""
     new = start_of(representation="mean", tune=tune)
-    params = new.params("new", BATCH)
+    row_K = own(new)
+    params = {**new.shared, "representations": jnp.asarray(row_K[None])}
     found = routes_of(new.model, params, 0)
     mean = RUN.params["representations"].mean(0, keepdims=True)
     wanted = routes_of(MODEL, {**RUN.params, "representations": mean}, RUN.step)
@@ -105,31 +130,33 @@ def test_a_new_task_is_routed_as_the_training_tasks_were(tune):
 # ------------------------------------------------------------------------------ what is trained
 
 
-class NoText:
-    decoder_start_id, eos_id, pad_id = 0, 1, 0
+SLOW = ("frozen_router", "route_only")
 
 
-def adapter(new):
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    mixture = types.SimpleNamespace(vocabulary=NoText())
-    data = DataConfig(lengths={"inputs": 12, "targets": 12})
-    optimizer_config = OptimizerConfig(router_learning_rate=1e-2, learning_rate=1.0)
-    config = FewShotConfig(RunConfig(), data, FinetuneConfig(steps=2), optimizer_config)
-    return Adapter(new.model, FROZEN[new.tune], mixture, config, mesh)
-
-
-@pytest.mark.parametrize("tune", FROZEN)
+@pytest.mark.parametrize(
+    "tune", [pytest.param(t, marks=[pytest.mark.slow] * (t in SLOW)) for t in FROZEN]
+)
 def test_what_is_tuned(tune):
     new = start_of(representation="mean", tune=tune)
-    params = new.params("new", BATCH)
-    before = jax.device_get(params)
-    adapt = adapter(new)
-    with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
-        after = jax.device_get(adapt.train(params, [BATCH, BATCH], 1e-3))
-        still = jax.device_get(adapt.train(params, [BATCH, BATCH], 0.0))
+    data = DataConfig(lengths={"inputs": 12, "targets": 12})
+    optimizer_config = OptimizerConfig(router_learning_rate=1e-2, learning_rate=1.0)
+    config = FewShotConfig(
+        RunConfig(), data, FinetuneConfig(steps=2, learning_rates=(1e-3, 0.0)), optimizer_config
+    )
+    vocabulary = types.SimpleNamespace(decoder_start_id=START, eos_id=EOS, pad_id=PAD)
+    learners = program.Learners(config, MESH, vocabulary, {"a": (12, 12)}, samples=1)
+    learner = learners.of(new)
+    before = {**new.shared, **jax.tree.map(lambda a: a[0], new.own(["new"], GROUPS[:1]))}
+    order = np.zeros((2, 2, 3), np.int32) + np.arange(3, dtype=np.int32)
+    examples = {name: np.stack([array] * 2) for name, array in GROUPS[0].items()}
+    apart = {part: np.stack([tree[0]] * 2) for part, tree in new.own(["n"], GROUPS[:1]).items()}
+    with jax.set_mesh(MESH):
+        rates = learner.rates([1e-3, 0.0])
+        trained = learner.runner.train(new.shared, apart, examples, order, rates)
+    after, still = (jax.tree.map(lambda a, run=run: a[run], trained) for run in (0, 1))
     moved = {
         part
-        for part in before
+        for part in after
         if any(
             np.any(x != y)
             for x, y in zip(
@@ -145,52 +172,91 @@ def test_what_is_tuned(tune):
 
 
 def test_dense_starts_are_trained_whole():
-    model = tiny_model(experts=1)
-    new = start_of(Run(model, {"backbone": {}}, {}, 0), tune="route_only")
-    assert new.tune == "all" and new.params("new", BATCH) == {"backbone": {}}
+    new = start_of(Run(tiny_model(experts=1), {"backbone": {}}, {}, 0), tune="route_only")
+    assert new.tune == "all" and new.own(["new"], GROUPS[:1]) == {}
 
 
 # ------------------------------------------------------------------------------ what is scored
 
-POINTS = list(itertools.product((0.1, 0.2), (2, 4)))
-DEV = dict(zip(POINTS, (0.3, 0.7, 0.7, 0.5), strict=True))
+POINTS = [Grid(*point) for point in itertools.product((0.1, 0.2), (2, 4))]
+SAMPLES = [Sample("x", 13), Sample("y", 13)]
+DEV = {
+    SAMPLES[0]: dict(zip(POINTS, (0.3, 0.7, 0.7, 0.5), strict=True)),
+    SAMPLES[1]: dict(zip(POINTS, (0.3, 0.1, 0.2, 0.3), strict=True)),
+}
 
 
-class FakeAdapter:
-    """Parameters are the grid point; counts what is scored on test."""
+class FakeRunner:
+    """Parameters are runs; an answer is the run itself."""
+
+    runs, rows = 3, 1
+
+    def train(self, shared, own, examples, order, rates):
+        assert own["representations"].tolist() == examples
+        return list(zip(examples, order[:, 0, 0], rates["backbone"].tolist(), strict=True))
+
+    def decode(self, shared, trained, jobs):
+        return {run: [np.array([trained[run]])] * len(blocks) for run, blocks in jobs.items()}
+
+
+class FakeData:
+    """A sample's examples are its number."""
 
     def __init__(self):
         self.tested = []
 
-    def train(self, params, batches, learning_rate):
-        return learning_rate, batches
+    def order(self, sample, rows):
+        return np.full((1, 1), rows)
 
-    def score(self, point, task, split, limit=None):
+    def training(self, samples):
+        return [SAMPLES.index(sample) for sample in samples]
+
+    def all_decoded(self, task, split, limit):
+        return True
+
+    def blocks(self, task, split, limit, rows):
+        return ["a block"]
+
+    def score(self, task, split, limit, tokens):
+        ((number, size, rate),) = tokens
+        sample, point = SAMPLES[int(number)], Grid(round(float(rate), 3), int(size))
+        assert task == sample.task
         if split == "test":
-            self.tested.append(point)
-            return types.SimpleNamespace(score=10 * DEV[point], metric="EM")
-        assert split == "fewshot_13_validation"
-        return types.SimpleNamespace(score=DEV[point], metric="EM")
+            self.tested.append((sample, point))
+            return "EM", 10 * DEV[sample][point]
+        assert split == "fewshot_13_validation" and limit is None
+        return "EM", DEV[sample][point]
 
 
-@pytest.mark.parametrize("done", [0, 1, 2, 3])
-def test_only_the_best_on_dev_is_scored_on_test(done, monkeypatch):
-    """Also for a run that was stopped after `done` lines and then resumed."""
-    monkeypatch.setattr(program, "few_shot_batches", lambda mixture, task, seed, rows, *_: rows)
+@pytest.mark.parametrize("done", range(8))
+def test_only_the_best_on_dev_is_scored_on_test(done):
+    """Also where a run was stopped after `done` lines and goes on."""
+    learner = types.SimpleNamespace(
+        runner=FakeRunner(),
+        rates=lambda peaks: {"backbone": np.array([*peaks] + [0.0] * (3 - len(peaks)))},
+    )
+    best = [(SAMPLES[0], POINTS[1]), (SAMPLES[1], POINTS[0])]  # the first of equals
 
-    def lines(points):
-        fake = FakeAdapter()
-        rows = list(search(fake, None, "task", 13, points, None, None, FinetuneConfig()))
-        assert fake.tested == [(0.1, 4)]  # the first of equals
+    def lines(todo):
+        todo = {sample: points for sample, points in todo.items() if points}
+        own = {"representations": np.array([SAMPLES.index(sample) for sample in todo])}
+        data, start = FakeData(), types.SimpleNamespace(name="moe", shared=None)
+        rows = search(learner, start, own, todo, data, 5)
+        assert sorted(data.tested) == [run for run in sorted(best) if run[0] in todo]
         return rows
 
-    first = lines(POINTS)[:done]
-    written = {(row["learning_rate"], row["batch_size"]) for row in first}
-    rows = first + lines([point for point in POINTS if point not in written])
-    found = {(row["learning_rate"], row["batch_size"]): row for row in rows}
-    assert len(rows) == 4 and {p: row["dev_score"] for p, row in found.items()} == DEV
-    tests = {p: row["test_score"] for p, row in found.items() if row["test_score"] is not None}
-    assert tests == {(0.1, 4): 7.0}
+    def key(row):
+        return Sample(row["task"], row["seed"]), Grid(row["learning_rate"], row["batch_size"])
+
+    first = lines(dict.fromkeys(SAMPLES, POINTS))[:done]
+    written = set(map(key, first))
+    left = {s: [p for p in POINTS if (s, p) not in written] for s in SAMPLES}
+    rows = first + lines(left)
+    found = {key(row): row for row in rows}
+    assert len(rows) == len(found) == 8
+    assert all(row["dev_score"] == DEV[s][p] for (s, p), row in found.items())
+    tests = {run: row["test_score"] for run, row in found.items() if row["test_score"] is not None}
+    assert tests == {best[0]: 7.0, best[1]: 3.0}
 
 
 # ------------------------------------------------------------------------------ the program
@@ -224,7 +290,7 @@ def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path,
 
 @pytest.mark.slow
 def test_runs_resumes_and_reports(tmp_path):
-    """Adapts dense and routed toy runs to toy_reverse, with an interruption half-way."""
+    """Dense and routed toy runs, adapted to toy_reverse; stopped half-way and gone on with."""
     runs = {"dense": {"ModelConfig__experts": 1}, "moe": {}}
     for name, settings in runs.items():
         lines = bindings(tmp_path / name, TRAIN_STEPS=4, CHECKPOINT_PERIOD=4, **settings)

@@ -55,6 +55,20 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json_line(row) for row in rows))
 
 
+def append_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
+    """Adds one JSON value per line at the end of a file, in one write that reaches the disk.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with open(path, "ab", buffering=0) as f:
+            f.write("".join(json_line(row) for row in rows).encode())
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+
+
 def json_line(value: Any) -> str:
     """One line of a JSON-lines file. NaN is refused: it is not JSON."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"

@@ -326,6 +326,18 @@ def task_batches(
     )  # fmt: skip
 
 
+def example_order(
+    mixture: PreparedMixture, task: str, split: str, *, rows: int, steps: int, seed: int
+) -> np.ndarray:
+    """Which examples the first batches of `task_batches` hold: int32 [steps, rows]."""
+    stream = TaskRows(
+        mixture.task(task), split, lengths={"inputs": 1, "targets": 1}, shape=(1, 1),
+        vocabulary=mixture.vocabulary, pack=False, seed=seed,
+    )  # fmt: skip
+    found = [stream.examples(row) for row in range(steps * rows)]
+    return np.concatenate(found).astype(np.int32).reshape(steps, rows)
+
+
 def _rate(
     task: PreparedTask, split: str, mixing: str, cap: float | None, temperature: float
 ) -> float:

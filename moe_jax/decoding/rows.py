@@ -92,6 +92,17 @@ def row_routes(routes_TxNxE: np.ndarray, task_id_R: np.ndarray, count: int) -> R
     return RowRoutes(experts_NxS, *by_row)
 
 
+def one_task_routes(route_NxE: jax.Array, rows: int, count: int) -> RowRoutes:
+    """`row_routes` of so many rows of one task, where the route is known on the device only."""
+    _, index_NxK = jax.lax.top_k(route_NxE, count)
+    index_NxK = jnp.sort(index_NxK, axis=-1)
+    weights_NxK = jnp.take_along_axis(route_NxE, index_NxK, -1)
+    shape = (route_NxE.shape[0], rows, count)
+    slots_NxRxK = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), shape)
+    weights_NxRxK = jnp.broadcast_to(weights_NxK[:, None].astype(jnp.float32), shape)
+    return RowRoutes(index_NxK.astype(jnp.int32), slots_NxRxK, weights_NxRxK)
+
+
 class Places(NamedTuple):
     """The order of the rows in one layer: V = K x R rows, sorted by slot.
 

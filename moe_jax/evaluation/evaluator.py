@@ -59,9 +59,11 @@ class Evaluator:
         self.rows = rows
         decoding = decoding or DecodingConfig()
         self.choice_length_penalty = decoding.choice_length_penalty
-        length = decoding.max_length or lengths["targets"]
+        self.length = length = decoding.max_length or lengths["targets"]
         model.config.check_lengths(**lengths, answers=length)
-        ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
+        self.ids = ids = DecodingIds(
+            vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id
+        )
         spread = rows % group_shards(mesh) == 0
         self._by_row = NamedSharding(mesh, P(GROUP_AXES) if spread else P())
         self._decode = self._by_rows(

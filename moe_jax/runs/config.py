@@ -211,6 +211,8 @@ class FinetuneConfig(Configuration):
             experts and the task's representation; `route_only`, that representation alone;
             `free_route`, the route logits [N, E] instead. All parameters of the dense starts are
             trained.
+        runs_at_once: runs that train side by side on every device, in one call; 0 takes as many as
+            their memory allows, and on CPU, where one follows the other, a handful.
     """
 
     dense_dir: Name | None = None
@@ -223,6 +225,7 @@ class FinetuneConfig(Configuration):
     representation: Literal["mean", "nearest", "random", "file"] = "nearest"
     representations_path: Name | None = None
     tune: Literal["all", "frozen_router", "route_only", "free_route"] = "all"
+    runs_at_once: Annotated[int, Range(0, 2**20)] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,6 +29,7 @@ TASK_TABLE = "task_table.json"
 _FREE = re.compile(
     r"RunConfig\.(model_dir|(eval|log)_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
     r"|DataConfig\.cache_dir|MeshConfig\.\w+|StepConfig\.groups_at_once"
+    r"|FinetuneConfig\.runs_at_once"
     r"|ModelConfig\.(dtype|unroll_layers|remat)"
 )
 # Training can also go on for longer, or with other batches. In few-shot adaptation, such settings

@@ -115,14 +115,17 @@ def _forward(grouping, into, weights, backbone, batch, index, slots, scale, key)
     placement = Placement.of(places, grouping.model.config.dtype)
     parts = jax.tree.map(_parts, places)
     groups = P(GROUP_AXES)
-    loss, *gradients = jax.shard_map(
-        partial(_local_gradients, grouping, placement),
-        mesh=mesh,
-        in_specs=(parts, groups, groups, P(), Slots(P(), P(), P()) if slots else P(), P(), P()),
-        out_specs=(P(), parts if grouping.backbone_free else P(), groups),
-        axis_names=set(GROUP_AXES),
-        check_vma=False,
-    )(backbone, weights, batch, index, slots, scale, key)
+    local = partial(_local_gradients, grouping, placement)
+    if group_shards(mesh) > 1:  # else plain: runs side by side are mapped and spread around it
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(parts, groups, groups, P(), Slots(P(), P(), P()) if slots else P(), P(), P()),
+            out_specs=(P(), parts if grouping.backbone_free else P(), groups),
+            axis_names=set(GROUP_AXES),
+            check_vma=False,
+        )
+    loss, *gradients = local(backbone, weights, batch, index, slots, scale, key)
     return loss, gradients
 
 

@@ -159,7 +159,7 @@ def gradients(
     return {**grads, **zeros}, metrics, slots
 
 
-def make_train_step(
+def step_function(
     model: TaskMoE,
     optimizer_config: OptimizerConfig,
     config: StepConfig,
@@ -167,7 +167,7 @@ def make_train_step(
     total_steps: int,
     seed: int,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The jitted step `(state, batch, learning_rates) -> (state, metrics)`; donates the state.
+    """The step `(state, batch, learning_rates) -> (state, metrics)`, to be compiled.
 
     `learning_rates` are the peak values per part. They are traced, so that a new value does not
     compile the step again. All randomness comes from `seed` and the step, so resuming is exact.
@@ -220,5 +220,19 @@ def make_train_step(
             params, opt_state = update_in_slots(update, *old, slots, lazy)
         return TrainState(state.step + 1, params, opt_state), metrics
 
+    return train_step
+
+
+def make_train_step(
+    model: TaskMoE,
+    optimizer_config: OptimizerConfig,
+    config: StepConfig,
+    mesh: Mesh,
+    total_steps: int,
+    seed: int,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """`step_function` compiled; it donates the state."""
+    train_step = step_function(model, optimizer_config, config, mesh, total_steps, seed)
+    optimizer = make_optimizer(optimizer_config)
     placed = (state_shardings(model, optimizer, mesh), replicated(mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=placed)

@@ -1,239 +1,220 @@
 """Few-shot adaptation of every starting point to every new task."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax.core import files, processes
-from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
-from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
-from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.pipeline import task_batches
-from moe_jax.data.representations import read_representations
+from moe_jax.core.sharding import MeshConfig, device_per_core, make_mesh
+from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.evaluation import gains, paired
 from moe_jax.evaluation.evaluator import Evaluator
-from moe_jax.evaluation.scores import TaskScore
 from moe_jax.model.experts import Params
-from moe_jax.model.selection import temperature_at
-from moe_jax.model.task_moe import TaskMoE, routes_of
 from moe_jax.runs import directory
-from moe_jax.runs.config import DataConfig, FewShotConfig, FinetuneConfig
-from moe_jax.runs.initial import initial_params
-from moe_jax.runs.load import Run, read_run
+from moe_jax.runs.config import FewShotConfig
 from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
-from moe_jax.training.grouped_loss import group_loss
-from moe_jax.training.tuning import Tuner
+from moe_jax.unseen.samples import FewShotData, Sample
+from moe_jax.unseen.side_by_side import SideBySide, runs_per_device
+from moe_jax.unseen.starts import FROZEN, Start, check_file, read_starts
 
 RUNS = "runs.jsonl"
 # The fields that identify a run in runs.jsonl.
 KEY = ("task", "start", "seed", "learning_rate", "batch_size")
-# The frozen parts of the mixture of experts, by `FinetuneConfig.tune`.
-FROZEN = {
-    "all": (),
-    "frozen_router": ("router",),
-    "route_only": ("backbone", "router"),
-    "free_route": ("backbone", "router"),
-}
+# Training examples of a sample by which `nearest` chooses a route, whatever the batch size.
+NEAREST_ROWS = 16
 
 
-class Start:
-    """A starting point: its parameters, and which of them are trained."""
+class Grid(NamedTuple):
+    """A point of the grid that is searched on dev."""
 
-    def __init__(self, name: str, run: Run, config: FinetuneConfig, seed: int):
-        self.name = name
-        self.run = run
-        self.config = config
-        self.seed = seed
-        # A dense start has no route to adapt, so all of it is trained.
-        self.tune = config.tune if run.model.routed else "all"
-        # One new task, routed as the trained model is at its last temperature, without noise.
-        router = dataclasses.replace(
-            run.model.router_config,
-            selection=run.model.selection.settled or run.model.selection.name,
-            exploration_epsilon=0.0,
-            temperature=float(temperature_at(run.model.router_config, run.step)),
-            temperature_schedule="constant",
-        )
-        self._trained = run.model.clone(router_config=router)
-        if self.tune == "free_route":
-            numbers = run.model.layers * run.model.config.experts
-            router = dataclasses.replace(router, kind="free", representation_dim=numbers)
-        self.model = run.model.clone(router_config=router, tasks=1)
-        self._losses = jax.jit(self._losses_under)
-
-    def params(self, task: str, batch: Mapping[str, np.ndarray]) -> Params:
-        """Parameters for a new task; `batch` [1, R, L] holds its few examples.
-
-        Raises:
-            UserError: the file of representations has no such task.
-        """
-        params = self.run.params
-        if not self.run.model.routed:
-            return params
-        table_TxK = np.asarray(params["representations"])
-        dim = table_TxK.shape[1]
-        match self.config.representation:
-            case "mean":
-                row_K = table_TxK.mean(0)
-            case "nearest":
-                tasks_C, routes_CxNxE = self._choices
-                losses_C = self._losses(params["backbone"], routes_CxNxE, batch)
-                row_K = table_TxK[tasks_C[int(np.argmin(losses_C))]]
-            case "random":
-                row_K = np.random.default_rng(self.seed).standard_normal(dim)
-            case "file":
-                row_K = read_representations(self.config.representations_path, [task], dim)[0]
-        row_1xK = jnp.asarray(row_K[None], jnp.float32)
-        if self.tune == "free_route":
-            logits_1xNxE = self._trained.new_router().apply({"params": params["router"]}, row_1xK)
-            return {**params, "router": {}, "representations": logits_1xNxE.reshape(1, -1)}
-        return {**params, "representations": row_1xK}
-
-    @functools.cached_property
-    def _choices(self) -> tuple[np.ndarray, np.ndarray]:
-        """(training tasks [C] whose routes differ, those routes [C, N, E])."""
-        routes_TxNxE = np.asarray(jax.jit(partial(routes_of, self._trained))(self.run.params, 0))
-        # Only one of several tasks with the same route (to a thousandth) is kept.
-        _, tasks_C = np.unique(np.round(routes_TxNxE, 3), axis=0, return_index=True)
-        return np.sort(tasks_C), routes_TxNxE[np.sort(tasks_C)]
-
-    def _losses_under(
-        self, backbone: Params, routes_CxNxE: jax.Array, batch: Mapping[str, jax.Array]
-    ) -> jax.Array:
-        """Loss [C] of the few examples under each route."""
-        group = {name: array[0] for name, array in batch.items() if name != "task_id"}
-        return jax.lax.map(
-            lambda route: group_loss(self._trained, backbone, route, group, None), routes_CxNxE
-        )
+    learning_rate: float
+    batch_size: int
 
 
-def read_starts(
-    config: FinetuneConfig, vocabulary_size: int, seed: int, sharding: Any
-) -> Iterator[Start]:
-    """The starting points, one at a time, so that one model is in memory."""
-    if config.dense_dir is None:
-        raise UserError("FinetuneConfig.dense_dir is not set: give --gin.DENSE_DIR=...")
-    dense = read_run(config.dense_dir, vocabulary_size)
-    own = directory.read_config(directory.root(config.dense_dir))
-    params = initial_params(dense.model, own.run, list(dense.task_ids), sharding)
-    yield Start("untrained", dataclasses.replace(dense, params=params), config, seed)
-    yield Start("dense", dense, config, seed)
-    if config.moe_dir is not None:
-        yield Start("moe", read_run(config.moe_dir, vocabulary_size), config, seed)
-
-
-def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
-    """Checks that the file of representations, if one is used, has every task.
-
-    Raises:
-        UserError: see `read_representations`.
-    """
-    if config.representation != "file" or config.moe_dir is None:
-        return
-    own = directory.read_config(directory.root(config.moe_dir))
-    if TaskMoE(own.model, own.router, 1).routed:
-        dim = own.router.representation_dim
-        read_representations(config.representations_path, tasks, dim)
-
-
-def few_shot_batches(
-    mixture: PreparedMixture, task: str, seed: int, rows: int, steps: int, data: DataConfig
-) -> list[dict[str, np.ndarray]]:
-    """The batches [1, R, L] of one run; the same for every starting point."""
-    split = f"fewshot_{seed}_train"
-    dataset = task_batches(mixture, task, split, lengths=data.lengths, rows=rows, seed=seed)
-    return list(itertools.islice(dataset, steps))
-
-
-class Adapter:
-    """Trains and scores runs; compiles once per batch size, whatever start of this form and task.
+class Learner(NamedTuple):
+    """What trains and scores the runs of starts of one form.
 
     Attributes:
+        runner: trains runs, and decodes their answers.
+        evaluator: scores one run at a time, on tasks whose metrics need more than decoded answers.
         searched: the part whose learning rate is searched, the backbone if it is trained.
+        peaks: learning rates of the other parts.
     """
+
+    runner: SideBySide
+    evaluator: Evaluator
+    searched: str
+    peaks: Mapping[str, float]
+
+    def rates(self, searched: Sequence[float]) -> dict[str, np.ndarray]:
+        """Peaks [U] of every part, where the grid gives those of the first runs."""
+        rates = {part: np.full(self.runner.runs, p, np.float32) for part, p in self.peaks.items()}
+        rates[self.searched][: len(searched)] = searched
+        return rates
+
+
+class Learners:
+    """A `Learner` for each form of start, as many runs a call as fit."""
 
     def __init__(
         self,
-        model: TaskMoE,
-        frozen: tuple[str, ...],
-        mixture: PreparedMixture,
         whole: FewShotConfig,
-        mesh: jax.sharding.Mesh,
+        mesh: Mesh,
+        vocabulary: Vocabulary,
+        widths: Mapping[str, tuple[int, int]],
+        samples: int,
     ):
-        frozen = tuple(dict.fromkeys((*whole.optimizer.frozen, *frozen)))
-        optimizer_config = dataclasses.replace(whole.optimizer, frozen=frozen)
-        self.searched = "representations" if "backbone" in frozen else "backbone"
-        self._rates = optimizer_config.learning_rates
-        self._mixture = mixture
-        self._tune = Tuner(model, optimizer_config, whole.step, mesh, whole.finetune.steps, seed=0)
-        self._evaluator = Evaluator(
-            model, mixture.vocabulary, whole.data.lengths, whole.run.eval_batch_rows, mesh,
+        self._whole, self._mesh, self._vocabulary = whole, mesh, vocabulary
+        self._runs = samples * len(whole.finetune.learning_rates)
+        self._tokens = max(whole.finetune.batch_sizes) * max(map(sum, widths.values()))
+        self._of: dict[tuple, Learner] = {}
+
+    def of(self, start: Start) -> Learner:
+        """That of the start's form: its model and what is frozen."""
+        frozen = tuple(dict.fromkeys((*self._whole.optimizer.frozen, *FROZEN[start.tune])))
+        form = (start.model, frozen)
+        if form not in self._of:
+            self._of[form] = self._new(start, frozen)
+        return self._of[form]
+
+    def _new(self, start: Start, frozen: tuple[str, ...]) -> Learner:
+        whole, model, devices = self._whole, start.model, self._mesh.devices.size
+        c, config = model.config, whole.finetune
+        width = (c.encoder_layers + c.decoder_layers) * (12 * c.d_model + 3 * c.d_ff)
+        each = config.runs_at_once or runs_per_device(
+            start.run.params, self._tokens, width + c.vocabulary_size, len(config.batch_sizes),
+            self._mesh.devices.flat[0],
+        )  # fmt: skip
+        optimizer = dataclasses.replace(whole.optimizer, frozen=frozen)
+        evaluator = Evaluator(
+            model, self._vocabulary, whole.data.lengths, whole.run.eval_batch_rows, self._mesh,
             whole.decoding,
         )  # fmt: skip
+        runner = SideBySide(
+            model, optimizer, whole.step, self._mesh, steps=config.steps,
+            runs=min(each, -(-self._runs // devices)) * devices, rows=evaluator.rows,
+            length=evaluator.length, decoding=whole.decoding, ids=evaluator.ids,
+        )  # fmt: skip
+        searched = "representations" if "backbone" in frozen else "backbone"
+        return Learner(runner, evaluator, searched, optimizer.learning_rates)
 
-    def train(self, params: Params, batches: list, learning_rate: float) -> Params:
-        """Parameters after one step per batch."""
-        return self._tune(params, batches, self._rates | {self.searched: learning_rate})
 
-    def score(self, params: Params, task: str, split: str, limit: int | None = None) -> TaskScore:
-        """Score of the task that `params` are adapted to."""
-        evaluator = self._evaluator
-        routes = evaluator.routes(params, jnp.int32(0)) if evaluator.model.routed else None
-        return evaluator.task(params, routes, self._mixture, task, 0, split, limit)
+class Trained(NamedTuple):
+    """Runs of one batch size that were trained in one call, with their dev scores."""
+
+    runs: list[tuple[Sample, Grid]]
+    params: Params
+    dev: list[tuple[str, float]]
 
 
 def search(
-    adapter: Adapter,
-    params: Params,
-    task: str,
-    seed: int,
-    points: Sequence[tuple[float, int]],
-    mixture: PreparedMixture,
-    data: DataConfig,
-    config: FinetuneConfig,
-) -> Iterator[dict[str, Any]]:
-    """Trains from `params` with every (learning rate, batch size) of `points`.
+    learner: Learner,
+    start: Start,
+    own: Params,
+    todo: Mapping[Sample, Sequence[Grid]],
+    data: FewShotData,
+    test_examples: int | None,
+) -> list[dict[str, Any]]:
+    """Trains the runs of some samples, and scores them: dev all, test the best of each sample.
 
-    Yields:
-        The line of each run in runs.jsonl. A run is yielded without a test score once another run
-        has beaten it on dev; the best run is yielded last, with its test score. So an interrupted
-        search loses only the best run so far, which is trained again.
+    Args:
+        own: of each sample in turn, the parts in which it starts apart.
+
+    Returns:
+        What runs.jsonl says of each run, the best of a sample after its others.
     """
+    runner, samples = learner.runner, list(todo)
+    calls = []
+    for size in dict.fromkeys(p.batch_size for points in todo.values() for p in points):
+        runs = [(s, p) for s in samples for p in todo[s] if p.batch_size == size]
+        calls += [runs[at : at + runner.runs] for at in range(0, len(runs), runner.runs)]
+    trained = []
+    for runs in calls:
+        idle = runner.runs - len(runs)
+        at = [samples.index(sample) for sample, _ in runs] + [0] * idle
+        order = np.stack([data.order(sample, point.batch_size) for sample, point in runs])
+        order = np.pad(order, ((0, idle), (0, 0), (0, 0)), constant_values=-1)
+        rates = learner.rates([point.learning_rate for _, point in runs])
+        params = runner.train(
+            start.shared, {part: tree[at] for part, tree in own.items()},
+            data.training([samples[i] for i in at]), order, rates,
+        )  # fmt: skip
+        wanted = {i: (s, s.dev) for i, (s, _) in enumerate(runs)}
+        dev = _scores(learner, start, params, data, wanted)
+        trained.append(Trained(runs, params, [dev[i] for i in range(len(runs))]))
+    place = {run: (c, i) for c, call in enumerate(trained) for i, run in enumerate(call.runs)}
+    dev = {run: trained[c].dev[i] for run, (c, i) in place.items()}
+    # The best of each sample; of equals, the first in the grid's order.
+    best = {s: max(todo[s], key=lambda point, s=s: dev[s, point][1]) for s in samples}
+    test = {}
+    for c, call in enumerate(trained):
+        mine = {place[s, p][1]: (s, "test") for s, p in best.items() if place[s, p][0] == c}
+        if mine:
+            scores = _scores(learner, start, call.params, data, mine, test_examples)
+            test |= {mine[i][0]: score for i, (_, score) in scores.items()}
+    rows = []
+    for sample in samples:
+        # The best run comes last: if writing is interrupted, it is the one that is trained again.
+        for point in sorted(todo[sample], key=lambda p, s=sample: p == best[s]):
+            metric, score = dev[sample, point]
+            rows.append(
+                {
+                    "task": sample.task,
+                    "start": start.name,
+                    "seed": sample.seed,
+                    **point._asdict(),
+                    "metric": metric,
+                    "dev_score": score,
+                    "test_score": test[sample] if point == best[sample] else None,
+                }
+            )
+    return rows
 
-    @functools.lru_cache(1)  # consecutive grid points share a batch size
-    def batches_of(rows: int) -> list[dict[str, np.ndarray]]:
-        return few_shot_batches(mixture, task, seed, rows, config.steps, data)
 
-    best: tuple[dict[str, Any], Params] | None = None
-    for learning_rate, batch_size in points:
-        trained = adapter.train(params, batches_of(batch_size), learning_rate)
-        dev = adapter.score(trained, task, f"fewshot_{seed}_validation")
-        row = {
-            "learning_rate": learning_rate,
-            "batch_size": batch_size,
-            "metric": dev.metric,
-            "dev_score": dev.score,
-            "test_score": None,
-        }
-        if best is None:
-            best = row, trained
-        elif row["dev_score"] > best[0]["dev_score"]:
-            yield best[0]
-            best = row, trained
+def _scores(
+    learner: Learner,
+    start: Start,
+    params: Params,
+    data: FewShotData,
+    wanted: Mapping[int, tuple[Sample, str]],
+    limit: int | None = None,
+) -> dict[int, tuple[str, float]]:
+    """run -> (metric, score) of its sample's task on a split, for the runs of one call."""
+    jobs, scores = {}, {}
+    for run, (sample, split) in wanted.items():
+        if data.all_decoded(sample.task, split, limit):
+            jobs[run] = data.blocks(sample.task, split, limit, learner.runner.rows)
         else:
-            yield row
-    if best is not None:
-        row, trained = best
-        yield row | {"test_score": adapter.score(trained, task, "test", config.test_examples).score}
+            own = jax.tree.map(lambda array, run=run: array[run], params)
+            score = _score_alone(learner.evaluator, start.shared | own, data, sample, split, limit)
+            scores[run] = score
+    answers = learner.runner.decode(start.shared, params, jobs) if jobs else {}
+    for run, blocks in answers.items():
+        sample, split = wanted[run]
+        scores[run] = data.score(sample.task, split, limit, np.concatenate(blocks))
+    return scores
+
+
+def _score_alone(
+    evaluator: Evaluator,
+    params: Params,
+    data: FewShotData,
+    sample: Sample,
+    split: str,
+    limit: int | None,
+) -> tuple[str, float]:
+    """(metric, score) of one run, where answers are ranked or scored."""
+    routes = evaluator.routes(params, jnp.int32(0)) if evaluator.model.routed else None
+    found = evaluator.task(params, routes, data.mixture, sample.task, 0, split, limit)
+    return found.metric, found.score
 
 
 def adapt_all(whole: FewShotConfig) -> None:
@@ -244,10 +225,11 @@ def adapt_all(whole: FewShotConfig) -> None:
 
 
 def _adapt_all(whole: FewShotConfig) -> None:
-    run, data, config = whole.run, whole.data, whole.finetune
+    # ---------------------------------------------------------------- configuration
+    run, config = whole.run, whole.finetune
     model_dir = Path(run.model_dir)
     directory.check_config(model_dir, whole)
-    mixture = prepare_mixtures(data, run=config.dense_dir)[data.mixture_or_task_name]
+    mixture = prepare_mixtures(whole.data, run=config.dense_dir)[whole.data.mixture_or_task_name]
     if config.moe_dir is not None:
         check_vocabulary(config.moe_dir, mixture)
     check_file(config, mixture.names)  # before the work, not in the middle of it
@@ -255,36 +237,39 @@ def _adapt_all(whole: FewShotConfig) -> None:
     directory.write_origin(model_dir)
     rows = _read_rows(model_dir / RUNS)
     done = {tuple(row[k] for k in KEY) for row in rows}
-    grid = [(rate, size) for size in config.batch_sizes for rate in config.learning_rates]
-    # Runs are small: one device each.
-    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-    with jax.set_mesh(mesh), open(model_dir / RUNS, "a", encoding="utf-8") as log:
-        adapters: dict[tuple, Adapter] = {}
-        starts = read_starts(config, mixture.vocabulary.size, run.seed, replicated(mesh))
-        samples = list(itertools.product(mixture.names, config.seeds))
+    grid = [Grid(rate, size) for size in config.batch_sizes for rate in config.learning_rates]
+    samples = [Sample(*pair) for pair in itertools.product(mixture.names, config.seeds)]
+    data = FewShotData(mixture, samples, whole)
+    # ---------------------------------------------------------------- runs
+    device_per_core()
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    with jax.set_mesh(mesh):
+        learners = Learners(whole, mesh, mixture.vocabulary, data.widths, len(samples))
         total = len(samples) * len(grid) * (2 + (config.moe_dir is not None))
         bar = progress(total=total, initial=len(done), desc="few-shot", unit="run")
-        for start in starts:
-            form = (start.model, FROZEN[start.tune])
-            if form not in adapters:
-                adapters[form] = Adapter(*form, mixture, whole, mesh)
-            for task, seed in samples:
-                points = [p for p in grid if (task, start.name, seed, *p) not in done]
-                if not points:
-                    continue
-                bar.set_postfix_str(f"{start.name}, {task}", refresh=False)
-                # The first 16 training examples as one group, whatever their number.
-                examples = few_shot_batches(mixture, task, seed, 16, 1, data)[0]
+        for start in read_starts(config, mixture.vocabulary.size, run.seed, mesh):
+            todo = {
+                s: left
+                for s in samples
+                if (left := [p for p in grid if (s.task, start.name, s.seed, *p) not in done])
+            }
+            if not todo:
+                continue
+            bar.set_postfix_str(start.name, refresh=False)
+            learner = learners.of(start)
+            own = start.own(
+                [sample.task for sample in todo],
+                [data.first_batch(sample, NEAREST_ROWS) for sample in todo],
+            )
+            each = max(1, learner.runner.runs // len(config.learning_rates))
+            for at in _alike(list(todo), data.widths, each):
                 found = search(
-                    adapters[form], start.params(task, examples), task, seed, points,
-                    mixture, data, config,
+                    learner, start, {name: tree[at] for name, tree in own.items()},
+                    dict(list(todo.items())[i] for i in at), data, config.test_examples,
                 )  # fmt: skip
-                for row in found:
-                    row = {"task": task, "start": start.name, "seed": seed, **row}
-                    rows.append(row)
-                    log.write(files.json_line(row))
-                    log.flush()
-                    bar.update()
+                files.append_jsonl(model_dir / RUNS, found)
+                rows += found
+                bar.update(len(found))
         bar.close()
     # ---------------------------------------------------------------- results
     found_gains = gains.relative_gains(rows)
@@ -293,6 +278,16 @@ def _adapt_all(whole: FewShotConfig) -> None:
     over_dense = paired.compare(gains.score_rows(found_gains))
     files.write_json(model_dir / "gains.json", dataclasses.asdict(over_dense))
     print(paired.text_table(over_dense))
+
+
+def _alike(
+    samples: Sequence[Sample], widths: Mapping[str, tuple[int, int]], count: int
+) -> Iterator[list[int]]:
+    """The numbers of samples whose arrays have the same widths, `count` at a time."""
+    for width in dict.fromkeys(widths.values()):
+        alike = [i for i, sample in enumerate(samples) if widths[sample.task] == width]
+        for at in range(0, len(alike), count):
+            yield alike[at : at + count]
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,189 @@
+"""Starting points of few-shot adaptation: their parameters, and which of them are trained."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import GROUP_AXES, replicated
+from moe_jax.data.representations import read_representations
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.experts import Params, gather
+from moe_jax.model.selection import temperature_at
+from moe_jax.model.task_moe import TaskMoE, routes_of
+from moe_jax.runs import directory
+from moe_jax.runs.config import FinetuneConfig
+from moe_jax.runs.initial import initial_params
+from moe_jax.runs.load import Run, read_run
+from moe_jax.training.grouped_loss import group_loss
+
+Group = Mapping[str, np.ndarray]
+# A model of at most so many layers a side, this wide, is small.
+SHALLOW, NARROW = 4, 256
+# The frozen parts of the mixture of experts, by `FinetuneConfig.tune`.
+FROZEN = {
+    "all": (),
+    "frozen_router": ("router",),
+    "route_only": ("backbone", "router"),
+    "free_route": ("backbone", "router"),
+}
+
+
+class Start:
+    """A starting point: its parameters, and which of them are trained.
+
+    Attributes:
+        model: of one new task.
+        shared: the parameters that all runs start from; of a mixture, without the representation.
+    """
+
+    def __init__(self, name: str, run: Run, config: FinetuneConfig, seed: int, mesh: Mesh):
+        self.name = name
+        self.run = run
+        self.config = config
+        self.seed = seed
+        self._mesh = mesh
+        # A dense start has no route to adapt, so all of it is trained.
+        self.tune = config.tune if run.model.routed else "all"
+        # One new task, routed as the trained model is at its last temperature, without noise.
+        router = dataclasses.replace(
+            run.model.router_config,
+            selection=run.model.selection.settled or run.model.selection.name,
+            exploration_epsilon=0.0,
+            temperature=float(temperature_at(run.model.router_config, run.step)),
+            temperature_schedule="constant",
+        )
+        model = run.model.clone(config=for_few_rows(run.model.config))
+        self._trained = model.clone(router_config=router)
+        if self.tune == "free_route":
+            numbers = model.layers * model.config.experts
+            router = dataclasses.replace(router, kind="free", representation_dim=numbers)
+        self.model = model.clone(router_config=router, tasks=1)
+        shared = {part: tree for part, tree in run.params.items() if part != "representations"}
+        if self.tune == "free_route":
+            shared["router"] = {}
+        self.shared = jax.device_put(shared, replicated(mesh))
+
+    def own(self, tasks: Sequence[str], examples: Sequence[Group]) -> Params:
+        """The parts in which the runs of S new tasks start apart, [S, ...] each.
+
+        Args:
+            tasks: S names; one that has several samples comes several times.
+            examples: the few examples of each, arrays [R, L].
+
+        Raises:
+            UserError: the file of representations has no such task.
+        """
+        if not self.run.model.routed:
+            return {}
+        table_TxK = np.asarray(self.run.params["representations"])
+        shape = (len(tasks), table_TxK.shape[1])
+        match self.config.representation:
+            case "mean":
+                rows_SxK = np.broadcast_to(table_TxK.mean(0), shape)
+            case "nearest":
+                nearest_S = np.argmin(self.losses(examples), axis=-1)
+                rows_SxK = table_TxK[self.choices[0][nearest_S]]
+            case "random":
+                row_K = np.random.default_rng(self.seed).standard_normal(shape[1])
+                rows_SxK = np.broadcast_to(row_K, shape)
+            case "file":
+                path = self.config.representations_path
+                rows_SxK = read_representations(path, tasks, shape[1])
+        rows_SxK = np.asarray(rows_SxK, np.float32)
+        if self.tune == "free_route":
+            router = {"params": self.run.params["router"]}
+            logits_SxNxE = self._trained.new_router().apply(router, jnp.asarray(rows_SxK))
+            rows_SxK = np.asarray(logits_SxNxE).reshape(len(tasks), -1)
+        return {"representations": rows_SxK[:, None]}
+
+    @functools.cached_property
+    def choices(self) -> tuple[np.ndarray, np.ndarray]:
+        """(training tasks [C] whose routes differ, those routes [C, N, E])."""
+        routes_TxNxE = np.asarray(jax.jit(partial(routes_of, self._trained))(self.run.params, 0))
+        # Only one of several tasks with the same route (to a thousandth) is kept.
+        _, tasks_C = np.unique(np.round(routes_TxNxE, 3), axis=0, return_index=True)
+        return np.sort(tasks_C), routes_TxNxE[np.sort(tasks_C)]
+
+    def losses(self, examples: Sequence[Group]) -> np.ndarray:
+        """Loss float32 [S, C] of each of S groups [R, L] of few examples under each route."""
+        loss_SxC = np.empty((len(examples), len(self.choices[0])), np.float32)
+        shapes = [group["inputs"].shape + group["targets"].shape for group in examples]
+        for shape in dict.fromkeys(shapes):
+            at = [i for i, other in enumerate(shapes) if other == shape]
+            more = [at[0]] * (-len(at) % self._mesh.devices.size)
+            groups = jax.tree.map(lambda *a: np.stack(a), *(examples[i] for i in at + more))
+            loss_SxC[at] = self._losses(self.shared, self.choices[1], groups)[: len(at)]
+        return loss_SxC
+
+    @functools.cached_property
+    def _losses(self):
+        model = self._trained
+
+        def one(backbone, group, route_NxE):
+            weights, index = route_NxE, None
+            if model.experts_per_layer < model.config.experts:
+                index, weights = (
+                    a[0] for a in model.assign(route_NxE[None], jnp.zeros(1, jnp.int32))
+                )
+                backbone = gather(backbone, index, model.config.unroll_layers)
+            return group_loss(model, backbone, weights, group, None)
+
+        def local(shared, routes_CxNxE, groups):
+            def of_sample(group):
+                return jax.lax.map(partial(one, shared["backbone"], group), routes_CxNxE)
+
+            return jax.lax.map(of_sample, groups)
+
+        by_sample = P(GROUP_AXES)
+        return jax.jit(
+            jax.shard_map(
+                local, mesh=self._mesh, in_specs=(P(), P(), by_sample), out_specs=by_sample,
+                axis_names=set(GROUP_AXES), check_vma=False,
+            )
+        )  # fmt: skip
+
+
+def for_few_rows(config: ModelConfig) -> ModelConfig:
+    """A small model as it trains fastest on a few short examples, whose activations fit a cache."""
+    depth = max(config.encoder_layers, config.decoder_layers)
+    if depth > SHALLOW or config.d_model > NARROW:
+        return config
+    return dataclasses.replace(config, remat=False, unroll_layers=depth)
+
+
+def read_starts(
+    config: FinetuneConfig, vocabulary_size: int, seed: int, mesh: Mesh
+) -> Iterator[Start]:
+    """The starting points, one at a time, so that one model is in memory."""
+    if config.dense_dir is None:
+        raise UserError("FinetuneConfig.dense_dir is not set: give --gin.DENSE_DIR=...")
+    dense = read_run(config.dense_dir, vocabulary_size)
+    own = directory.read_config(directory.root(config.dense_dir))
+    params = initial_params(dense.model, own.run, list(dense.task_ids), replicated(mesh))
+    yield Start("untrained", dataclasses.replace(dense, params=params), config, seed, mesh)
+    yield Start("dense", dense, config, seed, mesh)
+    if config.moe_dir is not None:
+        moe = read_run(config.moe_dir, vocabulary_size)
+        yield Start("moe", moe, config, seed, mesh)
+
+
+def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
+    """Checks that the file of representations, if one is used, has every task.
+
+    Raises:
+        UserError: see `read_representations`.
+    """
+    if config.representation != "file" or config.moe_dir is None:
+        return
+    own = directory.read_config(directory.root(config.moe_dir))
+    if TaskMoE(own.model, own.router, 1).routed:
+        dim = own.router.representation_dim
+        read_representations(config.representations_path, tasks, dim)

@@ -17,6 +17,7 @@ RATIOS = {
         "padding_share", "padding_share_unpacked", "pipeline_to_repeated_batch",
     },
     "memory": {"memory_E3_to_dense"},
+    "residuals": {"residual_bytes_per_token_per_d", "decoder_residual_bytes_per_token_per_d"},
 }  # fmt: skip
 
 

@@ -108,17 +108,16 @@ class Attention(nn.Module):
 
     def project(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Query, and key with value, of self-attention."""
-        y = self._heads(_kept(linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias))
-        return y[:, :, 0], KeyValue(y[:, :, 1], y[:, :, 2])
+        q, k, v = self._heads(linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias)
+        return q, KeyValue(k, v)
 
     def project_query(self, x_RxLxD: jax.Array) -> jax.Array:
         """Query of cross-attention."""
-        return self._heads(_kept(linear(x_RxLxD, self.q_kernel) + self.q_bias))[:, :, 0]
+        return self._heads(linear(x_RxLxD, self.q_kernel) + self.q_bias)[0]
 
     def project_key_value(self, encoded_RxLxD: jax.Array) -> KeyValue:
         """Key and value of cross-attention."""
-        y = self._heads(_kept(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias))
-        return KeyValue(y[:, :, 0], y[:, :, 1])
+        return KeyValue(*self._heads(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias))
 
     def attend(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
         """The result of every head: [R, L_q, H, K]."""
@@ -135,9 +134,13 @@ class Attention(nn.Module):
         y = _kept(y_RxLxHxK.reshape(*y_RxLxHxK.shape[:2], -1))
         return linear(y, self.out_kernel) + self.out_bias
 
-    def _heads(self, y: jax.Array) -> jax.Array:
-        """[R, L, n, H * K] -> [R, L, n, H, K]."""
-        return y.reshape(*y.shape[:3], self.config.heads, self.config.head_dim)
+    def _heads(self, y_RxLxNxHK: jax.Array) -> list[jax.Array]:
+        """N arrays [R, L, H, K]."""
+        # Kept before heads and their width are two axes, of which a TPU pads the last one to 128;
+        # and as one array: for N arrays, a TPU copies more.
+        y = _kept(y_RxLxNxHK)
+        y = y.reshape(*y.shape[:3], self.config.heads, self.config.head_dim)
+        return [y[:, :, n] for n in range(y.shape[2])]
 
 
 class FeedForward(nn.Module):

@@ -59,8 +59,8 @@ class ModelConfig(Configuration):
             TPU keeps the scores on the chip, and the backward pass computes them again.
         unroll_layers: layers per iteration of the loop over layers; all of them is fastest on CPU.
         kept_activations: what a layer keeps for its backward pass, which computes the rest again:
-            `all` (fastest on CPU); `products` (the inputs of matrix products and norms: a fourth of
-            the memory, and no product of weights is repeated); `inputs` (of whole layers).
+            `all`; `products` (the inputs of matrix products and norms: a fifth of the memory, and
+            no product of weights is repeated); `inputs` (of whole layers).
     """
 
     architecture: Annotated[str, Known(families)] = "bart"

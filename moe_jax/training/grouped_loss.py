@@ -67,10 +67,12 @@ def group_loss(
     key: jax.Array | None,
     label_smoothing: float = 0.0,
     placement: Placement | None = None,
+    scale: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Summed loss of one group; `key` is for dropout (None: no dropout).
+    """`scale` times the summed loss of one group.
 
     Args:
+        key: key of dropout; None for no dropout.
         dispatch: how the experts of `backbone` are used (see `EncoderDecoder`).
         group: [R, L] arrays.
     """
@@ -79,10 +81,10 @@ def group_loss(
     call = partial(module.apply, {"params": backbone}, rngs=rngs)
     hidden_RxLxD = call(group, dispatch, key is not None, method="hidden")
     hidden_RxLxD, kernel_DxV = call(hidden_RxLxD, method="logits_factors")
-    real_T = (group["target_segments"].ravel() > 0).astype(jnp.float32)
+    weights_T = jnp.where(group["target_segments"].ravel() > 0, jnp.float32(scale), 0.0)
     return summed_loss(
-        hidden_RxLxD.reshape(-1, kernel_DxV.shape[0]), kernel_DxV, group["targets"].ravel(), real_T,
-        label_smoothing, model.config.vocabulary_multiple,
+        hidden_RxLxD.reshape(-1, kernel_DxV.shape[0]), kernel_DxV, group["targets"].ravel(),
+        weights_T, label_smoothing, model.config.vocabulary_multiple,
     )  # fmt: skip
 
 
@@ -291,8 +293,8 @@ def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows
         chosen = slotted(backbone, free.get("backbone", into))
         route = free.get("weights", weights)
         how = None if route is None else dispatch(route)
-        return scale * group_loss(
-            grouping.model, chosen, how, rows, key, grouping.label_smoothing, placement
+        return group_loss(
+            grouping.model, chosen, how, rows, key, grouping.label_smoothing, placement, scale
         )
 
     free = {}

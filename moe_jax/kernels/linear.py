@@ -10,7 +10,8 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     The gradient of the kernel is computed as x^T dy, in the kernel's axis order. JAX's own gradient
     is dy^T x, for which XLA transposes dy on CPU, with all operations fused into it. That doubles
     the time of a feed-forward block (`docs/performance.md`). x is reshaped to one leading axis,
-    because a plain transpose is much faster than one fused with a reshape.
+    because a plain transpose is much faster than one fused with a reshape. The kernel is reshaped
+    to a matrix, because XLA transposes kernels with more axes.
     """
     return _dot(x, kernel, (x.ndim - 1,), (0,))
 
@@ -24,8 +25,13 @@ def _backward(residuals, dy):
     x_TxI = x.reshape(-1, x.shape[-1])
     dy_Tx = dy.reshape(-1, *kernel.shape[1:])
     d_kernel = _dot(x_TxI, dy_Tx, (0,), (0,))
-    outputs = tuple(range(x.ndim - 1, dy.ndim))
-    dx = _dot(dy, kernel, outputs, tuple(range(1, kernel.ndim)))
+    if jax.sharding.get_abstract_mesh().shape.get("model", 1) == 1:
+        kernel_IxO = kernel.reshape(kernel.shape[0], -1)
+        dy_TxO = dy_Tx.reshape(-1, kernel_IxO.shape[1])
+        dx = _dot(dy_TxO, kernel_IxO, (1,), (1,)).reshape(x.shape)
+    else:  # merging sharded axes would move data
+        outputs = tuple(range(x.ndim - 1, dy.ndim))
+        dx = _dot(dy, kernel, outputs, tuple(range(1, kernel.ndim)))
     return dx, d_kernel
 
 

@@ -18,6 +18,7 @@ RATIOS = {
     },
     "memory": {"memory_E3_to_dense"},
     "fewshot": {"side_by_side_to_loop_E1", "side_by_side_to_loop_E3"},
+    "residuals": {"residual_bytes_per_token_per_d", "decoder_residual_bytes_per_token_per_d"},
 }  # fmt: skip
 
 

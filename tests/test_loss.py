@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.training import loss as losses
-from moe_jax.training.loss import token_losses, token_losses_in_chunks
+from moe_jax.training.loss import summed_loss, token_losses
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -38,43 +38,61 @@ def test_the_gradient_vanishes_at_the_smoothed_distribution():
     np.testing.assert_allclose(grad, 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("most", [1000, 7 * 31, 100, 31])
-def test_chunks_give_the_losses_and_gradients_of_the_whole(monkeypatch, most):
+@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize("most", [1000, 7 * 32, 100])
+def test_parts_give_the_loss_and_gradients_of_the_whole(monkeypatch, most, multiple):
     rng = np.random.default_rng(0)
-    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 7, 5), (5, 31)))
-    targets = jnp.asarray(rng.integers(0, 31, (2, 7)))
-    weights = jnp.asarray(rng.normal(size=(2, 7)), jnp.float32)
+    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((14, 5), (5, 31)))
+    targets = jnp.asarray(rng.integers(0, 31, 14))
+    weights = jnp.asarray(rng.uniform(0, 2, 14) * (np.arange(14) % 3 > 0), jnp.float32)
 
-    def total(function, hidden, kernel):
-        actual = function(lambda x: x @ kernel, hidden, targets, 0.1)
-        assert actual.shape == targets.shape
-        return jnp.sum(weights * actual)
+    def whole(hidden, kernel):
+        return 3 * jnp.sum(weights * token_losses(hidden @ kernel, targets, 0.1))
 
-    def whole(logits, hidden, targets, smoothing):
-        return token_losses(logits(hidden), targets, smoothing)
+    def parts(hidden, kernel):
+        return 3 * summed_loss(hidden, kernel, targets, weights, 0.1, multiple)
 
-    wanted = jax.value_and_grad(lambda *x: total(whole, *x), (0, 1))(hidden, kernel)
+    wanted = jax.value_and_grad(whole, (0, 1))(hidden, kernel)
     monkeypatch.setattr(losses, "MOST_LOGITS", most)
-    in_chunks = jax.jit(jax.value_and_grad(lambda *x: total(token_losses_in_chunks, *x), (0, 1)))
+    differentiated = jax.jit(jax.value_and_grad(parts, (0, 1)))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        in_chunks(hidden, kernel), wanted,
+        differentiated(hidden, kernel), wanted,
     )  # fmt: skip
-    # All arrays of the forward and the backward pass, except those of the kernel's shape.
-    shapes = set(re.findall(r"f32\[([\d,]*)31\]", str(in_chunks.trace(hidden, kernel).jaxpr)))
-    made = [np.prod([int(n) for n in s.split(",") if n]) * 31 for s in shapes - {"5,"}]
-    assert made and max(made) <= max(most, 31)
+    np.testing.assert_allclose(parts(hidden, kernel), wanted[0], rtol=1e-5)
+    # All arrays as wide as the logits, forward and backward, except the kernel and its gradient.
+    width = 31 + -31 % multiple
+    text = str(differentiated.trace(hidden, kernel).jaxpr)
+    shapes = set(re.findall(rf"f32\[(\d+),{width}\]", text)) - {"5"}
+    assert shapes and max(map(int, shapes)) * width <= max(most, width)
 
 
-def test_chunks_take_less_memory(monkeypatch):
-    hidden, kernel = jax.ShapeDtypeStruct((8, 64, 16), "float32"), jnp.zeros((16, 2**15))
-    targets = jnp.zeros((8, 64), jnp.int32)
+def test_bfloat16_states_get_the_gradient_of_float32_but_for_rounding():
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((64, 16), (16, 50)))
+    targets, weights = jnp.asarray(rng.integers(0, 50, 64)), jnp.ones(64)
+
+    def grads(dtype):
+        grad = jax.grad(lambda h, k: summed_loss(h, k, targets, weights, 0.1, 128), (0, 1))
+        return grad(hidden.astype(dtype), kernel), grad
+
+    (wanted, wanted_kernel), _ = grads("float32")
+    (actual, actual_kernel), grad = grads("bfloat16")
+    assert (actual.dtype, actual_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+    for a, b in ((actual.astype(jnp.float32), wanted), (actual_kernel, wanted_kernel)):
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+    # Products read bfloat16 only.
+    text = str(jax.make_jaxpr(grad)(hidden.astype(jnp.bfloat16), kernel))
+    assert text.count("dot_general") == 3 and text.count("preferred_element_type=float32") == 2
+
+
+def test_parts_take_less_memory(monkeypatch):
+    hidden, kernel = jax.ShapeDtypeStruct((512, 16), "float32"), jnp.zeros((16, 2**15))
+    targets, weights = jnp.zeros(512, jnp.int32), jnp.ones(512)
 
     def memory(most):
         monkeypatch.setattr(losses, "MOST_LOGITS", most)
-        grad = jax.grad(
-            lambda h: token_losses_in_chunks(lambda x: x @ kernel, h, targets, 0.1).sum()
-        )
+        grad = jax.grad(lambda h: summed_loss(h, kernel, targets, weights, 0.1))
         return jax.jit(grad).lower(hidden).compile().memory_analysis().temp_size_in_bytes
 
     assert memory(2**20) < memory(2**25) / 4

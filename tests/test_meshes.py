@@ -44,10 +44,10 @@ BATCHES = [random_batch(groups=16, rows=1, seed=seed) for seed in (0, 1, 0)]
 
 
 @functools.cache
-def trained(mesh_name: str, routes: str, remat: bool, differentiate: bool):
+def trained(mesh_name: str, routes: str, kept: str, differentiate: bool):
     """(gradients of the first batch if `differentiate`, parameters after 3 steps, metrics of
     each)."""
-    model = tiny_model(**LAYERS, **ROUTES[routes], remat=remat)
+    model = tiny_model(**LAYERS, **ROUTES[routes], kept_activations=kept)
     one = mesh_name == "1 device"
     mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if one else make_mesh(MESHES[mesh_name])
     params = jax.device_get(tiny_params(model))
@@ -96,29 +96,29 @@ def assert_equal_training(actual, wanted) -> None:
             np.testing.assert_allclose(seen[key], expected[key], rtol=1e-5, err_msg=key)
 
 
-def check(mesh_name: str, routes: str, remat: bool, differentiate: bool) -> None:
-    actual = trained(mesh_name, routes, remat, differentiate)
-    assert_equal_training(actual, trained("1 device", routes, False, differentiate))
+def check(mesh_name: str, routes: str, kept: str, differentiate: bool) -> None:
+    actual = trained(mesh_name, routes, kept, differentiate)
+    assert_equal_training(actual, trained("1 device", routes, "all", differentiate))
 
 
-@pytest.mark.parametrize(("mesh", "routes", "remat"), [
-    ("8 data", "hard", False),
-    ("8 fsdp", "hard", True),
-    ("2 fsdp, 4 expert", "soft", False),
-    ("2 data, 2 fsdp, 2 expert", "hard", False),
-    ("2 fsdp, 2 expert, 2 model", "two", False),
-    ("8 fsdp", "dense", False),
+@pytest.mark.parametrize(("mesh", "routes", "kept"), [
+    ("8 data", "hard", "all"),
+    ("8 fsdp", "hard", "inputs"),
+    ("2 fsdp, 4 expert", "soft", "all"),
+    ("2 data, 2 fsdp, 2 expert", "hard", "products"),
+    ("2 fsdp, 2 expert, 2 model", "two", "all"),
+    ("8 fsdp", "dense", "all"),
 ])  # fmt: skip
-def test_meshes_agree_with_one_device(mesh, routes, remat):
-    check(mesh, routes, remat, differentiate=False)
+def test_meshes_agree_with_one_device(mesh, routes, kept):
+    check(mesh, routes, kept, differentiate=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kept", ["all", "products", "inputs"])
 @pytest.mark.parametrize("routes", ROUTES)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_all_meshes_agree_with_one_device(mesh, routes, remat):
-    check(mesh, routes, remat, differentiate=True)
+def test_all_meshes_agree_with_one_device(mesh, routes, kept):
+    check(mesh, routes, kept, differentiate=True)
 
 
 PROCESS = """

@@ -1,6 +1,7 @@
 """config.gin can be read back and distinguishes runs."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -53,9 +54,21 @@ def test_a_run_goes_on_under_its_own_configuration(tmp_path):
     free = ["CACHE_DIR = '/other'", "EVAL_PERIOD = 3", "CHECKPOINT_PERIOD = 4",
             "RunConfig.keep_checkpoints = 3", "MeshConfig.fsdp = 2", "TRAIN_STEPS = 8",
             "BATCH_SIZE = 8", "StepConfig.groups_at_once = 2", "RunConfig.log_period = 1",
-            "ModelConfig.remat = True", "ModelConfig.dtype = 'bfloat16'"]  # fmt: skip
+            "ModelConfig.kept_activations = 'inputs'", "ModelConfig.attention_rows = 1",
+            "ModelConfig.dtype = 'bfloat16'"]  # fmt: skip
     before = directory.check_config(tmp_path, configs(*SETTINGS, *free))
     assert before["RunConfig.train_steps"] == 7
+
+
+@pytest.mark.parametrize(("remat", "kept"), [(True, "inputs"), (False, "all")])
+def test_runs_from_when_what_layers_keep_was_called_remat(remat, kept, tmp_path):
+    directory.write_config(tmp_path, configs(*SETTINGS))
+    path = tmp_path / directory.CONFIG_JSON
+    lines = json.loads(path.read_text())
+    del lines["ModelConfig.kept_activations"]
+    path.write_text(json.dumps({**lines, "ModelConfig.remat": remat}))
+    assert directory.read_config(tmp_path).model.kept_activations == kept
+    directory.check_config(tmp_path, configs(*SETTINGS))
 
 
 def test_runs_that_call_the_built_in_tasks_by_their_former_names(tmp_path):

@@ -1,5 +1,8 @@
 """Attention, masks and relative positions as pure functions."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +60,33 @@ def attend(
     probabilities = jax.nn.softmax(scores).astype(q_RxLqxHxD.dtype)
     probabilities = dropout(probabilities, dropout_rate, dropout_key)
     return jnp.einsum("rhqk,rkhd->rqhd", probabilities, v_RxLkxHxD)
+
+
+def attend_by_rows(
+    rows: int,
+    q_RxLqxHxD: jax.Array,
+    k_RxLkxHxD: jax.Array,
+    v_RxLkxHxD: jax.Array,
+    mask_Rx1xLqxLk: jax.Array,
+    *,
+    dropout_key: jax.Array | None = None,
+    **settings: Any,
+) -> jax.Array:
+    """`attend` in a loop over some rows at a time; each row has its own key of dropout.
+
+    Memory for scores grows with `rows` and not with R, because the backward pass computes them
+    again.
+    """
+    keys_R = None if dropout_key is None else jax.random.split(dropout_key, q_RxLqxHxD.shape[0])
+
+    # No barrier against merging equal computations: forward and backward are different loops.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one(row):
+        *arrays, key = row
+        return attend(*(a[None] for a in arrays), dropout_key=key, **settings)[0]
+
+    xs = (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, mask_Rx1xLqxLk, keys_R)
+    return jax.lax.map(one, xs, batch_size=rows)
 
 
 def relative_buckets(

@@ -130,18 +130,25 @@ class EncoderDecoder(nn.Module):
         rows = (encoded, input_segments, segments)
         return self.decoder(self.embed(decoder_inputs), positions, rows, own, train)
 
-    def logits_kernel(self) -> jax.Array:
-        """[D, V]."""
-        kernel = self.embedding.T if self.config.tie_embeddings else self.head
-        return kernel.astype(self.config.dtype)
-
-    def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
-        """[..., D] -> float32 [..., V]; `kernel` comes from `logits_kernel`."""
+    def logits_factors(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits are the product of these: [..., D], and a parameter, float32 [D, V]."""
         c = self.config
         if c.tie_embeddings and c.scale_tied_logits:
             hidden = hidden * c.d_model**-0.5
+        return hidden, self._head()
+
+    def logits_kernel(self) -> jax.Array:
+        """[D, V], in the dtype of activations."""
+        return self._head().astype(self.config.dtype)
+
+    def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """[..., D] -> float32 [..., V]; `kernel` comes from `logits_kernel`."""
+        hidden, _ = self.logits_factors(hidden)
         kernel = self.logits_kernel() if kernel is None else kernel
         return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def _head(self) -> jax.Array:
+        return self.embedding.T if self.config.tie_embeddings else self.head
 
     def hidden(self, batch: Batch, dispatch: Any = None, train: bool = False) -> jax.Array:
         """[R, L_out, D] of the rows of one group."""

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels.dropout import Dropout
 from moe_jax.kernels.linear import linear
-from moe_jax.model.attention import attend, causal_mask, segment_mask
+from moe_jax.model.attention import attend, attend_by_rows, causal_mask, segment_mask
 from moe_jax.model.config import ModelConfig
 
 # Activation functions by their name in `Family.activation`.
@@ -20,6 +21,11 @@ ACTIVATIONS = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
+
+
+# The name of what layers keep if `ModelConfig.kept_activations` is `products`: results of matrix
+# products, from which the backward pass computes norms, activations and dropout again.
+KEPT = "kept"
 
 
 class KeyValue(NamedTuple):
@@ -51,6 +57,10 @@ def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str,
     if not module.config.family.biases:
         return jnp.zeros((), module.config.dtype)
     return param(module, name, nn.initializers.zeros, shape, axes).astype(module.config.dtype)
+
+
+def _kept(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, KEPT)
 
 
 class Norm(nn.Module):
@@ -98,35 +108,39 @@ class Attention(nn.Module):
 
     def project(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Query, and key with value, of self-attention."""
-        y = self._heads(linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias)
-        return y[:, :, 0], KeyValue(y[:, :, 1], y[:, :, 2])
+        q, k, v = self._heads(linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias)
+        return q, KeyValue(k, v)
 
     def project_query(self, x_RxLxD: jax.Array) -> jax.Array:
         """Query of cross-attention."""
-        return self._heads(linear(x_RxLxD, self.q_kernel) + self.q_bias)[:, :, 0]
+        return self._heads(linear(x_RxLxD, self.q_kernel) + self.q_bias)[0]
 
     def project_key_value(self, encoded_RxLxD: jax.Array) -> KeyValue:
         """Key and value of cross-attention."""
-        y = self._heads(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias)
-        return KeyValue(y[:, :, 0], y[:, :, 1])
+        return KeyValue(*self._heads(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias))
 
     def attend(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
         """The result of every head: [R, L_q, H, K]."""
         rate = 0.0 if deterministic else self.config.attention_dropout_rate
         key = self.make_rng("dropout") if rate else None
-        return attend(
-            q, kv.key, kv.value, mask, bias=bias, scale=self.config.attention_scale,
-            dropout_rate=rate, dropout_key=key,
-        )  # fmt: skip
+        settings = {"bias": bias, "scale": self.config.attention_scale, "dropout_rate": rate}
+        rows = 0 if deterministic else self.config.attention_rows
+        if not 0 < rows < q.shape[0]:
+            return attend(q, kv.key, kv.value, mask, dropout_key=key, **settings)
+        return attend_by_rows(rows, q, kv.key, kv.value, mask, dropout_key=key, **settings)
 
     def output(self, y_RxLxHxK: jax.Array) -> jax.Array:
         """Projects the heads' results back to [R, L, D]."""
-        y = y_RxLxHxK.reshape(*y_RxLxHxK.shape[:2], -1)
+        y = _kept(y_RxLxHxK.reshape(*y_RxLxHxK.shape[:2], -1))
         return linear(y, self.out_kernel) + self.out_bias
 
-    def _heads(self, y: jax.Array) -> jax.Array:
-        """[R, L, n, H * K] -> [R, L, n, H, K]."""
-        return y.reshape(*y.shape[:3], self.config.heads, self.config.head_dim)
+    def _heads(self, y_RxLxNxHK: jax.Array) -> list[jax.Array]:
+        """N arrays [R, L, H, K]."""
+        # Kept before heads and their width are two axes, of which a TPU pads the last one to 128;
+        # and as one array: for N arrays, a TPU copies more.
+        y = _kept(y_RxLxNxHK)
+        y = y.reshape(*y.shape[:3], self.config.heads, self.config.head_dim)
+        return [y[:, :, n] for n in range(y.shape[2])]
 
 
 class FeedForward(nn.Module):
@@ -142,7 +156,7 @@ class FeedForward(nn.Module):
             self, "in_kernel", (c.d_model, gates, c.d_ff), ("embed", "gate", "mlp"), c.init_std
         )
         bias = _bias(self, "in_bias", (gates, c.d_ff), ("gate", "mlp"))
-        h = linear(x_RxLxD, kernel) + bias
+        h = _kept(linear(x_RxLxD, kernel) + bias)
         y = ACTIVATIONS[c.family.activation](h[:, :, 0])
         h = y * h[:, :, 1] if c.family.gated else y
         h = Dropout(c.activation_dropout_rate)(h, deterministic=deterministic)
@@ -159,7 +173,7 @@ class _Layer(nn.Module):
         return norm(x) if self.config.family.norm_first else x
 
     def after(self, norm: nn.Module, x: jax.Array, y: jax.Array, deterministic: bool) -> jax.Array:
-        y = x + self.dropout(y, deterministic=deterministic)
+        y = _kept(x + self.dropout(y, deterministic=deterministic))
         return y if self.config.family.norm_first else norm(y)
 
 

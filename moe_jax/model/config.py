@@ -53,8 +53,14 @@ class ModelConfig(Configuration):
         decoder_vanilla_layers: indices of the decoder's layers that are not routed.
         expert_noise: standard deviation of the noise that makes fresh experts differ.
         dtype: of activations; parameters, norms, softmax and loss are float32.
+        vocabulary_multiple: the loss widens the matrix of logits to a multiple of this, in memory
+            only. GPUs multiply multiples of 128 faster.
+        attention_rows: rows whose attention is computed at once in training, 0 for all. With few, a
+            TPU keeps the scores on the chip, and the backward pass computes them again.
         unroll_layers: layers per iteration of the loop over layers; all of them is fastest on CPU.
-        remat: compute a layer's activations again in the backward pass instead of keeping them.
+        kept_activations: what a layer keeps for its backward pass, which computes the rest again:
+            `all`; `products` (the inputs of matrix products and norms: a fifth of the memory, and
+            no product of weights is repeated); `inputs` (of whole layers).
     """
 
     architecture: Annotated[str, Known(families)] = "bart"
@@ -79,8 +85,10 @@ class ModelConfig(Configuration):
     decoder_vanilla_layers: Layers = ()
     expert_noise: Deviation = 0.01
     dtype: Literal["float32", "bfloat16"] = "float32"
+    vocabulary_multiple: Annotated[int, Range(1, 4096)] = 1
+    attention_rows: Annotated[int, Range(0, INT32)] = 0
     unroll_layers: Depth = 1
-    remat: bool = False
+    kept_activations: Literal["all", "products", "inputs"] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,12 +7,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from moe_jax.model.blocks import DecoderLayer, EncoderLayer
+from moe_jax.model.blocks import KEPT, DecoderLayer, EncoderLayer
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.dispatch import with_params
 from moe_jax.model.placement import FETCHED, Placement
 
-KEEP_ALL_BUT_FETCHED = jax.checkpoint_policies.save_anything_except_these_names(FETCHED)
+# What `jax.checkpoint` keeps, by `ModelConfig.kept_activations`; fetched weights never.
+POLICIES = {
+    "all": jax.checkpoint_policies.save_anything_except_these_names(FETCHED),
+    "products": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "inputs": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def layer_runs(config: ModelConfig, side: str) -> list[tuple[str, slice]]:
@@ -91,13 +96,14 @@ class RoutedStack(nn.Module):
 
             return with_params(layer, whole, x, *rows, *shared), None
 
-        if self.config.remat:
-            body = nn.remat(body)
-        elif self.placement is not None:
-            body = nn.remat(body, policy=KEEP_ALL_BUT_FETCHED)
+        kept, unroll = self.config.kept_activations, min(count, self.config.unroll_layers)
+        if kept != "all" or self.placement is not None:
+            # XLA would merge what is computed again with its first computation, and so keep it. A
+            # loop over layers prevents that, because both are in different loops.
+            body = nn.remat(body, policy=POLICIES[kept], prevent_cse=unroll == count)
         scan = nn.scan(
             body, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"dropout": True},
-            length=count, unroll=min(count, self.config.unroll_layers),
+            length=count, unroll=unroll,
         )  # fmt: skip
 
         def prepare(variables):

@@ -125,10 +125,13 @@ def _advice_on_temporaries(plan: Plan, model: TaskMoE, mesh: Mesh, shape: BatchS
     if plan.temporary_bytes < plan.memory_bytes / 4:
         return []
     result = []
-    if not model.config.remat:
-        result.append(
-            "ModelConfig.remat=True: keeps the inputs of layers and computes the rest again"
-        )
+    keep = {
+        "products": "keeps the inputs of matrix products and computes the rest again",
+        "inputs": "keeps the inputs of layers and computes the rest again",
+    }
+    smaller = {"all": ["products", "inputs"], "products": ["inputs"], "inputs": []}
+    for kept in smaller[model.config.kept_activations]:
+        result.append(f"ModelConfig.kept_activations='{kept}': {keep[kept]}")
     if model.config.dtype == "float32":
         result.append("ModelConfig.dtype='bfloat16': activations half as large")
     if shape.rows > 1:

@@ -30,11 +30,13 @@ _FREE = re.compile(
     r"RunConfig\.(model_dir|(eval|log)_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
     r"|DataConfig\.cache_dir|MeshConfig\.\w+|StepConfig\.groups_at_once"
     r"|FinetuneConfig\.runs_at_once"
-    r"|ModelConfig\.(dtype|unroll_layers|remat)"
+    r"|ModelConfig\.(dtype|unroll_layers|kept_activations|attention_rows|vocabulary_multiple)"
 )
 # Training can also go on for longer, or with other batches. In few-shot adaptation, such settings
 # and decoding determine the scores in runs.jsonl.
 _FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+|RunConfig\.train_steps|DataConfig\.batch_size")
+# A setting of older runs, and what it is now.
+_REMAT, _KEPT = "ModelConfig.remat", "ModelConfig.kept_activations"
 # Those that cannot, though the model stays the same.
 _ORDER = re.compile(
     r"DataConfig\.(rows_per_group|pack|row_shapes|lengths|mixing\w*|cap)|RunConfig\.seed"
@@ -74,6 +76,9 @@ def config_from(cls: type[Configuration], lines: Lines, source: Any) -> Any:
         UserError: a setting that is not there, or a value that cannot be.
     """
     known: list[str] = []
+    if _REMAT in lines:
+        kept = "inputs" if lines[_REMAT] else "all"
+        lines = {k: v for k, v in lines.items() if k != _REMAT} | {_KEPT: kept}
 
     def made(cls: type[Configuration]) -> Configuration:
         values = {}

@@ -34,7 +34,7 @@ from moe_jax.model.dispatch import Gather, Mix
 from moe_jax.model.experts import Params, gather, scatter_add
 from moe_jax.model.placement import Placement, slotted
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings
-from moe_jax.training.loss import token_losses_in_chunks
+from moe_jax.training.loss import summed_loss
 from moe_jax.training.slots import Slots
 
 # The maximum number of tokens to merge. Matrix products reach full speed below it, and the
@@ -67,10 +67,12 @@ def group_loss(
     key: jax.Array | None,
     label_smoothing: float = 0.0,
     placement: Placement | None = None,
+    scale: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Summed loss of one group; `key` is for dropout (None: no dropout).
+    """`scale` times the summed loss of one group.
 
     Args:
+        key: key of dropout; None for no dropout.
         dispatch: how the experts of `backbone` are used (see `EncoderDecoder`).
         group: [R, L] arrays.
     """
@@ -78,9 +80,12 @@ def group_loss(
     module = EncoderDecoder(model.config, placement)
     call = partial(module.apply, {"params": backbone}, rngs=rngs)
     hidden_RxLxD = call(group, dispatch, key is not None, method="hidden")
-    logits = partial(call, kernel=call(method="logits_kernel"), method="logits")
-    losses = token_losses_in_chunks(logits, hidden_RxLxD, group["targets"], label_smoothing)
-    return jnp.sum(jnp.where(group["target_segments"] > 0, losses, 0.0))
+    hidden_RxLxD, kernel_DxV = call(hidden_RxLxD, method="logits_factors")
+    weights_T = jnp.where(group["target_segments"].ravel() > 0, jnp.float32(scale), 0.0)
+    return summed_loss(
+        hidden_RxLxD.reshape(-1, kernel_DxV.shape[0]), kernel_DxV, group["targets"].ravel(),
+        weights_T, label_smoothing, model.config.vocabulary_multiple,
+    )  # fmt: skip
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -291,8 +296,8 @@ def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows
         chosen = slotted(backbone, free.get("backbone", into))
         route = free.get("weights", weights)
         how = None if route is None else dispatch(route)
-        return scale * group_loss(
-            grouping.model, chosen, how, rows, key, grouping.label_smoothing, placement
+        return group_loss(
+            grouping.model, chosen, how, rows, key, grouping.label_smoothing, placement, scale
         )
 
     free = {}

@@ -1,6 +1,6 @@
 """The loss: label-smoothed cross-entropy of target tokens."""
 
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,34 +28,95 @@ def token_losses(logits: jax.Array, targets: jax.Array, label_smoothing: float) 
     return loss
 
 
-def token_losses_in_chunks(
-    logits: Callable[[jax.Array], jax.Array],
-    hidden_RxLxD: jax.Array,
-    targets_RxL: jax.Array,
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_loss(
+    hidden_TxD: jax.Array,
+    kernel_DxV: jax.Array,
+    targets_T: jax.Array,
+    weights_T: jax.Array,
     label_smoothing: float,
+    multiple: int = 1,
 ) -> jax.Array:
-    """`token_losses` of `logits(hidden)`, in parts of at most `MOST_LOGITS` logits.
+    """The weighted sum of `token_losses` of `hidden @ kernel`, without all logits in memory.
 
-    The backward pass computes each part's logits again.
+    Logits are computed for a part of the tokens at a time. The gradients by `hidden` and `kernel`
+    are computed with them, so that no product is repeated. The gradient of logits has the dtype of
+    `hidden`; the gradient of the kernel is summed in float32.
 
     Args:
-        logits: [..., D] -> float32 [..., V].
+        hidden_TxD: in the dtype of products.
+        kernel_DxV: float32, cast to that dtype here.
+        targets_T: int.
+        weights_T: float32; gets no gradient.
         label_smoothing: as above.
+        multiple: columns of zeros are added to the kernel to make V a multiple of this.
 
     Returns:
-        float32 [R, L], nats.
+        float32 scalar.
     """
-    most = max(1, MOST_LOGITS // jax.eval_shape(logits, hidden_RxLxD).shape[-1])
-    chunks = -(-targets_RxL.size // most)
-    if chunks <= 1:
-        return token_losses(logits(hidden_RxLxD), targets_RxL, label_smoothing)
+    args = (hidden_TxD, kernel_DxV, targets_T, weights_T, label_smoothing, multiple)
+    return _in_parts(*args, differentiate=False)[0]
 
-    @jax.checkpoint
-    def one(token):
-        hidden_D, target = token
-        return token_losses(logits(hidden_D), target, label_smoothing)
 
-    tokens = (hidden_RxLxD.reshape(targets_RxL.size, -1), targets_RxL.ravel())
-    # Equal parts, because a smaller last part would need extra memory.
-    at_once = -(-targets_RxL.size // chunks)
-    return jax.lax.map(one, tokens, batch_size=at_once).reshape(targets_RxL.shape)
+def _forward(*args):
+    loss, d_hidden, d_kernel = _in_parts(*args, differentiate=True)
+    return loss, (d_hidden, d_kernel)
+
+
+def _backward(label_smoothing, multiple, gradients, d_loss):
+    del label_smoothing, multiple
+    d_hidden, d_kernel = (g * d_loss.astype(g.dtype) for g in gradients)
+    return d_hidden, d_kernel, None, None
+
+
+summed_loss.defvjp(_forward, _backward)
+
+
+def _in_parts(hidden, kernel, targets, weights, label_smoothing, multiple, differentiate):
+    """The loss and its gradients by hidden and kernel (None if not `differentiate`)."""
+    vocabulary, tokens = kernel.shape[1], targets.size
+    kernel_DxC = jnp.pad(kernel.astype(hidden.dtype), ((0, 0), (0, -vocabulary % multiple)))
+
+    def one(hidden_TxD, targets_T, weights_T):
+        logits_TxC = jnp.dot(hidden_TxD, kernel_DxC, preferred_element_type=jnp.float32)
+        logits_TxV = logits_TxC[:, :vocabulary]
+        losses_T = token_losses(logits_TxV, targets_T, label_smoothing)
+        loss = jnp.sum(jnp.where(weights_T > 0, weights_T * losses_T, 0.0))
+        if not differentiate:
+            return None, (loss, None)
+        # The gradient of `token_losses` in one expression, which XLA computes in one pass.
+        column_C = jnp.arange(kernel_DxC.shape[1])
+        wanted_TxC = jnp.where(column_C == targets_T[:, None], 1.0 - label_smoothing, 0.0)
+        wanted_TxC += label_smoothing / vocabulary
+        log_z_T = jax.nn.logsumexp(logits_TxV, axis=-1)
+        d_logits = weights_T[:, None] * (jnp.exp(logits_TxC - log_z_T[:, None]) - wanted_TxC)
+        d_logits = jnp.where(column_C < vocabulary, d_logits, 0.0).astype(hidden_TxD.dtype)
+        d_hidden_TxD = jax.lax.dot_general(d_logits, kernel_DxC, (((1,), (1,)), ((), ())))
+        d_kernel_CxD = jax.lax.dot_general(
+            d_logits, hidden_TxD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return d_hidden_TxD, (loss, d_kernel_CxD)
+
+    parts = -(-tokens * kernel_DxC.shape[1] // MOST_LOGITS)
+    if parts == 1:
+        d_hidden, (loss, d_kernel) = one(hidden, targets, weights)
+    else:
+        # Equal parts, because a smaller last part would need extra memory.
+        size = -(-tokens // parts)
+
+        def cut(x):
+            x = jnp.pad(x, ((0, -tokens % size), *((0, 0),) * (x.ndim - 1)))
+            return x.reshape(-1, size, *x.shape[1:])
+
+        def add(total, part):
+            d_hidden, addend = one(*part)
+            return jax.tree.map(jnp.add, total, addend), d_hidden
+
+        xs = (cut(hidden), cut(targets), cut(weights))
+        d_kernel = jnp.zeros(kernel_DxC.shape[::-1], jnp.float32) if differentiate else None
+        (loss, d_kernel), d_hidden = jax.lax.scan(add, (jnp.float32(0), d_kernel), xs)
+        if differentiate:
+            d_hidden = d_hidden.reshape(-1, d_hidden.shape[-1])[:tokens]
+    if not differentiate:
+        return loss, None, None
+    return loss, d_hidden, d_kernel[:vocabulary].T

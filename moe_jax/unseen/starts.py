@@ -156,7 +156,7 @@ def for_few_rows(config: ModelConfig) -> ModelConfig:
     depth = max(config.encoder_layers, config.decoder_layers)
     if depth > SHALLOW or config.d_model > NARROW:
         return config
-    return dataclasses.replace(config, remat=False, unroll_layers=depth)
+    return dataclasses.replace(config, kept_activations="all", unroll_layers=depth)
 
 
 def read_starts(

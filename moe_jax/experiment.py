@@ -36,9 +36,13 @@ class ExperimentConfig(Configuration, called="experiment"):
         model: gin file of the model, read first by every stage.
         dense: gin file of the dense baseline.
         stage1: gin file of the mixture's first stage.
-        stage2: gin file of its second stage.
+        stage2: gin file of its second stage; '' if the mixture has only one.
         finetune: gin file of the few-shot adaptation.
         unseen: the mixture of unseen tasks.
+        upcycle_step: the experts of stage 1 start as copies of the dense model at this step, of
+            which there must be a checkpoint (RunConfig.checkpoint_period). With as many steps in
+            stage 1 as the dense model has left, both see the same number of examples. With 0, stage
+            1 starts from fresh weights.
         stage2_from_dense: stage 2 starts its experts from the dense model, not from fresh weights.
         eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
@@ -52,6 +56,7 @@ class ExperimentConfig(Configuration, called="experiment"):
     stage2: Setting = ""
     finetune: Setting = ""
     unseen: Setting = ""
+    upcycle_step: Annotated[int, Range(0, INT32)] = 0
     stage2_from_dense: bool = False
     eval_examples: Examples = None
     disable_examples: Annotated[int, Range(0, INT32)] = 32
@@ -66,7 +71,7 @@ def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
     Raises:
         UserError: a setting is missing, or a stage failed.
     """
-    for name in ("model", "dense", "stage1", "stage2", "finetune", "unseen"):
+    for name in ("model", "dense", "stage1", "finetune", "unseen"):
         if not getattr(settings, name):
             raise UserError(
                 f"experiment.{name} is not set: give an experiment's gin file, such as "
@@ -84,29 +89,36 @@ def _run_stages(root: Path, settings: ExperimentConfig) -> None:
 
     stages.run("prepare", "prepare", settings.dense, {"prepare.mixtures": repr((settings.unseen,))})
     stages.run("dense", "train", settings.dense, {"MODEL_DIR": at["dense"]})
-    stages.run("stage1", "train", settings.stage1, {"MODEL_DIR": at["stage1"]})
-    bindings = {"MODEL_DIR": at["stage2"], "ROUTER_CHECKPOINT_PATH": at["stage1"]}
-    if settings.stage2_from_dense:
-        bindings["INITIAL_CHECKPOINT_PATH"] = at["dense"]
-    stages.run("stage2", "train", settings.stage2, bindings)
-    for name in ("dense", "stage2"):
+    bindings = {"MODEL_DIR": at["stage1"]}
+    if settings.upcycle_step:
+        start = Path(at["dense"]) / "checkpoints" / str(settings.upcycle_step)
+        bindings["INITIAL_CHECKPOINT_PATH"] = str(start)
+    stages.run("stage1", "train", settings.stage1, bindings)
+    mixture = "stage1"
+    if settings.stage2:
+        mixture = "stage2"
+        bindings = {"MODEL_DIR": at["stage2"], "ROUTER_CHECKPOINT_PATH": at["stage1"]}
+        if settings.stage2_from_dense:
+            bindings["INITIAL_CHECKPOINT_PATH"] = at["dense"]
+        stages.run("stage2", "train", settings.stage2, bindings)
+    for name in ("dense", mixture):
         both = {"MODEL_DIR": at[name], "eval.mixtures": repr((settings.unseen,))}
         if settings.eval_examples is not None:
             both["eval.examples"] = str(settings.eval_examples)
-        if name == "stage2" and settings.disable_examples:
+        if name == mixture and settings.disable_examples:
             both["eval.disable_examples"] = str(settings.disable_examples)
         stages.run(f"scores of {name}", "eval", None, both)
     stages.run(
         "few_shot",
         "finetune",
         settings.finetune,
-        {"MODEL_DIR": at["few_shot"], "DENSE_DIR": at["dense"], "MOE_DIR": at["stage2"]},
+        {"MODEL_DIR": at["few_shot"], "DENSE_DIR": at["dense"], "MOE_DIR": at[mixture]},
     )
 
     from moe_jax.report.build import report  # scikit-learn
 
-    names = ("dense", "stage1", "stage2")
-    result = report(at["report"], {n: at[n] for n in names}, at["few_shot"], model="stage2")
+    names = dict.fromkeys(("dense", "stage1", mixture))
+    result = report(at["report"], {n: at[n] for n in names}, at["few_shot"], model=mixture)
     print("\nResults:")
     for finding in result.findings:
         print(f"- {finding}")

@@ -131,7 +131,7 @@ import test_meshes
 test_meshes.MESHES["2 fsdp"] = test_meshes.MeshConfig(data=1, fsdp=2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 for routes in ("hard", "soft"):
-    leaves = jax.tree.leaves(test_meshes.trained("2 fsdp", routes, False, True))
+    leaves = jax.tree.leaves(test_meshes.trained("2 fsdp", routes, "all", True))
     if index == "0":
         np.savez(f"{path}/{routes}.npz", *leaves)
 """
@@ -150,7 +150,7 @@ def test_two_processes_agree_with_one_device(tmp_path):
     for process in processes:
         finish(process, timeout=600)
     for routes in ("hard", "soft"):
-        wanted = trained("1 device", routes, False, True)
+        wanted = trained("1 device", routes, "all", True)
         with np.load(tmp_path / f"{routes}.npz") as leaves:
             actual = jax.tree.unflatten(jax.tree.structure(wanted), list(leaves.values()))
         assert_equal_training(actual, wanted)

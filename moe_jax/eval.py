@@ -71,6 +71,8 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
         )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
+        params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
+        run = dataclasses.replace(run, params=params)
         nearest = {}
         if run.model.routed and settings.unseen == "nearest" and settings.representations is None:
             nearest = nearest_trained(
@@ -81,6 +83,7 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
             say(f"{new} takes the route of {trained}, whose inputs are most similar")
         names = [name for mixture in mixtures.values() for name in mixture.names]
         run = with_tasks(run, names, settings.representations, nearest)
+        # Only rows of new tasks are not in place yet.
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(
             run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding

@@ -7,6 +7,7 @@ from toy import toy_mixtures
 from toy_run import tiny_model, tiny_params
 
 from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs.load import Run, with_tasks
 from moe_jax.unseen.zero_shot import most_similar, nearest_trained
 
@@ -32,8 +33,10 @@ def test_words_resemble_words_not_numbers(devices):
     run = Run(model, tiny_params(model), ids, step=0)
     mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
     with jax.set_mesh(mesh):
+        params = jax.device_put(run.params, parameter_shardings(model, mesh))
+        placed = Run(model, params, ids, step=0)
         nearest = nearest_trained(
-            run, trained, [trained, unseen], "test", {"inputs": 40, "targets": 20}, 4, mesh
+            placed, trained, [trained, unseen], "test", {"inputs": 40, "targets": 20}, 4, mesh
         )
     assert nearest == {"toy_reverse": "toy_copy"}
     table = run.params["representations"]

@@ -117,9 +117,10 @@ class Placement:
 
         def whole(path, x):
             axis = axes.get(_name(path))
-            chosen_Px = _choose(x, expert_P, slot_P)
             if axis is None:
-                return chosen_Px[own]
+                mine = None if slot_P is None else slot_P[own][None]
+                return _choose(x, expert_P[own][None], mine)[0]
+            chosen_Px = _choose(x, expert_P, slot_P)
             # Cast after the selection, so that gradients are summed in float32.
             parts_Px = _cast(chosen_Px, self.dtype)
             # Of [layer, expert, ...], two axes are gone and one of peers has come.

@@ -35,7 +35,7 @@ from moe_jax.model.experts import Params, gather, scatter_add
 from moe_jax.model.placement import Placement, slotted
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings
 from moe_jax.training.loss import summed_loss
-from moe_jax.training.slots import Slots
+from moe_jax.training.slots import Slots, with_slots
 
 # The maximum number of tokens to merge. Matrix products reach full speed below it, and the
 # activations of more tokens do not fit into a CPU's caches.
@@ -188,7 +188,7 @@ def _local_gradients(
         if placement is not None:
             xs["peers"] = _of_peers(mesh, groups, index)
             xs["peers_slots"] = slots and _of_peers(mesh, groups, slots.slots_GxNxK)
-    into = whole if slots is None else _with_slots(whole, slots.experts_NxS)
+    into = whole if slots is None else with_slots(whole, slots.experts_NxS.shape[1])
     differentiate = partial(_differentiate, grouping, placement, scale)
 
     def merged(x_W):
@@ -273,15 +273,6 @@ def _sum_over_devices(grouping: Grouping, total: Params) -> Params:
 
     places = parameter_shardings(grouping.model, grouping.mesh)["backbone"]
     return total and jax.tree.map(one, places, total)
-
-
-def _with_slots(whole: Params, experts_NxS: jax.Array) -> Params:
-    """The form that gradients have: the backbone, with zeros in S slots for its experts."""
-
-    def one(x, like):
-        return x if x.shape == like.shape else jnp.zeros(like.shape, like.dtype)
-
-    return jax.tree.map(one, whole, jax.eval_shape(gather, whole, experts_NxS))
 
 
 def _differentiate(grouping, placement, scale, dispatch, backbone, weights, rows, key, into=None):

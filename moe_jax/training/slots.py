@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.experts import Params, gather, places, replace_routed, routed
+from moe_jax.model.experts import Params, places, replace_routed, routed
 from moe_jax.model.task_moe import TaskMoE
 
 # (params, opt_state, grads) -> (params, opt_state)
@@ -51,12 +51,14 @@ def slot_count(model: TaskMoE, groups: int) -> int:
     return min(model.config.experts, groups * model.experts_per_layer)
 
 
-def empty_slots(model: TaskMoE, backbone: Params, groups: int) -> Params:
-    """Zeros in the shape of the backbone, with S slots in place of E experts."""
-    count = slot_count(model, groups)
-    experts_NxS = jax.ShapeDtypeStruct((model.layers, count), jnp.int32)
-    form = jax.eval_shape(gather, backbone, experts_NxS)
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), form)
+def with_slots(backbone: Params, count: int) -> Params:
+    """The form of gradients in slots: the backbone, with zeros in `count` slots for the experts of
+    every layer."""
+    result = backbone
+    for side, stack in routed(backbone):
+        slots = jax.tree.map(lambda a: jnp.zeros((a.shape[0], count, *a.shape[2:]), a.dtype), stack)
+        result = replace_routed(result, side, slots)
+    return result
 
 
 def update_in_slots(

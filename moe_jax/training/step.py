@@ -21,7 +21,7 @@ from moe_jax.model.task_moe import Assignment, TaskMoE, init_params, routes_of
 from moe_jax.training.grouped_loss import Grouping, grouped_loss
 from moe_jax.training.optimizer import OptimizerConfig, apply, clip_scale, make_optimizer, schedule
 from moe_jax.training.penalties import penalty, route_entropy
-from moe_jax.training.slots import Slots, empty_slots, find_slots, slot_count, update_in_slots
+from moe_jax.training.slots import Slots, find_slots, slot_count, update_in_slots, with_slots
 
 # Drawing with these keys compiles faster than with threefry keys.
 PRNG = "rbg"
@@ -150,8 +150,8 @@ def gradients(
     """
     free = {part: tree for part, tree in params.items() if part not in frozen}
     if in_slots:
-        groups = batch["task_id"].shape[0]
-        free["backbone"] = empty_slots(model, params["backbone"], groups)
+        count = slot_count(model, batch["task_id"].shape[0])
+        free["backbone"] = with_slots(params["backbone"], count)
     differentiate = jax.value_and_grad(loss_and_metrics, has_aux=True)
     settings |= {"in_slots": in_slots}
     (_, (metrics, slots)), grads = differentiate(free, model, params, batch, **settings)

@@ -1,7 +1,7 @@
 """Embeds one task: a vector that a dense model computes from the task's examples."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -140,16 +140,37 @@ class Embedder:
             )
             rates = self._rates
             backbone = self._tune(self._params, few, rates)["backbone"]
-        total, count = 0.0, 0
-        for batch, examples in eval_batches(
-            mixture, task, s["split"], lengths=data.lengths, rows=self._rows, limit=s["examples"]
-        ):
-            total = total + self._sum(backbone, jax.tree.map(self._place, _cut(batch)))
-            count += len(examples)
-        raw_D = np.asarray(total) / np.float32(count)
+        raw_D = mean_over_examples(
+            lambda rows: self._sum(backbone, jax.tree.map(self._place, rows)),
+            mixture, task, s["split"], data.lengths, self._rows, s["examples"],
+        )  # fmt: skip
         if not np.isfinite(raw_D).all():
             raise UserError(f"the embedding of {task!r} is not finite; lower the learning rate")
         return raw_D
+
+
+def mean_over_examples(
+    sum_of: Callable[[Batch], jax.Array],
+    mixture: PreparedMixture,
+    task: str,
+    split: str,
+    lengths: Mapping[str, int],
+    rows: int,
+    limit: int | None,
+) -> np.ndarray:
+    """Mean over a task's examples of `sum_of`, which adds up the rows of a batch [R, L].
+
+    Args:
+        rows: R; the last batch is filled up with empty rows.
+        limit: at most this many examples, evenly spaced; None for all.
+    """
+    total, count = 0.0, 0
+    for batch, examples in eval_batches(
+        mixture, task, split, lengths=lengths, rows=rows, limit=limit
+    ):
+        total = total + sum_of(_cut(batch))
+        count += len(examples)
+    return np.asarray(total) / np.float32(count)
 
 
 def _over_devices(

@@ -15,11 +15,10 @@ from jax.sharding import Mesh
 
 from moe_jax.core.sharding import replicated
 from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.representations import unit_length
-from moe_jax.model.task_moe import parameter_shardings, routes_of
+from moe_jax.model.task_moe import routes_of
 from moe_jax.runs.load import Run
-from moe_jax.unseen.embedding import text_sum
+from moe_jax.unseen.embedding import mean_over_examples, text_sum
 
 
 def nearest_trained(
@@ -38,6 +37,7 @@ def nearest_trained(
     `text_sum`.
 
     Args:
+        run: with parameters on the mesh.
         trained: the mixture that the run was trained on; its training inputs are read.
         mixtures: those with new tasks, of which the inputs of `split` are read.
         lengths: {"inputs", "targets"}.
@@ -53,18 +53,15 @@ def nearest_trained(
     seen = [name for name in trained.names if name in run.task_ids]
     if not new or not seen:
         return {}
-    params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
-    routes_TxNxE = jax.jit(partial(routes_of, run.model))(params, jnp.int32(run.step))
+    routes_TxNxE = jax.jit(partial(routes_of, run.model))(run.params, jnp.int32(run.step))
+    mean_NxE = routes_TxNxE.mean(0)
     embed = jax.jit(partial(text_sum, run.model), out_shardings=replicated(mesh))
 
     def embedding(mixture: PreparedMixture, task: str, split: str) -> np.ndarray:
-        total, count = 0.0, 0
-        batches = eval_batches(mixture, task, split, lengths=lengths, rows=rows, limit=examples)
-        for batch, of_rows in batches:
-            inputs = {name: array[0] for name, array in batch.items() if name != "task_id"}
-            total = total + embed(params["backbone"], inputs, routes_TxNxE.mean(0))
-            count += len(of_rows)
-        return np.asarray(total) / count
+        return mean_over_examples(
+            lambda batch: embed(run.params["backbone"], batch, mean_NxE),
+            mixture, task, split, lengths, rows, examples,
+        )  # fmt: skip
 
     seen_TxD = np.stack([embedding(trained, name, "train") for name in seen])
     new_TxD = np.stack([embedding(mixture_of[name], name, split) for name in new])

@@ -148,18 +148,28 @@ class Checkpoints:
                 yield
         except UserError:
             if jax.process_index() == 0:
-                for _ in range(20):  # its threads may still be writing
-                    with contextlib.suppress(OSError):
-                        self._clear()
-                        break
-                    time.sleep(0.1)
+                self._clear_until_quiet()
             raise
 
-    def _clear(self) -> None:
-        """Removes what is half written or half removed."""
-        for left in self.directory.iterdir():
-            if _LEFT.fullmatch(left.name):
-                shutil.rmtree(left)
+    def _clear_until_quiet(self) -> None:
+        """Removes what a failed save has left. Its other writes may still be under way, and each
+        makes its directory anew: so until none has appeared for half a second."""
+        quiet = 0
+        for _ in range(100):
+            try:
+                quiet = 0 if self._clear() else quiet + 1
+            except OSError:  # written to meanwhile
+                quiet = 0
+            if quiet == 5:
+                break
+            time.sleep(0.1)
+
+    def _clear(self) -> bool:
+        """Removes what is half written or half removed; whether there was any."""
+        found = [path for path in self.directory.iterdir() if _LEFT.fullmatch(path.name)]
+        for path in found:
+            shutil.rmtree(path)
+        return bool(found)
 
     def _tidy(self) -> None:
         """Removes all but the latest ones and the best."""

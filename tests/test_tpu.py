@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -31,22 +32,40 @@ PROGRAMS = {
           cp "$STANDIN/bin/job" .venv/bin/python
         fi
     """,
-    "job": """
-        [[ $1 == -m ]] || { echo "Python 3.12.1"; exit; }
-        echo "$STANDIN_HOST $*" >>"$STANDIN/started"
-        case $2 in
-          moe_jax.wrong) echo "error: no gin file 'wrong'" >&2; exit 1 ;;
-          moe_jax.killed) kill -KILL $$ ;;
-          moe_jax.stubborn) trap "" TERM; echo up; while :; do sleep 0.1; done ;;
-        esac
-        steps=$HOME/bucket/steps
-        touch "$steps"
-        trap 'echo saved; exit 75' TERM
-        while (($(wc -l <"$steps") < 20)); do
-          [[ $STANDIN_HOST == *-0 && $(wc -l <"$steps") -lt $(cat "$STANDIN/limit") ]] &&
-            echo step >>"$steps" && echo "step $(wc -l <"$steps")"
-          sleep 0.1
-        done
+    "job": f"""
+        [[ $1 == -m ]] || {{ echo "Python 3.12.1"; exit; }}
+        exec {sys.executable} -S "$STANDIN/bin/count.py" "$2" "$@"
+    """,
+    # Not Bash: in 5.2 a signal that comes while `$(...)` is read can break the trap and be lost.
+    "count.py": """
+        import os, pathlib, signal, sys, time
+
+        def save(*_):
+            print("saved", flush=True)
+            os._exit(75)
+
+        standin, host = pathlib.Path(os.environ["STANDIN"]), os.environ["STANDIN_HOST"]
+        with open(standin / "started", "a") as f:
+            print(host, *sys.argv[2:], file=f)
+        match sys.argv[1]:
+            case "moe_jax.wrong":
+                sys.exit("error: no gin file 'wrong'")
+            case "moe_jax.killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "moe_jax.stubborn":
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                print("up", flush=True)
+                while True:
+                    time.sleep(1)
+        signal.signal(signal.SIGTERM, save)
+        steps = pathlib.Path.home() / "bucket" / "steps"
+        steps.touch()
+        while (n := len(steps.read_text().splitlines())) < 20:
+            if host.endswith("-0") and n < int((standin / "limit").read_text()):
+                with open(steps, "a") as f:
+                    print("step", file=f)
+                print("step", n + 1, flush=True)
+            time.sleep(0.1)
     """,
 }
 
@@ -67,7 +86,7 @@ def cloud(tmp_path):
 
 def program(directory: Path, name: str, text: str) -> None:
     path = directory / "bin" / name
-    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.write_text(f"#!/usr/bin/env bash\n{textwrap.dedent(text)}\n")
     path.chmod(0o755)
 
 

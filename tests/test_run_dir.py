@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import gin
 import pytest
 
 from moe_jax.core.errors import UserError
@@ -69,6 +70,8 @@ def test_runs_from_when_what_layers_keep_was_called_remat(remat, kept, tmp_path)
     path.write_text(json.dumps({**lines, "ModelConfig.remat": remat}))
     assert directory.read_config(tmp_path).model.kept_activations == kept
     directory.check_config(tmp_path, configs(*SETTINGS))
+    flags.parse_gin([], [f"MODEL_DIR = {str(tmp_path)!r}"], [], from_model_dir=True)
+    assert gin.query_parameter("ModelConfig.kept_activations") == kept
 
 
 def test_runs_that_call_the_built_in_tasks_by_their_former_names(tmp_path):

@@ -35,8 +35,6 @@ _FREE = re.compile(
 # Training can also go on for longer, or with other batches. In few-shot adaptation, such settings
 # and decoding determine the scores in runs.jsonl.
 _FREE_IN_TRAINING = re.compile(r"DecodingConfig\.\w+|RunConfig\.train_steps|DataConfig\.batch_size")
-# A setting of older runs, and what it is now.
-_REMAT, _KEPT = "ModelConfig.remat", "ModelConfig.kept_activations"
 # Those that cannot, though the model stays the same.
 _ORDER = re.compile(
     r"DataConfig\.(rows_per_group|pack|row_shapes|lengths|mixing\w*|cap)|RunConfig\.seed"
@@ -76,9 +74,6 @@ def config_from(cls: type[Configuration], lines: Lines, source: Any) -> Any:
         UserError: a setting that is not there, or a value that cannot be.
     """
     known: list[str] = []
-    if _REMAT in lines:
-        kept = "inputs" if lines[_REMAT] else "all"
-        lines = {k: v for k, v in lines.items() if k != _REMAT} | {_KEPT: kept}
 
     def made(cls: type[Configuration]) -> Configuration:
         values = {}
@@ -138,8 +133,13 @@ def read_lines(model_dir: str | Path) -> Lines:
         lines = files.read_json(path)
         if not isinstance(lines, dict):
             raise UserError(f"{path}: must be {{setting: value}}")
-        return {name: tuple(v) if isinstance(v, list) else v for name, v in lines.items()}
-    return _read_gin(Path(model_dir) / CONFIG)
+        lines = {name: tuple(v) if isinstance(v, list) else v for name, v in lines.items()}
+    else:
+        lines = _read_gin(Path(model_dir) / CONFIG)
+    remat = lines.pop("ModelConfig.remat", None)  # what it was called in older runs
+    if remat is not None:
+        lines["ModelConfig.kept_activations"] = "inputs" if remat else "all"
+    return lines
 
 
 def _read_gin(path: Path) -> Lines:

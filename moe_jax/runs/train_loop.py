@@ -4,6 +4,7 @@ In every step: the batch, the step, its metrics, routes, the checkpoint, dev sco
 """
 
 import contextlib
+import time
 from pathlib import Path
 
 import jax
@@ -24,14 +25,18 @@ from moe_jax.runs.config import Config
 from moe_jax.runs.initial import initial_params
 from moe_jax.runs.load import build_model
 from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
+from moe_jax.runs.profiling import Steps, Trace
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.logs import SCORE, MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer, schedule
 from moe_jax.training.step import init_state, make_train_step, state_shardings
 
 
-def train(config: Config) -> None:
+def train(config: Config, profile: Steps | None = None) -> None:
     """Trains; continues from the last checkpoint if there is one.
+
+    Args:
+        profile: steps to trace into MODEL_DIR/profile.
 
     Raises:
         UserError: what the configuration asks for does not fit the data, the devices or what the
@@ -41,10 +46,10 @@ def train(config: Config) -> None:
     config.run.require("model_dir", "train_steps")
     lead = jax.process_index() == 0
     with processes.lock(config.run.model_dir) if lead else contextlib.nullcontext():
-        _train(config, lead)
+        _train(config, profile, lead)
 
 
-def _train(config: Config, lead: bool) -> None:
+def _train(config: Config, profile: Steps | None, lead: bool) -> None:
     # ---------------------------------------------------------------- configuration
     run, data, optimizer_config = config.run, config.data, config.optimizer
     model_dir = Path(run.model_dir)
@@ -121,6 +126,8 @@ def _train(config: Config, lead: bool) -> None:
         log = MetricsLog(model_dir, start, enabled=lead)
         checkpoints.scores = log.scores
         stop = scope.enter_context(stopping.after_a_step(mesh))
+        trace = Trace(model_dir / "profile", profile, start + 1, run.train_steps)
+        scope.enter_context(trace)
         bar = scope.enter_context(
             progress(
                 total=run.train_steps, initial=start, desc=model_dir.name, unit="step",
@@ -156,9 +163,15 @@ def _train(config: Config, lead: bool) -> None:
                 lambda a: jax.make_array_from_process_local_data(by_group(mesh), a), batch
             )
             # 2. The step is dispatched; its metrics are read while the next one runs.
-            state, metrics = train_step(state, arrays, rates)
             if step == start + 1:
+                bar.set_postfix_str("compiling")
+                begin = time.perf_counter()
+            with trace.step(step):
+                state, metrics = train_step(state, arrays, rates)
+            if step == start + 1:
+                _say_compiled(time.perf_counter() - begin, lead)
                 memory.keep_freed()
+            trace.after(step, metrics)
             window.add(metrics)
             bar.update()
             evaluates = is_due(run.eval_period, step)
@@ -232,6 +245,12 @@ def _announce(config: Config, before: directory.Lines, step: int) -> None:
             f"BATCH_SIZE was {before['DataConfig.batch_size']}, now is {rows}: the data goes on "
             "where it was, and the learning rate stays as it is"
         )
+
+
+def _say_compiled(seconds: float, lead: bool) -> None:
+    """Says how long the first step took, where it is worth a line."""
+    if lead and seconds >= 10:
+        say(f"compiled and took the first step in {seconds:.0f} s")
 
 
 def _postfix(line: dict[str, float]) -> str:

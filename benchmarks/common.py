@@ -130,7 +130,7 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 class Report:
-    """Collects a benchmark's results; `finish` prints them and writes the JSON."""
+    """A benchmark's results: each is printed and written to the JSON as soon as it is there."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         self._json = args.json
@@ -158,20 +158,31 @@ class Report:
             for key, value in facts.items():
                 unit = key.removesuffix("_per_run")
                 row |= {key: value} if unit == key else {f"{unit}_per_s": value / median}
-            self._result["rows"].append(row)
-            print(f"  {row['what']}: {median:.4g} s", flush=True)
+            self._add(row)
         return medians
 
     def fact(self, what: str, **facts: Any) -> None:
         """A row without times."""
-        self._result["rows"].append({"what": what, **facts})
+        self._add({"what": what, **facts})
 
     def ratio(self, name: str, value: float) -> None:
         """One entry of `ratios`."""
         self._result["ratios"][name] = float(f"{value:.4g}")
+        print(f"  {name}: {value:.4g}", flush=True)
+        self._save()
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self._result["rows"].append(row)
+        facts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print("  " + ", ".join(facts).removeprefix("what "), flush=True)
+        self._save()
+
+    def _save(self) -> None:
+        if self._json:
+            files.write_json(self._json, self._result)
 
     def finish(self) -> None:
-        """Prints the results and writes them to the file of --json."""
+        """Prints all results as a table."""
         result = self._result
         print(f"\n{result['benchmark']} ({result['scale']})")
         for key, value in result["machine"].items():
@@ -188,8 +199,6 @@ class Report:
         print("ratios")
         for name, value in result["ratios"].items():
             print(f"  {name}: {value}")
-        if self._json:
-            files.write_json(self._json, result)
 
 
 # ------------------------------------------------------------------------------ models and steps

@@ -1,18 +1,26 @@
-"""The other benchmarks on one NVIDIA GPU in bfloat16, with model FLOPs use and largest batches.
+"""One GPU in bfloat16: use of its peak, comparison with PyTorch, routing, and what fits.
 
-    python -m benchmarks.gpu [--cache_dir DIR] [--quick] [--json FILE]
+    python -m benchmarks.gpu [--quick] [--only NAME] [--limit_s SECONDS] [--json FILE]
 
-PyTorch runs under bfloat16 autocast with `torch.compile` and SDPA. `dense_to_torch_<model>` is
-time over time; `mfu_<model>` is the share of the measured peak of a bfloat16 matrix product that
-the step's multiplications (three times those of the forward pass; attention and logits counted,
-rematerialisation and dropout not) amount to. The mixture is read from a prepared cache: make it
-with `python -m benchmarks.training --quick` and copy the directory to the GPU machine. Needs no
-network, and of the project's dependencies only jax, flax, optax, orbax, torch and transformers, and
-the small wheels absl-py, array-record, gin-config, grain, sentencepiece and tokenizers.
+The cases run in the order of `CASES`. Every figure is printed and written to the file of --json as
+soon as it is there, and no case begins after the time limit (150 s with --quick, otherwise 480).
+
+`mfu_<model>` is the share of the measured peak of a bfloat16 matrix product that the step's
+multiplications (three times those of the forward pass; attention and logits counted,
+recomputation and dropout not) amount to. `dense_to_torch_<model>` is time over time; PyTorch runs
+under bfloat16 autocast with `torch.compile` and SDPA. `routed_to_dense_E<n>` compares steps with
+8,192 tokens per group. The case `mixture` reads a prepared cache: make it with `python -m
+benchmarks.training --quick`, and copy its directory to the GPU machine.
+
+Needs no network, and of the project's dependencies only jax, flax, optax, orbax, torch and
+transformers, and the small wheels absl-py, array-record, gin-config, grain, sentencepiece and
+tokenizers.
 """
 
+import argparse
 import os
 import time
+from collections.abc import Callable
 
 # PyTorch needs memory beside JAX.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -22,15 +30,24 @@ import jax.numpy as jnp
 
 from benchmarks import decoding, gym, routing, training
 from benchmarks.common import Report, Training, build, parse, parser, random_batch, run
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, say
 from moe_jax.model.config import ModelConfig
 
-BFLOAT16 = {"dtype": "bfloat16"}
-# scale: [(model size, rows, input and target length)] of the dense comparison
+# What layers keep for the backward pass is chosen for a GPU, as docs/performance.md says.
+FAST = {"dtype": "bfloat16", "kept_activations": "products", "vocabulary_multiple": 128}
+LIMIT_S = {"tiny": 480, "quick": 150, "full": 480}
+# case -> scale -> (model size, rows, input and target length)
 DENSE = {
-    "tiny": [("tiny", 2, (16, 8))],
-    "quick": [("bart_base", 32, (512, 64))],
-    "full": [("bart_base", 64, (512, 64)), ("bart_large", 32, (512, 512))],
+    "bart_base": {
+        "tiny": ("tiny", 2, (16, 8)),
+        "quick": ("bart_base", 32, (512, 64)),
+        "full": ("bart_base", 64, (512, 64)),
+    },
+    "bart_large": {
+        "tiny": ("tiny", 2, (16, 16)),
+        "quick": ("bart_large", 16, (512, 512)),
+        "full": ("bart_large", 32, (512, 512)),
+    },
 }
 
 
@@ -46,94 +63,144 @@ def flops(config: ModelConfig, rows: int, lengths: tuple[int, int]) -> float:
     return 3.0 * rows * (config.encoder_layers * encoder + config.decoder_layers * decoder + logits)
 
 
-def peak_flops(size: int = 8192, rounds: int = 20) -> float:
+def peak(report: Report, args: argparse.Namespace) -> float:
     """FLOP/s of a large bfloat16 matrix product: the best of several."""
+    size = 256 if args.scale == "tiny" else 8192
     a = jnp.ones((size, size), jnp.bfloat16)
     product = jax.jit(lambda a, b: a @ b)
     best = float("inf")
     product(a, a).block_until_ready()
-    for _ in range(rounds):
+    for _ in range(20):
         begin = time.perf_counter()
         product(a, a).block_until_ready()
         best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    result = 2 * size**3 / best
+    report.fact("matrix product", peak_tflops=result / 1e12)
+    return result
 
 
-def dense(report: Report, size: str, rows: int, lengths: tuple[int, int], rounds: int) -> None:
-    """Compares one dense bfloat16 step with PyTorch's; also gives the share of peak FLOP/s."""
+def dense(case: str) -> Callable[[Report, argparse.Namespace], None]:
+    """The case that measures a dense step of this size: its use of the peak, and how long the
+    first step took, which compiles."""
+
+    def measure(report: Report, args: argparse.Namespace) -> None:
+        size, rows, lengths = DENSE[case][args.scale]
+        ours = Training(build(size, 1, **FAST))
+        batch = ours.put(random_batch(ours.model, 1, rows, lengths))
+        begin = time.perf_counter()
+        ours.run(batch)
+        report.fact(f"{case}: first step, compilation included", s=time.perf_counter() - begin)
+        seconds = report.times(
+            {"jax": lambda: ours.run(batch)}, 2 * args.rounds, prefix=f"dense {case}, ", rows=rows,
+            lengths=lengths, tokens_per_run=rows * sum(lengths),
+        )  # fmt: skip
+        used = flops(ours.model.config, rows, lengths) / seconds["jax"] / peak(report, args)
+        report.ratio(f"mfu_{case}", used)
+
+    return measure
+
+
+def to_torch(report: Report, args: argparse.Namespace) -> None:
+    """Compares one dense step with PyTorch's."""
     from benchmarks import torch_models as torch
 
-    ours = Training(build(size, 1, **BFLOAT16))
+    size, rows, lengths = DENSE["bart_base"][args.scale]
+    ours = Training(build(size, 1, **FAST))
     batch = random_batch(ours.model, 1, rows, lengths)
     on_device = ours.put(batch)
     theirs = torch.TorchTraining(torch.bart(ours.model.config), bfloat16=True, compiled=True)
     tensors = [torch.collate(torch.unpack(batch))]
     seconds = report.times(
-        {"jax": lambda: ours.run(on_device), "torch": lambda: theirs.run(tensors)}, rounds,
-        prefix=f"dense {size}, ", model=size, rows=rows, lengths=lengths,
-        tokens_per_run=rows * sum(lengths),
+        {"jax": lambda: ours.run(on_device), "torch": lambda: theirs.run(tensors)}, args.rounds,
+        prefix="dense bart_base, ", rows=rows, lengths=lengths, tokens_per_run=rows * sum(lengths),
     )  # fmt: skip
-    report.ratio(f"dense_to_torch_{size}", seconds["jax"] / seconds["torch"])
-    used = flops(ours.model.config, rows, lengths) / seconds["jax"] / peak_flops()
-    report.ratio(f"mfu_{size}", used)
+    report.ratio("dense_to_torch_bart_base", seconds["jax"] / seconds["torch"])
 
 
-def largest_batch(size: str, lengths: tuple[int, int], experts: int, limit: int = 4096) -> int:
-    """The largest power of two of rows that fits into memory; 0 if none does."""
-    training = Training(build(size, experts, **BFLOAT16))
-    rows = 1
+def routed(experts: int) -> Callable[[Report, argparse.Namespace], None]:
+    """The case that compares a step with so many experts with the dense step."""
+
+    def measure(report: Report, args: argparse.Namespace) -> None:
+        size, groups, rows = ("tiny", 2, 2) if args.scale == "tiny" else ("bart_base", 4, 64)
+        key = f"E{experts}"
+        routing.compare(report, args.rounds, key, size, experts, groups, rows, False, **FAST)
+
+    return measure
+
+
+def small_steps(report: Report, args: argparse.Namespace) -> None:
+    """A step of a model that launches of kernels bound: `tiny`, as the skills gym trains it."""
+    ours = Training(build("tiny", 4, **FAST))
+    batch = ours.put(random_batch(ours.model, 8, 2, (64, 24)))
+    report.times({"tiny": lambda: ours.run(batch)}, 4 * args.rounds, experts=4, groups=8, rows=2)
+
+
+def fits(report: Report, args: argparse.Namespace) -> None:
+    """The largest powers of two of rows that fit into memory."""
+    size, limit = ("tiny", 2) if args.scale == "tiny" else ("bart_large", 256)
+    training = Training(build(size, 1, **FAST))
+    rows = 1 if args.scale == "tiny" else 32
     while rows <= limit:
         try:
-            training.run(training.put(random_batch(training.model, 1, rows, lengths)))
+            training.run(training.put(random_batch(training.model, 1, rows, (512, 512))))
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             break
+        report.fact("fits", model=size, rows=rows, lengths=(512, 512))
         rows *= 2
-    return rows // 2
+
+
+def mixture(report: Report, args: argparse.Namespace) -> None:
+    """Steps on the real gym's mixture, against PyTorch and against one repeated batch."""
+    read, batches = training.read(args, report)
+    shapes = training.ROW_SHAPES
+    ours = training.on_mixture(
+        report, args.scale, args.rounds, training.EXPERTS, read, batches(shapes=shapes),
+        bfloat16=True, compiled=True,
+    )  # fmt: skip
+    training.fed(report, args.scale, 2 * args.rounds, ours, batches(shapes=shapes))
+
+
+def generation(report: Report, args: argparse.Namespace) -> None:
+    """Decoding against `transformers`, and rows of several tasks against rows of one."""
+    decoding.against_generate(args, report, bfloat16=True)
+    decoding.mixed_tasks(args, report, dtype="bfloat16")
+
+
+CASES: dict[str, Callable[[Report, argparse.Namespace], object]] = {
+    "peak": peak,
+    "bart_base": dense("bart_base"),
+    "bart_large": dense("bart_large"),
+    "tiny": small_steps,
+    "routed_e3": routed(3),
+    "to_torch": to_torch,
+    "routed_e24": routed(24),
+    "fits": fits,
+    "decoding": generation,
+    "mixture": mixture,
+}
 
 
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument("--only", choices=CASES, action="append", help="repeatable")
+    arguments.add_argument("--limit_s", type=float, help="no case begins later than this")
     gym.add_flags(arguments)
     args = parse(arguments)
     if jax.default_backend() != "gpu" and args.scale != "tiny":
         raise UserError("benchmarks.gpu needs a GPU; JAX finds " + jax.default_backend())
-    report = Report("gpu", args)
-    report.fact("matrix product", peak_tflops=peak_flops(256 if args.tiny else 8192) / 1e12)
-    for size, rows, lengths in DENSE[args.scale]:
-        dense(report, size, rows, lengths, args.rounds)
-        if args.scale == "full":
-            for experts in (1, 3):
-                largest = largest_batch(size, lengths, experts)
-                report.fact(
-                    "largest batch", model=size, experts=experts, rows=largest, lengths=lengths
-                )
-    plans = {"tiny": [("tiny", 3, 2, 2)], "quick": [("bart_base", 3, 4, 8)]}
-    plans["full"] = [("bart_base", e, 4, 32) for e in (3, 6)] + [("small", 24, 8, 32)]
-    for size, experts, groups, rows in plans[args.scale]:
-        routing.compare(
-            report,
-            args.rounds,
-            f"E{experts}",
-            size,
-            experts,
-            groups,
-            rows,
-            experts == 3,
-            **BFLOAT16,
-        )
-    peer = {"bfloat16": True, "compiled": True}
-    if args.scale != "tiny":
-        mixture, batches = training.read(args, report)
-        shapes = training.ROW_SHAPES
-        ours = training.on_mixture(
-            report, args.scale, args.rounds, training.EXPERTS, mixture,
-            batches(shapes=shapes), **peer,
-        )  # fmt: skip
-        training.fed(report, args.scale, 2 * args.rounds, ours, batches(shapes=shapes))
-    decoding.against_generate(args, report, bfloat16=True)
-    decoding.mixed_tasks(args, report, **BFLOAT16)
+    report, begin = Report("gpu", args), time.perf_counter()
+    limit = args.limit_s or LIMIT_S[args.scale]
+    for name in args.only or CASES:
+        if time.perf_counter() - begin > limit:
+            say(f"{name} and later cases are left out: {limit:.0f} s are over")
+            break
+        print(f"{name}, after {time.perf_counter() - begin:.0f} s", flush=True)
+        try:
+            CASES[name](report, args)
+        except (UserError, ImportError) as e:  # the other cases need neither data nor PyTorch
+            say(f"{name} is left out: {e}")
     report.finish()
 
 

@@ -1,5 +1,6 @@
 """Every benchmark runs, prints its table and writes its documented ratios."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,10 +17,18 @@ RATIOS = {
         "dense_to_torch", "all_experts_to_torch", "tokens_per_s_to_torch_all_experts",
         "padding_share", "padding_share_unpacked", "pipeline_to_repeated_batch",
     },
+    "gpu": {"mfu_bart_base", "mfu_bart_large", "routed_to_dense_E3", "routed_to_dense_E24"},
     "memory": {"memory_E3_to_dense"},
     "fewshot": {"side_by_side_to_loop_E1", "side_by_side_to_loop_E3"},
     "residuals": {"residual_bytes_per_token_per_d", "decoder_residual_bytes_per_token_per_d"},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_every_benchmark_can_be_imported(path):
+    if path.stem == "torch_models":
+        pytest.importorskip("torch")
+    importlib.import_module(f"benchmarks.{path.stem}")
 
 
 @pytest.mark.slow

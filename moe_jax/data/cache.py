@@ -364,6 +364,18 @@ def find(
     return _mixture(cache_dir, stored)
 
 
+def read_mixture(cache_dir: str | os.PathLike, path: Path) -> PreparedMixture:
+    """The mixture of one file of a cache, whatever has become of what it was made from.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    stored, problem = _read_sealed(path)
+    if stored is None:
+        raise UserError(f"damaged: {problem}")
+    return _mixture(Path(cache_dir), stored)
+
+
 def write_mixture(path: Path, stored: Mapping[str, Any]) -> None:
     """Writes a prepared mixture's file, with a digest of its own."""
     files.write_json(path, {**stored, "digest": digest(stored)})

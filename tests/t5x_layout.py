@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore
 from flax import serialization
 
@@ -70,9 +71,17 @@ def write_t5x(path: Path, arrays: dict[str, np.ndarray], layout: str = "publishe
     """Writes a checkpoint with the state of Adafactor in front of the parameters.
 
     Layouts: `published`, matrices in zarr and vectors inline; `inline`; `orbax`, T5X's later
-    form, in which all are in zarr, named by a string; `early`, in which the path lies elsewhere.
+    form, in which all are in zarr, named by a string; `early`, in which the path lies elsewhere;
+    `today`, one database of Orbax, as T5X at commit cc342d4 saves.
     """
     path.mkdir(parents=True)
+    if layout == "today":
+        moments = nested({f"{name}/v_row": np.ones(3, np.float32) for name in arrays})
+        state = {"step": np.int32(7), "param_states": moments}
+        tree = {"target": nested(arrays), "state": state}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+            checkpointer.save(path.absolute() / "state", args=ocp.args.PyTreeSave(tree))
+        return path
     target: dict = {}
     for name, array in arrays.items():
         array = np.ascontiguousarray(array)

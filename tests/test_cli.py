@@ -50,7 +50,7 @@ def test_values_need_no_quotes():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(flags.GIN_CONFIGS.glob("[!e]*/*.gin")), ids=lambda p: p.stem
+    "path", sorted(flags.GIN_CONFIGS.glob("[mr]*/*.gin")), ids=lambda p: p.stem
 )
 def test_every_gin_file_parses(path):
     parse("TASK_FEATURE_LENGTHS = {'inputs': 64, 'targets': 16}", files=[str(path)])

@@ -19,7 +19,7 @@ from moe_jax import convert
 from moe_jax.core import files
 from moe_jax.data.vocabulary import load_vocabulary
 from moe_jax.interop import hf_weights as weights
-from moe_jax.interop import t5x
+from moe_jax.interop import t5x_read
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.interop.hf_write import to_hf
 from moe_jax.model.config import ModelConfig, RouterConfig
@@ -68,6 +68,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         ("t5", "inline", "bfloat16"),
         ("t5", "orbax", "float32"),
         ("t5", "early", "bfloat16"),
+        ("t5", "today", "float32"),
+        ("t5", "today", "bfloat16"),
         ("t5_1_0", "published", "float32"),
         ("t5_1_0", "orbax", "bfloat16"),
     ],
@@ -149,7 +151,7 @@ def test_sentinels_within_the_tokenizer(tmp_path):
     complete = with_pieces(tmp_path / "complete.model", sentinels)
     own = []
     for path in (complete, DATA / "spiece.model"):
-        t5x.from_t5x(str(source), tmp_path / path.stem, str(path))
+        t5x_read.from_t5x(str(source), tmp_path / path.stem, str(path))
         own.append(load_vocabulary(tmp_path / path.stem / "vocabulary"))
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(complete))
     assert own[0].size == own[1].size == theirs.get_piece_size()
@@ -195,8 +197,8 @@ def test_sizes_are_read_from_shapes(architecture, name):
     shapes = {name: array.shape for name, array in arrays_of(tensors).items()}
     out = "decoder/layers_1/encoder_decoder_attention/out/kernel"
     assert shapes[out] == (heads * head_dim, d_model)
-    assert t5x.read_config(shapes, Path("test")) == config
-    assert {part.name: shape(part) for part in t5x.parts(config)} == shapes
+    assert t5x_read.read_config(shapes, Path("test")) == config
+    assert {part.name: shape(part) for part in t5x_read.parts(config)} == shapes
 
 
 # ---- refusals ----
@@ -305,11 +307,25 @@ def test_damaged_files_are_named(tmp_path, capsys):
     assert convert.main(["from-t5x", str(source), str(out)]) == 0  # it is whole again
 
 
+def test_damaged_databases_are_named(tmp_path, capsys):
+    source, out = write_t5x(tmp_path / "checkpoint_7", stored(), "today"), tmp_path / "out"
+    (manifest,) = source.glob("state/manifest.ocdbt")
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[: len(content) // 2])
+    assert "cannot read state/manifest.ocdbt" in fails(capsys, source, out)
+    manifest.unlink()
+    assert "no file 'checkpoint' nor state/manifest.ocdbt" in fails(capsys, source, out)
+    manifest.write_bytes(content)
+    for path in source.glob("state/ocdbt.process_0/d/*"):
+        path.unlink()
+    assert "cannot read" in fails(capsys, source, out)
+
+
 # ---- memory ----
 
 _CONVERT = """
 import re, sys
-from moe_jax.interop.t5x import from_t5x
+from moe_jax.interop.t5x_read import from_t5x
 
 def peak():  # getrusage's would begin with that of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -103,6 +103,17 @@ def one_task_routes(route_NxE: jax.Array, rows: int, count: int) -> RowRoutes:
     return RowRoutes(index_NxK.astype(jnp.int32), slots_NxRxK, weights_NxRxK)
 
 
+def traced_row_routes(routes_RxNxE: jax.Array, count: int) -> RowRoutes:
+    """`row_routes` where the route of every row is known on the device only.
+
+    The slots are all experts, so rows of few tasks cost more than with `row_routes`.
+    """
+    _, index_RxNxK = jax.lax.top_k(routes_RxNxE, count)
+    index_RxNxK = jnp.sort(index_RxNxK, axis=-1).astype(jnp.int32)
+    weights_RxNxK = jnp.take_along_axis(routes_RxNxE, index_RxNxK, -1).astype(jnp.float32)
+    return RowRoutes(None, index_RxNxK.swapaxes(0, 1), weights_RxNxK.swapaxes(0, 1))
+
+
 class Places(NamedTuple):
     """The order of the rows in one layer: V = K x R rows, sorted by slot.
 

@@ -1,195 +1,352 @@
-"""Reads a T5 (1.0, 1.1, Flan-T5) or mT5 from a T5X checkpoint into a model directory."""
+"""TaskMoE as a model of T5X, whose own `train.py`, `eval.py` and `infer.py` drive it.
 
-import re
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+T5X calls a model by a few names and asks for no base class; so nothing of T5X is imported here. The
+gin files `t5x/{train,eval,infer}.gin` put the two together (see docs/t5x.md). Parameters, losses
+and answers are those of `moe_jax.train`, `eval` and `infer` with the same gin files and SEED.
 
-from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
-from moe_jax.data import tokenizer_files, vocabulary
-from moe_jax.data.vocabulary import TokenizersVocabulary
-from moe_jax.interop import hf_families, hf_weights
-from moe_jax.interop.hf_weights import Part
-from moe_jax.interop.model_directory import check_parts, write_initial
-from moe_jax.interop.t5x_checkpoint import Checkpoint
-from moe_jax.model.config import ModelConfig
+The temperature and all random draws depend on the training step, which T5X does not tell a model.
+It is kept as a variable of the model, which T5X saves and passes on like batch statistics.
+"""
 
-_EMBEDDING = "token_embedder/embedding"
-_HEAD = "decoder/logits_dense/kernel"
-_RELATIVE = "relpos_bias/rel_embedding"
-_FIRST = "encoder/layers_0/mlp/{}/kernel"
-_DROPOUT = 0.1
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+from flax import core, traverse_util
+from flax.linen.partitioning import AxisMetadata
+
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.data.batch import Batch
+from moe_jax.data.modules import load_module
+from moe_jax.data.registry import load_task_modules
+from moe_jax.decoding.rows import RowModel, experts_per_row, traced_row_routes
+from moe_jax.decoding.scoring import log_likelihoods
+from moe_jax.decoding.search import DecodingIds, decode
+from moe_jax.interop.t5x_data import (
+    GROUP_TASK_ID,
+    NAMES,
+    TASK_ID,
+    TaskFeatureConverter,
+    get_dataset,
+    register,
+)
+from moe_jax.interop.t5x_run import CLOCK, describe, with_empty, without_empty
+from moe_jax.model.experts import Params
+from moe_jax.model.task_moe import init_params, parameter_shardings, routes_of
+from moe_jax.runs import configurables
+from moe_jax.runs.config import Config, RunConfig
+from moe_jax.runs.initial import initial_params
+from moe_jax.runs.load import build_model
+from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.training.optimizer import (
+    OptimizerConfig,
+    clip_scale,
+    make_optimizer,
+    part_labels,
+    schedule,
+)
+from moe_jax.training.step import PRNG, loss_and_metrics
+
+__all__ = ["TaskMoEModel", "get_dataset", "learning_rate", "model", "optimizer", "over_mesh"]
+
+# T5X's names of logical axes; its rules know no other, and replicate what has no name.
+_AXES = {"embed": "embed", "heads": "heads", "mlp": "mlp", "vocab": "vocab"}
+_Metrics = dict[str, clu_metrics.Metric]
+
+# A gin file imports this module first; what it and later files bind has precedence.
+configurables.bind_defaults()
 
 
-class T5XFamily(NamedTuple):
-    """How to recognise a family by its parameters, because checkpoints do not name it.
+class TaskMoEModel:
+    """What T5X expects of a model.
 
-    Attributes:
-        architecture: name of the family in `model.family`.
-        feed_forward: the first matrix of its feed-forward blocks.
-        vocabulary_size: vocabulary size of its published models; None matches any other size.
-    """
-
-    architecture: str
-    feed_forward: str
-    vocabulary_size: int | None = None
-
-
-_T5_1_1 = T5XFamily("t5", "wi_0")
-# The first match counts.
-FAMILIES = [T5XFamily("mt5", "wi_0", 250_112), _T5_1_1, T5XFamily("t5_1_0", "wi")]
-
-
-def from_t5x(source: str, out: str | Path, sentencepiece: str | None = None) -> ModelConfig:
-    """Writes a model directory from a T5X checkpoint, parameter by parameter.
-
-    Sizes are read from the shapes of the parameters. Other settings are those of T5X's own models:
-    distances up to 128, dropout of 0.1, and, without an output embedding, tied and scaled logits.
+    A batch [B, L] has the features of `t5x_data.NAMES` and the task of every row. Its rows may be
+    of different tasks. In training, rows of one task that follow each other (`get_dataset`) are
+    computed as one group, and other rows each as a group of its own.
 
     Args:
-        source: directory with a file `checkpoint`.
-        sentencepiece: the model's tokenizer, which checkpoints do not hold; None writes no
-            tokenizer.
+        config: as `moe_jax.train` reads it. `DataConfig.mixture_or_task_name` gives the task table.
+        optimizer_def: T5X's wrapper of an optimizer, see `optimizer`.
 
     Raises:
-        UserError: it is not such a T5, a file is missing or damaged, or `out` exists.
+        UserError: a setting that T5X has no place for.
     """
-    out = Path(out)
-    files.check_new(out)
-    own = None if sentencepiece is None else _read_vocabulary(Path(sentencepiece))
-    checkpoint = Checkpoint(Path(source))
-    config = read_config(checkpoint.shapes, checkpoint.directory)
-    wanted = parts(config)
-    check_parts(config, wanted, checkpoint.shapes, checkpoint.directory, "the others say")
-    known = {part.name for part in wanted}
-    others = sorted(checkpoint.shapes.keys() - known)
-    if others:
-        hint = nearest(others[0], known)
-        title = hf_families.of_architecture(config.architecture).title
-        raise UserError(f"{checkpoint.directory}: {others[0]} belongs to no {title}{hint}")
-    with files.new_directory(out) as new:
-        write_initial(
-            new, out, config, wanted, lambda part: checkpoint.read(part.name), own, Path(source)
+
+    def __init__(self, config: Config, optimizer_def: Any):
+        _check(config)
+        os.environ.update(config.data.environment)  # which task modules read
+        load_task_modules(config.data.task_modules)
+        mixture = prepare_mixtures(config.data)[config.data.mixture_or_task_name]
+        vocabulary = mixture.vocabulary
+        self.config = config
+        self.optimizer_def = optimizer_def
+        self.tasks = list(mixture.names)
+        if config.run.model_dir is not None and jax.process_index() == 0:  # T5X trains
+            describe(config.run.model_dir, config, self.tasks, mixture.vocabulary_dir)
+        self.input_vocabulary = self.output_vocabulary = register(mixture)
+        self.ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
+        self.FEATURE_CONVERTER_CLS = partial(TaskFeatureConverter, self.ids)
+        self.moe = build_model(config.model, config.router, vocabulary.size, len(self.tasks))
+        self.mesh = make_mesh(config.mesh)
+        self._rows = 0
+
+    # ---------------------------------------------------------------- before the first step
+
+    def get_initial_variables(
+        self, rng: jax.Array, input_shapes: Mapping[str, Any], input_types: Any = None
+    ) -> core.FrozenDict:
+        """`params` and `params_axes`, and the step 0.
+
+        As in `moe_jax.train`: SEED decides, not `rng`, and parameters may come from checkpoints.
+        """
+        del rng, input_types
+        self._rows = input_shapes["encoder_input_tokens"][0]
+        key = jax.random.key(self.config.run.seed, impl=PRNG)
+        boxed = jax.eval_shape(partial(init_params, self.moe), key)
+        run = self.config.run
+        if (
+            run.initial_checkpoint_path or run.router_checkpoint_path or run.representations_path
+        ):  # read now, not in T5X's compiled function
+            with jax.ensure_compile_time_eval():
+                placed = parameter_shardings(self.moe, self.mesh)
+                params = initial_params(self.moe, run, self.tasks, placed)
+        else:
+            params = nn.meta.unbox(init_params(self.moe, key))
+        return core.freeze({
+            "params": without_empty(params),
+            "params_axes": _axes(without_empty(boxed)),
+            CLOCK: {"step": jnp.int32(0)},
+            f"{CLOCK}_axes": {"step_axes": AxisMetadata(names=())},
+        })  # fmt: skip
+
+    # ---------------------------------------------------------------- training
+
+    def loss_fn(
+        self,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        dropout_rng: jax.Array | None,
+        flax_mutables: Any,
+    ) -> tuple[jax.Array, tuple[_Metrics, core.FrozenDict]]:
+        """The loss of `training.step`, which T5X differentiates, metrics, and the next step.
+
+        Args:
+            dropout_rng: not used: SEED and the step give all noise.
+            flax_mutables: has the step.
+        """
+        del dropout_rng
+        rows = batch["encoder_input_tokens"].shape[0]
+        if rows != self._rows:
+            raise UserError(
+                f"T5X gives {rows} of {self._rows} rows at a time: set Trainer.num_microbatches ="
+                " None; groups are computed one after the other (StepConfig.groups_at_once)"
+            )
+        step = flax_mutables[CLOCK]["step"]
+        frozen = self.config.optimizer.frozen
+        params = {
+            part: jax.lax.stop_gradient(tree) if part in frozen else tree
+            for part, tree in with_empty(core.unfreeze(params)).items()
+        }
+        loss, (found, _) = loss_and_metrics(
+            {part: tree for part, tree in params.items() if part not in frozen},
+            self.moe,
+            params,
+            self._groups(batch),
+            step=step,
+            key=jax.random.fold_in(jax.random.key(self.config.run.seed, impl=PRNG), step),
+            config=self.config.step,
+            mesh=self.mesh,
         )
-    return config
+        tokens = found.pop("target_tokens")
+        means = {name: _average(value) for name, value in found.items()}
+        means["loss"] = _average(found["loss"], tokens)
+        return loss, (means, core.freeze({CLOCK: {"step": step + 1}}))
+
+    def _groups(self, batch: Mapping[str, jax.Array]) -> Batch:
+        """The rows as [G, R, L]."""
+        grouped = GROUP_TASK_ID in batch
+        size = self.config.data.rows_per_group if grouped else 1
+        task_id_B = batch[GROUP_TASK_ID if grouped else TASK_ID][:, 0]
+        arrays = {
+            name: array.reshape(-1, size, array.shape[-1])
+            for name, array in _rows_of(batch).items()
+        }
+        return {**arrays, "task_id": task_id_B[::size]}
+
+    # ---------------------------------------------------------------- evaluation
+
+    def eval_fn(
+        self, params: Params, batch: Mapping[str, jax.Array], flax_mutables: Any
+    ) -> tuple[jax.Array, _Metrics]:
+        """The mean cross-entropy of the target tokens, without noise, dropout or smoothing."""
+        sums_B, tokens_B = log_likelihoods(
+            self._row_model(params, batch, flax_mutables), _rows_of(batch)
+        )
+        tokens = jnp.sum(tokens_B).astype(jnp.float32)
+        loss = -jnp.sum(sums_B) / jnp.maximum(tokens, 1.0)
+        return loss, {"loss": _average(loss, tokens)}
+
+    def predict_batch(
+        self,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        rng: jax.Array | None = None,
+        flax_mutables: Any = None,
+    ) -> jax.Array:
+        """Decoded tokens, as `DecodingConfig` has it: int32 [B, L_out], padded after EOS.
+
+        Args:
+            rng: of sampling.
+        """
+        rows, count = _rows_of(batch), batch["encoder_input_tokens"].shape[0]
+        number_B = jnp.arange(count)
+        if rng is not None:
+            number_B = jax.random.randint(rng, (count,), 0, jnp.iinfo(jnp.int32).max)
+        return decode(
+            self._row_model(params, batch, flax_mutables),
+            rows["inputs"], rows["input_segments"], rows["input_positions"], number_B,
+            length=self.config.decoding.max_length or rows["targets"].shape[1],
+            config=self.config.decoding, ids=self.ids,
+        )  # fmt: skip
+
+    def predict_batch_with_aux(
+        self,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        rng: jax.Array | None = None,
+        flax_mutables: Any = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The same, and `scores` [B]: the log-likelihood of what was decoded."""
+        tokens_BxL = self.predict_batch(params, batch, rng, flax_mutables)
+        eos_BxL = (tokens_BxL == self.ids.eos).astype(jnp.int32)
+        ended_BxL = jnp.cumsum(eos_BxL, 1) > eos_BxL
+        moved_BxL = jnp.roll(tokens_BxL, 1, axis=1).at[:, 0].set(self.ids.start)
+        positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+        answers = {
+            "decoder_inputs": moved_BxL,
+            "targets": tokens_BxL,
+            "target_segments": jnp.where(ended_BxL, 0, 1),
+            "target_positions": positions_BxL,
+        }
+        scores_B, _ = log_likelihoods(
+            self._row_model(params, batch, flax_mutables), {**_rows_of(batch), **answers}
+        )
+        return tokens_BxL, {"scores": scores_B}
+
+    def score_batch(
+        self,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        return_intermediates: bool = False,
+        flax_mutables: Any = None,
+    ) -> jax.Array:
+        """The log-likelihood of every row's targets, summed over tokens: float32 [B]."""
+        if return_intermediates:
+            raise UserError("score_batch gives no intermediates of a TaskMoE")
+        return log_likelihoods(
+            self._row_model(params, batch, flax_mutables), _rows_of(batch)
+        )[0]  # fmt: skip
+
+    def _row_model(
+        self, params: Params, batch: Mapping[str, jax.Array], flax_mutables: Any
+    ) -> RowModel:
+        """The model with the route of every row's task."""
+        params, routes = with_empty(core.unfreeze(params)), None
+        if self.moe.routed:
+            task_id_B = batch[TASK_ID if TASK_ID in batch else GROUP_TASK_ID][:, 0]
+            routes_TxNxE = routes_of(self.moe, params, flax_mutables[CLOCK]["step"])
+            routes = traced_row_routes(routes_TxNxE[task_id_B], experts_per_row(self.moe))
+        return RowModel(self.moe, params["backbone"], routes)
 
 
-def _read_vocabulary(path: Path) -> TokenizersVocabulary:
-    """The tokenizer that `transformers` makes from a T5's SentencePiece model."""
-    plain = vocabulary.read_sentencepiece(path)
-    # T5X's files (`cc_all.32000.100extra`) include the sentinels, those of `transformers` do not.
-    extra_ids = 0 if len(plain.encode("<extra_id_0>")) <= 2 else 100
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        files.write_json(directory / tokenizer_files.CONFIG, {"model_type": "t5"})
-        settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": extra_ids}
-        files.write_json(directory / tokenizer_files.SETTINGS, settings)
-        files.write_bytes(directory / tokenizer_files.SENTENCEPIECE, path.read_bytes())
-        return vocabulary.read_tokenizers(directory)
-
-
-# ---- names and sizes ----
-
-_NORMS = {
-    "encoder": ["attention", "mlp"],
-    "decoder": ["self_attention", "cross_attention", "mlp"],
-}
-_ATTENTIONS = {
-    "encoder": ["attention"],
-    "decoder": ["self_attention", "encoder_decoder_attention"],
-}
-_PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
-
-
-def parts(config: ModelConfig) -> list[Part]:
-    """All tensors of a dense T5, with T5X's names and axis order, grouped by parameter."""
-    result = []
-    for part in hf_weights.parts(config):
-        name, form = _name(part.name), part.form
-        if name == _HEAD:
-            form = "table"
-        elif name.endswith(_RELATIVE):
-            form = "kernel"  # [heads, buckets] there
-        elif form == "kernel":
-            form = "matrix"
-        result.append(part._replace(name=name, form=form))
-    return result
-
-
-def _name(name: str) -> str:
-    """T5X's name of the tensor that `transformers` calls `name`."""
-    match name.split("."):
-        case ["shared", _]:
-            return _EMBEDDING
-        case ["lm_head", _]:
-            return _HEAD
-        case [side, "final_layer_norm", _]:
-            return f"{side}/{side}_norm/scale"
-        case [side, *_, "relative_attention_bias", _]:
-            return f"{side}/{_RELATIVE}"
-        case [side, _, layer, _, i, "layer_norm", _]:
-            return f"{side}/layers_{layer}/pre_{_NORMS[side][int(i)]}_layer_norm/scale"
-        case [side, _, layer, _, _, "DenseReluDense", which, _]:
-            return f"{side}/layers_{layer}/mlp/{which}/kernel"
-        case [side, _, layer, _, i, _, which, _]:
-            attention = _ATTENTIONS[side][int(i)]
-            return f"{side}/layers_{layer}/{attention}/{_PROJECTIONS[which]}/kernel"
-    raise ValueError(name)
-
-
-def read_config(shapes: Mapping[str, tuple[int, ...]], source: Path) -> ModelConfig:
-    """The dense model that has parameters of these shapes.
-
-    Args:
-        shapes: name -> shape.
-        source: named in errors.
-
-    Raises:
-        UserError: a parameter that determines a size is missing, or the model is known to be of
-            another kind.
-    """
-    if any(name.startswith(("encoder/encoder/", "decoder/decoder/")) for name in shapes):
+def _check(config: Config) -> None:
+    """Raises a UserError where T5X would do something else than what is asked for."""
+    optimizer_config, mesh = config.optimizer, config.mesh
+    if optimizer_config.lazy or optimizer_config.alternate_every:
+        name = "lazy" if optimizer_config.lazy else "alternate_every"
+        raise UserError(f"OptimizerConfig.{name} is for moe_jax.train: T5X updates all parameters")
+    if mesh.fsdp * mesh.expert > 1:
         raise UserError(
-            f"{source}: its layers are stacked (scan_layers); such models have position biases of"
-            " their own in every layer, unlike published T5s, and cannot be read"
+            f"MeshConfig.fsdp is {mesh.fsdp} and expert {mesh.expert}: inside T5X its partitioner"
+            " shards parameters, over `model` alone"
         )
 
-    def sizes(name: str) -> tuple[int, int]:
-        shape = shapes.get(name)
-        if shape is None:
-            raise UserError(f"{source}: the weights have no {name}{nearest(name, shapes)}")
-        if len(shape) != 2 or 0 in shape:
-            raise UserError(f"{source}: {name} has shape {list(shape)}, it is not a matrix")
-        return shape
 
-    def depth(side: str) -> int:
-        layers = (re.match(rf"{side}/layers_(\d+)/", name) for name in shapes)
-        return len({layer[1] for layer in layers if layer})
+def _axes(boxed: Params) -> dict[str, Any]:
+    """T5X's `params_axes`: the names of the axes of every parameter."""
 
-    vocabulary_size, d_model = sizes(_EMBEDDING)
-    heads, buckets = sizes(f"encoder/{_RELATIVE}")
-    fitting = (
-        family
-        for family in FAMILIES
-        if _FIRST.format(family.feed_forward) in shapes
-        and family.vocabulary_size in (None, vocabulary_size)
+    def metadata(leaf: Any) -> AxisMetadata:
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
+        return AxisMetadata(names=tuple(map(_AXES.get, names)))
+
+    named = jax.tree.map(
+        metadata, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     )
-    family = next(fitting, _T5_1_1)
-    return ModelConfig(
-        architecture=family.architecture,
-        vocabulary_size=vocabulary_size,
-        d_model=d_model,
-        d_ff=sizes(_FIRST.format(family.feed_forward))[1],
-        heads=heads,
-        head_dim=sizes("encoder/layers_0/attention/query/kernel")[1] // heads,
-        encoder_layers=depth("encoder"),
-        decoder_layers=depth("decoder"),
-        relative_buckets=buckets,
-        tie_embeddings=_HEAD not in shapes,
-        scale_tied_logits=_HEAD not in shapes,
-        dropout_rate=_DROPOUT,
-        attention_dropout_rate=_DROPOUT,
-        activation_dropout_rate=_DROPOUT,
+    flat = traverse_util.flatten_dict(named)
+    return traverse_util.unflatten_dict(
+        {(*path[:-1], f"{path[-1]}_axes"): leaf for path, leaf in flat.items()}
     )
+
+
+def _rows_of(batch: Mapping[str, jax.Array]) -> Batch:
+    """The [B, L] arrays under our names."""
+    return {ours: batch[theirs] for theirs, ours in NAMES.items()}
+
+
+def _average(value: jax.Array, count: jax.Array | int = 1) -> clu_metrics.Average:
+    """A mean over `count` things, which T5X merges over steps."""
+    count = jnp.asarray(count, jnp.float32)
+    return clu_metrics.Average(total=value * count, count=count)
+
+
+# -------------------------------------------------------------------------- for gin files
+
+
+def model(optimizer_def: Any) -> TaskMoEModel:
+    """The model of gin's bindings: T5X's `MODEL`."""
+    extensions = configurables.build(RunConfig).extensions
+    for name in (extensions,) if isinstance(extensions, str) else extensions:
+        load_module(name)
+    return TaskMoEModel(configurables.build(Config), optimizer_def)
+
+
+def over_mesh(partitioner: Any) -> Any:
+    """T5X's partitioner, with the mesh of `MeshConfig`: it has T5X's axes and more of size one."""
+    partitioner.mesh = make_mesh(configurables.build(MeshConfig))
+    return partitioner
+
+
+def optimizer() -> optax.GradientTransformation:
+    """`OptimizerConfig` as one transformation: clipping, AdamW, the learning rate of each part."""
+    config = configurables.build(OptimizerConfig)
+    steps = configurables.build(RunConfig).train_steps
+
+    def clipped(grads: Params, params: Any = None) -> Params:
+        del params
+        factor, _ = clip_scale(config, grads, jnp.int32(0))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+
+    def rate(peak: float) -> optax.GradientTransformation:
+        return optax.scale_by_schedule(lambda count: -peak * schedule(config, count, steps))
+
+    return optax.chain(
+        optax.stateless(clipped),
+        make_optimizer(config),
+        optax.multi_transform(
+            {part: rate(peak) for part, peak in config.learning_rates.items()}, part_labels
+        ),
+    )
+
+
+def learning_rate() -> Callable[[jax.Array], jax.Array]:
+    """The backbone's learning rate at each step, which T5X logs. `optimizer` has its own."""
+    config = configurables.build(OptimizerConfig)
+    steps = configurables.build(RunConfig).train_steps
+    return lambda step: config.learning_rate * schedule(config, step, steps)

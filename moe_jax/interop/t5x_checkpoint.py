@@ -6,6 +6,10 @@ parameter that the file only refers to:
     checkpoint_1000000/checkpoint: {version, optimizer: {target: parameters, state: ...}}
     checkpoint_1000000/target.encoder.layers_0.attention.query.kernel/{.zarray,0.0}
 
+Today T5X writes all arrays by Orbax into one OCDBT database, under the same names:
+
+    checkpoint_1000000/state/{manifest.ocdbt,d/,...}: target.encoder...kernel/{.zarray,0.0}
+
 At most one parameter is in memory at a time, and never the optimizer's state.
 """
 
@@ -22,6 +26,9 @@ from flax import serialization
 from moe_jax.core.errors import UserError, nearest
 
 FILE = "checkpoint"
+# Where Orbax writes, and the file by which its database is known.
+STATE, _DATABASE = "state", "manifest.ocdbt"
+_TARGET, _METADATA = "target.", "/.zarray"
 # Names of arrays in a module; all other entries of `target` are modules.
 _LEAVES = ("kernel", "scale", "embedding", "rel_embedding")
 _REFERENCE = "PLACEHOLDER://"
@@ -42,36 +49,63 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
-        # For arrays in FILE, the first and last byte; for others, the zarr array's directory.
-        self._places: dict[str, tuple[int, int] | Path] = {}
-        if not (directory / FILE).is_file():
+        # For arrays in FILE, the first and last byte; for others, TensorStore's key-value store.
+        self._places: dict[str, tuple[int, int] | dict[str, Any]] = {}
+        if (directory / FILE).is_file():
+            self._find_published()
+        elif (directory / STATE / _DATABASE).is_file():
+            self._find_orbax()
+        else:
             steps = [path.name for path in directory.glob(f"{FILE}_*")]
             raise UserError(
-                f"{directory} is not a T5X checkpoint: it has no file {FILE!r}"
-                f"{nearest(FILE, steps)}"
+                f"{directory} is not a T5X checkpoint: it has no file {FILE!r} nor"
+                f" {STATE}/{_DATABASE}{nearest(FILE, steps)}"
             )
+
+    def _find_published(self) -> None:
         try:
-            with open(directory / FILE, "rb") as f:
+            with open(self.directory / FILE, "rb") as f:
                 unpacker = msgpack.Unpacker(f, max_buffer_size=0, strict_map_key=False)
                 places = list(_target(unpacker))
         except (ValueError, msgpack.UnpackException, OSError) as e:
             raise self._unreadable(FILE, e) from e
         if not places:
-            raise UserError(f"{directory / FILE} holds no parameters: it has no 'target'")
+            raise UserError(f"{self.directory / FILE} holds no parameters: it has no 'target'")
         for name, place in places:
             value = self._value(name, place)
             if isinstance(value, np.ndarray):
-                self._places[name] = place
-                shape, dtype = value.shape, value.dtype
+                self._add(name, place, value.shape, value.dtype)
             else:
-                self._places[name] = self.directory / self._referred(name, value)
-                store = self._open(name)
-                shape, dtype = store.shape, store.dtype.numpy_dtype
-            if dtype.name not in _DTYPES:
-                raise UserError(
-                    f"{directory}: {name} has dtype {dtype.name}, not one of {', '.join(_DTYPES)}"
-                )
-            self.shapes[name] = tuple(shape)
+                path = self.directory / self._referred(name, value)
+                self._add_stored(name, {"driver": "file", "path": str(path)})
+
+    def _find_orbax(self) -> None:
+        base = {"driver": "file", "path": f"{(self.directory / STATE).absolute()}/"}
+        store = {"driver": "ocdbt", "base": base}
+        try:
+            keys = tensorstore.KvStore.open(store).result().list().result()
+        except ValueError as e:
+            raise self._unreadable(f"{STATE}/{_DATABASE}", e) from e
+        for key in sorted(map(bytes.decode, keys)):
+            if key.startswith(_TARGET) and key.endswith(_METADATA):
+                path = key.removesuffix(_METADATA)
+                name = path.removeprefix(_TARGET).replace(".", "/")
+                self._add_stored(name, {**store, "path": f"{path}/"})
+        if not self._places:
+            raise UserError(f"{self.directory / STATE} holds no parameters: it has no 'target'")
+
+    def _add_stored(self, name: str, store: dict[str, Any]) -> None:
+        self._places[name] = store
+        array = self._open(name)
+        self._add(name, store, array.shape, array.dtype.numpy_dtype)
+
+    def _add(self, name: str, place: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if dtype.name not in _DTYPES:
+            raise UserError(
+                f"{self.directory}: {name} has dtype {dtype.name}, not one of {', '.join(_DTYPES)}"
+            )
+        self._places[name] = place
+        self.shapes[name] = tuple(shape)
 
     def read(self, name: str) -> np.ndarray:
         """One array, in its stored dtype."""
@@ -97,7 +131,7 @@ class Checkpoint:
         """The zarr array. Its metadata is read from its own file, which the reference repeats."""
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "file", "path": str(self._places[name])},
+            "kvstore": self._places[name],
             "fill_missing_data_reads": False,  # otherwise a missing chunk would be read as zeros
         }
         try:

@@ -15,7 +15,7 @@ from moe_jax.core.sharding import MeshConfig
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.runs.config import DataConfig, FinetuneConfig, RunConfig
+from moe_jax.runs.config import BASE_BINDINGS, DataConfig, FinetuneConfig, RunConfig
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 
@@ -36,6 +36,11 @@ for _cls in (
     MeshConfig, DecodingConfig, FinetuneConfig,
 ):  # fmt: skip
     register(_cls)
+
+
+def bind_defaults() -> None:
+    """Binds the macros that every command has, and the settings that read them."""
+    gin.parse_config(BASE_BINDINGS)
 
 
 def parameters(name: str) -> list[str]:

@@ -227,7 +227,7 @@ def _with_includes(path: Path, search_paths: Sequence[str], seen: tuple[Path, ..
 
 def _parse(texts: Sequence[tuple[object, str]]) -> None:
     gin.clear_config()
-    gin.parse_config(BASE_BINDINGS)
+    configurables.bind_defaults()
     for source, text in texts:
         try:
             gin.parse_config(_with_full_names(text))

@@ -98,15 +98,14 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
+def part_labels(params: Any) -> Any:
+    """Parameter -> the name of its part, in the containers of `params`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params)
+
+
 def _labels(params: Any, config: OptimizerConfig) -> Any:
     """Parameter -> the name of its transformation in `make_optimizer`."""
-
-    def label(part: str) -> str:
-        return "frozen" if part in config.frozen else part
-
-    return {
-        part: jax.tree.map(lambda _, part=part: label(part), tree) for part, tree in params.items()
-    }
+    return jax.tree.map(lambda p: "frozen" if p in config.frozen else p, part_labels(params))
 
 
 def clip_scale(config: OptimizerConfig, grads: Any, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from moe_jax.core import files
-from moe_jax.core.configuration import Configuration, Name
+from moe_jax.core import files, paths
+from moe_jax.core.configuration import Configuration, Name, PathName
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
@@ -46,9 +46,9 @@ class InferConfig(Configuration, called="infer"):
     """
 
     task: Name | None = None
-    input: Name = "-"
-    output: Name = "-"
-    representations: Name | None = None
+    input: PathName = "-"
+    output: PathName = "-"
+    representations: PathName | None = None
 
 
 configurables.register(InferConfig)
@@ -136,7 +136,7 @@ def _lines(path: str) -> Iterator[Line]:
         UserError: the file cannot be read, or a line is no UTF-8: when that line is reached.
     """
     try:
-        with sys.stdin.buffer if path == "-" else open(path, "rb") as f:
+        with sys.stdin.buffer if path == "-" else open(paths.parse(path), "rb") as f:
             for number, line in enumerate(f, 1):
                 try:
                     yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")

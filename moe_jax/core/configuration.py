@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+from moe_jax.core import paths
 from moe_jax.core.errors import UserError, nearest
 
 INT32 = 2**31 - 1  # what JAX counts with
@@ -73,6 +74,18 @@ class Text(Size):
 
 
 @dataclasses.dataclass(frozen=True)
+class Place(Text):
+    """A path of a file or directory."""
+
+    def allows(self, value: str) -> bool:
+        """Whether there can be such a path."""
+        return super().allows(value) and not paths.is_url(value)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, a path of this machine"
+
+
+@dataclasses.dataclass(frozen=True)
 class Known:
     """One of the names that `names` returns when it is asked: of what is registered by then."""
 
@@ -92,7 +105,8 @@ class Known:
 
 
 # What several fields are.
-Name = Annotated[str, Text(1, 4096)]  # of a mixture, a module, a file
+Name = Annotated[str, Text(1, 4096)]  # of a mixture, a module, a split
+PathName = Annotated[str, Place(1, 4096)]
 Names = Annotated[Sequence[Name], Size(0, 4096)]
 Seed = Annotated[int, Range(0, INT32)]
 Steps = Annotated[int, Range(1, INT32)]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_jax.core import paths
 from moe_jax.core.errors import UserError
 
 NEW = ".new-"  # prefix of directories that are being written
@@ -21,7 +22,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     Raises:
         UserError: the file cannot be written (permissions, full disk). Temporary files are removed.
     """
-    path = Path(path)
+    path = paths.parse(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
         UserError: the file cannot be written.
     """
     try:
-        with open(path, "ab", buffering=0) as f:
+        with open(paths.parse(path), "ab", buffering=0) as f:
             f.write("".join(json_line(row) for row in rows).encode())
             os.fsync(f.fileno())
     except OSError as e:
@@ -81,7 +82,7 @@ def read_text(path: str | os.PathLike) -> str:
         UserError: the file is missing, cannot be read or is no UTF-8.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return paths.parse(path).read_bytes().decode("utf-8")
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
@@ -109,7 +110,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             line.
     """
     try:
-        with open(path, "rb") as f:
+        with open(paths.parse(path), "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     try:
@@ -154,7 +155,7 @@ def _reason(error: Exception) -> str:
 
 def check_new(path: str | os.PathLike) -> None:
     """Raises a UserError if `path` exists, unless it is an empty directory."""
-    path = Path(path)
+    path = paths.parse(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists")
 
@@ -166,7 +167,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         UserError: the directory cannot be made, or `path` exists.
     """
-    path = Path(path)
+    path = paths.parse(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=NEW, dir=path.parent))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from moe_jax.core import paths
 from moe_jax.core.errors import UserError, say
 
 LOCK = ".lock"
@@ -77,7 +78,7 @@ def lock(directory: str | os.PathLike, wait: bool = False) -> Iterator[int]:
     Raises:
         UserError: another process holds it; its host and number are named.
     """
-    path = Path(directory) / LOCK
+    path = paths.parse(directory) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)

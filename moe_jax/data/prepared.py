@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_jax.core import files, processes
+from moe_jax.core import files, paths, processes
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache
 from moe_jax.data.cache import PreparedMixture, Request
@@ -30,7 +30,7 @@ def prepare(
 
     request = Request.make(names, task_modules, vocabulary, splits, environment)
     with processes.lock(cache_dir, wait=True):
-        materialise(Path(cache_dir), request)
+        materialise(paths.parse(cache_dir), request)
     return _found(cache_dir, request)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest
 
 
@@ -169,7 +169,7 @@ def read_representations(
 def _read_archive(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         # Opened here, because `np.load` leaves a damaged file open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        with open(paths.parse(path), "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive}
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e

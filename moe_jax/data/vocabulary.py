@@ -22,7 +22,7 @@ import sentencepiece
 import tokenizers
 
 from moe_jax.core import files
-from moe_jax.core.configuration import Configuration, Range, Text
+from moe_jax.core.configuration import Configuration, Place, Range, Text
 from moe_jax.core.errors import UserError
 from moe_jax.data import tokenizer_files
 from moe_jax.data.tokenizer_files import TOKENIZER
@@ -60,7 +60,7 @@ class VocabularyConfig(Configuration):
     kind: Literal["sentencepiece", "tokenizers", "bytes", "seqio", "task"] = "sentencepiece"
     size: Annotated[int, Range(1, 2**24)] = 4096
     trained_on: Annotated[str, Text(0, 4096)] = ""
-    path: Annotated[str, Text(0, 4096)] = ""
+    path: Annotated[str, Place(0, 4096)] = ""
     factory: Annotated[str, Text(0, 4096)] = ""
     extra_ids: Annotated[int, Range(0, 2**16)] = 0
 

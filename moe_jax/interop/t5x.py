@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import tokenizer_files, vocabulary
 from moe_jax.data.vocabulary import TokenizersVocabulary
@@ -56,10 +56,10 @@ def from_t5x(source: str, out: str | Path, sentencepiece: str | None = None) -> 
     Raises:
         UserError: it is not such a T5, a file is missing or damaged, or `out` exists.
     """
-    out = Path(out)
+    out = paths.parse(out)
     files.check_new(out)
-    own = None if sentencepiece is None else _read_vocabulary(Path(sentencepiece))
-    checkpoint = Checkpoint(Path(source))
+    own = None if sentencepiece is None else _read_vocabulary(paths.parse(sentencepiece))
+    checkpoint = Checkpoint(paths.parse(source))
     config = read_config(checkpoint.shapes, checkpoint.directory)
     wanted = parts(config)
     check_parts(config, wanted, checkpoint.shapes, checkpoint.directory, "the others say")

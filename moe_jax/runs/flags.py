@@ -19,7 +19,7 @@ import gin
 import jax
 from absl import app, flags, logging
 
-from moe_jax.core import files, processes
+from moe_jax.core import files, paths, processes
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import modules
 from moe_jax.kernels import memory
@@ -271,13 +271,13 @@ def find_gin_file(name: str) -> Path:
 
 def _find(name: str, search_paths: Sequence[str]) -> Path:
     for parent in ["", *search_paths]:
-        path = Path(parent, name)
+        path = paths.parse(parent) / paths.parse(name)
         if path.is_file():
             return path
     known = [
         str(path.relative_to(parent))
         for parent in search_paths
-        for path in Path(parent).glob("**/*.gin")
+        for path in paths.parse(parent).glob("**/*.gin")
     ]
     raise UserError(f"no gin file {name!r} in {', '.join(search_paths)}{nearest(name, known)}")
 
@@ -316,7 +316,8 @@ def _several_processes() -> bool:
 def _start_jax() -> None:
     memory.run_in_main_thread()
     if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
+        path = str(paths.parse(_COMPILATION_CACHE.value))
+        jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)

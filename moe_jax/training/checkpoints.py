@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from moe_jax.core import checksums, errors, files
+from moe_jax.core import checksums, errors, files, paths
 from moe_jax.core.errors import UserError
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import parameter_shapes
@@ -79,7 +79,7 @@ class Checkpoints:
 
     def __init__(self, model_dir: str | Path, keep: int = 2):
         _quiet()
-        self.directory = Path(model_dir).absolute() / DIRECTORY
+        self.directory = paths.parse(model_dir).absolute() / DIRECTORY
         self._keep = keep
         self.scores: dict[int, float] = {}
         self._checkpointer = ocp.AsyncCheckpointer(
@@ -313,7 +313,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
         UserError: there is no checkpoint that is whole, or it cannot be read.
     """
     _quiet()
-    path = Path(path).absolute()
+    path = paths.parse(path).absolute()
     if path.name.isdigit() and (path / "params").is_dir():
         directory, step = path.parent, int(path.name)
     else:

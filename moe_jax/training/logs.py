@@ -17,7 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -40,7 +40,7 @@ class MetricsLog:
         self.scores: dict[int, float] = {}
         if not enabled:
             return
-        path = Path(model_dir) / METRICS
+        path = paths.parse(model_dir) / METRICS
         kept = _kept(path, step)
         self.scores |= {line["step"]: line[SCORE] for line in kept if SCORE in line}
         files.write_jsonl(path, kept)
@@ -76,8 +76,8 @@ class EventFile:
 
     def __init__(self, directory: str | Path, first_step: int):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        earlier = sorted(Path(directory).glob("events.out.tfevents.*"))
-        path = earlier[-1] if earlier else Path(directory) / name
+        earlier = sorted(paths.parse(directory).glob("events.out.tfevents.*"))
+        path = earlier[-1] if earlier else paths.parse(directory) / name
         file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
         file.truncate(_whole_records(path))
         self._records = RecordWriter(file)

@@ -32,5 +32,5 @@ def absolute(**given: str | None) -> dict[str, str]:
     (which imports TensorFlow), where gin is not configured.
     """
     return {
-        name: os.path.abspath(paths.parse(path)) for name, path in given.items() if path is not None
+        name: os.path.abspath(paths.local(path)) for name, path in given.items() if path is not None
     }

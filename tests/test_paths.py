@@ -1,4 +1,4 @@
-"""Paths: what is no path of this machine is refused in one line, wherever it is given."""
+"""Paths: URLs of other kinds than gs:// are refused in one line, wherever one is given."""
 
 import dataclasses
 import os
@@ -24,16 +24,16 @@ from moe_jax.runs import configurables, flags
 from moe_jax.training.checkpoints import Checkpoints, load_params
 from tasks.data_directory import absolute
 
-URL = "s3://bucket/run"
+URL, BUCKET = "s3://bucket/run", "gs://bucket/run"
 NAMED = re.compile(r"(.*_)?(dir|path|input|output|representations|pca_from)")
 
 
-def is_path(hint) -> bool:
-    """Whether a field's type, `X` or `X | None`, declares that it is a path."""
+def is_path(hint, here: bool = False) -> bool:
+    """Whether a field's type, `X` or `X | None`, declares that it is a path (of this machine)."""
     either = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = typing.get_args(hint) if either else [hint]
     rules = (rule for kind in kinds for rule in getattr(kind, "__metadata__", ()))
-    return any(isinstance(rule, Place) for rule in rules)
+    return any(isinstance(rule, Place) and rule.here >= here for rule in rules)
 
 
 def path_fields() -> list[tuple[type, str]]:
@@ -59,7 +59,10 @@ def test_every_setting_that_names_a_path_says_so():
 )
 def test_a_setting(cls, name):
     needed = {"lengths": {"inputs": 8, "targets": 8}} if cls.called == "DataConfig" else {}
-    for url in (URL, "s3:/bucket/run", "hf://model", "file:///run", "gs://bucket/run"):
+    here = is_path(configuration.hints(cls)[name], here=True)
+    for url in (URL, "s3:/bucket/run", "hf://model", "file:///run", "gs://", "gs:/bucket/run") + (
+        ("gs://bucket/run",) if here else ()
+    ):
         with pytest.raises(UserError, match=rf"{cls.called}\.{name} is '{url}'; it is .*a path of"):
             cls(**needed | {name: url})
 
@@ -85,7 +88,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_function(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"^{URL}: it is no path of this machine") as error:
+    with pytest.raises(UserError, match=rf"^{URL}(/a.gin)?: .*a path of this machine") as error:
         FLAGS[name]()
     assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
 
@@ -102,6 +105,12 @@ def test_a_function(name, tmp_path, monkeypatch):
     (convert.main, ["from-t5x", ".", "out", "--sentencepiece", URL]),
     (convert.main, ["to-hf", URL, "out"]),
     (convert.main, ["to-hf", ".", URL]),
+    (convert.main, ["from-hf", BUCKET, "out"]),
+    (convert.main, ["from-hf", ".", BUCKET]),
+    (convert.main, ["from-t5x", BUCKET, "out"]),
+    (convert.main, ["from-t5x", ".", BUCKET]),
+    (convert.main, ["from-t5x", ".", "out", "--sentencepiece", BUCKET]),
+    (convert.main, ["to-hf", ".", BUCKET]),
     (tasks.main, ["show", "skills_capital_of", "--vocabulary", URL]),
     (tasks.main, ["list", "--task_modules", f"{URL}.py"]),
 ])  # fmt: skip
@@ -115,7 +124,8 @@ def test_an_argument(main, arguments, tmp_path, monkeypatch, capsys):
     except SystemExit as e:  # whose line Python prints
         code = e.code
     said = capsys.readouterr().err.strip() or code
-    assert code and URL in said and "\n" not in said
+    url = URL if URL in " ".join(arguments) else BUCKET
+    assert code and url in said and "\n" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["routes.json"]
 
 
@@ -134,3 +144,11 @@ def test_a_command_makes_no_folder(tmp_path):
 def test_paths_of_this_machine_stay_as_they_are():
     for text in ("a", "/a/b", "./a:b", "a b", "~/x", "-", "C:/x"):
         assert str(paths.parse(text)) == text.removeprefix("./")
+
+
+def test_buckets_need_their_client(monkeypatch):
+    monkeypatch.setattr(paths, "_HAS_CLIENT", False)
+    with pytest.raises(UserError, match=r"^gs://bucket/run: buckets need gcsfs: pip install 'moe"):
+        paths.parse(BUCKET)
+    with pytest.raises(UserError, match="need gcsfs"):
+        lock(BUCKET).__enter__()

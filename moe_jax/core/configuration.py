@@ -75,14 +75,18 @@ class Text(Size):
 
 @dataclasses.dataclass(frozen=True)
 class Place(Text):
-    """A path of a file or directory."""
+    """A path of a file or directory, which may be in a bucket unless it must be `here`."""
+
+    here: bool = False
 
     def allows(self, value: str) -> bool:
         """Whether there can be such a path."""
-        return super().allows(value) and not paths.is_url(value)
+        usable = not paths.is_url(value) if self.here else paths.is_usable(value)
+        return super().allows(value) and usable
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, a path of this machine"
+        bucket = "" if self.here else " or gs://BUCKET/PATH"
+        return f"{super().__str__()}, a path of this machine{bucket}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ def find(name: str) -> Path:
     Raises:
         UserError: there is neither a directory nor such a model.
     """
-    path = paths.parse(name)
+    path = paths.local(name)
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

@@ -30,7 +30,7 @@ def from_hf(source: str, out: str | Path) -> ModelConfig:
         UserError: it is of no family in `hf_families`, a file is missing or damaged, or `out`
             exists.
     """
-    out = paths.parse(out)
+    out = paths.local(out)
     files.check_new(out)
     directory = hf_directory.find(source)
     config_json = files.read_json(directory / hf_directory.CONFIG)

@@ -56,10 +56,10 @@ def from_t5x(source: str, out: str | Path, sentencepiece: str | None = None) -> 
     Raises:
         UserError: it is not such a T5, a file is missing or damaged, or `out` exists.
     """
-    out = paths.parse(out)
+    out = paths.local(out)
     files.check_new(out)
-    own = None if sentencepiece is None else _read_vocabulary(paths.parse(sentencepiece))
-    checkpoint = Checkpoint(paths.parse(source))
+    own = None if sentencepiece is None else _read_vocabulary(paths.local(sentencepiece))
+    checkpoint = Checkpoint(paths.local(source))
     config = read_config(checkpoint.shapes, checkpoint.directory)
     wanted = parts(config)
     check_parts(config, wanted, checkpoint.shapes, checkpoint.directory, "the others say")

@@ -47,7 +47,7 @@ Lines = dict[str, Any]  # `ModelConfig.d_model` -> value
 
 def root(path: str | Path) -> Path:
     """The model directory of `path`, which may be a checkpoint in it."""
-    path = paths.parse(path).absolute()
+    path = paths.absolute(path)
     if path.name.isdigit() and path.parent.name == "checkpoints":
         return path.parents[1]
     return path.parent if path.name == "checkpoints" else path

@@ -85,8 +85,8 @@ def run(
             main(*parts)
         except UserError as e:
             fail(e)
-        except OSError as e:  # no room for what is written without `files`, such as events
-            fail(UserError(f"{e.filename or 'cannot write'}: {e.strerror or e}"))
+        except paths.errors() as e:  # no room for what is written without `files`, such as events
+            fail(UserError(f"{getattr(e, 'filename', '') or 'cannot write'}: {paths.reason(e)}"))
         except stopping.Stopped as e:
             if e.together and _several_processes():
                 jax.distributed.shutdown()  # the others are as far
@@ -271,12 +271,13 @@ def find_gin_file(name: str) -> Path:
 
 def _find(name: str, search_paths: Sequence[str]) -> Path:
     for parent in ["", *search_paths]:
-        path = paths.parse(parent) / paths.parse(name)
+        path = paths.parse(name if paths.in_bucket(name) else os.path.join(parent, name))
         if path.is_file():
             return path
     known = [
         str(path.relative_to(parent))
         for parent in search_paths
+        if not paths.in_bucket(parent)
         for path in paths.parse(parent).glob("**/*.gin")
     ]
     raise UserError(f"no gin file {name!r} in {', '.join(search_paths)}{nearest(name, known)}")

@@ -193,6 +193,7 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
                     "window": window.rows(),
                     "parts": [*earlier, [step - sum(n for n, _ in earlier), data.groups]],
                 }
+                log.publish()  # no checkpoint without the lines before it
                 checkpoints.save(state, meta)
             if stops:
                 checkpoints.wait()

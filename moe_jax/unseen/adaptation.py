@@ -294,6 +294,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Finished runs. An incomplete last line of a killed run is removed from the file."""
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = files.read_bytes(path).splitlines(keepends=True)
     files.write_bytes(path, b"".join(line for line in lines if line.endswith(b"}\n")))
     return list(files.read_jsonl(path))

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -180,7 +179,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     if agreement is not None:
         made_with["affinity"] = agreement._asdict()
     Representations(tuple(names), rows_TxK, raw_TxD, projection, made_with).write(output)
-    shutil.rmtree(parts, ignore_errors=True)
+    paths.remove_tree(parts)
     used = int(np.any(projection.components_KxD, axis=1).sum())
     print(f"{output}: {len(names)} tasks, {rows_TxK.shape[1]} numbers each ({used} components of"
           f" {raw_TxD.shape[1]})")  # fmt: skip
@@ -198,7 +197,7 @@ def _cached(path: Path, compute: Callable[[], np.ndarray], lead: bool) -> np.nda
     All processes compute together or none does. The lead process, which needs the value, decides.
     """
     if multihost_utils.broadcast_one_to_all(np.int32(lead and path.exists())):
-        return np.load(path, allow_pickle=False) if lead else None
+        return np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) if lead else None
     value = compute()
     if lead:
         buffer = io.BytesIO()

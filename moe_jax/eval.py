@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 
 import jax
 
-from moe_jax.core import files
-from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Names, Range
+from moe_jax.core import files, paths
+from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Names, PathName, Range
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.sharding import make_mesh
 from moe_jax.evaluation.disabling import disabling
@@ -51,7 +51,7 @@ class EvalConfig(Configuration, called="eval"):
     examples: Examples = None
     mixtures: Names = ()
     unseen: Literal["nearest", "mean"] = "nearest"
-    representations: Name | None = None
+    representations: PathName | None = None
     disable_examples: Annotated[int, Range(0, INT32)] = 0
 
 
@@ -92,7 +92,7 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
             scores = evaluator.tasks(
                 params, run.step, mixture, run.task_ids, split, settings.examples
             )
-            directory = Path(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
+            directory = paths.parse(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
             if jax.process_index() == 0:
                 write_scores(directory, scores)
                 _show(scores, directory)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from moe_jax.core import files, processes
+from moe_jax.core import files, paths, processes
 from moe_jax.core.configuration import INT32, Configuration, Examples, Range, Text
 from moe_jax.core.errors import UserError
 from moe_jax.runs import configurables, flags
@@ -79,7 +79,7 @@ def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
             )
     run.require("model_dir")
     with processes.lock(run.model_dir):
-        _run_stages(Path(run.model_dir), settings)
+        _run_stages(paths.parse(run.model_dir), settings)
 
 
 def _run_stages(root: Path, settings: ExperimentConfig) -> None:
@@ -91,7 +91,7 @@ def _run_stages(root: Path, settings: ExperimentConfig) -> None:
     stages.run("dense", "train", settings.dense, {"MODEL_DIR": at["dense"]})
     bindings = {"MODEL_DIR": at["stage1"]}
     if settings.upcycle_step:
-        start = Path(at["dense"]) / "checkpoints" / str(settings.upcycle_step)
+        start = paths.parse(at["dense"]) / "checkpoints" / str(settings.upcycle_step)
         bindings["INITIAL_CHECKPOINT_PATH"] = str(start)
     stages.run("stage1", "train", settings.stage1, bindings)
     mixture = "stage1"

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from moe_jax.core import files
-from moe_jax.core.configuration import Configuration, Name
+from moe_jax.core import files, paths
+from moe_jax.core.configuration import Configuration, Name, PathName
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
@@ -46,9 +46,9 @@ class InferConfig(Configuration, called="infer"):
     """
 
     task: Name | None = None
-    input: Name = "-"
-    output: Name = "-"
-    representations: Name | None = None
+    input: PathName = "-"
+    output: PathName = "-"
+    representations: PathName | None = None
 
 
 configurables.register(InferConfig)
@@ -136,14 +136,14 @@ def _lines(path: str) -> Iterator[Line]:
         UserError: the file cannot be read, or a line is no UTF-8: when that line is reached.
     """
     try:
-        with sys.stdin.buffer if path == "-" else open(path, "rb") as f:
+        with sys.stdin.buffer if path == "-" else paths.parse(path).open("rb") as f:
             for number, line in enumerate(f, 1):
                 try:
                     yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
                 except UnicodeDecodeError as e:
                     raise UserError(f"{path}:{number}: the line is not UTF-8") from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except paths.errors() as e:
+        raise UserError(f"cannot read {path}: {paths.reason(e)}") from e
 
 
 if __name__ == "__main__":

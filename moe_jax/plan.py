@@ -14,7 +14,7 @@ import time
 
 from absl import flags
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import make_mesh
 from moe_jax.model.task_moe import TaskMoE
@@ -40,6 +40,8 @@ def plan(config: Config) -> None:
             "ModelConfig.vocabulary_size is 0, which means the data's, but `plan` does not "
             "read data: give it, such as --gin.ModelConfig.vocabulary_size=50265"
         )
+    if _JSON.value:
+        paths.parse(_JSON.value)  # fails early
     mesh = make_mesh(config.mesh, plan_devices(_TOPOLOGY.value, _DEVICES.value))
     config.check_groups(mesh)
     model = TaskMoE(model_config, config.router, _TASKS.value)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from moe_jax.core import paths
 from moe_jax.core.errors import UserError
 
 
@@ -24,7 +25,12 @@ def data_directory(variable: str) -> Path | None:
 def absolute(**given: str | None) -> dict[str, str]:
     """Environment variables for the paths that are given, made absolute.
 
+    Raises:
+        UserError: one is a URL.
+
     Settings are passed as environment variables, because tasks are registered in a child process
     (which imports TensorFlow), where gin is not configured.
     """
-    return {name: os.path.abspath(path) for name, path in given.items() if path is not None}
+    return {
+        name: os.path.abspath(paths.local(path)) for name, path in given.items() if path is not None
+    }

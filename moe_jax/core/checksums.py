@@ -1,4 +1,8 @@
-"""Checksums of a directory's files: written when it is complete, compared when it is read."""
+"""Checksums of a directory's files: written when it is complete, compared when it is read.
+
+Those of objects in a bucket are the bucket's own, which it checks whenever one is written or read:
+a list of them tells that all are there and what was written, and nothing need be read.
+"""
 
 import hashlib
 import json
@@ -8,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 
 FILE = "checksums.json"
@@ -46,9 +50,13 @@ def seal(directory: Path, without: Iterable[str] = ()) -> None:
         UserError: the file cannot be written.
         OSError: a file cannot be read.
     """
-    names = [name for name in _names(directory) if name not in without]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        sums = dict(zip(names, pool.map(lambda n: of_file(directory / n), names), strict=True))
+    if paths.in_bucket(directory):
+        left_out = {*without, FILE}
+        sums = {k: v for k, v in paths.objects(directory).items() if k not in left_out}
+    else:
+        names = [name for name in _names(directory) if name not in without]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            sums = dict(zip(names, pool.map(lambda n: of_file(directory / n), names), strict=True))
     files.write_json(directory / FILE, {"files": sums, "self": _of_content(sums)})
 
 
@@ -64,14 +72,16 @@ def damage(directory: Path, below: Iterable[str] = ("",)) -> str | None:
         below: only files whose names begin so are compared.
     """
     try:
-        sums = _read(directory)
+        sums = read(directory)
     except UserError as e:
         return str(e)
     names = [name for name in sums if name.startswith(tuple(below))]
+    objects = paths.objects(directory) if paths.in_bucket(directory) else None
 
     def problem(name: str) -> str | None:
         try:
-            differs = of_file(directory / name) != sums[name]
+            found = of_file(directory / name) if objects is None else objects.get(name)
+            differs = found != sums[name]
         except OSError as e:
             return f"{directory / name} cannot be read: {e.strerror or e}"
         return f"{directory / name} is not what was written: its checksum differs" * differs
@@ -80,7 +90,12 @@ def damage(directory: Path, below: Iterable[str] = ("",)) -> str | None:
         return next(filter(None, pool.map(problem, names)), None)
 
 
-def _read(directory: Path) -> dict[str, str]:
+def read(directory: Path) -> dict[str, str]:
+    """The checksum of each file of a sealed directory, by name.
+
+    Raises:
+        UserError: the file of checksums is not what was written.
+    """
     path = directory / FILE
     content = files.read_json(path)
     if isinstance(content, dict) and content.keys() == {"files", "self"}:

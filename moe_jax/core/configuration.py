@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+from moe_jax.core import paths
 from moe_jax.core.errors import UserError, nearest
 
 INT32 = 2**31 - 1  # what JAX counts with
@@ -73,6 +74,22 @@ class Text(Size):
 
 
 @dataclasses.dataclass(frozen=True)
+class Place(Text):
+    """A path of a file or directory, which may be in a bucket unless it must be `here`."""
+
+    here: bool = False
+
+    def allows(self, value: str) -> bool:
+        """Whether there can be such a path."""
+        usable = not paths.is_url(value) if self.here else paths.is_usable(value)
+        return super().allows(value) and usable
+
+    def __str__(self) -> str:
+        bucket = "" if self.here else " or gs://BUCKET/PATH"
+        return f"{super().__str__()}, a path of this machine{bucket}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Known:
     """One of the names that `names` returns when it is asked: of what is registered by then."""
 
@@ -92,7 +109,8 @@ class Known:
 
 
 # What several fields are.
-Name = Annotated[str, Text(1, 4096)]  # of a mixture, a module, a file
+Name = Annotated[str, Text(1, 4096)]  # of a mixture, a module, a split
+PathName = Annotated[str, Place(1, 4096)]
 Names = Annotated[Sequence[Name], Size(0, 4096)]
 Seed = Annotated[int, Range(0, INT32)]
 Steps = Annotated[int, Range(1, INT32)]

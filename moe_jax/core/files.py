@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: every write goes to a temporary name first."""
+"""Files that are either whole or absent.
+
+On a file system every write goes to a temporary name first. In a bucket an object is so by itself.
+"""
 
 import contextlib
 import json
@@ -10,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_jax.core import paths
 from moe_jax.core.errors import UserError
 
 NEW = ".new-"  # prefix of directories that are being written
@@ -21,9 +25,11 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     Raises:
         UserError: the file cannot be written (permissions, full disk). Temporary files are removed.
     """
-    path = Path(path)
+    path = paths.parse(path)
     temporary = None
     try:
+        if paths.in_bucket(path):
+            return paths.put(path, data)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -34,10 +40,10 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as e:
+    except paths.errors() as e:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+        raise UserError(f"cannot write {path}: {paths.reason(e)}") from e
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -61,9 +67,13 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    path, more = paths.parse(path), "".join(json_line(row) for row in rows).encode()
+    if paths.in_bucket(path):  # where nothing grows: it is written anew
+        before = read_bytes(path) if path.exists() else b""
+        return write_bytes(path, before + more)
     try:
         with open(path, "ab", buffering=0) as f:
-            f.write("".join(json_line(row) for row in rows).encode())
+            f.write(more)
             os.fsync(f.fileno())
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
@@ -74,6 +84,18 @@ def json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """What a file holds.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    try:
+        return paths.parse(path).read_bytes()
+    except paths.errors() as e:
+        raise UserError(f"cannot read {path}: {paths.reason(e)}") from e
+
+
 def read_text(path: str | os.PathLike) -> str:
     """Reads UTF-8 text.
 
@@ -81,9 +103,7 @@ def read_text(path: str | os.PathLike) -> str:
         UserError: the file is missing, cannot be read or is no UTF-8.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+        return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8: byte {e.start} is 0x{e.object[e.start]:02x}") from e
 
@@ -109,7 +129,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             line.
     """
     try:
-        with open(path, "rb") as f:
+        with paths.parse(path).open("rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     try:
@@ -119,8 +139,8 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
                     if not isinstance(value, dict):
                         raise UserError(f"{path}:{number}: not a JSON object")
                     yield value
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except paths.errors() as e:
+        raise UserError(f"cannot read {path}: {paths.reason(e)}") from e
 
 
 def _parse(text: str) -> Any:
@@ -153,8 +173,8 @@ def _reason(error: Exception) -> str:
 
 
 def check_new(path: str | os.PathLike) -> None:
-    """Raises a UserError if `path` exists, unless it is an empty directory."""
-    path = Path(path)
+    """Raises a UserError if `path` exists, unless it is an empty directory, or is in a bucket."""
+    path = paths.local(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists")
 
@@ -166,7 +186,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         UserError: the directory cannot be made, or `path` exists.
     """
-    path = Path(path)
+    path = paths.local(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=NEW, dir=path.parent))

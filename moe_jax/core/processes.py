@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from moe_jax.core import paths
 from moe_jax.core.errors import UserError, say
 
 LOCK = ".lock"
@@ -63,7 +64,7 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def lock(directory: str | os.PathLike, wait: bool = False) -> Iterator[int]:
+def lock(directory: str | os.PathLike, wait: bool = False) -> Iterator[int | None]:
     """Context: this process alone works in a directory, which is made if needed.
 
     The lock is free when all who hold its file have ended, however they ended.
@@ -72,12 +73,18 @@ def lock(directory: str | os.PathLike, wait: bool = False) -> Iterator[int]:
         wait: for as long as another process holds it, and says so.
 
     Yields:
-        The lock's file descriptor, for a child that is to hold it as well.
+        The lock's file descriptor, for a child that is to hold it as well; None in a bucket.
 
     Raises:
         UserError: another process holds it; its host and number are named.
     """
-    path = Path(directory) / LOCK
+    path = paths.parse(directory) / LOCK
+    if paths.in_bucket(path):
+        from moe_jax.core.leases import lease  # TensorStore takes a while to import
+
+        with lease(path, wait):
+            yield None
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)

@@ -22,7 +22,7 @@ import grain
 import msgpack
 import numpy as np
 
-from moe_jax.core import checksums, files
+from moe_jax.core import checksums, files, paths
 from moe_jax.core.checksums import digest
 from moe_jax.core.errors import UserError, nearest, say
 from moe_jax.data import staleness
@@ -86,7 +86,7 @@ class Request:
     def path(self, cache_dir: str | os.PathLike, name: str) -> Path:
         """File of the prepared mixture `name`, which is one of `names`."""
         key = digest({**self.to_json(), "names": name, "format": FORMAT})
-        return Path(cache_dir) / "mixtures" / f"{name}-{key}.json"
+        return paths.parse(cache_dir) / "mixtures" / f"{name}-{key}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +341,7 @@ def find(
     Args:
         quiet: does not say what is damaged.
     """
-    cache_dir = Path(cache_dir)
+    cache_dir = paths.parse(cache_dir)
     path = request.path(cache_dir, name)
     if not path.is_file():
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError
-from moe_jax.data import cache
+from moe_jax.data import cache, mirror
 from moe_jax.data.cache import PreparedMixture, Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
@@ -30,7 +30,8 @@ def prepare(
 
     request = Request.make(names, task_modules, vocabulary, splits, environment)
     with processes.lock(cache_dir, wait=True):
-        materialise(Path(cache_dir), request)
+        materialise(mirror.fetch(cache_dir, request), request)
+        mirror.publish(cache_dir, request)
     return _found(cache_dir, request)
 
 
@@ -69,6 +70,7 @@ def ensure_prepared(
             found = look_up(cache_dir, request, quiet=True)
             if None in found.values():
                 _run_child(cache_dir, request, lock)
+                mirror.publish(cache_dir, request)
                 found = _found(cache_dir, request)
     return found
 
@@ -77,7 +79,8 @@ def look_up(
     cache_dir: str | os.PathLike, request: Request, quiet: bool = False
 ) -> dict[str, PreparedMixture | None]:
     """The mixtures of a request as far as they are in the cache; see `cache.find`."""
-    return {name: cache.find(cache_dir, request, name, quiet) for name in request.names}
+    here = mirror.fetch(cache_dir, request)
+    return {name: cache.find(here, request, name, quiet) for name in request.names}
 
 
 def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
@@ -88,10 +91,14 @@ def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, Prepared
     return found
 
 
-def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int) -> None:
+def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int | None) -> None:
+    here = mirror.here(cache_dir)
+    if lock is None:  # that of a bucket; its copy here has one of its own
+        with processes.lock(here, wait=True) as own:
+            return _run_child(here, request, own)
     with tempfile.TemporaryDirectory() as directory:
         error = Path(directory) / "error"
-        job = {"cache_dir": str(cache_dir), "request": request.to_json(), "error": str(error)}
+        job = {"cache_dir": str(here), "request": request.to_json(), "error": str(error)}
         files.write_json(Path(directory) / "job.json", job)
         # The child imports this package and the user's modules from the same places as this
         # process, and does not use the accelerator.

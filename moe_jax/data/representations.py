@@ -167,12 +167,10 @@ def read_representations(
 
 
 def _read_archive(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    content = files.read_bytes(path)
     try:
-        # Opened here, because `np.load` leaves a damaged file open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        with io.BytesIO(content) as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive}
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except Exception as e:  # zipfile, zlib and NumPy raise many kinds
         raise UserError(f"{path} is neither a .json file nor an .npz archive of arrays") from e
     for name in ("tasks", "representations"):

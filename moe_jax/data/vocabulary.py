@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 import sentencepiece
 import tokenizers
 
-from moe_jax.core import files
-from moe_jax.core.configuration import Configuration, Range, Text
+from moe_jax.core import files, paths
+from moe_jax.core.configuration import Configuration, Place, Range, Text
 from moe_jax.core.errors import UserError
 from moe_jax.data import tokenizer_files
 from moe_jax.data.tokenizer_files import TOKENIZER
@@ -60,7 +60,7 @@ class VocabularyConfig(Configuration):
     kind: Literal["sentencepiece", "tokenizers", "bytes", "seqio", "task"] = "sentencepiece"
     size: Annotated[int, Range(1, 2**24)] = 4096
     trained_on: Annotated[str, Text(0, 4096)] = ""
-    path: Annotated[str, Text(0, 4096)] = ""
+    path: Annotated[str, Place(0, 4096, here=True)] = ""
     factory: Annotated[str, Text(0, 4096)] = ""
     extra_ids: Annotated[int, Range(0, 2**16)] = 0
 
@@ -206,7 +206,7 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
     Raises:
         UserError: `vocabulary.json` or the model is missing, or the kind is unknown.
     """
-    directory = Path(directory)
+    directory = paths.parse(directory)
     settings = read_settings(directory)
     match settings["kind"]:
         case "bytes":
@@ -248,7 +248,7 @@ def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:
         UserError: it is missing, is not a SentencePiece model, or has no pad or EOS token.
     """
     try:
-        vocabulary = SentencePieceVocabulary(Path(path).read_bytes())
+        vocabulary = SentencePieceVocabulary(paths.parse(path).read_bytes())
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except RuntimeError as e:

@@ -19,13 +19,12 @@ import io
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest
 
 # Five right answers in a hundred. A gain over less is mostly noise: of 0.15 over 0.005, +2,900 %,
@@ -160,7 +159,7 @@ def bootstrap_interval(values_T, samples: int = 5000, seed: int = 0) -> list[flo
 
 def write(directory: str | os.PathLike, gains: Mapping[str, Any]) -> None:
     """Writes arg.json, arg.csv and arg.txt of `relative_gains`' value into `directory`."""
-    directory = Path(directory)
+    directory = paths.parse(directory)
     files.write_json(directory / "arg.json", gains)
     files.write_text(directory / "arg.csv", csv_table(gains))
     files.write_text(directory / "arg.txt", text_table(gains))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedMixture, PreparedTask
 from moe_jax.model.task_moe import TaskMoE
@@ -91,7 +91,7 @@ def write_scores(directory: str | Path, scores: list[TaskScore]) -> None:
 
     The last means that all is there.
     """
-    directory = Path(directory)
+    directory = paths.parse(directory)
     files.write_jsonl(
         directory / "predictions.jsonl", (row for score in scores for row in score.predictions)
     )

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 from moe_jax.data.tokenizer_files import CONFIG
 
@@ -29,7 +29,7 @@ def find(name: str) -> Path:
     Raises:
         UserError: there is neither a directory nor such a model.
     """
-    path = Path(name)
+    path = paths.local(name)
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import vocabulary
 from moe_jax.interop import hf_config, hf_directory, hf_families, hf_weights
@@ -30,7 +30,7 @@ def from_hf(source: str, out: str | Path) -> ModelConfig:
         UserError: it is of no family in `hf_families`, a file is missing or damaged, or `out`
             exists.
     """
-    out = Path(out)
+    out = paths.local(out)
     files.check_new(out)
     directory = hf_directory.find(source)
     config_json = files.read_json(directory / hf_directory.CONFIG)

@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from moe_jax.core import checksums
-from moe_jax.training.checkpoints import DIRECTORY, SEALED
+from moe_jax.training.checkpoint_files import SEALED
+from moe_jax.training.checkpoints import DIRECTORY
 
 _FILE_BYTES = 1 << 27  # data waits in memory until it fills a file
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import tokenizer_files, vocabulary
 from moe_jax.data.vocabulary import TokenizersVocabulary
@@ -57,10 +57,10 @@ def from_t5x(source: str, out: str | Path, sentencepiece: str | None = None) -> 
     Raises:
         UserError: it is not such a T5, a file is missing or damaged, or `out` exists.
     """
-    out = Path(out)
+    out = paths.local(out)
     files.check_new(out)
-    own = None if sentencepiece is None else _read_vocabulary(Path(sentencepiece))
-    checkpoint = Checkpoint(Path(source))
+    own = None if sentencepiece is None else _read_vocabulary(paths.local(sentencepiece))
+    checkpoint = Checkpoint(paths.local(source))
     if t5x_run.is_run(checkpoint):
         if own is not None:
             raise UserError(f"{source} has its own vocabulary: leave --sentencepiece out")

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 from moe_jax.data.vocabulary import DIRECTORY as VOCABULARY
 from moe_jax.interop.streamed_checkpoint import Promise, save_params
@@ -100,7 +100,7 @@ def write_run(model_dir: str | Path, out: str | Path) -> str:
     """
     config = directory.read_config(directory.root(model_dir))
     params, meta = load_params(model_dir)
-    out, step = Path(out).absolute(), meta["step"]
+    out, step = paths.local(out).absolute(), meta["step"]
     files.check_new(out / f"{_PREFIX}_{step}")
     describe(out, config, meta["tasks"], directory.root(model_dir) / VOCABULARY)
     logging.getLogger("absl").setLevel(logging.ERROR)

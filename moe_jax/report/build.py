@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.report import (
     expert_sections,
@@ -87,7 +87,7 @@ def report(
         parts.append(score_sections.tasks(chosen, lines, measured, links))
     few_shot = [] if finetune is None else [inputs.read_run("few-shot adaptation", finetune)]
     parts.append(score_sections.provenance([*read, *few_shot], chosen))
-    return _write(Path(output), finetune, chosen, parts)
+    return _write(paths.parse(output), finetune, chosen, parts)
 
 
 def _chosen(runs: list[Run], name: str | None) -> Run | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 
 NO_CATEGORY = "(no category)"
@@ -60,7 +60,7 @@ def read_run(name: str, path: str | os.PathLike) -> Run:
     Raises:
         UserError: the directory is missing, or a file in it is malformed.
     """
-    path = Path(path)
+    path = paths.parse(path)
     if not re.fullmatch(r"[A-Za-z0-9][\w.+ -]*", name):
         raise UserError(f"run name {name!r} must start with a letter or digit, then [\\w.+ -]")
     if not path.is_dir():
@@ -128,7 +128,7 @@ def read_single(path: str | os.PathLike) -> dict[str, dict[str, dict[str, Any]]]
     Raises:
         UserError: the directory is missing or has no scores, or a file is malformed.
     """
-    path, result = Path(path), {}
+    path, result = paths.parse(path), {}
     for run in sorted(path.iterdir()) if path.is_dir() else []:
         for lines in _read_evaluations(run).values():
             for task, line in lines.items():
@@ -144,7 +144,7 @@ def read_finetune(path: str | os.PathLike) -> list[dict[str, Any]] | None:
     Raises:
         UserError: the directory is missing, or the file is malformed.
     """
-    path = Path(path)
+    path = paths.parse(path)
     if not path.is_dir():
         raise UserError(f"fine-tuning directory {path} is not a directory")
     file = path / "runs.jsonl"

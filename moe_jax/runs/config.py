@@ -12,6 +12,7 @@ from moe_jax.core.configuration import (
     Examples,
     Name,
     Names,
+    PathName,
     Period,
     Range,
     Rate,
@@ -97,7 +98,7 @@ class DataConfig(Configuration):
     lengths: Annotated[
         Mapping[Literal["inputs", "targets"], Annotated[int, Range(2, 2**20)]], Size(2, 2)
     ] = dataclasses.field(default_factory=dict)
-    cache_dir: Name = "cache"
+    cache_dir: PathName = "cache"
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
     environment: Annotated[Mapping[Name, Annotated[str, Text(0, 2**16)]], Size(0, 4096)] = (
         dataclasses.field(default_factory=dict)
@@ -165,14 +166,14 @@ class RunConfig(Configuration):
         seed: of initialisation, dropout, routes and data order.
     """
 
-    model_dir: Name | None = None
+    model_dir: PathName | None = None
     train_steps: Steps | None = None
     eval_period: Period = 1000
     checkpoint_period: Steps = 1000
     log_period: Steps = 10
-    initial_checkpoint_path: Name | None = None
-    router_checkpoint_path: Name | None = None
-    representations_path: Name | None = None
+    initial_checkpoint_path: PathName | None = None
+    router_checkpoint_path: PathName | None = None
+    representations_path: PathName | None = None
     eval_split: Name = "validation"
     eval_examples: Examples = 32
     eval_batch_rows: Rows = 32
@@ -215,15 +216,15 @@ class FinetuneConfig(Configuration):
             their memory allows, and on CPU, where one follows the other, a handful.
     """
 
-    dense_dir: Name | None = None
-    moe_dir: Name | None = None
+    dense_dir: PathName | None = None
+    moe_dir: PathName | None = None
     learning_rates: Annotated[Sequence[Rate], Size(1, 1000)] = (1e-5, 2e-5, 5e-5)
     batch_sizes: Annotated[Sequence[Rows], Size(1, 1000)] = (2, 4, 8)
     seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (13, 21, 42, 87, 100)
     steps: Steps = 1000
     test_examples: Examples = None
     representation: Literal["mean", "nearest", "random", "file"] = "nearest"
-    representations_path: Name | None = None
+    representations_path: PathName | None = None
     tune: Literal["all", "frozen_router", "route_only", "free_route"] = "all"
     runs_at_once: Annotated[int, Range(0, 2**20)] = 0
 

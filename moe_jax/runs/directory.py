@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import __version__
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.configuration import Configuration, hints
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import vocabulary
@@ -47,7 +47,7 @@ Lines = dict[str, Any]  # `ModelConfig.d_model` -> value
 
 def root(path: str | Path) -> Path:
     """The model directory of `path`, which may be a checkpoint in it."""
-    path = Path(path).absolute()
+    path = paths.absolute(path)
     if path.name.isdigit() and path.parent.name == "checkpoints":
         return path.parents[1]
     return path.parent if path.name == "checkpoints" else path
@@ -118,8 +118,8 @@ def write_config(
     """
     names = (*(f"{cls.__name__}." for cls in only), *more)
     lines = {k: v for k, v in config_lines(config).items() if not names or k.startswith(names)}
-    files.write_text(Path(model_dir) / CONFIG, gin_text(lines))
-    files.write_json(Path(model_dir) / CONFIG_JSON, lines)
+    files.write_text(paths.parse(model_dir) / CONFIG, gin_text(lines))
+    files.write_json(paths.parse(model_dir) / CONFIG_JSON, lines)
 
 
 def read_lines(model_dir: str | Path) -> Lines:
@@ -128,14 +128,14 @@ def read_lines(model_dir: str | Path) -> Lines:
     Raises:
         UserError: the file cannot be parsed.
     """
-    path = Path(model_dir) / CONFIG_JSON
+    path = paths.parse(model_dir) / CONFIG_JSON
     if path.exists():
         lines = files.read_json(path)
         if not isinstance(lines, dict):
             raise UserError(f"{path}: must be {{setting: value}}")
         lines = {name: tuple(v) if isinstance(v, list) else v for name, v in lines.items()}
     else:
-        lines = _read_gin(Path(model_dir) / CONFIG)
+        lines = _read_gin(paths.parse(model_dir) / CONFIG)
     remat = lines.pop("ModelConfig.remat", None)  # what it was called in older runs
     if remat is not None:
         lines["ModelConfig.kept_activations"] = "inputs" if remat else "all"
@@ -202,7 +202,7 @@ def write_origin(model_dir: str | Path) -> None:
 
     A resumed run keeps what it has. The date is UTC; the commit is None outside a git checkout.
     """
-    path = Path(model_dir) / ORIGIN
+    path = paths.parse(model_dir) / ORIGIN
     if not path.exists():
         date = datetime.now(UTC).isoformat(timespec="seconds")
         files.write_json(path, {"date": date, "version": __version__, "commit": _commit()})
@@ -226,7 +226,7 @@ def _commit() -> str | None:
 
 def copy_vocabulary(model_dir: str | Path, source: Path) -> None:
     """Copies the vocabulary from the cache, so that the model can be used without it."""
-    directory = Path(model_dir) / vocabulary.DIRECTORY
+    directory = paths.parse(model_dir) / vocabulary.DIRECTORY
     for path in sorted(source.iterdir(), key=lambda path: path.name == vocabulary.FILE):
         if not (directory / path.name).exists():
             files.write_bytes(directory / path.name, path.read_bytes())
@@ -234,7 +234,7 @@ def copy_vocabulary(model_dir: str | Path, source: Path) -> None:
 
 def write_task_table(model_dir: str | Path, tasks: Sequence[str]) -> None:
     """Writes the ordered task names; the index is the `task_id`."""
-    files.write_json(Path(model_dir) / TASK_TABLE, {"tasks": list(tasks)})
+    files.write_json(paths.parse(model_dir) / TASK_TABLE, {"tasks": list(tasks)})
 
 
 def read_task_table(model_dir: str | Path) -> list[str]:
@@ -243,7 +243,7 @@ def read_task_table(model_dir: str | Path) -> list[str]:
     Raises:
         UserError: the file is missing, or holds something else.
     """
-    path = Path(model_dir) / TASK_TABLE
+    path = paths.parse(model_dir) / TASK_TABLE
     value = files.read_json(path)
     names = value.get("tasks") if isinstance(value, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

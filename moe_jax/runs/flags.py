@@ -19,7 +19,7 @@ import gin
 import jax
 from absl import app, flags, logging
 
-from moe_jax.core import files, processes
+from moe_jax.core import files, paths, processes
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import modules
 from moe_jax.kernels import memory
@@ -85,8 +85,8 @@ def run(
             main(*parts)
         except UserError as e:
             fail(e)
-        except OSError as e:  # no room for what is written without `files`, such as events
-            fail(UserError(f"{e.filename or 'cannot write'}: {e.strerror or e}"))
+        except paths.errors() as e:  # no room for what is written without `files`, such as events
+            fail(UserError(f"{getattr(e, 'filename', '') or 'cannot write'}: {paths.reason(e)}"))
         except stopping.Stopped as e:
             if e.together and _several_processes():
                 jax.distributed.shutdown()  # the others are as far
@@ -271,13 +271,14 @@ def find_gin_file(name: str) -> Path:
 
 def _find(name: str, search_paths: Sequence[str]) -> Path:
     for parent in ["", *search_paths]:
-        path = Path(parent, name)
+        path = paths.parse(name if paths.in_bucket(name) else os.path.join(parent, name))
         if path.is_file():
             return path
     known = [
         str(path.relative_to(parent))
         for parent in search_paths
-        for path in Path(parent).glob("**/*.gin")
+        if not paths.in_bucket(parent)
+        for path in paths.parse(parent).glob("**/*.gin")
     ]
     raise UserError(f"no gin file {name!r} in {', '.join(search_paths)}{nearest(name, known)}")
 
@@ -316,7 +317,8 @@ def _several_processes() -> bool:
 def _start_jax() -> None:
     memory.run_in_main_thread()
     if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
+        path = str(paths.parse(_COMPILATION_CACHE.value))
+        jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moe_jax.core.errors import UserError, say
-from moe_jax.data import vocabulary
+from moe_jax.data import mirror, vocabulary
 from moe_jax.data.cache import PreparedMixture, Request
 from moe_jax.data.prepared import ensure_prepared, look_up
 from moe_jax.data.vocabulary import VocabularyConfig
@@ -58,7 +58,7 @@ def _fingerprint(path: Path) -> str | None:
 
 def _config_of(own: Path) -> VocabularyConfig | None:
     """What tokenises with a prepared vocabulary; None where SeqIO must be asked for it."""
-    settings = vocabulary.read_settings(own)
+    settings, own = vocabulary.read_settings(own), mirror.fetch_vocabulary(own)
     match settings["kind"]:
         case "sentencepiece":
             return VocabularyConfig(kind="sentencepiece", path=str(own / vocabulary.MODEL))

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 
+from moe_jax.core import paths
 from moe_jax.core.errors import UserError, say
 
 Steps = tuple[int, int]  # the first and the last
@@ -35,11 +36,12 @@ class Trace:
     """Traces this process from the first to the last of some steps; a context of the loop.
 
     Raises:
-        UserError: the loop, of steps `begin` to `end`, does not take all of them.
+        UserError: the loop, of steps `begin` to `end`, does not take all of them, or the directory
+            is in a bucket.
     """
 
     def __init__(self, directory: Path, steps: Steps | None, begin: int, end: int):
-        self._directory = directory
+        self._directory = directory if steps is None else paths.local(directory)
         self._first, self._last = steps or (0, 0)
         self._running = False
         if steps is not None and not begin <= self._first <= self._last <= end:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.core import processes
+from moe_jax.core import paths, processes
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import by_group, make_mesh
@@ -52,7 +52,7 @@ def train(config: Config, profile: Steps | None = None) -> None:
 def _train(config: Config, profile: Steps | None, lead: bool) -> None:
     # ---------------------------------------------------------------- configuration
     run, data, optimizer_config = config.run, config.data, config.optimizer
-    model_dir = Path(run.model_dir)
+    model_dir = paths.parse(run.model_dir)
     before = directory.check_config(model_dir, config)
 
     # ---------------------------------------------------------------- data and model
@@ -193,6 +193,7 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
                     "window": window.rows(),
                     "parts": [*earlier, [step - sum(n for n, _ in earlier), data.groups]],
                 }
+                log.publish()  # no checkpoint without the lines before it
                 checkpoints.save(state, meta)
             if stops:
                 checkpoints.wait()

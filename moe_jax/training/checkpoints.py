@@ -2,14 +2,12 @@
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from moe_jax.core import checksums, errors, files
+from moe_jax.core import errors, paths
 from moe_jax.core.errors import UserError
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import parameter_shapes
+from moe_jax.training import checkpoint_files
+from moe_jax.training.checkpoint_files import DAMAGED, SEALED, damage, steps
 from moe_jax.training.shapes import check_shapes, merge_heads
 from moe_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
-SEALED = "sealed"  # of the meta data: there are checksums beside them
-_DAMAGED = ".damaged"
-_OLD = ".old"  # is being removed
-_LEFT = re.compile(rf"\d+({re.escape(_OLD)}|\.orbax-checkpoint-tmp.*)")
-# What Orbax writes to a checkpoint's directory after it is finalised; nothing reads it.
-_CHANGING = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 @functools.cache  # once
@@ -53,7 +47,7 @@ class _SealingHandler(ocp.CompositeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        checksums.seal(Path(directory), without=_CHANGING)
+        checkpoint_files.seal(paths.parse(directory))
 
 
 @ocp.args.register_with_handler(_SealingHandler, for_save=True, for_restore=True)
@@ -65,8 +59,8 @@ class Checkpoints:
     """The checkpoints of one model directory: the latest ones and the best by mean dev score.
 
     A checkpoint is whole or absent: Orbax writes to a temporary directory, the checksums of its
-    files are added, and then it gets its name. One that is damaged later is set aside: it is
-    called `STEP.damaged`, and the one before is taken.
+    files are added, and then it gets its name (in a bucket: its commit file). One that is damaged
+    later is set aside: it is called `STEP.damaged`, and the one before is taken.
 
     Args:
         keep: how many of the latest ones.
@@ -79,7 +73,7 @@ class Checkpoints:
 
     def __init__(self, model_dir: str | Path, keep: int = 2):
         _quiet()
-        self.directory = Path(model_dir).absolute() / DIRECTORY
+        self.directory = paths.absolute(model_dir) / DIRECTORY
         self._keep = keep
         self.scores: dict[int, float] = {}
         self._checkpointer = ocp.AsyncCheckpointer(
@@ -92,7 +86,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             with _failing(f"cannot write {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._clear()  # what a run that was killed has left
+                checkpoint_files.clear(self.directory)  # what a run that was killed has left
 
     def latest(self) -> int | None:
         """Step of the latest checkpoint."""
@@ -157,19 +151,12 @@ class Checkpoints:
         quiet = 0
         for _ in range(100):
             try:
-                quiet = 0 if self._clear() else quiet + 1
+                quiet = 0 if checkpoint_files.clear(self.directory) else quiet + 1
             except OSError:  # written to meanwhile
                 quiet = 0
             if quiet == 5:
                 break
             time.sleep(0.1)
-
-    def _clear(self) -> bool:
-        """Removes what is half written or half removed; whether there was any."""
-        found = [path for path in self.directory.iterdir() if _LEFT.fullmatch(path.name)]
-        for path in found:
-            shutil.rmtree(path)
-        return bool(found)
 
     def _tidy(self) -> None:
         """Removes all but the latest ones and the best."""
@@ -178,9 +165,7 @@ class Checkpoints:
         kept = {*found[-self._keep :], *sorted(scored, key=self.scores.get)[-1:]}
         for step in found:
             if step not in kept:
-                old = self.directory / f"{step}{_OLD}"
-                (self.directory / str(step)).rename(old)
-                shutil.rmtree(old)
+                checkpoint_files.remove(self.directory / str(step))
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the latest whole checkpoint; those that are damaged are set aside, and said.
@@ -202,7 +187,7 @@ class Checkpoints:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if step < 0:
             raise UserError(
-                f"no checkpoint in {self.directory} is whole: they were set aside as *{_DAMAGED};"
+                f"no checkpoint in {self.directory} is whole: they were set aside as *{DAMAGED};"
                 " give another MODEL_DIR, or remove them to begin anew"
             )
         return self.restore(step, like) if step else None
@@ -214,11 +199,10 @@ class Checkpoints:
             problem = damage(place)
             if problem is None:
                 return step
-            aside = _free(place.with_name(f"{step}{_DAMAGED}"))
             with _failing(f"cannot rename {place}"):
-                place.rename(aside)
+                aside = checkpoint_files.set_aside(place)
             _say(f"damaged checkpoint set aside as {aside}: {problem}")
-        return -1 if any(self.directory.glob(f"*{_DAMAGED}*")) else None
+        return -1 if any(self.directory.glob(f"*{DAMAGED}*")) else None
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores a state of the shapes and shardings of `like`, and its meta data.
@@ -259,39 +243,6 @@ def _say(text: str) -> None:
         errors.say(text)
 
 
-def steps(directory: Path) -> list[int]:
-    """The steps of the checkpoints in a directory `checkpoints`, in no order."""
-    if not directory.is_dir():
-        return []
-    return [int(path.name) for path in directory.iterdir() if re.fullmatch(r"\d+", path.name)]
-
-
-def damage(place: Path, parts: Sequence[str] = ("",)) -> str | None:
-    """What is wrong with a checkpoint, in words that name the file; None where nothing is.
-
-    One that was written before there were checksums is taken as it is, and that is said.
-
-    Args:
-        parts: what its files' names begin with that are to be read.
-    """
-    if checksums.is_sealed(place):
-        return checksums.damage(place, parts)
-    try:
-        meta = files.read_json(place / "meta" / "metadata")
-    except UserError as e:
-        return str(e)
-    if not isinstance(meta, dict) or SEALED in meta:
-        return f"{place / checksums.FILE} is missing"
-    _say(f"{place} has no checksums: it was written by an earlier version, and is read as it is")
-    return None
-
-
-def _free(path: Path) -> Path:
-    """A path that is not taken: this one, or with a number after it."""
-    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(2)))
-    return next(place for place in map(path.with_name, names) if not place.exists())
-
-
 def _reason(error: Exception) -> str:
     """The error in one line."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
@@ -313,7 +264,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
         UserError: there is no checkpoint that is whole, or it cannot be read.
     """
     _quiet()
-    path = Path(path).absolute()
+    path = paths.absolute(path)
     if path.name.isdigit() and (path / "params").is_dir():
         directory, step = path.parent, int(path.name)
     else:

@@ -2,8 +2,10 @@
 events."""
 
 import json
+import math
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +19,20 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 
 METRICS = "metrics.jsonl"
+EVENTS = "events.out.tfevents"
+PERIOD = 30.0  # seconds between two times that they are written to a bucket
 SCORE = "mean_score"  # of a line of kind `eval`
 
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a model directory.
+
+    In a bucket, where nothing can be appended to, they are written anew: when `publish` is called,
+    and with a line that comes half a minute after the last time. Till then they grow here.
 
     Args:
         step: the step the run starts at; lines of an interrupted run after this step are dropped.
@@ -40,12 +47,20 @@ class MetricsLog:
         self.scores: dict[int, float] = {}
         if not enabled:
             return
-        path = Path(model_dir) / METRICS
-        kept = _kept(path, step)
+        self._directory = directory = paths.parse(model_dir)
+        self._here = None
+        if paths.in_bucket(directory):
+            self._here = tempfile.TemporaryDirectory()
+            directory = Path(self._here.name)
+            for path in self._directory.glob("*"):
+                if path.name == METRICS or path.name.startswith(EVENTS):
+                    files.write_bytes(directory / path.name, files.read_bytes(path))
+        kept = _kept(directory / METRICS, step)
         self.scores |= {line["step"]: line[SCORE] for line in kept if SCORE in line}
-        files.write_jsonl(path, kept)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._events = EventFile(model_dir, step + 1)
+        files.write_jsonl(directory / METRICS, kept)
+        self._file = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._events = EventFile(directory, step + 1)
+        self._published = -math.inf
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """Appends one line and the same scalars as events under `kind/`."""
@@ -59,12 +74,24 @@ class MetricsLog:
             self._events.write(step, {f"{kind}/{name}": value for name, value in values.items()})
         except (OSError, ValueError) as e:
             raise UserError(f"step {step}: cannot log {kind} metrics: {e}") from e
+        if time.monotonic() > self._published + PERIOD:
+            self.publish()
+
+    def publish(self) -> None:
+        """Returns when all lines are where other processes find them."""
+        if self._enabled and self._here is not None:
+            for path in Path(self._here.name).iterdir():
+                files.write_bytes(self._directory / path.name, path.read_bytes())
+            self._published = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes both files."""
         if self._enabled:
             self._file.close()
             self._events.close()
+            self.publish()
+            if self._here is not None:
+                self._here.cleanup()
 
 
 class EventFile:
@@ -75,8 +102,8 @@ class EventFile:
     """
 
     def __init__(self, directory: str | Path, first_step: int):
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        earlier = sorted(Path(directory).glob("events.out.tfevents.*"))
+        name = f"{EVENTS}.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        earlier = sorted(Path(directory).glob(f"{EVENTS}.*"))
         path = earlier[-1] if earlier else Path(directory) / name
         file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
         file.truncate(_whole_records(path))

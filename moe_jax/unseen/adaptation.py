@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax.core import files, processes
+from moe_jax.core import files, paths, processes
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import MeshConfig, device_per_core, make_mesh
 from moe_jax.data.vocabulary import Vocabulary
@@ -227,7 +227,7 @@ def adapt_all(whole: FewShotConfig) -> None:
 def _adapt_all(whole: FewShotConfig) -> None:
     # ---------------------------------------------------------------- configuration
     run, config = whole.run, whole.finetune
-    model_dir = Path(run.model_dir)
+    model_dir = paths.parse(run.model_dir)
     directory.check_config(model_dir, whole)
     mixture = prepare_mixtures(whole.data, run=config.dense_dir)[whole.data.mixture_or_task_name]
     if config.moe_dir is not None:
@@ -294,6 +294,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Finished runs. An incomplete last line of a killed run is removed from the file."""
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = files.read_bytes(path).splitlines(keepends=True)
     files.write_bytes(path, b"".join(line for line in lines if line.endswith(b"}\n")))
     return list(files.read_jsonl(path))

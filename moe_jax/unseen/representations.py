@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.core import files
-from moe_jax.core.configuration import Configuration, Examples, Name, Names, Period, Range, Rows
+from moe_jax.core import files, paths
+from moe_jax.core.configuration import (
+    Configuration,
+    Examples,
+    Name,
+    Names,
+    PathName,
+    Period,
+    Range,
+    Rows,
+)
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import make_mesh, replicated
@@ -92,14 +100,14 @@ class RepresentConfig(Configuration, called="represent"):
     """
 
     kind: Kind = "text"
-    output: Name | None = None
+    output: PathName | None = None
     mixtures: Names = ()
     split: Name = "train"
     examples: Examples = 256
     steps: Period = 100
     batch_size: Rows = 8
     dim: Annotated[int, Range(1, 2**20)] | None = None
-    pca_from: Name | None = None
+    pca_from: PathName | None = None
 
 
 def represent(config: Config, settings: RepresentConfig) -> None:
@@ -107,7 +115,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     run_config, data = config.run, config.data
     kind, output, dim = settings.kind, settings.output, settings.dim
     split, pca_from = settings.split, settings.pca_from
-    output = output or str(Path(run_config.model_dir) / f"representations_{kind}.npz")
+    output = output or str(paths.parse(run_config.model_dir) / f"representations_{kind}.npz")
     if not output.endswith(".npz"):
         raise UserError(f"represent.output {output!r} must end in .npz")
     earlier = Representations.read(pca_from) if pca_from else None
@@ -147,7 +155,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     with jax.set_mesh(mesh):
         params = jax.device_put(run.params, replicated(mesh))
         embed = Embedder(run.model, params, config, made_with, run_config.eval_batch_rows, mesh)
-        parts = Path(f"{output}.parts")
+        parts = paths.parse(f"{output}.parts")
         raw = []
         bar = progress(names, desc=f"{kind} of tasks", unit="task", disable=not lead)
         for name in bar:
@@ -171,7 +179,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     if agreement is not None:
         made_with["affinity"] = agreement._asdict()
     Representations(tuple(names), rows_TxK, raw_TxD, projection, made_with).write(output)
-    shutil.rmtree(parts, ignore_errors=True)
+    paths.remove_tree(parts)
     used = int(np.any(projection.components_KxD, axis=1).sum())
     print(f"{output}: {len(names)} tasks, {rows_TxK.shape[1]} numbers each ({used} components of"
           f" {raw_TxD.shape[1]})")  # fmt: skip
@@ -189,7 +197,7 @@ def _cached(path: Path, compute: Callable[[], np.ndarray], lead: bool) -> np.nda
     All processes compute together or none does. The lead process, which needs the value, decides.
     """
     if multihost_utils.broadcast_one_to_all(np.int32(lead and path.exists())):
-        return np.load(path, allow_pickle=False) if lead else None
+        return np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) if lead else None
     value = compute()
     if lead:
         buffer = io.BytesIO()

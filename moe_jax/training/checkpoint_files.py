@@ -1,0 +1,94 @@
+"""What lies in a run's directory `checkpoints`: which are finished, damaged, left over.
+
+On a file system a checkpoint is finished when it has its name, which it gets last. In a bucket,
+where nothing can be renamed, it is finished when it has Orbax's commit file, which is written last
+and removed first.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+
+import jax
+
+from moe_jax.core import checksums, files, paths
+from moe_jax.core.errors import UserError, say
+from moe_jax.core.paths import Path
+
+COMMITTED = "commit_success.txt"
+SEALED = "sealed"  # of the meta data: there are checksums beside them
+DAMAGED = ".damaged"
+_OLD = ".old"  # is being removed
+_LEFT = re.compile(rf"\d+({re.escape(_OLD)}|\.orbax-checkpoint-tmp.*)")
+# What Orbax writes to a checkpoint's directory after it is finalised; nothing reads it.
+_CHANGING = ("_CHECKPOINT_METADATA", COMMITTED)
+
+
+def seal(place: Path) -> None:
+    """Adds the checksums of all files, when all processes have written."""
+    checksums.seal(place, without=_CHANGING)
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a directory `checkpoints`, in no order."""
+    if paths.in_bucket(directory):
+        found = [path.parent for path in directory.glob(f"*/{COMMITTED}")]
+    else:
+        found = directory.iterdir() if directory.is_dir() else []
+    return [int(path.name) for path in found if re.fullmatch(r"\d+", path.name)]
+
+
+def clear(directory: Path) -> bool:
+    """Removes what is half written or half removed; whether there was any."""
+    if paths.in_bucket(directory):
+        finished = map(str, steps(directory))
+        names = {name.split("/")[0] for name in paths.objects(directory)} - {*finished}
+        found = [directory / name for name in names if re.fullmatch(r"\d+", name)]
+    else:
+        found = [path for path in directory.iterdir() if _LEFT.fullmatch(path.name)]
+    for path in found:
+        paths.remove_tree(path)
+    return bool(found)
+
+
+def remove(place: Path) -> None:
+    """Removes a checkpoint: as soon as it begins to go, it counts no longer."""
+    if paths.in_bucket(place):
+        (place / COMMITTED).unlink(missing_ok=True)
+    else:
+        place = place.rename(place.with_name(place.name + _OLD))
+    paths.remove_tree(place)
+
+
+def set_aside(place: Path) -> Path:
+    """Renames a damaged checkpoint; returns where it is."""
+    name = place.name + DAMAGED
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    aside = next(path for path in map(place.with_name, names) if not path.exists())
+    if not paths.in_bucket(place):
+        return place.rename(aside)
+    for name in paths.objects(place):
+        (place / name).copy(aside / name)
+    remove(place)
+    return aside
+
+
+def damage(place: Path, parts: Sequence[str] = ("",)) -> str | None:
+    """What is wrong with a checkpoint, in words that name the file; None where nothing is.
+
+    One that was written before there were checksums is taken as it is, and that is said.
+
+    Args:
+        parts: what its files' names begin with that are to be read.
+    """
+    if checksums.is_sealed(place):
+        return checksums.damage(place, parts)
+    try:
+        meta = files.read_json(place / "meta" / "metadata")
+    except UserError as e:
+        return str(e)
+    if not isinstance(meta, dict) or SEALED in meta:
+        return f"{place / checksums.FILE} is missing"
+    if jax.process_index() == 0:
+        say(f"{place} has no checksums: it was written by an earlier version, and is read as it is")
+    return None

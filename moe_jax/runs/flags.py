@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -113,9 +114,12 @@ def _one_line_at_the_end() -> Iterator[None]:
         error = UserError(f"{e.filename or 'cannot write'}: {e.strerror or e}")
         _leave(str(error))
         fail(error)
-    except BaseException as e:
+    except Exception as e:
+        if _peers is None:
+            raise
         _leave(f"{type(e).__name__}: {_first_line(e)}")
-        raise
+        # JAX would wait for the others, and then end with a dump.
+        end(traceback.format_exc().rstrip(), 1)
     _leave(None)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_run import bindings, flags_of, start
+from toy_run import SETTINGS, flags_of, start
 
 from moe_jax.core.errors import UserError
 from moe_jax.core.files import to_json
@@ -198,15 +198,13 @@ def test_check_and_prepare_say_the_same(module):
 @pytest.mark.parametrize("program", ["train", pytest.param("eval", marks=pytest.mark.slow)])
 def test_a_run_does_not_begin_with_a_bad_function(program, prepared, module, tmp_path):
     """`eval` of a run that never evaluated while it trained."""
-    settings = {
-        "MIXTURE_OR_TASK_NAME": "f_raises", "CACHE_DIR": str(module.parent / "cache"),
-        "TASK_MODULES": str(module), "TRAIN_STEPS": 2, "EVAL_PERIOD": int(program == "train"),
+    settings = SETTINGS | {
+        "MODEL_DIR": str(tmp_path / "run"), "CACHE_DIR": str(module.parent / "cache"),
+        "MIXTURE_OR_TASK_NAME": "f_raises", "TASK_MODULES": str(module),
+        "VocabularyConfig.kind": "bytes", "TRAIN_STEPS": 2, "EVAL_PERIOD": int(program == "train"),
     }  # fmt: skip
-    lines = [
-        line
-        for line in bindings(tmp_path / "run", **settings, VocabularyConfig__kind="bytes")
-        if not line.startswith("VocabularyConfig.size")  # so that the cache is that of `prepared`
-    ]
+    del settings["VocabularyConfig.size"]  # so that the cache is that of `prepared`
+    lines = [f"{name} = {value!r}" for name, value in settings.items()]
     process = start("train", flags_of(lines), path=module.parent)
     if program == "eval":
         _, err = process.communicate(timeout=300)

@@ -216,6 +216,7 @@ def parse_gin(
         lines = directory.read_lines(model_dir)
         if not lines:
             raise UserError(f"{model_dir} holds no run: it has no {directory.CONFIG}")
+        directory.check_modules(model_dir, lines)
         own = (f"{model_dir}/{directory.CONFIG}", directory.gin_text(lines))
         _load_extensions([own, *texts])
         _parse([own, *texts])

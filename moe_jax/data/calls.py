@@ -122,12 +122,14 @@ def try_functions(mixture: PreparedMixture, names: Sequence[str], split: str) ->
         rows = []
         for index in range(min(_TRIED, len(records))):
             example = records[index]
-            text = mixture.vocabulary.decode(example.targets.tolist())
-            rows.append({
+            row = {
                 "references": example.references,
-                "prediction": call_postprocess(name, postprocess, text, is_target=False),
                 "log_likelihood": -float(len(example.targets)),
-            })  # fmt: skip
+            }
+            if task.metrics:
+                text = mixture.vocabulary.decode(example.targets.tolist())
+                row["prediction"] = call_postprocess(name, postprocess, text, is_target=False)
+            rows.append(row)
         task_metrics(task, rows)
 
 

@@ -21,8 +21,9 @@ from moe_jax.core import files, paths
 from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Names, PathName, Range
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.sharding import make_mesh
+from moe_jax.data.calls import try_functions
 from moe_jax.evaluation.disabling import disabling
-from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
 from moe_jax.evaluation.scores import TaskScore, mean_score, over_prompts, write_scores
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
@@ -63,6 +64,8 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
     run_config, data, split = config.run, config.data, settings.split
     mixtures = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
     vocabulary = mixtures[data.mixture_or_task_name].vocabulary
+    for mixture in mixtures.values():
+        try_functions(mixture, tasks_with_split(mixture, split), split)
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     if settings.disable_examples and not run.model.routed:
         raise UserError(

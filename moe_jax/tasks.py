@@ -10,7 +10,6 @@ Exit status 1 means that the command line is wrong or, for `check`, that a task 
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -88,6 +87,7 @@ def _load_modules(names: str | None) -> list[ModuleType]:
 
 
 def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
+    from moe_jax.data.calls import name_of
     from moe_jax.data.registry import seqio
 
     groups: dict[tuple[str, str], list[str]] = {}
@@ -103,7 +103,7 @@ def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
         print(f"{category} / {subcategory}" if subcategory else category)
         for name in names:
             task = seqio.TaskRegistry.get(name)
-            scores = ", ".join(map(_name, task.metric_fns)) or "no metric"
+            scores = ", ".join(map(name_of, task.metric_fns)) or "no metric"
             print(f"  {name:<44} {scores:<18} {_short(task.splits)}")
     if args.category is None:
         listed = {name: n for m in modules for name, n in getattr(m, "LISTED", {}).items()}
@@ -234,7 +234,7 @@ def _row_problems(task: Any, rows: Sequence[Row]) -> Iterator[str]:
 
 def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str]:
     """Runs the metrics on targets as predictions, or on equal scores for every token."""
-    from moe_jax.data import registry
+    from moe_jax.data import calls, registry
 
     if not task.metric_fns:
         yield "no metric_fns"
@@ -248,15 +248,14 @@ def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str
     per_token = [-float(len(row["targets"])) for row in rows]
     runs = [(f, predictions, f"targets of {split} as predictions") for f in task.predict_metric_fns]
     runs += [(f, per_token, f"{split} with -1 for every token") for f in task.score_metric_fns]
+    everything: dict[str, float] = {}
     for metric, values, what in runs:
-        name = _name(metric)
         try:
-            scores = {key: float(value) for key, value in metric(targets, values).items()}
-        except Exception as e:
-            yield f"metric {name}: {_one_line(e)}"
+            scores = calls.call_metric(task.name, metric, targets, values)
+            calls.add(everything, task.name, metric, scores)
+        except UserError as e:
+            yield str(e)
             continue
-        if not scores or not all(map(math.isfinite, scores.values())):
-            yield f"metric {name} must return finite numbers by name, returned {scores}"
         shown = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
         print(f"  {what}: {shown}")
         if metric in metrics.METRICS.values() and max(scores.values()) < 0.999:
@@ -265,11 +264,6 @@ def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str
     outside = sum(bool(choices) and target not in choices for choices, target in ranked)
     if outside:
         print(f"  note: {outside} targets of {split} are not among their answer choices")
-
-
-def _name(metric: Any) -> str:
-    """Name of a metric function, or of that which a `functools.partial` calls."""
-    return getattr(metric, "func", metric).__name__
 
 
 def length_summary(lengths: Sequence[int], limit: int) -> str:

@@ -13,6 +13,7 @@ from toy_run import pack_rows, random_backbone, tiny_model
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.calls import task_metrics
 from moe_jax.data.modules import load_module
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.prepared import prepare
@@ -20,7 +21,6 @@ from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.evaluation.choices import choice_likelihoods
 from moe_jax.evaluation.evaluator import Evaluator
-from moe_jax.evaluation.scores import task_metrics
 from moe_jax.metrics import choice_target, rank_classification
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.runs.config import DataConfig, FewShotConfig, RunConfig

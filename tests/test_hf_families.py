@@ -140,5 +140,11 @@ def test_ids_of_absent_keys():
         ids = special_ids({"model_type": kind}, "test")
         assert ids == {"pad": 0, "bos": None, "eos": 1, "decoder_start": 0}
     assert special_ids({"model_type": "bart", "eos_token_id": [2, 5]}, "test")["eos"] == 2
+    bart = {"model_type": "bart", "eos_token_id": 2, "decoder_start_token_id": None}
+    more = {"eos_token_id": [5, 2], "decoder_start_token_id": 0}
+    assert special_ids(bart, "test", more) == {"pad": 1, "bos": 0, "eos": 2, "decoder_start": 0}
+    said = "test: eos_token_id is 2, but 5 in generation_config.json beside it"
+    with pytest.raises(UserError, match=said):
+        special_ids(bart, "test", {"eos_token_id": 5})
     with pytest.raises(UserError, match=r"test: model_type is 'mt6'.*did you mean 'mt5'"):
         special_ids({"model_type": "mt6"}, "test")

@@ -7,8 +7,9 @@ import pytest
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
+from moe_jax.data.modules import resolve
 from moe_jax.report import inputs
-from moe_jax.runs import directory
+from moe_jax.runs import directory, flags
 from moe_jax.runs.config import Config, DataConfig, FewShotConfig, RunConfig
 from moe_jax.training.logs import MetricsLog
 from moe_jax.unseen.adaptation import _read_rows
@@ -117,3 +118,43 @@ def test_keys_and_numbers_are_told_by_name(tmp_path):
             files.read_json(path)
     path.write_text('{"a": [1, 2.5e-3, -7, "x", null, true]}')
     assert files.read_json(path) == json.loads(path.read_text())
+
+
+def test_a_run_is_read_and_not_executed(tmp_path, monkeypatch):
+    """Neither what its files name, nor lines of gin."""
+    run, proof = tmp_path / "run", tmp_path / "executed"
+    evil = f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n"
+    (run / "inner").mkdir(parents=True)
+    for place in ("evil.py", "inner/evil.py"):
+        (run / place).write_text(evil)
+    monkeypatch.chdir(tmp_path)
+    given = [f"MODEL_DIR = {str(run)!r}"]
+    for lines in (
+        {"RunConfig.extensions": [f"{run}/evil.py"]},
+        {"RunConfig.extensions": "run.inner.evil"},
+        {"RunConfig.extensions": ["run/../run/evil.py"]},
+        {"DataConfig.task_modules": ["run/inner/evil.py"]},
+        {"VocabularyConfig.factory": "run/evil.py:make"},
+    ):
+        files.write_json(run / "config.json", lines)
+        with pytest.raises(UserError, match="lies in the run itself"):
+            flags.parse_gin([], given, [], from_model_dir=True)
+    # A config.gin is no longer looked at beside config.json, nor executed without it.
+    files.write_json(run / "config.json", {"RunConfig.seed": 3})
+    (run / "config.gin").write_text("import run.inner.evil\nRunConfig.seed = @run.inner.evil.x()\n")
+    flags.parse_gin([], given, [], from_model_dir=True)
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match="is no plain value"):
+        flags.parse_gin([], given, [], from_model_dir=True)
+    assert not proof.exists()
+    # The same module elsewhere is the user's own.
+    (tmp_path / "mine.py").write_text(evil)
+    files.write_json(run / "config.json", {"RunConfig.extensions": ["mine.py"]})
+    flags.parse_gin([], given, [], from_model_dir=True)
+    assert proof.exists()
+
+
+@pytest.mark.parametrize("name", ["subprocess:call", "os:system", "os.path:join", "builtins:exec"])
+def test_functions_of_python_itself_are_no_metrics(name):
+    with pytest.raises(UserError, match=r"of Python's own library is not called by name"):
+        resolve(name)

@@ -208,9 +208,9 @@ def test_show(run):
         ("fails", "TypeError: no such thing"),
         ("no_metric", "t_no_metric: no metric_fns"),
         ("lambda", "cannot be found by name"),
-        ("nan", "metric nan must return finite numbers by name, returned {'x': nan}"),
-        ("raises", "metric raises: KeyError: 'gone'"),
-        ("mix", "t_nan: metric nan must return finite numbers by name, returned {'x': nan} (and 1"),
+        ("nan", "task 't_nan': metric nan: 'x' must be a finite number, is nan"),
+        ("raises", "task 't_raises': metric raises fails: KeyError: 'gone'"),
+        ("mix", "t_nan: task 't_nan': metric nan: 'x' must be a finite number, is nan (and 1"),
     ],
 )
 def test_one_line_errors(run, name, message):

@@ -1,15 +1,18 @@
 """Vocabularies round-trip any text and agree with SeqIO's on the same model."""
 
 import json
+import random
 
 import pytest
 import seqio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.core import checksums
 from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
 from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.runs import directory
 
 TEXTS = [f"The {c} cat no. {n} sat,\nthen  left." for c in ("red", "old") for n in range(300)]
 MODEL = vocabulary.train_sentencepiece(TEXTS, 420)
@@ -137,3 +140,27 @@ def test_missing_or_damaged_model_is_one_line(tmp_path, content):
 def test_bad_settings(settings):
     with pytest.raises(UserError, match="VocabularyConfig"):
         VocabularyConfig(**settings)
+
+
+def test_a_damaged_vocabulary_of_a_run_is_named(tmp_path):
+    """Any bit of any file; a run of before there were checksums is read."""
+    vocabulary.write_vocabulary(tmp_path / "cache", {"kind": "sentencepiece"},
+                                {vocabulary.MODEL: MODEL})  # fmt: skip
+    checksums.seal(tmp_path / "cache")
+    directory.copy_vocabulary(tmp_path / "run", tmp_path / "cache")
+    own = tmp_path / "run" / vocabulary.DIRECTORY
+    assert vocabulary.load_vocabulary(own).encode("The") == SENTENCEPIECE.encode("The")
+    names = sorted(path.name for path in own.iterdir())
+    assert names == [checksums.FILE, vocabulary.MODEL, vocabulary.FILE]
+    rng = random.Random(0)
+    for name in names * 5:
+        good = (own / name).read_bytes()
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        (own / name).write_bytes(bad)
+        with pytest.raises(UserError, match=rf"{own}/\S+ is not ") as error:
+            vocabulary.load_vocabulary(own)
+        assert "\n" not in str(error.value)
+        (own / name).write_bytes(good)
+    (own / checksums.FILE).unlink()
+    assert vocabulary.load_vocabulary(own).size == SENTENCEPIECE.size

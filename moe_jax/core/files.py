@@ -9,9 +9,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moe_jax.core import paths
 from moe_jax.core.errors import UserError
@@ -82,6 +84,28 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
 def json_line(value: Any) -> str:
     """One line of a JSON-lines file. NaN is refused: it is not JSON."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_json(value: Any) -> Any:
+    """The value that JSON has in place of a value of NumPy, bytes, a tuple or a mapping.
+
+    Raises:
+        TypeError: it has none.
+        ValueError: a number is not finite.
+    """
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, np.generic | np.ndarray):
+        return to_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"a {type(value).__name__} is no value of JSON")
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

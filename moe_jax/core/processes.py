@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +35,9 @@ def call(command: Sequence[str], env: Mapping[str, str] | None = None, keep: Seq
     read, write = os.pipe()
     environment = {**(os.environ if env is None else env), _PARENT: str(read)}
     child = subprocess.Popen(
-        command, env=environment, pass_fds=[read, *keep], start_new_session=True
-    )
+        command, env=environment, pass_fds=[read, *keep], start_new_session=True,
+        stderr=sys.__stderr__,
+    )  # fmt: skip
     os.close(read)
     try:
         return child.wait()

@@ -28,6 +28,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.data import cache, registry, staleness, vocabulary
 from moe_jax.data.cache import Example, Request
+from moe_jax.data.calls import call_postprocess
 from moe_jax.data.modules import source_files
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
 from moe_jax.data.seqio_tokenizers import SeqioTokenizers
@@ -203,7 +204,7 @@ def _example(task: seqio.Task, row: registry.Row) -> Example:
         row["inputs"],
         row["targets"],
         registry.text(row, "inputs", features["inputs"].vocabulary),
-        registry.to_json(task.postprocess_fn(target, example=row, is_target=True)),
+        call_postprocess(task.name, task.postprocessor, target, example=row, is_target=True),
         registry.choices(row),
     )
 

@@ -90,7 +90,8 @@ def resolve(reference: str) -> Any:
     'package.module:function(num_classes=2)'.
 
     Raises:
-        UserError: the module cannot be imported or lacks the name.
+        UserError: the module cannot be imported or lacks the name, or is one of Python's own: such
+            as `subprocess`, which a cache from elsewhere could name.
     """
     call = _CALL.fullmatch(reference)
     if call:
@@ -98,6 +99,8 @@ def resolve(reference: str) -> Any:
         values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in keywords}
         return functools.partial(resolve(call[1]), **values)
     module, _, name = reference.rpartition(":")
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"{reference!r}: a function of Python's own library is not called by name")
     try:
         return functools.reduce(getattr, name.split("."), load_module(module))
     except AttributeError as e:
@@ -121,6 +124,12 @@ def quiet() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(saved, 2)
             os.close(saved)
+
+
+def lies_in(name: str, directory: str | os.PathLike) -> bool:
+    """Whether `load_module(name)` would import a file below a directory. Imports nothing."""
+    path = Path(name if name.endswith(".py") else full_name(name).replace(".", os.sep))
+    return path.resolve().is_relative_to(Path(directory).resolve())
 
 
 def source_files(module: ModuleType) -> list[str]:

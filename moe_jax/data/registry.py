@@ -28,6 +28,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.files import to_json
 from moe_jax.data import staleness
 from moe_jax.data.modules import load_module, quiet, resolve
 
@@ -280,6 +281,8 @@ def _joined(task: seqio.Task, splits: Sequence[str]) -> tf.data.Dataset:
             raw = task.source.get_dataset(split=split, shuffle=False)
         except (tf.errors.OpError, OSError, ValueError) as e:
             raise _user_error(e, f"task {task.name!r}, split {split!r}") from e
+        if raw.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise UserError(f"task {task.name!r}, split {split!r}: the source never ends")
         number = tf.constant(number, tf.int32)
         try:
             data = preprocess(raw, number)
@@ -343,16 +346,3 @@ def question(row: Row) -> int | None:
     (question, choice), as the `rank_classification` preprocessors of T5 write it."""
     index = np.asarray(row.get("idx", ()))
     return int(index[0]) if index.shape == (2,) and index.dtype.kind in "iu" else None
-
-
-def to_json(value: Any) -> Any:
-    """A JSON value from what a postprocess function returned."""
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, np.generic | np.ndarray):
-        return to_json(value.tolist())
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    return value

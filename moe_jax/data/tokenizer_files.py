@@ -13,6 +13,7 @@ from moe_jax.data import added_tokens
 from moe_jax.data.added_tokens import ADDED_TOKENS, SETTINGS, SPECIAL_TOKENS
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 SENTENCEPIECE = "spiece.model"
@@ -36,15 +37,20 @@ SPECIAL_IDS = {
 }
 
 
-def special_ids(config: Mapping[str, Any], source: Any) -> dict[str, int | None]:
+def special_ids(
+    config: Mapping[str, Any], source: Any, generation: Mapping[str, Any] | None = None
+) -> dict[str, int | None]:
     """`pad`, `bos` (None: none), `eos` and `decoder_start` as a `config.json` has them.
 
     Args:
         config: its content.
         source: named in errors.
+        generation: the content of the `generation_config.json` beside it, which may have what
+            `config.json` lacks.
 
     Raises:
-        UserError: its model_type is not one of those whose tokenizers are known.
+        UserError: its model_type is not one of those whose tokenizers are known, or the two files
+            disagree: the model would be trained with one id and decoded with another.
     """
     kind = config.get("model_type")
     if kind not in SPECIAL_IDS:
@@ -54,11 +60,17 @@ def special_ids(config: Mapping[str, Any], source: Any) -> dict[str, int | None]
         )
     ids = dict(SPECIAL_IDS[kind])
     for name in ids:
-        value = config.get(f"{name}_token_id")
-        if isinstance(value, list):
-            value = value[0]
-        if value is not None:
-            ids[name] = value
+        key = f"{name}_token_id"
+        value, other = config.get(key), (generation or {}).get(key)
+        # `eos` may be a list of ids that end an answer.
+        first, allowed = (v if isinstance(v, list) else [v] for v in (value, other))
+        if value is not None and other is not None and first[0] not in allowed:
+            raise UserError(
+                f"{source}: {key} is {value}, but {other} in {GENERATION_CONFIG} beside it"
+            )
+        found = first[0] if value is not None else allowed[0]
+        if found is not None:
+            ids[name] = found
     return ids
 
 
@@ -75,7 +87,9 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
         UserError: the files are missing, one cannot be read, or added tokens do not fit.
     """
     config = files.read_json(directory / CONFIG)
-    ids = special_ids(config, directory / CONFIG)
+    generation = directory / GENERATION_CONFIG
+    generation = files.read_json(generation) if generation.is_file() else None
+    ids = special_ids(config, directory / CONFIG, generation)
     settings = {}
     if (directory / SETTINGS).is_file():
         settings = files.read_json(directory / SETTINGS)
@@ -107,9 +121,10 @@ def _byte_level(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     tokenizer.decoder = decoders.ByteLevel()
     added_tokens.add(tokenizer, directory)
-    special = [tokenizers.AddedToken(t, special=True) for t in ("<s>", "<pad>", "</s>", "<unk>")]
-    mask = tokenizers.AddedToken("<mask>", lstrip=True, special=True)
-    tokenizer.add_special_tokens([*special, mask])
+    # What the files say of spaces around such a token is not to be lost.
+    listed = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    special = [t for t in ("<s>", "<pad>", "</s>", "<unk>", "<mask>") if t not in listed]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
     ends = [(token, tokenizer.token_to_id(token)) for token in ("</s>", "<s>")]
     tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=space)
     return tokenizer

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import sentencepiece
 import tokenizers
 
-from moe_jax.core import files, paths
+from moe_jax.core import checksums, files, paths
 from moe_jax.core.configuration import Configuration, Place, Range, Text
 from moe_jax.core.errors import UserError
 from moe_jax.data import tokenizer_files
@@ -214,7 +214,8 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
         case "sentencepiece":
             return read_sentencepiece(directory / MODEL)
         case "tokenizers":
-            names = [path for path in sorted(directory.iterdir()) if path.name != FILE]
+            own = (FILE, checksums.FILE)
+            names = [path for path in sorted(directory.iterdir()) if path.name not in own]
             contents = {path.name: path.read_bytes() for path in names}
             return TokenizersVocabulary(settings["ids"], contents)
         case "seqio":
@@ -227,8 +228,11 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """What `vocabulary.json` says: `kind`, what the kind needs.
 
     Raises:
-        UserError: it is missing, damaged, or of an unknown kind.
+        UserError: it is missing, or of an unknown kind; or a file of a directory with checksums is
+            damaged: other ids would mean other texts, without a word.
     """
+    if checksums.is_sealed(directory) and (problem := checksums.damage(directory)):
+        raise UserError(problem)
     path = directory / FILE
     settings = files.read_json(path)
     kind = settings.get("kind") if isinstance(settings, dict) else None

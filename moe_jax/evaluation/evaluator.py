@@ -20,13 +20,14 @@ from moe_jax.core.progress import progress
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
 from moe_jax.data.cache import Example, PreparedMixture
+from moe_jax.data.calls import call_postprocess, task_metrics
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.evaluation.choices import choice_likelihoods
-from moe_jax.evaluation.scores import TaskScore, route_json, task_metrics
+from moe_jax.evaluation.scores import TaskScore, route_json
 from moe_jax.model.experts import Params, gather
 from moe_jax.model.placement import Placement
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings, routes_of
@@ -167,7 +168,7 @@ class Evaluator:
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
         route = None if routes is None else route_json(routes[task_id])
         score = partial(self.log_likelihoods, params, routes, task_id)
-        postprocess = task.postprocess_fn() or (lambda text, **_: text)
+        postprocess = partial(call_postprocess, name, task.postprocess_fn(), is_target=False)
         lines: dict[int, dict[str, Any]] = {}
         ranked: dict[int, Example] = {}
         batches = eval_batches(
@@ -190,7 +191,7 @@ class Evaluator:
                 row_ids[: len(examples)] = [index for index, _ in examples]
                 texts = self.predict(params, routes, task_id, arrays, row_ids)
                 for (index, _), text in zip(examples, texts, strict=False):
-                    lines[index]["prediction"] = postprocess(text, is_target=False)
+                    lines[index]["prediction"] = postprocess(text)
             if likelihoods or task.score_metrics:
                 sums, tokens = score(arrays)
                 for (index, _), total, count in zip(examples, sums, tokens, strict=False):
@@ -201,7 +202,7 @@ class Evaluator:
         for index, likelihood_C in likelihoods_of.items():
             choices = ranked[index].choices
             best = choices[int(np.argmax(likelihood_C))]
-            lines[index]["prediction"] = postprocess(best, is_target=False)
+            lines[index]["prediction"] = postprocess(best)
             lines[index]["choices"] = dict(zip(choices, likelihood_C, strict=True))
         rows = [lines[index] for index in sorted(lines)]
         metrics = task_metrics(task, rows)

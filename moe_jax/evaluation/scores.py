@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from moe_jax.core import files, paths
-from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedMixture, PreparedTask
 from moe_jax.model.task_moe import TaskMoE
 
@@ -23,29 +22,6 @@ class TaskScore:
     score: float
     metrics: dict[str, float]
     predictions: list[dict[str, Any]]
-
-
-def task_metrics(task: PreparedTask, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The task's own metrics: those of predictions first, as SeqIO has them.
-
-    Args:
-        rows: one per example: its `references`, and `prediction` (after the task's postprocessing)
-            or `log_likelihood`, as the metrics need them.
-
-    Raises:
-        UserError: two metrics have one name.
-    """
-    references = [row["references"] for row in rows]
-    metrics: dict[str, float] = {}
-    for functions, key in (
-        (task.metric_fns(), "prediction"), (task.score_metric_fns(), "log_likelihood"),
-    ):  # fmt: skip
-        for function in functions:
-            found = function(references, [row[key] for row in rows])
-            if twice := sorted(found.keys() & metrics.keys()):
-                raise UserError(f"task {task.name!r}: two metrics are called {twice[0]!r}")
-            metrics |= {name: float(value) for name, value in found.items()}
-    return metrics
 
 
 def route_json(route_NxE: np.ndarray) -> list:

@@ -12,9 +12,8 @@ from safetensors.numpy import save_file
 
 from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
-from moe_jax.data.tokenizer_files import CONFIG
+from moe_jax.data.tokenizer_files import CONFIG, GENERATION_CONFIG
 
-GENERATION_CONFIG = "generation_config.json"
 CONFIGS = (CONFIG, GENERATION_CONFIG)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

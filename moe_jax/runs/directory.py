@@ -17,7 +17,7 @@ from moe_jax import __version__
 from moe_jax.core import files, paths
 from moe_jax.core.configuration import Configuration, hints
 from moe_jax.core.errors import UserError, nearest
-from moe_jax.data import vocabulary
+from moe_jax.data import modules, vocabulary
 from moe_jax.runs.config import BASE_BINDINGS, Config
 
 CONFIG = "config.gin"
@@ -158,6 +158,25 @@ def _read_gin(path: Path) -> Lines:
     return lines
 
 
+def check_modules(model_dir: str | Path, lines: Lines) -> None:
+    """Checks that a run names no code of its own: its directory may come from anywhere.
+
+    Raises:
+        UserError: a module that it would import lies in the directory.
+    """
+    factory = str(lines.get("VocabularyConfig.factory", "")).rpartition(":")[0]
+    named = [factory] if factory else []
+    for setting in ("RunConfig.extensions", "DataConfig.task_modules"):
+        names = lines.get(setting, ())
+        named += [names] if isinstance(names, str) else [str(name) for name in names]
+    for name in named:
+        if modules.lies_in(name, root(model_dir)):
+            raise UserError(
+                f"{model_dir}/{CONFIG_JSON} names the module {name}, which lies in the run itself;"
+                " a run's directory is read, not executed: move the module elsewhere"
+            )
+
+
 def read_config(model_dir: str | Path) -> Config:
     """The configuration of a run; missing settings have their defaults.
 
@@ -225,11 +244,13 @@ def _commit() -> str | None:
 
 
 def copy_vocabulary(model_dir: str | Path, source: Path) -> None:
-    """Copies the vocabulary from the cache, so that the model can be used without it."""
+    """Copies the vocabulary from the cache, with its checksums, so that the model can be used
+    without the cache."""
     directory = paths.parse(model_dir) / vocabulary.DIRECTORY
+    if (directory / vocabulary.FILE).exists():  # which is written last
+        return
     for path in sorted(source.iterdir(), key=lambda path: path.name == vocabulary.FILE):
-        if not (directory / path.name).exists():
-            files.write_bytes(directory / path.name, path.read_bytes())
+        files.write_bytes(directory / path.name, path.read_bytes())
 
 
 def write_task_table(model_dir: str | Path, tasks: Sequence[str]) -> None:

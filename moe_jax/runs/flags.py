@@ -6,20 +6,23 @@ A VALUE that is not a gin literal is a string, so paths need no quotes.
 """
 
 import ast
+import contextlib
 import io
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import gin
 import jax
 from absl import app, flags, logging
+from jax._src.clusters import ClusterEnv
 
-from moe_jax.core import files, paths, processes
+from moe_jax.core import files, paths, peers, processes
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import modules
 from moe_jax.kernels import memory
@@ -54,6 +57,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
+_peers: peers.Peers | None = None  # the processes that this one works with
 
 
 def run(
@@ -76,21 +80,13 @@ def run(
     def start(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)
         stopping.install()
-        try:
+        with _one_line_at_the_end():
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
             parse_gin(_GIN_FILE.value, _GIN_BINDINGS.value, _GIN_SEARCH_PATHS.value, from_model_dir)
             parts = [configurables.build(part) for part in (config, settings) if part is not None]
             _start_jax()
             main(*parts)
-        except UserError as e:
-            fail(e)
-        except paths.errors() as e:  # no room for what is written without `files`, such as events
-            fail(UserError(f"{getattr(e, 'filename', '') or 'cannot write'}: {paths.reason(e)}"))
-        except stopping.Stopped as e:
-            if e.together and _several_processes():
-                jax.distributed.shutdown()  # the others are as far
-            end(str(e), stopping.EXIT_CODE)
 
     processes.end_with_parent()
     for flag in flags.FLAGS.get_key_flags_for_module(__name__):
@@ -99,6 +95,42 @@ def run(
         print(_help(config, settings))
         return
     app.run(start, argv=rewrite_gin_flags(sys.argv))
+
+
+@contextlib.contextmanager
+def _one_line_at_the_end() -> Iterator[None]:
+    """Context of a command: ends the process, and tells the processes that work with it why."""
+    try:
+        yield
+    except stopping.Stopped as e:
+        _leave(None if e.together else str(e))
+        if e.together and _several_processes():
+            jax.distributed.shutdown()  # the others are as far
+        end(str(e), stopping.EXIT_CODE)
+    except UserError as e:
+        _leave(_first_line(e))
+        fail(e)
+    except paths.errors() as e:  # no room for what is written without `files`, such as events
+        error = UserError(f"{getattr(e, 'filename', '') or 'cannot write'}: {paths.reason(e)}")
+        _leave(str(error))
+        fail(error)
+    except Exception as e:
+        if _peers is None:
+            raise
+        _leave(f"{type(e).__name__}: {_first_line(e)}")
+        # JAX would wait for the others, and then end with a dump.
+        end(traceback.format_exc().rstrip(), 1)
+    _leave(None)
+
+
+def _leave(why: str | None) -> None:
+    if _peers is not None:
+        _peers.leave(why)
+
+
+def _first_line(error: BaseException) -> str:
+    # Gin appends where a configurable was called from; the first line is ours.
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _help(config: type, settings: type | None) -> str:
@@ -120,8 +152,7 @@ def _help(config: type, settings: type | None) -> str:
 
 def fail(error: Exception) -> NoReturn:
     """Ends the process: one line on standard error, exit code 1."""
-    # Gin appends where a configurable was called from; the first line is ours.
-    end(f"error: {str(error).strip().splitlines()[0]}", 1)
+    end(f"error: {_first_line(error)}", 1)
 
 
 def end(line: str, code: int) -> NoReturn:
@@ -185,6 +216,7 @@ def parse_gin(
         lines = directory.read_lines(model_dir)
         if not lines:
             raise UserError(f"{model_dir} holds no run: it has no {directory.CONFIG}")
+        directory.check_modules(model_dir, lines)
         own = (f"{model_dir}/{directory.CONFIG}", directory.gin_text(lines))
         _load_extensions([own, *texts])
         _parse([own, *texts])
@@ -326,6 +358,21 @@ def _start_jax() -> None:
         for flag in ("coordinator_address", "process_count", "process_index"):
             if flags.FLAGS[flag].value is None:
                 raise UserError(f"--multiprocess_gpu needs --{flag}")
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value)
+        _meet(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value)
     elif _MULTIPROCESS_TPU.value:
-        jax.distributed.initialize()
+        address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, initialization_timeout=300
+        )
+        if address is None:
+            raise UserError("--multiprocess_tpu: this host is no part of a TPU slice")
+        _meet(address, count, index)
+
+
+def _meet(address: str, count: int, index: int) -> None:
+    """Waits for the other processes, and connects JAX with theirs."""
+    global _peers
+    own = peers.Peers(address, count, index, lambda line: end(line, stopping.EXIT_CODE))
+    own.meet()
+    peers.hold_back_libraries()
+    _peers = own
+    jax.distributed.initialize(address, count, index)

@@ -16,6 +16,7 @@ from moe_jax.core import paths, processes
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import by_group, make_mesh
+from moe_jax.data.calls import try_functions
 from moe_jax.data.pipeline import train_batches
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
 from moe_jax.evaluation.scores import mean_score, write_routes
@@ -66,7 +67,7 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
     mesh = make_mesh(config.mesh)
     config.check_groups(mesh)
     if run.eval_period:
-        tasks_with_split(mixture, run.eval_split)
+        try_functions(mixture, tasks_with_split(mixture, run.eval_split), run.eval_split)
     with jax.set_mesh(mesh), contextlib.ExitStack() as scope:
         optimizer = make_optimizer(optimizer_config)
         sharding = state_shardings(model, optimizer, mesh)

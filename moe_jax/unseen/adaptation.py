@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from moe_jax.core import files, paths, processes
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import MeshConfig, device_per_core, make_mesh
+from moe_jax.data.calls import try_functions
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.evaluation import gains, paired
 from moe_jax.evaluation.evaluator import Evaluator
@@ -232,7 +233,9 @@ def _adapt_all(whole: FewShotConfig) -> None:
     mixture = prepare_mixtures(whole.data, run=config.dense_dir)[whole.data.mixture_or_task_name]
     if config.moe_dir is not None:
         check_vocabulary(config.moe_dir, mixture)
-    check_file(config, mixture.names)  # before the work, not in the middle of it
+    # Before the work, not in the middle of it.
+    check_file(config, mixture.names)
+    try_functions(mixture, mixture.names, "test")
     directory.write_config(model_dir, whole)
     directory.write_origin(model_dir)
     rows = _read_rows(model_dir / RUNS)

@@ -8,8 +8,8 @@ import numpy as np
 
 from moe_jax.data.batch import INPUTS, of_rows
 from moe_jax.data.cache import Example, PreparedMixture
+from moe_jax.data.calls import call_postprocess, task_metrics
 from moe_jax.data.pipeline import eval_batches, example_order
-from moe_jax.evaluation.scores import task_metrics
 from moe_jax.runs.config import FewShotConfig
 
 
@@ -124,8 +124,7 @@ class FewShotData:
         postprocess = prepared.postprocess_fn()
         _, examples = self.read(task, split, limit)
         texts = [self.mixture.vocabulary.decode(row) for row in tokens_xL.tolist()]
-        if postprocess:
-            texts = [postprocess(text, is_target=False) for text in texts]
+        texts = [call_postprocess(task, postprocess, text, is_target=False) for text in texts]
         rows = [
             {"references": example.references, "prediction": text}
             for (_, example), text in zip(examples, texts, strict=False)

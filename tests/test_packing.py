@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data import packing
-from moe_jax.data.cache import Example
+from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import ByteVocabulary
 
 VOCABULARY = ByteVocabulary()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedMixture, PreparedTask
+from moe_jax.evaluation.metric_values import add_scores
 from moe_jax.model.task_moe import TaskMoE
 
 
@@ -42,9 +42,7 @@ def task_metrics(task: PreparedTask, rows: list[dict[str, Any]]) -> dict[str, fl
     ):  # fmt: skip
         for function in functions:
             found = function(references, [row[key] for row in rows])
-            if twice := sorted(found.keys() & metrics.keys()):
-                raise UserError(f"task {task.name!r}: two metrics are called {twice[0]!r}")
-            metrics |= {name: float(value) for name, value in found.items()}
+            add_scores(metrics, found, task.name)
     return metrics
 
 
@@ -125,7 +123,7 @@ def write_routes(
     mixture: PreparedMixture,
     task_ids: Mapping[str, int],
 ) -> None:
-    """Writes routes.json: the route and the human category of every task."""
+    """Writes routes.json: the route and the human category of every task in the table."""
     files.write_json(
         path,
         {
@@ -139,6 +137,7 @@ def write_routes(
                     "subcategory": task.subcategory,
                 }
                 for task in mixture.tasks
+                if task.name in task_ids
             },
         },
     )

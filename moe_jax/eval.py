@@ -4,11 +4,14 @@
         [--gin.eval.split=test] [--gin.eval.examples=100]
 
 Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl, and prompts.jsonl where tasks are
-prompts of one dataset. A task that the model was not trained on is scored zero-shot. In a mixture
-of experts it takes the representation of the training task whose inputs are most similar, the mean
-of all (eval.unseen='mean'), or its own from a file that `represent` made
-(eval.representations=FILE). With eval.disable_examples=N there is also disabling.json: the loss of
-every task with each expert off in turn.
+prompts of one dataset. MODEL_DIR may name one of a run's checkpoints, RUN/checkpoints/STEP: its
+scores go to RUN/eval/step_STEP/. The mixtures of EVAL_MIXTURES are scored as well.
+
+A task that the model was not trained on is scored zero-shot. In a mixture of experts it takes the
+representation of the training task whose inputs are most similar, the mean of all
+(eval.unseen='mean'), or its own from a file that `represent` made (eval.representations=FILE). With
+eval.disable_examples=N there is also disabling.json: the loss of every task with each expert off in
+turn.
 """
 
 import dataclasses
@@ -26,7 +29,7 @@ from moe_jax.evaluation.disabling import disabling
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
 from moe_jax.evaluation.scores import TaskScore, mean_score, over_prompts, write_scores
 from moe_jax.model.task_moe import parameter_shardings
-from moe_jax.runs import configurables, flags
+from moe_jax.runs import configurables, directory, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
 from moe_jax.runs.mixtures import prepare_mixtures
@@ -62,7 +65,13 @@ configurables.register(EvalConfig)
 def evaluate(config: Config, settings: EvalConfig) -> None:
     """Scores the run in MODEL_DIR."""
     run_config, data, split = config.run, config.data, settings.split
-    mixtures = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
+    root = directory.root(run_config.model_dir)
+    scored = root / "eval"
+    asked = paths.absolute(run_config.model_dir)
+    if root != asked:
+        scored /= f"step_{asked.name}"
+    more = (*run_config.eval_mixtures, *settings.mixtures)
+    mixtures = prepare_mixtures(data, *more, run=run_config.model_dir)
     vocabulary = mixtures[data.mixture_or_task_name].vocabulary
     for mixture in mixtures.values():
         try_functions(mixture, tasks_with_split(mixture, split), split)
@@ -95,20 +104,20 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
             scores = evaluator.tasks(
                 params, run.step, mixture, run.task_ids, split, settings.examples
             )
-            directory = paths.parse(run_config.model_dir) / "eval" / f"{mixture.name}_{split}"
+            place = scored / f"{mixture.name}_{split}"
             if jax.process_index() == 0:
-                write_scores(directory, scores)
-                _show(scores, directory)
+                write_scores(place, scores)
+                _show(scores, place)
             if settings.disable_examples:
                 found = disabling(
                     evaluator, params, run.step, mixture, run.task_ids, split,
                     settings.disable_examples,
                 )  # fmt: skip
                 if jax.process_index() == 0:
-                    files.write_json(directory / "disabling.json", found)
+                    files.write_json(place / "disabling.json", found)
 
 
-def _show(scores: list[TaskScore], directory: Path) -> None:
+def _show(scores: list[TaskScore], place: Path) -> None:
     for score in scores:
         print(f"{score.task.name:<40} {score.metric:<20} {score.score:.3f}")
     for row in over_prompts(scores):
@@ -116,7 +125,7 @@ def _show(scores: list[TaskScore], directory: Path) -> None:
             f"{row['dataset']:<40} {row['metric']:<20} mean {row['mean']:.3f}, median"
             f" {row['median']:.3f} over {row['prompts']} prompts"
         )
-    print(f"mean over {len(scores)} tasks: {mean_score(scores):.4f}; written to {directory}")
+    print(f"mean over {len(scores)} tasks: {mean_score(scores):.4f}; written to {place}")
 
 
 if __name__ == "__main__":

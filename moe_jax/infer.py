@@ -3,11 +3,18 @@
     echo "question" | python -m moe_jax.infer --gin.MODEL_DIR=/tmp/stage2 \
         --gin.infer.task=skills_capital_of [--gin.infer.input=FILE] [--gin.infer.output=FILE]
 
-Inputs are read one per line, which ends at a line feed. For each, a JSON line is written: {"line"
-(its number, from 1), "input", "prediction", "route"}.
-A task that the model was not trained on is answered zero-shot, as in `eval`: its representation is
-its own from a file that `represent` made (infer.representations=FILE), or the mean where it is a
-task of MIXTURE_OR_TASK_NAME.
+Inputs are read one per line, which ends at a line feed. For each, a JSON line is written:
+{"inputs": {"inputs_pretokenized"}, "prediction", "line" (its number, from 1), "route"}.
+
+With infer.split=SPLIT the examples of the tasks of MIXTURE_OR_TASK_NAME, or of infer.task alone,
+are answered instead, in the form of T5X's `infer`: a file TASK-MODE.jsonl-00000-of-00001 of each in
+the directory infer.output. infer.mode is `predict`, `score` (the log-likelihoods of the targets) or
+`predict_with_aux` (answers with their log-likelihoods).
+
+MODEL_DIR may name one of a run's checkpoints, RUN/checkpoints/STEP. A task that the model was not
+trained on is answered zero-shot, as in `eval`: its representation is its own from a file that
+`represent` made (infer.representations=FILE), or the mean where it is a task of
+MIXTURE_OR_TASK_NAME.
 """
 
 import dataclasses
@@ -24,6 +31,7 @@ from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
 from moe_jax.data.vocabulary import load_vocabulary
 from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.inference import Mode, inferences
 from moe_jax.evaluation.scores import route_json
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
@@ -41,13 +49,18 @@ class InferConfig(Configuration, called="infer"):
     Attributes:
         task: the task whose route is used.
         input: file with one input per line, or - for standard input.
-        output: file of JSON lines, or - for standard output.
+        output: file of JSON lines, or - for standard output. With `split` a directory, or - for
+            standard output.
+        split: answers the examples of this split in place of lines.
+        mode: what T5X's `infer` calls so; only with `split`.
         representations: file with the representation of a task that the model was not trained on.
     """
 
     task: Name | None = None
     input: PathName = "-"
     output: PathName = "-"
+    split: Name | None = None
+    mode: Mode = "predict"
     representations: PathName | None = None
 
 
@@ -55,7 +68,58 @@ configurables.register(InferConfig)
 
 
 def infer(config: Config, settings: InferConfig) -> None:
-    """Decodes the lines of a file.
+    """Answers the lines of a file, or the examples of a split.
+
+    Raises:
+        UserError: settings do not go together, or see `infer_lines` and `infer_split`.
+    """
+    if settings.split is not None:
+        if settings.input != "-":
+            raise UserError("infer.input and infer.split: give one of them")
+        infer_split(config, settings)
+    elif settings.mode != "predict":
+        raise UserError(f"infer.mode {settings.mode!r} needs infer.split: lines have no targets")
+    else:
+        infer_lines(config, settings)
+
+
+def infer_split(config: Config, settings: InferConfig) -> None:
+    """Answers the examples of the tasks of MIXTURE_OR_TASK_NAME that have the split.
+
+    Raises:
+        UserError: no task has it, or there is no such task.
+    """
+    run_config, data, split = config.run, config.data, settings.split
+    mixture = prepare_mixtures(data, run=run_config.model_dir)[data.mixture_or_task_name]
+    if settings.task is not None:
+        names = [mixture.task(settings.task).name]
+    else:
+        names = [task.name for task in mixture.tasks if split in task.splits]
+        if not names:
+            known = sorted({name for task in mixture.tasks for name in task.splits})
+            raise UserError(
+                f"no task of {mixture.name} has a split {split!r}{nearest(split, known)}"
+            )
+    vocabulary = mixture.vocabulary
+    run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
+    run = with_tasks(run, names, settings.representations)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
+        evaluator = Evaluator(
+            run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
+        )
+        routes = np.asarray(evaluator.routes(params, run.step)) if run.model.routed else None
+        for name in names:
+            answers = inferences(
+                evaluator, params, routes, mixture, name, run.task_ids[name], split, settings.mode
+            )
+            file = f"{name}-{settings.mode}.jsonl-00000-of-00001"
+            _write(settings.output, answers, file)
+
+
+def infer_lines(config: Config, settings: InferConfig) -> None:
+    """Answers the lines of a file as one task.
 
     Raises:
         UserError: the task is in none of the task table, the file and MIXTURE_OR_TASK_NAME.
@@ -99,17 +163,23 @@ def infer(config: Config, settings: InferConfig) -> None:
             arrays["input_segments"][len(texts) :] = 0
             predictions = evaluator.predict(params, routes, task_id, arrays)
             for (number, text), prediction in zip(numbered, predictions, strict=False):
-                yield {"line": number, "input": text, "prediction": prediction, "route": route}
+                inputs = {"inputs_pretokenized": text}
+                yield {"inputs": inputs, "prediction": prediction, "line": number, "route": route}
 
     with jax.set_mesh(mesh):
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh, config.decoding)
-        if output == "-":
-            for answer in answers():
-                sys.stdout.write(files.json_line(answer))
-                sys.stdout.flush()
-        else:
-            files.write_jsonl(output, answers())
+        _write(output, answers())
+
+
+def _write(output: str, answers: Iterable[dict], file: str = "") -> None:
+    """Writes to standard output as answers come, or to `file` in `output`."""
+    if output != "-":
+        files.write_jsonl(paths.parse(output) / file if file else output, answers)
+        return
+    for answer in answers:
+        sys.stdout.write(files.json_line(answer))
+        sys.stdout.flush()
 
 
 def _batches(lines: Iterable[Line], rows: int) -> Iterator[list[Line]]:

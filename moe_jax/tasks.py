@@ -22,6 +22,8 @@ from moe_jax import metrics
 from moe_jax.core.errors import UserError
 from moe_jax.data.modules import DEFAULT_TASK_MODULES
 
+LENGTHS = {"inputs": 512, "targets": 64}  # of features, unless others are given
+
 # `moe_jax.data.registry` imports TensorFlow (5 s): only inside functions, not for --help.
 
 Row = dict[str, Any]  # one example of a SeqIO task, as NumPy
@@ -66,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--examples", type=int, default=3, help="how many (default: 3)")
     sub.set_defaults(command=_show)
     sub = commands.add_parser("check", parents=[one, shared], help="is the task usable?")
-    sub.add_argument("--inputs_length", type=int, default=512, help="default: 512 tokens")
-    sub.add_argument("--targets_length", type=int, default=64, help="default: 64 tokens")
+    for feature, length in LENGTHS.items():
+        help_ = f"default: {length} tokens"
+        sub.add_argument(f"--{feature}_length", type=int, default=length, help=help_)
     sub.add_argument(
         "--examples", type=int, default=1000, help="at most this many per split (default: 1000)"
     )
@@ -146,10 +149,10 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     category = _categories(modules).get(task.name, ("none",))
     print(f"{task.name}\n  category: {' / '.join(filter(None, category))}")
     print(f"  splits:   {', '.join(task.splits)}")
-    references = [name for kind in registry.metric_references(task) for name in kind]
-    print(f"  metrics:  {', '.join(references) or 'none'}")
     split = args.split or ("train" if "train" in task.splits else next(iter(task.splits), ""))
-    for number, row in enumerate(_rows(task, split, args.examples), 1):
+    rows = _rows(task, split, args.examples, LENGTHS)
+    print(f"  metrics:  {_metrics(task, rows)}")
+    for number, row in enumerate(rows, 1):
         print(f"example {number} of {split}")
         for feature in registry.FEATURES:
             vocabulary = task.output_features[feature].vocabulary
@@ -193,7 +196,7 @@ def _problems(task: Any, limits: dict[str, int], count: int) -> Iterator[str]:
     scored = None
     for split in task.splits:
         try:
-            rows = _rows(task, split, count)
+            rows = _rows(task, split, count, limits)
         except UserError as e:
             yield str(e)
             continue
@@ -234,13 +237,14 @@ def _row_problems(task: Any, rows: Sequence[Row]) -> Iterator[str]:
 
 def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str]:
     """Runs the metrics on targets as predictions, or on equal scores for every token."""
-    from moe_jax.data import calls, registry
+    from moe_jax.data import calls, registry, task_functions
 
-    if not task.metric_fns:
-        yield "no metric_fns"
+    if not task.metric_objs:
+        print("  note: no metrics: the task can be trained on, and is not evaluated")
         return
+    if not task_functions.scored_by_name(task, rows):
+        print(f"  note: scored {_metrics(task, rows)}: evaluation imports TensorFlow")
     try:
-        registry.metric_references(task)
         targets, predictions = (_postprocess(task, rows, is_target=t) for t in (True, False))
     except UserError as e:
         yield str(e)
@@ -264,6 +268,16 @@ def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str
     outside = sum(bool(choices) and target not in choices for choices, target in ranked)
     if outside:
         print(f"  note: {outside} targets of {split} are not among their answer choices")
+
+
+def _metrics(task: Any, rows: Sequence[Row]) -> str:
+    """Who scores the task: its functions by name, or SeqIO."""
+    from moe_jax.data import task_functions
+
+    if task_functions.scored_by_name(task, rows):
+        names = [name for kind in task_functions.metric_references(task) for name in kind]
+        return ", ".join(names) or "none"
+    return f"by SeqIO, from {', '.join(task_functions.outputs(task))}"
 
 
 def length_summary(lengths: Sequence[int], limit: int) -> str:
@@ -298,7 +312,7 @@ def _find_tasks(args: argparse.Namespace, modules: Sequence[ModuleType]) -> list
     return [registry.with_vocabulary(task, vocabulary) for task in tasks]
 
 
-def _rows(task: Any, split: str, count: int) -> list[Row]:
+def _rows(task: Any, split: str, count: int, lengths: dict[str, int]) -> list[Row]:
     """First examples of a split in the source's order, preprocessed and not truncated.
 
     Raises:
@@ -308,7 +322,7 @@ def _rows(task: Any, split: str, count: int) -> list[Row]:
 
     rows: list[Row] = []
     try:
-        for _, batch in registry.read(task, [split]):
+        for _, batch in registry.read(task, [split], lengths):
             rows += batch
             if len(rows) >= count:
                 break

@@ -12,7 +12,8 @@ from toy import NAMES, TASKS, VOCABULARY, toy_cache, toy_mixtures
 
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache, staleness
-from moe_jax.data.cache import Example, Request
+from moe_jax.data.cache import Request
+from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import VocabularyConfig
 
 
@@ -228,7 +229,7 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
     assert load_module(str(tmp_path / "own.py")) is load_module(str(tmp_path / "own.py"))
     monkeypatch.chdir(tmp_path)
     assert load_module("own.py").A is load_module(str(tmp_path / "own.py")).A
-    assert resolve("os.path:join") is os.path.join
+    assert resolve("numpy.linalg:norm") is np.linalg.norm
     with pytest.raises(UserError, match=r"has no 'A\.c'"):
         resolve("own.py:A.c")
     with pytest.raises(UserError, match=r"no such module file: other\.py"):

@@ -139,7 +139,7 @@ def test_prompts_through_seqio(tmp_path):
     code = """
         import json, seqio
         from moe_jax.builtin_tasks import crossfit
-        from moe_jax.data import registry
+        from moe_jax.data import registry, task_functions
         out = {"tasks": sorted(seqio.TaskRegistry.names()), "prompts": crossfit.PROMPTS}
         out["mixtures"] = {n: sorted(t.name for t in seqio.MixtureRegistry.get(n).tasks)
                            for n in ("crossfit_train", "crossfit_prompts_train")}
@@ -155,7 +155,7 @@ def test_prompts_through_seqio(tmp_path):
             references = [row[-1] for row in out["rows"][name]]
             answers = [task.postprocess_fn(t, is_target=False) for t in text]
             out["scores"][name] = task.metric_fns[0](references, answers)
-            out["post"][name] = registry.reference(task.postprocessor, task, "it")
+            out["post"][name] = task_functions.reference(task.postprocessor, task, "it")
         out["files"] = crossfit.data_files("crossfit_glue_cola:grammar")
         out["hint"] = crossfit.missing_hint("crossfit_glue_cola:gramar")
         print(json.dumps(out))

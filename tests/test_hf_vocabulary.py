@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_jax.core.errors import UserError
 from moe_jax.data import packing, vocabulary
-from moe_jax.data.cache import Example
+from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import VocabularyConfig, read_tokenizers
 
 DATA = Path(__file__).with_name("data") / "hf"

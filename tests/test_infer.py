@@ -103,9 +103,12 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
         monkeypatch.setattr("sys.stdin", stdin(text.encode()))
         call(infer.infer, model_dir, task="toy_reverse", output=str(output), **given, **mixture)
         found = [json.loads(line) for line in output.read_text().splitlines()]
-        keys = ("input", "prediction", "route")
         assert found == [
-            {"line": number, **{key: line[key] for key in keys}}
+            {
+                "inputs": {"inputs_pretokenized": line["input"]},
+                "line": number,
+                **{key: line[key] for key in ("prediction", "route")},
+            }
             for number, line in enumerate(wanted, 1)
         ]
         vector = row if given else np.asarray(params["representations"]).mean(0)
@@ -134,7 +137,7 @@ def test_a_dense_model_has_no_routes(dense, rows, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", stdin(b"red blue\n"))
     call(infer.infer, dense, task="toy_copy")
     assert json.loads(capsys.readouterr().out) == unseen
-    assert unseen["input"] == "red blue" and unseen["route"] is None
+    assert unseen["inputs"] == {"inputs_pretokenized": "red blue"} and unseen["route"] is None
 
 
 @pytest.mark.parametrize("model_dir", ["routed", "dense"])
@@ -156,7 +159,7 @@ def test_a_line_ends_at_a_line_feed(dense, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", stdin("\n".join(lines).encode() + b"\r\n"))
     call(infer.infer, dense, task="toy_copy")
     found = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
-    assert [row["input"] for row in found] == lines
+    assert [row["inputs"]["inputs_pretokenized"] for row in found] == lines
     assert [row["line"] for row in found] == [1, 2, 3, 4, 5]
 
 

@@ -127,7 +127,7 @@ def test_metrics_by_hand():
 def test_tasks_through_seqio(root):
     code = """
         import json, seqio
-        from moe_jax.data import registry
+        from moe_jax.data import registry, task_functions
         modules = registry.load_task_modules(["moe_jax.builtin_tasks.natural_instructions"])
         from moe_jax.builtin_tasks import natural_instructions as ni
         out = {"mixtures": {n: [t.name for t in registry.find_tasks(n, modules)]
@@ -138,7 +138,7 @@ def test_tasks_through_seqio(root):
         out["count"], row = len(rows), rows[3]
         out["input"] = row["inputs_pretokenized"].decode()
         out["references"] = task.postprocess_fn("Word 3.", example=row, is_target=True)
-        out["metrics"] = registry.metric_references(task)
+        out["metrics"] = task_functions.metric_references(task)
         out["splits"] = list(task.splits)
         out["files"] = registry.data_files(task, modules)
         try:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data import packing
-from moe_jax.data.cache import Example
+from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import ByteVocabulary
 
 VOCABULARY = ByteVocabulary()
@@ -154,6 +154,7 @@ def test_arrays_agree_with_a_plain_loop(lengths, limits):
 
 def test_decoding_starts_with_the_vocabularys_start_token():
     vocabulary = SimpleNamespace(pad_id=0, eos_id=1, decoder_start_id=7)
+    vocabulary.inputs = vocabulary
     rows = [[_example(3, 3), _example(2, 2)]]
     batch = packing.build(rows, {"inputs": 6, "targets": 6}, vocabulary)
     targets = batch["targets"][0]

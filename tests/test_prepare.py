@@ -270,7 +270,6 @@ def _register(name, *, splits=("train",), texts=("a", "b"), metric=None, append_
     "options, config, message",
     [
         ({"splits": ("train", "empty")}, BYTES, "'{}': split 'empty' is empty"),
-        ({"metric": lambda targets, predictions: {}}, BYTES, "task '{}': the metric .*lambda"),
         ({"append_eos": False}, BYTES, "'{}', split 'train', example 0: targets do not end in EOS"),
         ({"texts": ("a", ""), "append_eos": False}, BYTES, "targets do not end|no tokens"),
         ({"splits": ("test",)}, VocabularyConfig(), "'{}' has no 'train' split"),

@@ -9,7 +9,7 @@ import seqio
 import tensorflow as tf
 
 from moe_jax.core.errors import UserError
-from moe_jax.data import registry
+from moe_jax.data import registry, task_functions
 from moe_jax.data.modules import resolve
 from moe_jax.metrics import exact_match
 
@@ -111,15 +111,14 @@ def test_tasks_with_the_same_preprocessing_are_traced_once():
 
 def test_text_and_vocabulary():
     task = registry.with_vocabulary(_task(), seqio.ByteVocabulary(extra_ids=5))
-    assert registry.own_vocabulary(task).vocab_size == 264
+    assert [v.vocab_size for v in registry.own_vocabularies(task)] == [264, 264]
     row = _read(task, ["test"])["test"][3]
     assert registry.text(row, "inputs", FEATURE.vocabulary) == "test word word word 3"
     del row["targets_pretokenized"]
     assert registry.text(row, "targets", FEATURE.vocabulary) == "3 drow drow drow tset"
     other = seqio.Feature(seqio.ByteVocabulary(extra_ids=1), add_eos=True)
     mixed = _task(output_features={"inputs": FEATURE, "targets": other})
-    with pytest.raises(UserError, match="'t': inputs and targets have different vocabularies"):
-        registry.own_vocabulary(mixed)
+    assert [v.vocab_size for v in registry.own_vocabularies(mixed)] == [259, 260]
     with pytest.raises(UserError, match="'t' has no output feature targets"):
         registry.with_vocabulary(_task(output_features={"inputs": FEATURE}), FEATURE.vocabulary)
 
@@ -167,8 +166,12 @@ def test_rates_flatten_mixtures_and_see_the_counts():
     assert registry.rates("reg_inner", counts) == {"reg_a": 200, "reg_b": 100}
     assert registry.rates("reg_outer", counts) == {"reg_a": 5, "reg_b": 2, "reg_c": 4}
     assert registry.rates("reg_c", counts) == {"reg_c": 1}
-    with pytest.raises(UserError, match="'reg_inner': a rate cannot be computed"):
-        registry.rates("reg_inner", {**counts, "reg_b": {}})
+    # A task without training examples is not drawn.
+    without = {**counts, "reg_b": {"test": 3}}
+    assert registry.rates("reg_inner", without) == {"reg_a": 200, "reg_b": 0}
+    seqio.MixtureRegistry.add("reg_worse", ["reg_a"], default_rate=lambda task: None)
+    with pytest.raises(UserError, match="'reg_worse': a rate cannot be computed"):
+        registry.rates("reg_worse", counts)
     assert [t.name for t in registry.find_tasks("reg_outer", [])] == ["reg_a", "reg_b", "reg_c"]
     with pytest.raises(UserError, match=r"no task or mixture 'reg_oter'.*did you mean 'reg_outer'"):
         registry.find_tasks("reg_oter", [])
@@ -178,22 +181,22 @@ def test_rates_flatten_mixtures_and_see_the_counts():
 
 def test_functions_must_be_found_by_name(tmp_path):
     task = _task()
-    assert registry.reference(exact_match, task, "metric") == "moe_jax.metrics:exact_match"
+    assert task_functions.reference(exact_match, task, "metric") == "moe_jax.metrics:exact_match"
     for bad in (lambda targets, predictions: {}, functools.partial(exact_match, lambda: 1)):
         with pytest.raises(UserError, match=r"task .t.: the metric .* cannot be found by name"):
-            registry.reference(bad, task, "the metric")
+            task_functions.reference(bad, task, "the metric")
 
     def closure(targets, predictions):
         return {}
 
     with pytest.raises(UserError, match="closure"):
-        registry.metric_references(_task(metric_fns=[closure]))
+        task_functions.metric_references(_task(metric_fns=[closure]))
 
     def aux(targets, predictions, aux_values):
         return {}
 
-    with pytest.raises(UserError, match="only metric_fns of"):
-        registry.metric_references(_task(metric_fns=[aux]))
+    with pytest.raises(UserError, match=r"metrics of aux_values have no name"):
+        task_functions.metric_references(_task(metric_fns=[aux]))
 
 
 def best_share(targets, scores, at_least=0.0, names=()):
@@ -203,7 +206,7 @@ def best_share(targets, scores, at_least=0.0, names=()):
 
 def test_metrics_of_scores_and_with_arguments():
     bound = functools.partial(best_share, at_least=-1.5, names=["a:(b", "c)"])
-    predictions, scores = registry.metric_references(
+    predictions, scores = task_functions.metric_references(
         _task(metric_fns=[bound, exact_match, best_share])
     )
     assert predictions == ["moe_jax.metrics:exact_match"]
@@ -214,7 +217,7 @@ def test_metrics_of_scores_and_with_arguments():
     assert found([0, 0], [-1.0, -2.0]) == {"share": 0.5}
     with pytest.raises(UserError, match="cannot be found by name"):
         bad = functools.partial(best_share, at_least=object())
-        registry.metric_references(_task(metric_fns=[bad]))
+        task_functions.metric_references(_task(metric_fns=[bad]))
 
 
 def test_choices_and_questions_of_a_row():
@@ -249,7 +252,7 @@ def missing_hint(name):
         assert registry.owners(name, modules) == modules[:1]
         pattern = [str(tmp_path / "*.tsv")] if name == "owned_b" else []  # which more files may fit
         assert registry.data_files(task, modules) == [*pattern, str(data)]
-    reference = registry.metric_references(seqio.TaskRegistry.get("owned_a"))
+    reference = task_functions.metric_references(seqio.TaskRegistry.get("owned_a"))
     assert reference == ([f"{path}:metric"], [])
     with pytest.raises(UserError, match="because of the moon"):
         registry.find_tasks("owned_c", modules)

@@ -206,11 +206,9 @@ def test_show(run):
         ("empty_target", "train: targets of example 1 is empty"),
         ("bad_file", "a.tsv:3: no tab"),
         ("fails", "TypeError: no such thing"),
-        ("no_metric", "t_no_metric: no metric_fns"),
-        ("lambda", "cannot be found by name"),
         ("nan", "task 't_nan': metric nan: 'x' must be a finite number, is nan"),
         ("raises", "task 't_raises': metric raises fails: KeyError: 'gone'"),
-        ("mix", "t_nan: task 't_nan': metric nan: 'x' must be a finite number, is nan (and 1"),
+        ("mix", "t_nan: task 't_nan': metric nan: 'x' must be a finite number, is nan"),
     ],
 )
 def test_one_line_errors(run, name, message):
@@ -219,6 +217,15 @@ def test_one_line_errors(run, name, message):
     assert code.startswith("error: ")
     assert message in code
     assert "\n" not in code
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [("no_metric", "no metrics: the task can be trained on"), ("lambda", "scored by SeqIO, from")],
+)
+def test_usable_with_a_note(run, name, note):
+    text, code = run[name]
+    assert code == 0 and f"note: {note}" in text and text.endswith("  ok\n")
 
 
 def test_check_says_all_there_is_to_say(run):

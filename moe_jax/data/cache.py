@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import msgpack
 import numpy as np
 
 from moe_jax.core import checksums, files, paths
 from moe_jax.core.checksums import digest
 from moe_jax.core.errors import UserError, nearest, say
 from moe_jax.data import staleness
+from moe_jax.data.example import Example
 from moe_jax.data.modules import resolve
 from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
 from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
-FORMAT = 2  # version of the cache's files; a change makes all caches stale
+FORMAT = 3  # version of the cache's files; a change makes all caches stale
 SPEC = "spec.json"
 
 
@@ -43,6 +43,8 @@ class Request:
         task_modules: dotted names or .py files that register them.
         vocabulary: how they are tokenised.
         splits: the splits to prepare; None for all splits of a task.
+        lengths: what preprocessors get as `sequence_length`. Tasks that do not read it are the same
+            for all lengths.
         environment: variables to set before the modules are imported.
     """
 
@@ -51,6 +53,7 @@ class Request:
     vocabulary: VocabularyConfig
     splits: tuple[str, ...] | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lengths: Mapping[str, int] | None = None
 
     @classmethod
     def make(
@@ -60,6 +63,7 @@ class Request:
         vocabulary: VocabularyConfig,
         splits: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> "Request":
         """Makes a request with absolute paths and the vocabulary's training mixture filled in."""
         names = (names,) if isinstance(names, str) else tuple(names)
@@ -74,6 +78,7 @@ class Request:
             vocabulary,
             None if splits is None else tuple(splits),
             dict(environment or {}),
+            None if lengths is None else dict(lengths),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,45 +89,12 @@ class Request:
         return cls.make(**{**value, "vocabulary": VocabularyConfig(**value["vocabulary"])})
 
     def path(self, cache_dir: str | os.PathLike, name: str) -> Path:
-        """File of the prepared mixture `name`, which is one of `names`."""
-        key = digest({**self.to_json(), "names": name, "format": FORMAT})
+        """File of the prepared mixture `name`, which is one of `names`.
+
+        One for all lengths: the file says for which it is, where a task reads them.
+        """
+        key = digest({**self.to_json(), "names": name, "lengths": None, "format": FORMAT})
         return paths.parse(cache_dir) / "mixtures" / f"{name}-{key}.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One prepared example, not truncated.
-
-    Attributes:
-        inputs: int32 [n] token ids, EOS last where the task adds one.
-        targets: int32 [m] token ids, EOS last.
-        inputs_text: text of the inputs.
-        references: the post-processed target, as the task's metrics expect it: usually the list of
-            valid outputs.
-        choices: texts that the answer is one of; () where any text may be.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    inputs_text: str
-    references: Any
-    choices: tuple[str, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        record = {
-            "inputs": self.inputs.astype("<i4").tobytes(),
-            "targets": self.targets.astype("<i4").tobytes(),
-            "inputs_text": self.inputs_text,
-            "references": self.references,
-            "choices": self.choices,
-        }
-        return msgpack.packb(record)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "Example":
-        record = msgpack.unpackb(data, strict_map_key=False)
-        tokens = {k: np.frombuffer(record.pop(k), "<i4") for k in ("inputs", "targets")}
-        return cls(**tokens, **record | {"choices": tuple(record["choices"])})
 
 
 class Records(Sequence[Example]):
@@ -171,6 +143,21 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class SeqioScoring:
+    """What it takes to score a task as SeqIO does; see `moe_jax.evaluation.by_seqio`.
+
+    Attributes:
+        task_modules: the modules that register the task.
+        environment: the variables that they read, with their values.
+        outputs: what the metrics take: `prediction`, `score`, `prediction_with_aux`.
+    """
+
+    task_modules: tuple[str, ...]
+    environment: Mapping[str, str | None]
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class PreparedTask:
     """One task of a mixture.
 
@@ -184,6 +171,7 @@ class PreparedTask:
         score_metrics: the same, of (targets, scores).
         postprocess: 'module:function' or None.
         dataset: of which it is a prompt; '' where it is none.
+        seqio: how SeqIO scores it; None where the functions named above do, without SeqIO.
     """
 
     name: str
@@ -196,6 +184,15 @@ class PreparedTask:
     score_metrics: tuple[str, ...]
     postprocess: str | None
     dataset: str
+    seqio: SeqioScoring | None = None
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """What of a model its metrics take, as in `SeqioScoring`; empty without metrics."""
+        if self.seqio is not None:
+            return frozenset(self.seqio.outputs)
+        kinds = {"prediction": self.metrics, "score": self.score_metrics}
+        return frozenset(kind for kind, metrics in kinds.items() if metrics)
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -273,6 +270,7 @@ class PreparedMixture:
         ontology: {category: {subcategory: [task names]}} of these tasks, in the module's order.
         vocabulary_dir: directory of the vocabulary, which all its tasks share.
         fingerprint: hash of all splits' records, the rates and the vocabulary.
+        replaced: tasks that were registered with another vocabulary.
     """
 
     name: str
@@ -280,6 +278,7 @@ class PreparedMixture:
     ontology: dict[str, dict[str, list[str]]]
     vocabulary_dir: Path
     fingerprint: str
+    replaced: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -310,7 +309,12 @@ def _mixture(cache_dir: Path, stored: Mapping[str, Any]) -> PreparedMixture:
         [(t.name, t.rate, {s: split.fingerprint for s, split in t.splits.items()}) for t in tasks],
     ]
     return PreparedMixture(
-        stored["name"], tasks, stored["ontology"], vocabulary_dir, digest(content)
+        stored["name"],
+        tasks,
+        stored["ontology"],
+        vocabulary_dir,
+        digest(content),
+        tuple(stored["replaced"]),
     )
 
 
@@ -330,6 +334,7 @@ def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
         score_metrics=tuple(spec["score_metrics"]),
         postprocess=spec["postprocess"],
         dataset=spec["dataset"],
+        seqio=spec["seqio"] and SeqioScoring(**spec["seqio"]),
     )
 
 
@@ -358,6 +363,8 @@ def find(
         return None
     environment = {**os.environ, **request.environment}
     if any(environment.get(k) != v for k, v in stored["environment"].items()):
+        return None
+    if stored["lengths"] not in (None, request.lengths):
         return None
     if any(staleness.changed(source, state) for source, state in stored["inputs"].items()):
         return None

@@ -31,12 +31,27 @@ def call_metric(
     Raises:
         UserError: it fails, or returns anything but finite numbers by name.
     """
-    who = f"task {task!r}: metric {name_of(function)}"
-    found = _called(who, function, targets, values)
+    found = _called(_metric(task, function), function, targets, values)
+    return numbers(task, function, found)
+
+
+def numbers(task: str, metric: Callable[..., Any], found: Any) -> dict[str, float]:
+    """What a metric returned, as plain numbers by name.
+
+    Those of SeqIO's values that are no `Scalar`, such as texts and histograms, are left out.
+
+    Raises:
+        UserError: it is anything but finite numbers by name.
+    """
+    who = _metric(task, metric)
     if not isinstance(found, Mapping) or not found:
         raise UserError(f"{who} must return {{name: number}}, returned {_short(found)}")
     scores = {}
     for name, value in found.items():
+        if type(value).__module__ == "seqio.metrics":
+            value = getattr(value, "value", None)
+            if value is None:
+                continue
         try:
             scores[str(name)] = float(value)
         except (TypeError, ValueError) as e:
@@ -111,13 +126,15 @@ def try_functions(mixture: PreparedMixture, names: Sequence[str], split: str) ->
     """Calls the functions of tasks as `Evaluator` does, with targets in place of predictions.
 
     Args:
-        names: tasks of the mixture that have the split.
+        names: tasks of the mixture that have the split. Those that SeqIO scores are left out.
 
     Raises:
         UserError: one of them would end an evaluation.
     """
     for name in names:
         task = mixture.task(name)
+        if task.seqio is not None:
+            continue
         postprocess, records = task.postprocess_fn(), task.records(split)
         rows = []
         for index in range(min(_TRIED, len(records))):
@@ -131,6 +148,10 @@ def try_functions(mixture: PreparedMixture, names: Sequence[str], split: str) ->
                 row["prediction"] = call_postprocess(name, postprocess, text, is_target=False)
             rows.append(row)
         task_metrics(task, rows)
+
+
+def _metric(task: str, metric: Callable[..., Any]) -> str:
+    return f"task {task!r}: metric {name_of(metric)}"
 
 
 def _called(who: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:

@@ -6,13 +6,13 @@ Each task is written under a temporary name, then renamed. A killed run leaves o
 and the next run writes the missing ones.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,12 +26,13 @@ from tqdm import tqdm
 from moe_jax.core import checksums, files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
-from moe_jax.data import cache, registry, staleness, vocabulary
-from moe_jax.data.cache import Example, Request
+from moe_jax.data import cache, registry, staleness, task_functions
+from moe_jax.data.cache import Request, SeqioScoring
 from moe_jax.data.calls import call_postprocess
-from moe_jax.data.modules import source_files
+from moe_jax.data.example import Example
+from moe_jax.data.materialise_vocabulary import is_replaced, is_whole, prepare_vocabulary
+from moe_jax.data.modules import name_of, source_files
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
-from moe_jax.data.seqio_tokenizers import SeqioTokenizers
 
 SHARD_BYTES = 1 << 27
 
@@ -52,23 +53,27 @@ def materialise(cache_dir: Path, request: Request) -> None:
     sources = _Sources(registry.load_task_modules(request.task_modules))
     mixtures = {name: registry.find_tasks(name, sources.modules) for name in request.names}
     tasks = {task.name: task for members in mixtures.values() for task in members}
-    vocabulary_id, tokeniser = _prepare_vocabulary(cache_dir, request, sources, tasks)
+    vocabulary_id, tokeniser = prepare_vocabulary(
+        cache_dir, request, sources.modules, sources.digest, tasks
+    )
 
     splits = {name: _chosen(task, request.splits) for name, task in tasks.items()}
+    lengths = {n: request.lengths if registry.reads_lengths(t) else None for n, t in tasks.items()}
     directories = {
-        name: f"tasks/{name}/" + cache.digest([vocabulary_id, splits[name], sources.digest(task)])
+        name: f"tasks/{name}/"
+        + cache.digest([vocabulary_id, splits[name], sources.digest(task), lengths[name]])
         for name, task in tasks.items()
     }
-    waiting = [name for name in tasks if not _is_whole(cache_dir / directories[name])]
+    waiting = [name for name in tasks if not is_whole(cache_dir / directories[name])]
     examples = 0
     with progress(total=sum(len(splits[n]) for n in waiting), unit=" splits") as bar:
         for name in waiting:
-            bar.set_description(f"prepare {name}")
+            bar.set_description(f"prepare {name}", refresh=False)
             task = tasks[name]
             if tokeniser is not None:
                 task = registry.with_vocabulary(task, tokeniser)
             with files.new_directory(cache_dir / directories[name]) as directory:
-                spec = _write_task(directory, task, splits[name], bar)
+                spec = _write_task(directory, task, splits[name], lengths[name], sources, bar)
                 spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
                 spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
                 spec["dataset"] = sources.datasets.get(name, "")
@@ -78,26 +83,21 @@ def materialise(cache_dir: Path, request: Request) -> None:
     for name, members in mixtures.items():
         used = {task.name: directories[task.name] for task in members}
         mixture = _mixture(cache_dir, name, used, sources)
+        mixture["replaced"] = [
+            task.name for task in members if tokeniser is not None and is_replaced(task, tokeniser)
+        ]
         behind = [name, *filter(None, [request.vocabulary.trained_on])]
         inputs = [*sources.files(behind), *request.vocabulary.files()]
         mixture["inputs"] = {path: staleness.state(path) for path in inputs}
         mixture["environment"] = sources.environment(behind)
+        read = [lengths[task.name] for task in members]
+        mixture["lengths"] = next(filter(None, read), None)
         mixture |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
         cache.write_mixture(request.path(cache_dir, name), mixture)
     if waiting:
         seconds = time.perf_counter() - start
         print(f"prepared {len(waiting)} tasks, {examples:,} examples, in {seconds:.1f} s in"
               f" {cache_dir}", file=sys.stderr)  # fmt: skip
-
-
-def _is_whole(directory: Path) -> bool:
-    """Whether there is such a directory of the cache; one that is damaged is removed."""
-    if not directory.is_dir():
-        return False
-    if checksums.damage(directory) is None:
-        return True
-    shutil.rmtree(directory)
-    return False
 
 
 def _chosen(task: seqio.Task, wanted: Sequence[str] | None) -> list[str]:
@@ -160,26 +160,25 @@ class _Sources:
 
 
 def _write_task(
-    directory: Path, task: seqio.Task, splits: Sequence[str], bar: tqdm
+    directory: Path,
+    task: seqio.Task,
+    splits: Sequence[str],
+    lengths: Mapping[str, int] | None,
+    sources: "_Sources",
+    bar: tqdm,
 ) -> dict[str, Any]:
     """Writes the shards of all splits; returns the spec."""
-    eos = registry.own_vocabulary(task).eos_id
-    metrics, score_metrics = registry.metric_references(task)
-    spec = {
-        "task": task.name,
-        "metrics": metrics,
-        "score_metrics": score_metrics,
-        "postprocess": task.postprocessor
-        and registry.reference(task.postprocessor, task, "the postprocess_fn"),
-    }
+    eos = registry.own_vocabularies(task)[1].eos_id
+    spec: dict[str, Any] = {}
     writers: dict[str, _SplitWriter] = {}
-    for split, rows in registry.read(task, splits):
+    for split, rows in registry.read(task, splits, lengths):
+        spec = spec or _scoring(task, rows, sources)
         if split not in writers:
             writers[split] = _SplitWriter(directory, split)
             bar.update(len(writers) > 1)
         writer = writers[split]
         for row in rows:
-            example = _example(task, row)
+            example = _example(task, row, spec["seqio"] is not None)
             where = f"task {task.name!r}, split {split!r}, example {len(writer.lengths)}"
             if not len(example.inputs) or not len(example.targets):
                 raise UserError(f"{where}: inputs or targets have no tokens")
@@ -197,7 +196,25 @@ def _write_task(
     return spec | {"splits": {split: writers[split].close() for split in splits}}
 
 
-def _example(task: seqio.Task, row: registry.Row) -> Example:
+def _scoring(task: seqio.Task, rows: Sequence[registry.Row], sources: "_Sources") -> dict[str, Any]:
+    """The spec's entries on how the task is scored, which some of its examples tell."""
+    spec = {"task": task.name, "metrics": [], "score_metrics": [], "postprocess": None}
+    if task_functions.scored_by_name(task, rows):
+        spec["metrics"], spec["score_metrics"] = task_functions.metric_references(task)
+        if task.postprocessor and task.metric_objs:
+            spec["postprocess"] = task_functions.reference(
+                task.postprocessor, task, "the postprocess_fn"
+            )
+        return {**spec, "seqio": None}
+    modules = registry.owners(task.name, sources.modules)
+    scoring = SeqioScoring(
+        tuple(map(name_of, modules)), sources.environment([task.name]), task_functions.outputs(task)
+    )
+    return {**spec, "seqio": dataclasses.asdict(scoring)}
+
+
+def _example(task: seqio.Task, row: registry.Row, keep: bool) -> Example:
+    """An example; with all features of its row if they are to be kept."""
     features = task.output_features
     target = registry.text(row, "targets", features["targets"].vocabulary)
     return Example(
@@ -206,6 +223,8 @@ def _example(task: seqio.Task, row: registry.Row) -> Example:
         registry.text(row, "inputs", features["inputs"].vocabulary),
         call_postprocess(task.name, task.postprocessor, target, example=row, is_target=True),
         registry.choices(row),
+        target,
+        {k: v for k, v in row.items() if k not in registry.FEATURES} if keep else {},
     )
 
 
@@ -282,103 +301,6 @@ def _mixture(
         "tasks": [{"name": n, "rate": rates[n], "dir": d} for n, d in directories.items()],
         "ontology": ontology,
     }
-
-
-# ---- vocabulary ----
-
-
-def _prepare_vocabulary(
-    cache_dir: Path, request: Request, sources: _Sources, tasks: Mapping[str, seqio.Task]
-) -> tuple[str, seqio.Vocabulary | None]:
-    """Returns the vocabulary's directory name and the vocabulary; None if tasks keep their own."""
-    config = request.vocabulary
-    parent = cache_dir / "vocabularies"
-    if config.kind == "sentencepiece" and not config.path:
-        try:
-            trainers = registry.find_tasks(config.trained_on, sources.modules)
-        except UserError as e:
-            raise UserError(f"VocabularyConfig.trained_on: {e}") from e
-        digests = [sources.digest(task) for task in trainers]
-        name = cache.digest([config.size, config.extra_ids, config.trained_on, digests])
-        if not _is_whole(parent / name):
-            print(f"training a vocabulary on {config.trained_on!r}", file=sys.stderr)
-            model = vocabulary.train_sentencepiece(_texts(trainers), config.size)
-            _save_vocabulary(parent / name, _sentencepiece(model, config.extra_ids))
-        return name, seqio.SentencePieceVocabulary(str(parent / name / vocabulary.MODEL))
-    settings = {}
-    match config.kind:
-        case "bytes":
-            seqio_vocabulary = seqio.ByteVocabulary(config.extra_ids)
-        case "sentencepiece":
-            vocabulary.read_sentencepiece(config.path)  # fails early, with one clear error
-            seqio_vocabulary = seqio.SentencePieceVocabulary(config.path, config.extra_ids)
-        case "tokenizers":
-            seqio_vocabulary = SeqioTokenizers(vocabulary.read_tokenizers(config.path))
-        case "seqio":
-            settings = {"factory": config.factory}
-            seqio_vocabulary = registry.load_vocabulary(settings)
-        case "task":
-            first = next(iter(tasks.values()))
-            settings = {"task": first.name, "task_modules": request.task_modules}
-            seqio_vocabulary = registry.own_vocabulary(first)
-            for task in tasks.values():
-                if registry.own_vocabulary(task) != seqio_vocabulary:
-                    raise UserError(
-                        f"tasks {first.name!r} and {task.name!r} bring different vocabularies; use"
-                        " another VocabularyConfig.kind than 'task'"
-                    )
-    with tempfile.TemporaryDirectory() as directory:
-        _save_vocabulary(Path(directory) / "new", seqio_vocabulary, settings)
-        name = files.read_json(Path(directory) / "new" / vocabulary.FILE)["fingerprint"]
-    if not _is_whole(parent / name):
-        _save_vocabulary(parent / name, seqio_vocabulary, settings)
-    return name, None if config.kind == "task" else seqio_vocabulary
-
-
-def _texts(tasks: Sequence[seqio.Task]) -> list[str]:
-    """Inputs and targets of the train splits, in order."""
-    texts = []
-    placeholder = seqio.ByteVocabulary()
-    for task in progress(tasks, desc="read text", unit=" tasks"):
-        if "train" not in task.splits:
-            raise UserError(f"task {task.name!r} has no 'train' split to train a vocabulary on")
-        for _, rows in registry.read(registry.with_vocabulary(task, placeholder), ["train"]):
-            texts += [registry.text(row, f, placeholder) for row in rows for f in registry.FEATURES]
-    return texts
-
-
-def _sentencepiece(model: bytes, extra_ids: int) -> seqio.SentencePieceVocabulary:
-    """`model` as a SeqIO vocabulary, read before the temporary file is deleted."""
-    with tempfile.NamedTemporaryFile(suffix=".model") as file:
-        file.write(model)
-        file.flush()
-        seqio_vocabulary = seqio.SentencePieceVocabulary(file.name, extra_ids)
-        seqio_vocabulary.load_model()
-    return seqio_vocabulary
-
-
-def _save_vocabulary(
-    path: Path, seqio_vocabulary: seqio.Vocabulary, settings: Mapping[str, Any] | None = None
-) -> None:
-    """Writes a vocabulary's directory.
-
-    Byte, SentencePiece and Hugging Face vocabularies are stored as data, so that reading them needs
-    no TensorFlow. Sentinels become part of the model. Other vocabularies are stored as `settings`,
-    from which they are made again.
-    """
-    contents = {}
-    if type(seqio_vocabulary) is seqio.ByteVocabulary:
-        settings = {"kind": "bytes", "extra_ids": seqio_vocabulary.extra_ids}
-    elif type(seqio_vocabulary) is seqio.SentencePieceVocabulary:
-        settings = {"kind": "sentencepiece"}
-        contents = {vocabulary.MODEL: seqio_vocabulary.sp_model}
-    elif type(seqio_vocabulary) is SeqioTokenizers:
-        settings, contents = seqio_vocabulary.own.settings, seqio_vocabulary.own.contents
-    else:
-        settings = {"kind": "seqio", **settings}
-    with files.new_directory(path) as directory:
-        vocabulary.write_vocabulary(directory, settings, contents)
-        checksums.seal(directory)
 
 
 def _child(job_file: str) -> int:

@@ -25,6 +25,8 @@ from moe_jax.core.errors import UserError
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
 # 'module:name(argument=value)' -> 'module:name', 'argument=value'.
 _CALL = re.compile(r"(.+?:[\w.]+)\((.*)\)", re.DOTALL)
+# How the names of modules begin that are files.
+_FILE = "_file_"
 # The package `tasks/` at the top of the repository.
 BUILTIN_TASKS = "moe_jax.builtin_tasks"
 DEFAULT_TASK_MODULES = tuple(
@@ -55,6 +57,13 @@ def load_module(name: str) -> ModuleType:
         return _load_file(name) if name.endswith(".py") else _load_package(name)
 
 
+def name_of(module: ModuleType) -> str:
+    """The name by which `load_module` imports `module` again: dotted, or the path of its file."""
+    if module.__name__.startswith(_FILE):
+        return os.path.abspath(module.__file__)
+    return module.__name__
+
+
 def _load_package(name: str) -> ModuleType:
     try:
         return importlib.import_module(full_name(name))
@@ -65,7 +74,7 @@ def _load_package(name: str) -> ModuleType:
 def _load_file(name: str) -> ModuleType:
     path = os.path.abspath(name)
     # Not the file's own name, which another module may have.
-    alias = "_file_" + hashlib.sha256(path.encode()).hexdigest()[:16]
+    alias = _FILE + hashlib.sha256(path.encode()).hexdigest()[:16]
     if alias not in sys.modules:
         if not os.path.isfile(path):
             raise UserError(f"no such module file: {name}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.cache import Example
+from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
@@ -203,9 +203,9 @@ def build(
         ValueError: a row's examples do not fit.
     """
     limits = (lengths["inputs"], lengths["targets"])
-    pad, eos = vocabulary.pad_id, vocabulary.eos_id
-    inputs = [[truncate(e.inputs, limits[0], eos) for e in row] for row in rows]
-    targets = [[truncate(e.targets, limits[1], eos) for e in row] for row in rows]
+    pad, eos = vocabulary.pad_id, (vocabulary.inputs.eos_id, vocabulary.eos_id)
+    inputs = [[truncate(e.inputs, limits[0], eos[0]) for e in row] for row in rows]
+    targets = [[truncate(e.targets, limits[1], eos[1]) for e in row] for row in rows]
     l_in, l_out = shape or limits
     inputs_RxL, input_segments_RxL, input_positions_RxL = _lay_out(inputs, l_in, pad)
     targets_RxL, target_segments_RxL, target_positions_RxL = _lay_out(targets, l_out, pad)
@@ -248,6 +248,7 @@ def encode_inputs(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> 
 
     One text per row, truncated with EOS kept, as in training.
     """
+    vocabulary = vocabulary.inputs
     rows = [[np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)] for text in texts]
     rows = [[truncate(row[0], length, vocabulary.eos_id)] for row in rows]
     arrays = _lay_out(rows, length, vocabulary.pad_id)

@@ -16,7 +16,8 @@ import numpy as np
 
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import packing
-from moe_jax.data.cache import Example, PreparedMixture, PreparedTask, Records
+from moe_jax.data.cache import PreparedMixture, PreparedTask, Records
+from moe_jax.data.example import Example
 from moe_jax.data.packing import Batch, Plan
 from moe_jax.data.vocabulary import Vocabulary
 

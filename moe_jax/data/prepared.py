@@ -20,6 +20,7 @@ def prepare(
     vocabulary: VocabularyConfig,
     splits: Sequence[str] | None = None,
     environment: Mapping[str, str] | None = None,
+    lengths: Mapping[str, int] | None = None,
 ) -> dict[str, PreparedMixture]:
     """Materialises mixtures in this process, importing TensorFlow; see `ensure_prepared`.
 
@@ -28,7 +29,7 @@ def prepare(
     """
     from moe_jax.data.materialise import materialise  # imports TensorFlow
 
-    request = Request.make(names, task_modules, vocabulary, splits, environment)
+    request = Request.make(names, task_modules, vocabulary, splits, environment, lengths)
     with processes.lock(cache_dir, wait=True):
         materialise(mirror.fetch(cache_dir, request), request)
         mirror.publish(cache_dir, request)
@@ -42,6 +43,7 @@ def ensure_prepared(
     vocabulary: VocabularyConfig,
     splits: Sequence[str] | None = None,
     environment: Mapping[str, str] | None = None,
+    lengths: Mapping[str, int] | None = None,
 ) -> dict[str, PreparedMixture]:
     """Looks mixtures up in the cache; prepares what is missing or stale in one child process.
 
@@ -53,6 +55,7 @@ def ensure_prepared(
         vocabulary: how to tokenise.
         splits: only these splits; None for all that each task has.
         environment: variables to set before the task modules are imported.
+        lengths: what preprocessors get as `sequence_length`.
 
     Returns:
         name -> mixture, in the order of `names`.
@@ -62,7 +65,7 @@ def ensure_prepared(
             postprocess function that another process cannot find, a target without EOS, an
             unreadable source, no space or permission to write, a child process that died.
     """
-    request = Request.make(names, task_modules, vocabulary, splits, environment)
+    request = Request.make(names, task_modules, vocabulary, splits, environment, lengths)
     found = look_up(cache_dir, request)
     if None in found.values():
         with processes.lock(cache_dir, wait=True) as lock:

@@ -13,12 +13,11 @@ Metric and postprocess functions belong in a module without TensorFlow, because 
 it.
 """
 
-import ast
 import dataclasses
 import functools
+import inspect
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -97,20 +96,29 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
     """Mixing rate of each task of `name`; `examples` are counts by task and split.
 
     Rates that are functions of the task, such as `seqio.mixing_rate_num_examples`, see these
-    counts. A single task has rate 1.
+    counts, and 0 for a split that a task lacks. A single task has rate 1.
+
+    Raises:
+        UserError: a function failed.
     """
     if name not in seqio.MixtureRegistry.names():
         return {name: 1.0}
     mixture = seqio.MixtureRegistry.get(name)
     for task in mixture.tasks:  # shadows the method until the rates are known
-        task.num_input_examples = examples[task.name].get
+        task.num_input_examples = functools.partial(_count, examples[task.name])
     try:
         return {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
-    except TypeError as e:  # a rate computed with None, the count of an absent split
+    except ZeroDivisionError:  # of a mixture in it, all rates are 0: there is nothing to train on
+        return dict.fromkeys((task.name for task in mixture.tasks), 0.0)
+    except Exception as e:  # whatever the user's function raises
         raise UserError(f"mixture {name!r}: a rate cannot be computed ({e})") from e
     finally:
         for task in mixture.tasks:
             del task.num_input_examples
+
+
+def _count(examples: Mapping[str, int], split: str) -> int:
+    return examples.get(split, 0)
 
 
 def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:
@@ -153,55 +161,17 @@ def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
     return sorted(path for path in paths if staleness.exists(path))
 
 
-def reference(function: Any, task: seqio.Task, role: str) -> str:
-    """'module:name' (or 'file.py:name') from which another process can import `function`.
+def reads_lengths(task: seqio.Task) -> bool:
+    """Whether preprocessing depends on the lengths of features.
 
-    A `functools.partial` of such a function with literal keyword arguments becomes
-    'module:name(argument=value)'.
-
-    Raises:
-        UserError: the function has no such name, for example a lambda or a closure.
+    SeqIO's `append_eos_after_trim` does not count: prepared examples are whole, and batches trim
+    them in the same way.
     """
-    if isinstance(function, functools.partial):
-        arguments = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
-        if not function.args and _is_literal(list(function.keywords.values())):
-            return f"{reference(function.func, task, role)}({arguments})"
-    name = getattr(function, "__qualname__", "")
-    module = sys.modules.get(getattr(function, "__module__", None) or "")
-    if name and "<" not in name and module is not None:
-        named = module.__name__
-        if named.startswith("_file_"):
-            named = os.path.abspath(module.__file__)
-        candidate = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
-        if callable(candidate):
-            return f"{named}:{name}"
-    raise UserError(
-        f"task {task.name!r}: {role} {function!r} cannot be found by name in another process;"
-        " give a function defined at the top of a module"
+    return any(
+        "sequence_length" in inspect.signature(preprocessor).parameters
+        for preprocessor in task.preprocessors
+        if preprocessor is not seqio.preprocessors.append_eos_after_trim
     )
-
-
-def _is_literal(value: Any) -> bool:
-    """Whether another process can read `value` from its `repr`."""
-    try:
-        return ast.literal_eval(repr(value)) == value
-    except (ValueError, SyntaxError):
-        return False
-
-
-def metric_references(task: seqio.Task) -> tuple[list[str], list[str]]:
-    """'module:name' of each metric function of (targets, predictions), and of (targets, scores).
-
-    Raises:
-        UserError: a metric that is another kind, or no function at the top of a module.
-    """
-    if task._metric_objs_constructor_args or task.predict_with_aux_metric_fns:
-        raise UserError(
-            f"task {task.name!r}: only metric_fns of (targets, predictions) or (targets, scores)"
-            " are supported, not metric_objs or metrics of aux_values"
-        )
-    kinds = (task.predict_metric_fns, task.score_metric_fns)
-    return tuple([reference(function, task, "the metric") for function in fns] for fns in kinds)
 
 
 def with_vocabulary(task: seqio.Task, vocabulary: seqio.Vocabulary) -> seqio.Task:
@@ -214,17 +184,10 @@ def with_vocabulary(task: seqio.Task, vocabulary: seqio.Vocabulary) -> seqio.Tas
     return task.replace(output_features=features)
 
 
-def own_vocabulary(task: seqio.Task) -> seqio.Vocabulary:
-    """The vocabulary that `task` was registered with.
-
-    Raises:
-        UserError: its inputs and targets have different ones.
-    """
+def own_vocabularies(task: seqio.Task) -> tuple[seqio.Vocabulary, seqio.Vocabulary]:
+    """The vocabularies that the inputs and the targets of `task` were registered with."""
     check_features(task)
-    inputs, targets = (task.output_features[name].vocabulary for name in FEATURES)
-    if inputs != targets:
-        raise UserError(f"task {task.name!r}: inputs and targets have different vocabularies")
-    return inputs
+    return tuple(task.output_features[name].vocabulary for name in FEATURES)
 
 
 def check_features(task: seqio.Task) -> None:
@@ -235,20 +198,24 @@ def check_features(task: seqio.Task) -> None:
 
 
 def load_vocabulary(settings: Mapping[str, Any]) -> seqio.Vocabulary:
-    """The SeqIO vocabulary that `settings` describes: a factory's or a task's own."""
+    """The SeqIO vocabulary that `settings` describes: a factory's, or that of a task's feature."""
     if "factory" in settings:
         vocabulary = resolve(settings["factory"])()
         if not isinstance(vocabulary, seqio.Vocabulary):
             raise UserError(f"{settings['factory']} returns no seqio.Vocabulary: {vocabulary!r}")
         return vocabulary
     modules = load_task_modules(settings["task_modules"])
-    return own_vocabulary(find_tasks(settings["task"], modules)[0])
+    task = find_tasks(settings["task"], modules)[0]
+    return task.output_features[settings.get("feature", "inputs")].vocabulary
 
 
-def read(task: seqio.Task, splits: Sequence[str]) -> Iterator[tuple[str, list[Row]]]:
+def read(
+    task: seqio.Task, splits: Sequence[str], lengths: Mapping[str, int] | None = None
+) -> Iterator[tuple[str, list[Row]]]:
     """Yields (split, up to 256 examples as NumPy values), in order, without shuffling.
 
-    Equals `task.get_dataset(split=..., sequence_length=None, shuffle=False)` per split, but faster:
+    Equals `task.get_dataset(split=..., sequence_length=lengths, shuffle=False)` per split, but
+    whole (nothing is trimmed but by the task's own preprocessors), and faster:
     preprocessing is traced once for all tasks that share it, and the splits are read as one data
     set. Otherwise many small splits would spend most time in TensorFlow's graph building.
 
@@ -263,7 +230,7 @@ def read(task: seqio.Task, splits: Sequence[str]) -> Iterator[tuple[str, list[Ro
         )
     done = ""
     try:
-        for number, batch in _joined(task, splits).as_numpy_iterator():
+        for number, batch in _joined(task, splits, lengths).as_numpy_iterator():
             done = splits[number]
             columns = batch.items()
             size = len(next(iter(batch.values())))
@@ -272,9 +239,15 @@ def read(task: seqio.Task, splits: Sequence[str]) -> Iterator[tuple[str, list[Ro
         raise _user_error(e, f"task {task.name!r}, after split {done!r}") from e
 
 
-def _joined(task: seqio.Task, splits: Sequence[str]) -> tf.data.Dataset:
+def _joined(
+    task: seqio.Task, splits: Sequence[str], lengths: Mapping[str, int] | None
+) -> tf.data.Dataset:
     """One data set of all splits, with elements (index of the split, ragged batch)."""
-    preprocess = _trace(task)
+    if not reads_lengths(task):
+        lengths = None
+    elif lengths is None:
+        raise UserError(f"task {task.name!r}: preprocessing reads sequence_length; give lengths")
+    preprocess = _trace(task, lengths)
     joined = None
     for number, split in enumerate(splits):
         try:
@@ -289,7 +262,7 @@ def _joined(task: seqio.Task, splits: Sequence[str]) -> tf.data.Dataset:
         except UserError:
             raise
         except Exception:  # a preprocessor that only runs eagerly, or uses `if tensor:`
-            data = _preprocess(task, raw, number)
+            data = _preprocess(task, lengths, raw, number)
         joined = data if joined is None else joined.concatenate(data)
     options = tf.data.Options()
     # For data that is read once, tuning and rewriting cost more than they save.
@@ -299,23 +272,25 @@ def _joined(task: seqio.Task, splits: Sequence[str]) -> tf.data.Dataset:
     return joined.with_options(options)
 
 
-def _trace(task: seqio.Task) -> Any:
+def _trace(task: seqio.Task, lengths: Mapping[str, int] | None) -> Any:
     """The task's preprocessing as a graph, shared by tasks with the same preprocessors."""
     features = [
         (name, id(getattr(feature, "vocabulary", None)), getattr(feature, "add_eos", None))
         for name, feature in task.output_features.items()
     ]
-    key = (tuple(map(id, task.preprocessors)), tuple(features))
+    key = (tuple(map(id, task.preprocessors)), tuple(features), str(lengths))
     if key not in _traces:
         # The task is kept alive because the key holds ids of its objects.
-        inner = functools.partial(_preprocess, task)
+        inner = functools.partial(_preprocess, task, lengths)
         _traces[key] = task, tf.function(inner, autograph=False)
     return _traces[key][1]
 
 
-def _preprocess(task: seqio.Task, raw: tf.data.Dataset, number: tf.Tensor) -> tf.data.Dataset:
+def _preprocess(
+    task: seqio.Task, lengths: Mapping[str, int] | None, raw: tf.data.Dataset, number: tf.Tensor
+) -> tf.data.Dataset:
     data = task.preprocess_precache(raw, seed=0)
-    data = task.preprocess_postcache(data, sequence_length=None, seed=0)
+    data = task.preprocess_postcache(data, sequence_length=lengths, seed=0)
     data = task._validate_preprocessing(data)
     return data.ragged_batch(_BATCH).map(lambda batch: (number, batch))
 

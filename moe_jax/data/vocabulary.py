@@ -46,7 +46,8 @@ class VocabularyConfig(Configuration):
     Attributes:
         kind: `sentencepiece` (trained by `prepare`, or the model at `path`), `tokenizers` (the
             tokenizer of the BART or T5 at `path`), `bytes`, `seqio` (the result of `factory`), or
-            `task` (the vocabulary that the tasks were registered with).
+            `task` (the vocabulary that the tasks were registered with; also two, one of the inputs
+            and one of the targets).
         size: number of tokens to train; fewer if the text is too short for so many.
         trained_on: mixture or task whose training texts train the model; '' takes the first that is
             prepared.
@@ -88,6 +89,7 @@ class Vocabulary(abc.ABC):
         size: number of ids, sentinels included: the number of rows of the embedding table.
         pad_id, eos_id, unk_id, decoder_start_id: special ids.
         bos_id: None if the vocabulary has none.
+        inputs: that of the inputs, where the targets have another one; else itself.
     """
 
     size: int
@@ -95,6 +97,10 @@ class Vocabulary(abc.ABC):
     eos_id: int = 1
     unk_id: int = 2
     bos_id: int | None = None
+
+    @property
+    def inputs(self) -> "Vocabulary":
+        return self
 
     @property
     def decoder_start_id(self) -> int:
@@ -200,6 +206,37 @@ class SeqioVocabulary(Vocabulary):
         return self._vocabulary.decode(ids)
 
 
+class TwoVocabularies(Vocabulary):
+    """One for the inputs and one for the targets, which share a table of embeddings.
+
+    All methods and ids are those of the targets.
+
+    Raises:
+        UserError: they pad with different ids.
+    """
+
+    def __init__(self, inputs: Vocabulary, targets: Vocabulary):
+        if inputs.pad_id != targets.pad_id:
+            raise UserError(
+                f"the vocabularies of inputs and targets pad with {inputs.pad_id} and "
+                f"{targets.pad_id}: rows need one id for both"
+            )
+        self._inputs, self._targets = inputs, targets
+        self.size = max(inputs.size, targets.size)
+        self.pad_id, self.eos_id = targets.pad_id, targets.eos_id
+        self.unk_id, self.bos_id = targets.unk_id, targets.bos_id
+
+    @property
+    def inputs(self) -> Vocabulary:
+        return self._inputs
+
+    def encode(self, text: str) -> list[int]:
+        return self._targets.encode(text)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._targets._text(ids)
+
+
 def load_vocabulary(directory: str | Path) -> Vocabulary:
     """Reads a prepared vocabulary.
 
@@ -208,11 +245,19 @@ def load_vocabulary(directory: str | Path) -> Vocabulary:
     """
     directory = paths.parse(directory)
     settings = read_settings(directory)
+    if settings["kind"] == "two":
+        sides = ("inputs", "targets")
+        return TwoVocabularies(*(_load(directory, settings[s], f"{s}.") for s in sides))
+    return _load(directory, settings)
+
+
+def _load(directory: Path, settings: Mapping[str, Any], prefix: str = "") -> Vocabulary:
+    """One vocabulary; the names of its files begin with `prefix`."""
     match settings["kind"]:
         case "bytes":
             return ByteVocabulary(settings["extra_ids"])
         case "sentencepiece":
-            return read_sentencepiece(directory / MODEL)
+            return read_sentencepiece(directory / f"{prefix}{MODEL}")
         case "tokenizers":
             own = (FILE, checksums.FILE)
             names = [path for path in sorted(directory.iterdir()) if path.name not in own]
@@ -236,7 +281,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     path = directory / FILE
     settings = files.read_json(path)
     kind = settings.get("kind") if isinstance(settings, dict) else None
-    needed = {"bytes": ["extra_ids"], "sentencepiece": [], "tokenizers": ["ids"], "seqio": []}
+    needed = {"bytes": ["extra_ids"], "sentencepiece": [], "tokenizers": ["ids"], "seqio": [],
+              "two": ["inputs", "targets"]}  # fmt: skip
     if not isinstance(kind, str) or kind not in needed:
         raise UserError(f"{path}: unknown kind of vocabulary {kind!r}")
     for name in needed[kind]:

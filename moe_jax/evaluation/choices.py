@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.data import packing
 from moe_jax.data.batch import Batch
-from moe_jax.data.cache import Example
+from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import Vocabulary
 
 

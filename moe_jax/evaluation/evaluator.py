@@ -4,6 +4,7 @@ A prediction is decoded. Where an example has answer choices, it is the most lik
 classification"). A score is the log-likelihood of an example's target, summed over its tokens.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -19,8 +20,9 @@ from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
-from moe_jax.data.cache import Example, PreparedMixture
+from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.calls import call_postprocess, task_metrics
+from moe_jax.data.example import Example
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
@@ -114,15 +116,15 @@ class Evaluator:
         count = experts_per_row(self.model)
         return params["backbone"], row_routes(np.asarray(routes_TxNxE), tasks_R, count), batch
 
-    def predict(
+    def tokens(
         self,
         params: Params,
         routes_TxNxE: jax.Array | np.ndarray | None,
         task_id: int | np.ndarray,
         arrays: Mapping[str, np.ndarray],
         row_ids: np.ndarray | None = None,
-    ) -> list[str]:
-        """Decoded texts of the rows [R, L], which are of one task or of several.
+    ) -> np.ndarray:
+        """Answers to the rows [R, L], which are of one task or of several: int32 [R, length].
 
         Args:
             task_id: one task for all rows, or int [R].
@@ -131,8 +133,11 @@ class Evaluator:
         row_ids = np.arange(self.rows) if row_ids is None else row_ids
         row_ids = global_array(np.asarray(row_ids, np.int32), self._by_row)
         arguments = self._arguments(params, routes_TxNxE, task_id, arrays, INPUTS)
-        tokens = self._decode(*arguments, row_ids)
-        return [self.vocabulary.decode(row) for row in np.asarray(tokens).tolist()]
+        return np.asarray(self._decode(*arguments, row_ids))
+
+    def predict(self, *arguments: Any) -> list[str]:
+        """The texts of `tokens`, which takes the same arguments."""
+        return [self.vocabulary.decode(row) for row in self.tokens(*arguments).tolist()]
 
     def log_likelihoods(
         self,
@@ -145,6 +150,18 @@ class Evaluator:
         row_ids = global_array(np.zeros(self.rows, np.int32), self._by_row)
         arguments = self._arguments(params, routes_TxNxE, task_id, arrays, (*INPUTS, *TARGETS))
         return tuple(np.asarray(a) for a in self._score(*arguments, row_ids))
+
+    def choices(
+        self,
+        score: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
+        examples: Mapping[int, Example],
+        length_penalty: float | None = None,
+    ) -> dict[int, list[float]]:
+        """`choice_likelihoods` with the lengths and the vocabulary of this evaluator."""
+        penalty = self.choice_length_penalty if length_penalty is None else length_penalty
+        return choice_likelihoods(
+            score, examples, self.lengths, self.rows, self.vocabulary, penalty
+        )
 
     def task(
         self,
@@ -168,9 +185,11 @@ class Evaluator:
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
         route = None if routes is None else route_json(routes[task_id])
         score = partial(self.log_likelihoods, params, routes, task_id)
-        postprocess = partial(call_postprocess, name, task.postprocess_fn(), is_target=False)
+        decodes = not task.outputs.isdisjoint(("prediction", "prediction_with_aux"))
         lines: dict[int, dict[str, Any]] = {}
-        ranked: dict[int, Example] = {}
+        found: dict[int, Example] = {}
+        texts: dict[int, str] = {}
+        tokens: dict[int, np.ndarray] = {}
         batches = eval_batches(
             mixture, name, split, lengths=self.lengths, rows=self.rows, limit=limit
         )
@@ -184,34 +203,48 @@ class Evaluator:
                     "references": example.references,
                     "route": route,
                 }
-            if task.metrics:
-                ranked |= {index: example for index, example in examples if example.choices}
-            if task.metrics and not all(example.choices for _, example in examples):
+            found |= dict(examples)
+            if decodes and not all(example.choices for _, example in examples):
                 row_ids = np.zeros(self.rows, np.int32)
                 row_ids[: len(examples)] = [index for index, _ in examples]
-                texts = self.predict(params, routes, task_id, arrays, row_ids)
-                for (index, _), text in zip(examples, texts, strict=False):
-                    lines[index]["prediction"] = postprocess(text)
-            if likelihoods or task.score_metrics:
-                sums, tokens = score(arrays)
-                for (index, _), total, count in zip(examples, sums, tokens, strict=False):
+                answers = self.tokens(params, routes, task_id, arrays, row_ids)
+                for (index, _), row in zip(examples, answers, strict=False):
+                    tokens[index], texts[index] = row, self.vocabulary.decode(row.tolist())
+            if likelihoods or "score" in task.outputs:
+                for (index, _), total, count in zip(examples, *score(arrays), strict=False):
                     lines[index] |= {"log_likelihood": float(total), "target_tokens": int(count)}
-        likelihoods_of = choice_likelihoods(
-            score, ranked, self.lengths, self.rows, self.vocabulary, self.choice_length_penalty
-        )
-        for index, likelihood_C in likelihoods_of.items():
+        ranked = {index: e for index, e in found.items() if decodes and e.choices}
+        for index, likelihood_C in self.choices(score, ranked).items():
             choices = ranked[index].choices
-            best = choices[int(np.argmax(likelihood_C))]
-            lines[index]["prediction"] = postprocess(best)
+            texts[index] = choices[int(np.argmax(likelihood_C))]
+            tokens[index] = np.array(self.vocabulary.encode(texts[index]), np.int32)
             lines[index]["choices"] = dict(zip(choices, likelihood_C, strict=True))
-        rows = [lines[index] for index in sorted(lines)]
-        metrics = task_metrics(task, rows)
+        if "prediction_with_aux" in task.outputs:
+            alone = {i: dataclasses.replace(e, choices=(texts[i],)) for i, e in found.items()}
+            for index, (total,) in self.choices(score, alone, 0).items():
+                lines[index]["aux"] = {"scores": total}
+        order = sorted(lines)
+        rows = [lines[index] for index in order]
+        if task.seqio is None:
+            postprocess = partial(call_postprocess, name, task.postprocess_fn(), is_target=False)
+            for index, text in texts.items():
+                lines[index]["prediction"] = postprocess(text)
+            metrics = task_metrics(task, rows)
+        else:
+            from moe_jax.evaluation.by_seqio import BySeqio  # imports TensorFlow
+
+            registered = BySeqio(task, self.vocabulary)
+            for index, text in texts.items():
+                lines[index]["prediction"] = registered.postprocess(text, found[index])
+            metrics = registered.metrics(
+                [found[index] for index in order], rows, [tokens.get(index) for index in order]
+            )
         metric = next(iter(metrics))
         if likelihoods:
-            total, tokens = (
+            total, count = (
                 sum(row[key] for row in rows) for key in ("log_likelihood", "target_tokens")
             )
-            metrics["log_likelihood_per_token"] = total / max(1, tokens)
+            metrics["log_likelihood_per_token"] = total / max(1, count)
         return TaskScore(task, split, metric, metrics[metric], metrics, rows)
 
     def tasks(
@@ -264,12 +297,15 @@ def _by_length(
 
 
 def tasks_with_split(mixture: PreparedMixture, split: str) -> list[str]:
-    """Names of the tasks that can be evaluated on `split`.
+    """Names of the tasks that can be evaluated on `split`: they have it, and metrics.
 
     Raises:
-        UserError: no task has it.
+        UserError: no task has both.
     """
-    names = [task.name for task in mixture.tasks if split in task.splits]
+    there = [task for task in mixture.tasks if split in task.splits]
+    names = [task.name for task in there if task.outputs]
+    if there and not names:
+        raise UserError(f"no task of {mixture.name} with a split {split!r} has metrics")
     if not names:
         known = sorted({name for task in mixture.tasks for name in task.splits})
         raise UserError(

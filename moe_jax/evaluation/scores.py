@@ -101,7 +101,7 @@ def write_routes(
     mixture: PreparedMixture,
     task_ids: Mapping[str, int],
 ) -> None:
-    """Writes routes.json: the route and the human category of every task."""
+    """Writes routes.json: the route and the human category of every task in the table."""
     files.write_json(
         path,
         {
@@ -115,6 +115,7 @@ def write_routes(
                     "subcategory": task.subcategory,
                 }
                 for task in mixture.tasks
+                if task.name in task_ids
             },
         },
     )

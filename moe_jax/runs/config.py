@@ -1,6 +1,7 @@
 """The configuration of a run: a tree of dataclasses, made once by each command and passed down."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -41,6 +42,7 @@ CACHE_DIR = 'cache'
 TRAIN_STEPS = None
 BATCH_SIZE = 32
 EVAL_PERIOD = 1000
+EVAL_MIXTURES = ()
 CHECKPOINT_PERIOD = 1000
 INITIAL_CHECKPOINT_PATH = None
 ROUTER_CHECKPOINT_PATH = None
@@ -57,6 +59,7 @@ DataConfig.batch_size = %BATCH_SIZE
 RunConfig.model_dir = %MODEL_DIR
 RunConfig.train_steps = %TRAIN_STEPS
 RunConfig.eval_period = %EVAL_PERIOD
+RunConfig.eval_mixtures = %EVAL_MIXTURES
 RunConfig.checkpoint_period = %CHECKPOINT_PERIOD
 RunConfig.initial_checkpoint_path = %INITIAL_CHECKPOINT_PATH
 RunConfig.router_checkpoint_path = %ROUTER_CHECKPOINT_PATH
@@ -115,7 +118,9 @@ class DataConfig(Configuration):
         super().__post_init__()
         names = self.task_modules
         names = (names,) if isinstance(names, str) else names
-        object.__setattr__(self, "task_modules", tuple(map(full_name, names)))
+        # As paths from anywhere: a run that stores them is read from other directories.
+        names = (os.path.abspath(n) if n.endswith(".py") else full_name(n) for n in names)
+        object.__setattr__(self, "task_modules", tuple(names))
         vocabulary = self.vocabulary
         if vocabulary.kind == "sentencepiece" and not (vocabulary.path or vocabulary.trained_on):
             # Set here, so that other mixtures use the same vocabulary.
@@ -156,6 +161,8 @@ class RunConfig(Configuration):
             task name.
         representations_path: file of task representations to start from (`representations.py`);
             takes precedence over `router_checkpoint_path`.
+        eval_mixtures: mixtures or tasks evaluated while training, and by `eval`; empty for the one
+            that is trained on. Tasks that are not trained on take the mean representation.
         eval_split: the split evaluated while training.
         eval_examples: number of examples per task in these evaluations, evenly spaced.
         eval_batch_rows: examples decoded together.
@@ -174,6 +181,7 @@ class RunConfig(Configuration):
     initial_checkpoint_path: PathName | None = None
     router_checkpoint_path: PathName | None = None
     representations_path: PathName | None = None
+    eval_mixtures: Names = ()
     eval_split: Name = "validation"
     eval_examples: Examples = 32
     eval_batch_rows: Rows = 32

@@ -26,9 +26,10 @@ ORIGIN = "origin.json"
 TASK_TABLE = "task_table.json"
 
 # Settings that may change when a run is resumed: they affect neither the model nor its training.
+# (Task modules may have moved; that their data are the same is checked.)
 _FREE = re.compile(
     r"RunConfig\.(model_dir|(eval|log)_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
-    r"|DataConfig\.cache_dir|MeshConfig\.\w+|StepConfig\.groups_at_once"
+    r"|DataConfig\.(cache_dir|task_modules)|MeshConfig\.\w+|StepConfig\.groups_at_once"
     r"|FinetuneConfig\.runs_at_once"
     r"|ModelConfig\.(dtype|unroll_layers|kept_activations|attention_rows|vocabulary_multiple)"
 )

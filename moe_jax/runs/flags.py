@@ -213,11 +213,12 @@ def parse_gin(
         model_dir = gin.query_parameter("MODEL_DIR/macro.value")
         if model_dir is None:
             raise UserError("MODEL_DIR is not set: give --gin.MODEL_DIR=...")
-        lines = directory.read_lines(model_dir)
+        root = directory.root(model_dir)  # MODEL_DIR may name one of its checkpoints
+        lines = directory.read_lines(root)
         if not lines:
             raise UserError(f"{model_dir} holds no run: it has no {directory.CONFIG}")
-        directory.check_modules(model_dir, lines)
-        own = (f"{model_dir}/{directory.CONFIG}", directory.gin_text(lines))
+        directory.check_modules(root, lines)
+        own = (f"{root}/{directory.CONFIG}", directory.gin_text(lines))
         _load_extensions([own, *texts])
         _parse([own, *texts])
     try:

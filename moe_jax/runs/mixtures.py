@@ -1,5 +1,6 @@
 """The prepared mixtures of a configuration, in the vocabulary of a run where there is one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_jax.core.errors import UserError, say
@@ -12,9 +13,9 @@ from moe_jax.runs.config import DataConfig
 
 
 def prepare_mixtures(
-    data: DataConfig, *more: str, run: str | None = None
+    data: DataConfig, *others: str, run: str | None = None
 ) -> dict[str, PreparedMixture]:
-    """The mixture of `data` first, then `more` in the same vocabulary; by name.
+    """The mixture of `data` first, then `others` in the same vocabulary; by name.
 
     Args:
         run: a model directory. What it was trained on may have changed since, and with it the
@@ -22,18 +23,55 @@ def prepare_mixtures(
     """
     if data.mixture_or_task_name is None:
         raise UserError("MIXTURE_OR_TASK_NAME is not set: give --gin.MIXTURE_OR_TASK_NAME=...")
-    names = list(dict.fromkeys([data.mixture_or_task_name, *more]))
+    names = list(dict.fromkeys([data.mixture_or_task_name, *others]))
+    more = {"environment": data.environment, "lengths": data.lengths}
     config, own = data.vocabulary, None if run is None else run_vocabulary(run)
     if own is not None:
-        request = Request.make(names, data.task_modules, config, environment=data.environment)
+        request = Request.make(names, data.task_modules, config, **more)
         found = look_up(data.cache_dir, request, quiet=True)
         wanted = _fingerprint(own)
         if all(m is not None and _fingerprint(m.vocabulary_dir) == wanted for m in found.values()):
             return found
         config = _config_of(own) or config
-    return ensure_prepared(
-        data.cache_dir, names, data.task_modules, config, environment=data.environment
-    )
+    return ensure_prepared(data.cache_dir, names, data.task_modules, config, **more)
+
+
+def tasks_to_train(mixture: PreparedMixture) -> list[str]:
+    """The tasks that have a train split, as SeqIO trains on them; the others are for evaluation.
+
+    Raises:
+        UserError: no task has one.
+    """
+    names = [task.name for task in mixture.tasks if "train" in task.splits]
+    if not names:
+        raise UserError(f"no task of {mixture.name} has a split 'train'")
+    return names
+
+
+def say_ignored(data: DataConfig, mixture: PreparedMixture) -> None:
+    """Says what the tasks and the mixture were registered with, and this run does not use."""
+    if left := sorted({*mixture.names} - {*tasks_to_train(mixture)}):
+        say(f"not trained on, without a split 'train': {_some(left)}")
+    if mixture.replaced:
+        say(
+            f"VocabularyConfig.kind {data.vocabulary.kind!r} replaces the vocabulary that these "
+            f"were registered with, 'task' keeps it: {_some(mixture.replaced)}"
+        )
+    trained = [task for task in mixture.tasks if "train" in task.splits]
+    # In proportion to the examples, or all equal, as where nothing else was thought of.
+    shares = {task.rate / task.examples("train") for task in trained}
+    if data.mixing == "examples" and len({t.rate for t in trained}) > 1 and len(shares) > 1:
+        shown = [f"{task.name} {task.rate:g}" for task in mixture.tasks]
+        say(
+            "DataConfig.mixing 'examples' draws tasks by their number of examples, 'seqio' by the "
+            f"rates of {mixture.name}: {_some(shown)}"
+        )
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - count
+    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
 
 
 def run_vocabulary(model_dir: str | Path) -> Path | None:

@@ -16,19 +16,23 @@ from moe_jax.core import paths, processes
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import by_group, make_mesh
-from moe_jax.data.calls import try_functions
 from moe_jax.data.pipeline import train_batches
-from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
-from moe_jax.evaluation.scores import mean_score, write_routes
+from moe_jax.evaluation.scores import write_routes
 from moe_jax.kernels import memory
 from moe_jax.runs import directory, stopping
 from moe_jax.runs.config import Config
+from moe_jax.runs.dev_scores import DevScores
 from moe_jax.runs.initial import initial_params
 from moe_jax.runs.load import build_model
-from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
+from moe_jax.runs.mixtures import (
+    check_vocabulary,
+    prepare_mixtures,
+    say_ignored,
+    tasks_to_train,
+)
 from moe_jax.runs.profiling import Steps, Trace
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.logs import SCORE, MetricsLog, Window
+from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer, schedule
 from moe_jax.training.step import init_state, make_train_step, state_shardings
 
@@ -57,18 +61,20 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
     before = directory.check_config(model_dir, config)
 
     # ---------------------------------------------------------------- data and model
-    mixture = prepare_mixtures(data)[data.mixture_or_task_name]
+    mixtures = prepare_mixtures(data, *run.eval_mixtures)
+    mixture = mixtures[data.mixture_or_task_name]
+    if lead:
+        say_ignored(data, mixture)
     if run.initial_checkpoint_path and lead:
         check_vocabulary(run.initial_checkpoint_path, mixture)
-    tasks = list(mixture.names)
+    tasks = tasks_to_train(mixture)
     task_ids = {name: i for i, name in enumerate(tasks)}
-    vocabulary = mixture.vocabulary
-    model = build_model(config.model, config.router, vocabulary.size, len(tasks))
+    model = build_model(config.model, config.router, mixture.vocabulary.size, len(tasks))
     mesh = make_mesh(config.mesh)
     config.check_groups(mesh)
-    if run.eval_period:
-        try_functions(mixture, tasks_with_split(mixture, run.eval_split), run.eval_split)
     with jax.set_mesh(mesh), contextlib.ExitStack() as scope:
+        names = run.eval_mixtures or (mixture.name,)
+        dev = DevScores(config, [mixtures[name] for name in names], model, task_ids, mesh)
         optimizer = make_optimizer(optimizer_config)
         sharding = state_shardings(model, optimizer, mesh)
 
@@ -106,6 +112,8 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
                 temperature=data.mixing_temperature,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
+                tasks=tasks,
+                task_ids=task_ids,
             )
         )
         if found is not None:
@@ -121,9 +129,6 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
             model, optimizer_config, config.step, mesh, run.train_steps, run.seed
         )
         rates = {k: jnp.float32(v) for k, v in optimizer_config.learning_rates.items()}
-        evaluator = Evaluator(
-            model, vocabulary, data.lengths, run.eval_batch_rows, mesh, config.decoding
-        )
         log = MetricsLog(model_dir, start, enabled=lead)
         checkpoints.scores = log.scores
         stop = scope.enter_context(stopping.after_a_step(mesh))
@@ -141,15 +146,12 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
 
         def evaluate(step: int) -> None:
             with stop.at_once():
-                found = evaluator.tasks(
-                    state.params, step, mixture, task_ids, run.eval_split, run.eval_examples, lead
-                )
-            per_task = {f"score/{s.task.name}": s.score for s in found}
-            log.write(step, "eval", {SCORE: mean_score(found), **per_task})
+                scores = dev.compute(state.params, step, lead)
+            log.write(step, "eval", scores)
 
         def keep_routes(path: Path, step: int) -> None:
             if model.routed:
-                routes = np.asarray(evaluator.routes(state.params, jnp.int32(step)))
+                routes = dev.routes(state.params, step)
                 if lead:
                     write_routes(path, model, routes, step, mixture, task_ids)
 

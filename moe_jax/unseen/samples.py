@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.data.batch import INPUTS, of_rows
-from moe_jax.data.cache import Example, PreparedMixture
+from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.calls import call_postprocess, task_metrics
+from moe_jax.data.example import Example
 from moe_jax.data.pipeline import eval_batches, example_order
 from moe_jax.runs.config import FewShotConfig
 
@@ -114,7 +115,8 @@ class FewShotData:
         """Whether a task's metrics need decoded answers alone: no choices, no likelihoods."""
         _, examples = self.read(task, split, limit)
         ranked = any(example.choices for _, example in examples)
-        return not ranked and not self.mixture.task(task).score_metrics
+        prepared = self.mixture.task(task)
+        return not ranked and not prepared.score_metrics and prepared.seqio is None
 
     def score(
         self, task: str, split: str, limit: int | None, tokens_xL: np.ndarray

@@ -1,0 +1,65 @@
+"""A model's answers to the examples of a task, in the form of T5X's `infer`."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from moe_jax.data.batch import INPUTS, TARGETS
+from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.pipeline import eval_batches
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.model.experts import Params
+
+Mode = Literal["predict", "score", "predict_with_aux"]
+
+
+def inferences(
+    evaluator: Evaluator,
+    params: Params,
+    routes_TxNxE: np.ndarray | None,
+    mixture: PreparedMixture,
+    task: str,
+    task_id: int,
+    split: str,
+    mode: Mode,
+) -> Iterator[dict[str, Any]]:
+    """Yields one value per example, in order, with the keys of T5X.
+
+    `inputs` holds `inputs_pretokenized` and `targets_pretokenized`. With `predict` there is the
+    decoded `prediction`, neither chosen nor postprocessed; with `predict_with_aux` its
+    log-likelihood as well, as `aux` {"scores"}; with `score` the log-likelihood of the targets.
+
+    Raises:
+        UserError: no such split.
+    """
+    score = partial(evaluator.log_likelihoods, params, routes_TxNxE, task_id)
+    batches = eval_batches(mixture, task, split, lengths=evaluator.lengths, rows=evaluator.rows)
+    for batch, examples in batches:
+        arrays = {name: batch[name][0] for name in (*INPUTS, *TARGETS)}
+        row_ids = np.zeros(evaluator.rows, np.int32)
+        row_ids[: len(examples)] = [index for index, _ in examples]
+        answers: dict[int, dict[str, Any]] = {index: {} for index, _ in examples}
+        if mode == "score":
+            sums_R, _ = score(arrays)
+            for answer, total in zip(answers.values(), sums_R, strict=False):
+                answer["score"] = float(total)
+        else:
+            texts = evaluator.predict(params, routes_TxNxE, task_id, arrays, row_ids)
+            for answer, text in zip(answers.values(), texts, strict=False):
+                answer["prediction"] = text
+        if mode == "predict_with_aux":
+            alone = {
+                index: dataclasses.replace(example, choices=(answers[index]["prediction"],))
+                for index, example in examples
+            }
+            for index, (total,) in evaluator.choices(score, alone, 0).items():
+                answers[index]["aux"] = {"scores": total}
+        for index, example in examples:
+            texts = {
+                "inputs_pretokenized": example.inputs_text,
+                "targets_pretokenized": example.targets_text,
+            }
+            yield {"inputs": texts, **answers[index]}

@@ -229,9 +229,10 @@ def _adapt_all(whole: FewShotConfig) -> None:
     run, config = whole.run, whole.finetune
     model_dir = Path(run.model_dir)
     directory.check_config(model_dir, whole)
-    mixture = prepare_mixtures(whole.data, run=config.dense_dir)[whole.data.mixture_or_task_name]
-    if config.moe_dir is not None:
-        check_vocabulary(config.moe_dir, mixture)
+    first, *others = dict.fromkeys(config.adapted.values())
+    mixture = prepare_mixtures(whole.data, run=first)[whole.data.mixture_or_task_name]
+    for other in others:
+        check_vocabulary(other, mixture)
     check_file(config, mixture.names)  # before the work, not in the middle of it
     directory.write_config(model_dir, whole)
     directory.write_origin(model_dir)
@@ -245,7 +246,7 @@ def _adapt_all(whole: FewShotConfig) -> None:
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     with jax.set_mesh(mesh):
         learners = Learners(whole, mesh, mixture.vocabulary, data.widths, len(samples))
-        total = len(samples) * len(grid) * (2 + (config.moe_dir is not None))
+        total = len(samples) * len(grid) * len(config.adapted)
         bar = progress(total=total, initial=len(done), desc="few-shot", unit="run")
         for start in read_starts(config, mixture.vocabulary.size, run.seed, mesh):
             todo = {
@@ -272,6 +273,8 @@ def _adapt_all(whole: FewShotConfig) -> None:
                 bar.update(len(found))
         bar.close()
     # ---------------------------------------------------------------- results
+    if not {"untrained", "dense"} <= set(config.adapted):
+        return  # gains are over both
     found_gains = gains.relative_gains(rows)
     gains.write(model_dir, found_gains)
     print(gains.text_table(found_gains))

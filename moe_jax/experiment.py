@@ -14,6 +14,8 @@ comparisons of all arms, and MODEL_DIR/report, which is about the first seed's m
 import time
 from pathlib import Path
 
+import jax
+
 from moe_jax.core import processes
 from moe_jax.core.errors import UserError
 from moe_jax.experiments.arms import DENSE, ROUTED
@@ -46,6 +48,7 @@ def experiment(run: RunConfig, settings: ExperimentConfig) -> None:
 
 def _experiment(root: Path, settings: ExperimentConfig) -> None:
     begin = time.perf_counter()
+    jax.config.update("jax_platforms", "cpu")  # accelerators are the stages' own
     plan = Plan(root, settings)
     stages = {seed: plan.stages(seed) for seed in settings.seeds}
     last = {of_seed[-1].name: seed for seed, of_seed in stages.items()}

@@ -163,7 +163,7 @@ def test_all_arms(tmp_path, command_line, calls):
 
 def test_what_arms_need_is_added():
     assert with_needed(["direct"]) == ("direct", "dense")
-    assert with_needed(["shuffled"]) == ("dense", "routed", "shuffled")
+    assert with_needed(["shuffled"]) == ("direct", "dense", "routed", "shuffled")
     assert with_needed(reversed(ARMS)) == tuple(ARMS)
 
 

@@ -53,8 +53,8 @@ ARMS: dict[str, Arm] = {
 
 
 def with_needed(arms: Iterable[str]) -> tuple[str, ...]:
-    """The arms in the order of `ARMS`; with the baseline, and with what some are derived from."""
-    arms = {DENSE, *arms}
+    """The arms in the order of `ARMS`; with both baselines, and with what some are derived from."""
+    arms = {DIRECT, DENSE, *arms}
     if any(ARMS[arm].made == "derived" for arm in arms):
         arms.add(ROUTED)
     return tuple(arm for arm in ARMS if arm in arms)

@@ -61,8 +61,8 @@ class ExperimentConfig(Configuration, called="experiment"):
         stage2: gin file of its second stage; '' if the mixture has only one.
         finetune: gin file of the few-shot adaptation.
         unseen: the mixture of unseen tasks.
-        arms: what is compared, see `moe_jax/experiments/arms.py`. `dense` always is; `routed` is
-            added for what is derived from it.
+        arms: what is compared, see `moe_jax/experiments/arms.py`. `direct` and `dense`, the
+            baselines, always are; `routed` is added for what is derived from it.
         seeds: of initialisation, data order, dropout, and of routes that are drawn; all arms are
             made once for each.
         oracle: the routes of the arm `oracle`: an expert for every `category` of the ontology, or
@@ -270,7 +270,7 @@ class Plan:
     def _adaptation(self, seed: int, place: Path, starts: Mapping[str, str]) -> Stage:
         s = self.settings
         bindings = {"MODEL_DIR": str(place), "SEED": str(seed)}
-        if set(starts) != {"untrained", "dense", "moe"}:
+        if len(starts) == 1:
             bindings["FinetuneConfig.starts"] = repr(tuple(starts))
         models = {**starts, "untrained": DENSE}  # direct fine-tuning begins as the dense model did
         parents = tuple(dict.fromkeys(f"seed_{seed}/{models[start]}" for start in starts))

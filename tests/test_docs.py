@@ -27,6 +27,7 @@ DOCUMENTS = [
     ROOT / name
     for name in (
         "README.md",
+        "docs/experiment.md",
         "docs/method.md",
         "docs/report.md",
         "docs/tasks.md",
@@ -132,7 +133,7 @@ def quickstart(tmp_path_factory):
     page = work / "dense.md"
     page.write_text(
         "```sh\npython -m moe_jax.train --gin_file=models/tiny.gin"
-        " --gin_file=runs/skills_gym_dense.gin --gin.MODEL_DIR=runs/quickstart/dense\n```\n"
+        " --gin_file=runs/skills_gym_dense.gin --gin.MODEL_DIR=runs/quickstart/seed_0/dense\n```\n"
     )
     run_document(page, ROOT, work, Path(sys.executable).parent, set())
     return work

@@ -6,65 +6,216 @@ import pytest
 from absl import flags as absl_flags
 
 from moe_jax import experiment
-from moe_jax.report import build
+from moe_jax.core import files
+from moe_jax.core.errors import UserError
+from moe_jax.data.cache import PreparedTask
+from moe_jax.experiments import plan as plan_module
+from moe_jax.experiments.arms import ARMS, with_needed
+from moe_jax.experiments.controls import GIVEN
+from moe_jax.experiments.plan import ExperimentConfig, Plan
+from moe_jax.experiments.stages import fingerprints
 from moe_jax.runs.config import RunConfig
 from moe_jax.runs.flags import rewrite_gin_flags
 
+QUICKSTART = {
+    "model": "models/tiny.gin", "dense": "runs/skills_gym_dense.gin",
+    "stage1": "runs/skills_gym_stage1.gin", "finetune": "runs/skills_gym_finetune.gin",
+    "unseen": "skills_gym_unseen", "upcycle_step": 2000,
+}  # fmt: skip
 
-@pytest.fixture
-def calls(monkeypatch) -> list[list[str]]:
+
+def mixture(name, tasks):
+    """A prepared mixture as far as a plan looks at it."""
+    tasks = tuple(
+        PreparedTask(task, category, skill, None, 1.0, {}, (), (), None, "")
+        for task, category, skill in tasks
+    )
+    names = tuple(task.name for task in tasks)
+    vocabulary = SimpleNamespace(size=1024)
+    return SimpleNamespace(
+        name=name, tasks=tasks, names=names, fingerprint="f", vocabulary=vocabulary
+    )
+
+
+TRAINED = [("t1", "extract", "place"), ("t2", "know", "capital"), ("t3", "know", "language")]
+NEW = [("n1", "know", "capital"), ("n2", "combine", "place+capital"), ("n3", "none", "none")]
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch):
+    """The mixtures; no task is registered or tokenised."""
+    found = {"skills_gym_train": mixture("skills_gym_train", TRAINED)}
+    found["skills_gym_unseen"] = mixture("skills_gym_unseen", NEW)
+    monkeypatch.setattr(plan_module, "prepare_mixtures", lambda data, *names: found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
     """The commands that stages would have run."""
     called = []
-    monkeypatch.setattr(
-        experiment.Stages, "_call", staticmethod(lambda command, name: called.append(command))
-    )
+
+    def call(command):
+        called.append(command)
+        return 0
+
+    monkeypatch.setattr(plan_module.processes, "call", call)
     return called
 
 
-def test_stages_get_macros_but_not_the_experiments_own_settings(tmp_path, calls):
-    """`train` and the others know no `experiment.eval_examples`."""
-    given = ["experiment", "--gin.TRAIN_STEPS=4", "--gin.experiment.eval_examples=2"]
-    absl_flags.FLAGS(rewrite_gin_flags(given))
-    try:
-        stages = experiment.Stages(tmp_path, "models/tiny.gin")
-        stages.run("dense", "train", "runs/skills_gym_dense.gin", {"MODEL_DIR": "d"})
-    finally:
+@pytest.fixture
+def command_line():
+    """A function that sets the flags of this process."""
+
+    def given(*arguments):
         absl_flags.FLAGS.unparse_flags()
         absl_flags.FLAGS["gin_bindings"].unparse()
+        absl_flags.FLAGS(rewrite_gin_flags(["experiment", *arguments]))
+
+    given()
+    yield given
+    given()
+
+
+def planned(root, **settings):
+    """(plan, stages of all its seeds by name)."""
+    plan = Plan(root, ExperimentConfig(**{**QUICKSTART, **settings}))
+    return plan, {s.name: s for seed in plan.settings.seeds for s in plan.stages(seed)}
+
+
+def flags_of(stage):
+    """{setting: value} of a stage's command line."""
+    words = stage.shown.replace("'\"'\"'", '"').replace("'", "").split(" --gin.")[1:]
+    return dict(word.split("=", 1) for word in words)
+
+
+def test_stages_get_macros_but_not_the_experiments_own_settings(tmp_path, calls, command_line):
+    """`train` and the others know no `experiment.eval_examples`."""
+    command_line("--gin.TRAIN_STEPS=4", "--gin.experiment.eval_examples=2")
+    _, stages = planned(tmp_path)
+    stages["seed_0/dense"].run()
     bindings = [argument for argument in calls[0] if argument.startswith("--gin.")]
-    assert bindings == ["--gin.TRAIN_STEPS=4", "--gin.MODEL_DIR=d"]
+    place = tmp_path / "seed_0/dense"
+    assert bindings == ["--gin.TRAIN_STEPS=4", f"--gin.MODEL_DIR={place}", "--gin.SEED=0"]
 
 
 @pytest.mark.parametrize("upcycle_step", [0, 7])
 @pytest.mark.parametrize("stage2", ["", "runs/skills_gym_stage2.gin"])
 def test_the_mixture_may_start_from_the_dense_model_and_have_one_stage(
-    tmp_path, calls, monkeypatch, stage2, upcycle_step
+    tmp_path, command_line, stage2, upcycle_step
 ):
-    reports = []
+    _, stages = planned(tmp_path, stage2=stage2, upcycle_step=upcycle_step)
+    trained = [name for name, stage in stages.items() if stage.kind == "train"]
+    first = "seed_0/routed_stage1" if stage2 else "seed_0/routed"
+    assert trained == ["seed_0/dense", *([first] if stage2 else []), "seed_0/routed"]
+    start = f"{tmp_path}/seed_0/dense/checkpoints/7" if upcycle_step else None
+    assert flags_of(stages[first]).get("INITIAL_CHECKPOINT_PATH") == start
+    assert stages[first].parents == (("seed_0/dense",) if upcycle_step else ())
+    if stage2:
+        own = flags_of(stages["seed_0/routed"])
+        assert own["ROUTER_CHECKPOINT_PATH"] == f"{tmp_path}/seed_0/routed_stage1"
+        assert stages["seed_0/routed"].parents == ("seed_0/routed_stage1",)
+    adapted = flags_of(stages["seed_0/few_shot"])
+    assert adapted["MOE_DIR"] == f"{tmp_path}/seed_0/routed"
+    assert adapted["DENSE_DIR"] == f"{tmp_path}/seed_0/dense"
+    assert "FinetuneConfig.starts" not in adapted  # all three
 
-    def report(directory, runs, few_shot, model):
-        reports.append((list(runs), model))
-        return SimpleNamespace(findings=[], page="")
 
-    monkeypatch.setattr(build, "report", report)
-    absl_flags.FLAGS(["experiment"])
-    settings = experiment.ExperimentConfig(
-        model="models/tiny.gin", dense="runs/skills_gym_dense.gin",
-        stage1="runs/skills_gym_stage1.gin", stage2=stage2,
-        finetune="runs/skills_gym_finetune.gin", unseen="skills_gym_unseen",
-        upcycle_step=upcycle_step,
-    )  # fmt: skip
-    experiment.experiment(RunConfig(model_dir=str(tmp_path)), settings)
+def test_all_arms(tmp_path, command_line, calls):
+    _, stages = planned(tmp_path, arms=tuple(ARMS), seeds=(3, 4))
+    names = [name for name in stages if name.startswith("seed_3/")]
+    models = [arm for arm in ARMS if arm != "direct"]
+    assert names == [
+        *(f"seed_3/{arm}" for arm in models),
+        *(f"seed_3/{arm}/eval" for arm in models),
+        "seed_3/few_shot",
+        *(f"seed_3/{arm}/few_shot" for arm in models if arm not in ("dense", "routed")),
+    ]
+    assert len(stages) == 2 * len(names)
+    for name in names:
+        assert all(parent in names for parent in stages[name].parents)
+    # Known routes: one expert of 4 in each of 4 layers, the same file for all that need it.
+    oracle = flags_of(stages["seed_3/oracle"])
+    file = f"{tmp_path}/seed_3/oracle/{GIVEN}"
+    assert oracle["RunConfig.representations_path"] == file
+    assert oracle["ModelConfig.experts"] == "2"  # two categories
+    assert oracle["RouterConfig.representation_dim"] == "8"
+    assert flags_of(stages["seed_3/oracle/eval"])["eval.representations"] == file
+    adapted = flags_of(stages["seed_3/oracle/few_shot"])
+    assert adapted["FinetuneConfig.representations_path"] == file
+    assert adapted["FinetuneConfig.starts"] == '("moe",)'
+    stages["seed_3/oracle"].run()
+    extract, know = [1.0, 0.0] * 4, [0.0, 1.0] * 4
+    # n2 needs two skills and takes the first; n3's skill is in no training task.
+    rows = {"t1": extract, "t2": know, "t3": know, "n1": know, "n2": extract, "n3": extract}
+    assert files.read_json(file) == rows
+    # Random routes are drawn for each seed; a new task's is found as in the routed model.
+    rows = []
+    for seed in (3, 4):
+        stages[f"seed_{seed}/random"].run()
+        rows.append(files.read_json(tmp_path / f"seed_{seed}/random" / GIVEN))
+    assert rows[0] != rows[1] and set(rows[0]) == {"t1", "t2", "t3"}
+    assert "eval.representations" not in flags_of(stages["seed_3/random/eval"])
+    assert stages["seed_3/average/few_shot"].parents == ("seed_3/average",)
+    assert flags_of(stages["seed_3/average/few_shot"])["FinetuneConfig.starts"] == '("dense",)'
+    assert [flags_of(stages[f"seed_{s}/dense"])["SEED"] for s in (3, 4)] == ["3", "4"]
 
-    commands = [" ".join(command) for command in calls]
-    trained = [c for c in commands if "moe_jax.train" in c]
-    mixture = "stage2" if stage2 else "stage1"
-    assert len(trained) == (3 if stage2 else 2)
-    start = f"--gin.INITIAL_CHECKPOINT_PATH={tmp_path}/dense/checkpoints/7"
-    assert [start in c for c in trained] == [False, upcycle_step > 0, False][: len(trained)]
-    (finetune,) = (c for c in commands if "moe_jax.finetune" in c)
-    assert f"--gin.MOE_DIR={tmp_path}/{mixture}" in finetune
-    scored = [c for c in commands if "moe_jax.eval" in c]
-    for name, command in zip(("dense", mixture), scored, strict=True):
-        assert f"--gin.MODEL_DIR={tmp_path}/{name} " in command
-    assert reports == [(list(dict.fromkeys(["dense", "stage1", mixture])), mixture)]
+
+def test_what_arms_need_is_added():
+    assert with_needed(["direct"]) == ("direct", "dense")
+    assert with_needed(["shuffled"]) == ("direct", "dense", "routed", "shuffled")
+    assert with_needed(reversed(ARMS)) == tuple(ARMS)
+
+
+def test_fingerprints_follow_settings_data_and_parents(tmp_path, command_line, prepared):
+    def changed(root=tmp_path, **settings):
+        """The stages whose fingerprint differs from that of the plain experiment."""
+        _, stages = planned(root, **settings)
+        found = fingerprints(list(stages.values()))
+        return {name for name, value in found.items() if value != before[name]}
+
+    _, stages = planned(tmp_path)
+    before = fingerprints(list(stages.values()))
+    assert changed() == changed(root=tmp_path / "moved") == set()
+    assert changed(eval_examples=3) == {"seed_0/dense/eval", "seed_0/routed/eval"}
+    later = set(before) - {"seed_0/dense", "seed_0/dense/eval"}
+    assert changed(upcycle_step=1000) == later
+    # A comment decides nothing, a setting does.
+    own = tmp_path / "own.gin"
+    own.write_text("# Mine.\ninclude 'runs/skills_gym_finetune.gin'\n")
+    assert changed(finetune=str(own)) == set()
+    own.write_text("include 'runs/skills_gym_finetune.gin'\nFinetuneConfig.steps = 15\n")
+    assert changed(finetune=str(own)) == {"seed_0/few_shot"}
+    own.write_text("include 'runs/skills_gym_dense.gin'\nBATCH_SIZE = 8\n")
+    assert changed(dense=str(own)) == set(before)
+    command_line("--gin.CACHE_DIR=elsewhere", "--gin.MeshConfig.data=1")
+    assert changed() == set()
+    command_line("--gin.OptimizerConfig.learning_rate=0.1")
+    assert changed() == set(before)
+    command_line()
+    prepared["skills_gym_unseen"].fingerprint = "other"
+    assert changed() == set(before)
+
+
+def test_what_cannot_be_is_refused(tmp_path, command_line, prepared):
+    with pytest.raises(UserError, match=r"experiment\.seeds \(1, 1\) has one twice"):
+        planned(tmp_path, seeds=(1, 1))
+    with pytest.raises(
+        UserError, match=r"experiment\.arms is .* each one of direct, dense, routed"
+    ):
+        planned(tmp_path, arms=("routde",))
+    prepared["skills_gym_train"] = mixture("skills_gym_train", [*TRAINED, ("t4", "", "")])
+    with pytest.raises(UserError, match="'oracle' needs every task's category: 't4' has none"):
+        planned(tmp_path, arms=("oracle",))
+    with pytest.raises(UserError, match=r"experiment\.dense is not set"):
+        experiment.experiment(RunConfig(model_dir=str(tmp_path)), ExperimentConfig(model="m"))
+    command_line("--gin.SEED=1")
+    with pytest.raises(UserError, match=r"SEED .* --gin\.experiment\.seeds=\(N,\)"):
+        planned(tmp_path)
+
+
+def test_a_stage_whose_command_fails_is_an_error(tmp_path, command_line, monkeypatch):
+    monkeypatch.setattr(plan_module.processes, "call", lambda command: 3)
+    _, stages = planned(tmp_path)
+    with pytest.raises(UserError, match=r"moe_jax\.train failed with exit code 3"):
+        stages["seed_0/dense"].run()

@@ -319,6 +319,26 @@ def test_runs_resumes_and_reports(tmp_path):
     path.write_text("".join(whole[:3]) + whole[3][:20])
     finish(start("finetune", flags_of(lines)))
     assert path.read_text() == text
+    # A start alone has the same scores; there are no gains without the other starts.
+    alone = [line for line in lines if not line.startswith(("MODEL_DIR", "DENSE_DIR"))]
+    alone += [f"MODEL_DIR = {str(tmp_path / 'alone')!r}", "FinetuneConfig.starts = ('moe',)"]
+    finish(start("finetune", flags_of(alone)))
+    assert list(files.read_jsonl(tmp_path / "alone" / "runs.jsonl")) == rows[4:]
+    assert not (tmp_path / "alone" / "arg.json").exists()
+
+
+def test_what_is_adapted():
+    """All starts whose directories are given, or those that are named."""
+    both = {"dense_dir": "d", "moe_dir": "m"}
+    assert FinetuneConfig(**both).adapted == {"untrained": "d", "dense": "d", "moe": "m"}
+    assert FinetuneConfig(dense_dir="d").adapted == {"untrained": "d", "dense": "d"}
+    assert FinetuneConfig(**both, starts=("moe", "untrained")).adapted == {
+        "untrained": "d", "moe": "m",
+    }  # fmt: skip
+    assert FinetuneConfig(moe_dir="m", starts=("moe",)).adapted == {"moe": "m"}
+    for settings, macro in (({}, "DENSE_DIR"), ({"dense_dir": "d", "starts": ("moe",)}, "MOE_DIR")):
+        with pytest.raises(UserError, match=f"is not set: give --gin.{macro}="):
+            assert FinetuneConfig(**settings).adapted
 
 
 def test_an_unknown_mode_is_named():

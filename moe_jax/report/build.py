@@ -10,6 +10,7 @@ from typing import Any
 from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.report import (
+    arm_sections,
     expert_sections,
     inputs,
     page,
@@ -38,6 +39,7 @@ def report(
     single: str | os.PathLike | None = None,
     permutations: int = 1000,
     seed: int = 0,
+    experiment: Mapping[str, Any] | None = None,
 ) -> Report:
     """Writes OUTPUT/index.html (self-contained) and OUTPUT/report.json (all its numbers).
 
@@ -52,6 +54,7 @@ def report(
         single: directory of runs of one task each, to compare with.
         permutations: shuffled controls of the agreement with the ontology.
         seed: of those shuffles.
+        experiment: the value of an experiment's results.json, to which the runs belong.
 
     Raises:
         UserError: a directory is missing, a file malformed, `model` unknown or without routes,
@@ -70,7 +73,8 @@ def report(
     measured = features(line for of_task in lines.values() for _, line in of_task)
     links = {task: f"#task-{i}" for i, task in enumerate(lines)}
     adaptation = transfer_sections.adaptation(rows)
-    parts: list[Section] = [
+    parts: list[Section] = [] if experiment is None else [arm_sections.arms(experiment)]
+    parts += [
         score_sections.scores(read, links),
         adaptation,
         transfer_sections.transfer(read, alone, adaptation.numbers, links),

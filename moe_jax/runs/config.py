@@ -205,6 +205,7 @@ class FinetuneConfig(Configuration):
         dense_dir: model directory of the dense multi-task model. The start `untrained` is that
             model before its first step (so, its INITIAL_CHECKPOINT_PATH, if it had one).
         moe_dir: model directory of the mixture of experts.
+        starts: which of `untrained`, `dense` and `moe` are adapted; () for those that there are.
         learning_rates: learning rates to search on dev: the backbone's, or the representation's if
             the backbone is not trained.
         batch_sizes: batch sizes to search on dev.
@@ -226,6 +227,7 @@ class FinetuneConfig(Configuration):
 
     dense_dir: PathName | None = None
     moe_dir: PathName | None = None
+    starts: Annotated[Sequence[Literal["untrained", "dense", "moe"]], Size(0, 3)] = ()
     learning_rates: Annotated[Sequence[Rate], Size(1, 1000)] = (1e-5, 2e-5, 5e-5)
     batch_sizes: Annotated[Sequence[Rows], Size(1, 1000)] = (2, 4, 8)
     seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (13, 21, 42, 87, 100)
@@ -235,6 +237,22 @@ class FinetuneConfig(Configuration):
     representations_path: PathName | None = None
     tune: Literal["all", "frozen_router", "route_only", "free_route"] = "all"
     runs_at_once: Annotated[int, Range(0, 2**20)] = 0
+
+    @property
+    def adapted(self) -> dict[str, Name]:
+        """The starts and the directory of each.
+
+        Raises:
+            UserError: a start's directory is not given.
+        """
+        places = {"untrained": self.dense_dir, "dense": self.dense_dir, "moe": self.moe_dir}
+        starts = self.starts or [s for s in places if s != "moe" or self.moe_dir is not None]
+        for start in starts:
+            if places[start] is None:
+                name = "moe_dir" if start == "moe" else "dense_dir"
+                macro = name.upper()
+                raise UserError(f"FinetuneConfig.{name} is not set: give --gin.{macro}=...")
+        return {start: places[start] for start in places if start in starts}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,9 +13,9 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import gin
 import jax
@@ -287,6 +287,18 @@ def _unquoted(value: str) -> str:
     except (SyntaxError, ValueError):
         return value
     return literal if isinstance(literal, str) and _literal(literal) == value else value
+
+
+def stage_config(config: type, gin_files: Sequence[str], bindings: Mapping[str, str]) -> Any:
+    """The configuration of a command with these files and bindings; gin's own state is replaced.
+
+    Raises:
+        UserError: as `parse_gin`, or a value is invalid.
+    """
+    arguments = rewrite_gin_flags([f"--gin.{name}={value}" for name, value in bindings.items()])
+    lines = [argument.partition("=")[2] for argument in arguments]
+    parse_gin(gin_files, lines, _GIN_SEARCH_PATHS.value)
+    return configurables.build(config)
 
 
 def process_flags() -> list[str]:

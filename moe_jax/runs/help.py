@@ -16,6 +16,7 @@ MACROS = {
     "TRAIN_STEPS": "optimizer steps in all",
     "BATCH_SIZE": "rows per batch, each packed with examples of one task",
     "EVAL_PERIOD": "steps between dev scores; 0 for none",
+    "EVAL_MIXTURES": "mixtures of the dev scores, in place of what is trained on",
     "CHECKPOINT_PERIOD": "steps between checkpoints",
     "INITIAL_CHECKPOINT_PATH": "a run whose backbone this one starts from",
     "ROUTER_CHECKPOINT_PATH": "a run whose router and task representations it starts from",

@@ -230,9 +230,10 @@ def _adapt_all(whole: FewShotConfig) -> None:
     run, config = whole.run, whole.finetune
     model_dir = paths.parse(run.model_dir)
     directory.check_config(model_dir, whole)
-    mixture = prepare_mixtures(whole.data, run=config.dense_dir)[whole.data.mixture_or_task_name]
-    if config.moe_dir is not None:
-        check_vocabulary(config.moe_dir, mixture)
+    first, *others = dict.fromkeys(config.adapted.values())
+    mixture = prepare_mixtures(whole.data, run=first)[whole.data.mixture_or_task_name]
+    for other in others:
+        check_vocabulary(other, mixture)
     # Before the work, not in the middle of it.
     check_file(config, mixture.names)
     try_functions(mixture, mixture.names, "test")
@@ -248,7 +249,7 @@ def _adapt_all(whole: FewShotConfig) -> None:
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     with jax.set_mesh(mesh):
         learners = Learners(whole, mesh, mixture.vocabulary, data.widths, len(samples))
-        total = len(samples) * len(grid) * (2 + (config.moe_dir is not None))
+        total = len(samples) * len(grid) * len(config.adapted)
         bar = progress(total=total, initial=len(done), desc="few-shot", unit="run")
         for start in read_starts(config, mixture.vocabulary.size, run.seed, mesh):
             todo = {
@@ -275,6 +276,8 @@ def _adapt_all(whole: FewShotConfig) -> None:
                 bar.update(len(found))
         bar.close()
     # ---------------------------------------------------------------- results
+    if not {"untrained", "dense"} <= set(config.adapted):
+        return  # gains are over both
     found_gains = gains.relative_gains(rows)
     gains.write(model_dir, found_gains)
     print(gains.text_table(found_gains))

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import GROUP_AXES, replicated
 from moe_jax.data.representations import read_representations
 from moe_jax.model.config import ModelConfig
@@ -163,16 +162,13 @@ def read_starts(
     config: FinetuneConfig, vocabulary_size: int, seed: int, mesh: Mesh
 ) -> Iterator[Start]:
     """The starting points, one at a time, so that one model is in memory."""
-    if config.dense_dir is None:
-        raise UserError("FinetuneConfig.dense_dir is not set: give --gin.DENSE_DIR=...")
-    dense = read_run(config.dense_dir, vocabulary_size)
-    own = directory.read_config(directory.root(config.dense_dir))
-    params = initial_params(dense.model, own.run, list(dense.task_ids), replicated(mesh))
-    yield Start("untrained", dataclasses.replace(dense, params=params), config, seed, mesh)
-    yield Start("dense", dense, config, seed, mesh)
-    if config.moe_dir is not None:
-        moe = read_run(config.moe_dir, vocabulary_size)
-        yield Start("moe", moe, config, seed, mesh)
+    for name, place in config.adapted.items():
+        run = read_run(place, vocabulary_size)
+        if name == "untrained":
+            own = directory.read_config(directory.root(place))
+            params = initial_params(run.model, own.run, list(run.task_ids), replicated(mesh))
+            run = dataclasses.replace(run, params=params)
+        yield Start(name, run, config, seed, mesh)
 
 
 def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
@@ -181,9 +177,9 @@ def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
     Raises:
         UserError: see `read_representations`.
     """
-    if config.representation != "file" or config.moe_dir is None:
+    if config.representation != "file" or "moe" not in config.adapted:
         return
-    own = directory.read_config(directory.root(config.moe_dir))
+    own = directory.read_config(directory.root(config.adapted["moe"]))
     if TaskMoE(own.model, own.router, 1).routed:
         dim = own.router.representation_dim
         read_representations(config.representations_path, tasks, dim)

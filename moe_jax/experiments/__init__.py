@@ -1,0 +1,1 @@
+"""A whole experiment: arms, their stages, controls, and one table of results."""

@@ -1,0 +1,333 @@
+"""What an experiment consists of: its settings, and from them the stages of every seed and arm."""
+
+import dataclasses
+import functools
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from moe_jax import __version__
+from moe_jax.core import files, processes
+from moe_jax.core.configuration import (
+    INT32,
+    Configuration,
+    Examples,
+    Known,
+    Range,
+    Seed,
+    Size,
+    Text,
+)
+from moe_jax.core.errors import UserError
+from moe_jax.experiments import controls
+from moe_jax.experiments.arms import (
+    ARMS,
+    COMPUTE,
+    DENSE,
+    DIRECT,
+    ORACLE,
+    PARAMETERS,
+    ROUTED,
+    with_needed,
+)
+from moe_jax.experiments.sizes import Sizes
+from moe_jax.experiments.stages import Stage
+from moe_jax.runs import directory, flags
+from moe_jax.runs.config import Config, FewShotConfig
+from moe_jax.runs.mixtures import prepare_mixtures
+
+SPLIT = "test"
+# Settings on which no outcome depends.
+_FREE = (
+    "RunConfig.model_dir",
+    "DataConfig.cache_dir",
+    "MeshConfig.",
+    "FinetuneConfig.runs_at_once",
+)
+Setting = Annotated[str, Text(0, 4096)]
+Bindings = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig(Configuration, called="experiment"):
+    """Settings of this command.
+
+    Attributes:
+        model: gin file of the model, read first by every stage.
+        dense: gin file of the dense baseline.
+        stage1: gin file of the mixture's first stage.
+        stage2: gin file of its second stage; '' if the mixture has only one.
+        finetune: gin file of the few-shot adaptation.
+        unseen: the mixture of unseen tasks.
+        arms: what is compared, see `moe_jax/experiments/arms.py`. `direct` and `dense`, the
+            baselines, always are; `routed` is added for what is derived from it.
+        seeds: of initialisation, data order, dropout, and of routes that are drawn; all arms are
+            made once for each.
+        oracle: the routes of the arm `oracle`: an expert for every `category` of the ontology, or
+            for every `subcategory`.
+        upcycle_step: the experts of stage 1 start as copies of the dense model at this step, of
+            which there must be a checkpoint (RunConfig.checkpoint_period). With as many steps in
+            stage 1 as the dense model has left, both see the same number of examples. With 0, stage
+            1 starts from fresh weights.
+        stage2_from_dense: stage 2 starts its experts from the dense model, not from fresh weights.
+        eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
+            the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
+        disable_examples: with each expert of the mixture off in turn, the loss on at most this many
+            test examples of each task; 0 for none.
+    """
+
+    model: Setting = ""
+    dense: Setting = ""
+    stage1: Setting = ""
+    stage2: Setting = ""
+    finetune: Setting = ""
+    unseen: Setting = ""
+    arms: Annotated[Sequence[Annotated[str, Known(lambda: ARMS)]], Size(1, 100)] = (
+        DIRECT,
+        DENSE,
+        ROUTED,
+    )
+    seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (0,)
+    oracle: controls.Level = "category"
+    upcycle_step: Annotated[int, Range(0, INT32)] = 0
+    stage2_from_dense: bool = False
+    eval_examples: Examples = None
+    disable_examples: Annotated[int, Range(0, INT32)] = 32
+
+
+class Plan:
+    """The stages of an experiment.
+
+    Making it prepares the data.
+
+    Attributes:
+        arms: in the order of the tables.
+        mixtures: of the training tasks, and of the unseen ones.
+    """
+
+    def __init__(self, root: Path, settings: ExperimentConfig):
+        self.root, self.settings = root, settings
+        self.arms = with_needed(settings.arms)
+        if len(set(settings.seeds)) < len(settings.seeds):
+            raise UserError(f"experiment.seeds {tuple(settings.seeds)} has one twice")
+        given = dict(flags.given_bindings())
+        if "SEED" in given:
+            raise UserError("SEED is one of experiment.seeds: give --gin.experiment.seeds=(N,)")
+        self._given = {k: v for k, v in given.items() if not k.startswith("experiment.")}
+        data = self._config(settings.dense, {}).data
+        trained, self.unseen = prepare_mixtures(data, settings.unseen).values()
+        self.trained = trained
+        self._data = {m.name: m.fingerprint for m in (trained, self.unseen)}
+        self._sizes = Sizes(trained.vocabulary.size, len(trained.tasks))
+        self._planted = None
+        if ORACLE in self.arms:
+            self._planted = controls.planted_experts(trained, self.unseen, settings.oracle)
+
+    def stages(self, seed: int) -> list[Stage]:
+        """The stages of a seed, parents before children."""
+        models = [arm for arm in self.arms if arm != DIRECT]
+        stages = [stage for arm in models for stage in self._model(seed, arm)]
+        stages += [self._scores(seed, arm) for arm in models]
+        return stages + [self._adaptation(seed, *item) for item in self.few_shot(seed).items()]
+
+    def place(self, seed: int, name: str) -> Path:
+        """The directory of a seed's arm, or of its `few_shot`."""
+        return self.root / f"seed_{seed}" / name
+
+    def few_shot(self, seed: int) -> dict[Path, dict[str, str]]:
+        """The directories of a seed's adaptation, and which arm each start in them is."""
+        common = {"untrained": DIRECT, "dense": DENSE, "moe": ROUTED}
+        common = {start: arm for start, arm in common.items() if arm in self.arms}
+        result = {self.place(seed, "few_shot"): common}
+        for arm in self.arms:
+            if arm not in common.values():
+                start = "dense" if ARMS[arm].dense else "moe"
+                result[self.place(seed, arm) / "few_shot"] = {start: arm}
+        return result
+
+    # ---------------------------------------------------------------- the stages of a seed
+
+    def _model(self, seed: int, arm: str) -> list[Stage]:
+        """The stages that make an arm's model."""
+        s, name = self.settings, f"seed_{seed}/{arm}"
+        if ARMS[arm].made == "derived":
+            return [self._derived(seed, arm)]
+        if ARMS[arm].dense:
+            return [self._trained(seed, name, s.dense, self._dense_bindings(arm))]
+        if s.stage2 and arm == ROUTED:
+            first = self._trained(seed, f"{name}_stage1", s.stage1, *self._start(seed, 1))
+            bindings, parents = self._start(seed, 2)
+            bindings["ROUTER_CHECKPOINT_PATH"] = str(self.place(seed, f"{arm}_stage1"))
+            return [first, self._trained(seed, name, s.stage2, bindings, (*parents, first.name))]
+        bindings, parents = self._start(seed, 2 if s.stage2 else 1)
+        if not ARMS[arm].given:
+            return [self._trained(seed, name, s.stage1, bindings, parents)]
+        file = s.stage2 or s.stage1  # known routes need no stage that finds them
+        more, rows = self._given_routes(seed, arm, file)
+        return [self._trained(seed, name, file, bindings | more, parents, rows)]
+
+    def _start(self, seed: int, stage: int) -> tuple[Bindings, tuple[str, ...]]:
+        """Where a stage's experts start, and the stages that they come from."""
+        dense, step = self.place(seed, DENSE), self.settings.upcycle_step
+        if stage == 1 and step:
+            start = str(dense / "checkpoints" / str(step))
+        elif stage == 2 and self.settings.stage2_from_dense:
+            start = str(dense)
+        else:
+            return {}, ()
+        return {"INITIAL_CHECKPOINT_PATH": start}, (f"seed_{seed}/{DENSE}",)
+
+    def _given_routes(self, seed: int, arm: str, file: str) -> tuple[Bindings, controls.Rows]:
+        """What a mixture with known routes differs in, and those routes."""
+        model = self._config(file, {}).model
+        layers, experts = len(model.routed_layers), model.experts
+        if ARMS[arm].given == "planted":
+            expert_of, experts = self._planted
+            rows = controls.planted_routes(expert_of, layers, experts)
+        else:
+            rows = controls.drawn_routes(self.trained, layers, experts, seed)
+        return {
+            "ModelConfig.experts": str(experts),
+            "RouterConfig.kind": "free",
+            "RouterConfig.representation_dim": str(layers * experts),
+            "RouterConfig.selection": "argmax",
+            "RouterConfig.experts_per_layer": "1",
+            "RouterConfig.exploration_epsilon": "0.0",
+            "RunConfig.representations_path": str(self.place(seed, arm) / controls.GIVEN),
+            "OptimizerConfig.frozen": "('representations',)",
+        }, rows
+
+    @functools.cache  # noqa: B019 (a plan lives as long as the command)
+    def _dense_bindings(self, arm: str) -> Bindings:
+        """What another dense arm differs in from the baseline."""
+        s = self.settings
+        if arm == DENSE:
+            return {}
+        dense = self._config(s.dense, {})
+        routed = [self._config(file, {}) for file in (s.stage1, s.stage2) if file]
+        if arm == PARAMETERS:
+            width = self._sizes.width_of_equal_parameters(dense, routed[-1])
+            return {"ModelConfig.d_ff": str(width)}
+        assert arm == COMPUTE
+        before = s.upcycle_step
+        if s.stage2 and s.stage2_from_dense:
+            before = dense.run.train_steps
+        return {"TRAIN_STEPS": str(self._sizes.steps_of_equal_compute(dense, before, routed))}
+
+    def _trained(
+        self,
+        seed: int,
+        name: str,
+        file: str,
+        bindings: Bindings,
+        parents: tuple[str, ...] = (),
+        rows: controls.Rows | None = None,
+    ) -> Stage:
+        """Training by a gin file, with given routes if there are any."""
+        bindings = {"MODEL_DIR": str(self.root / name), "SEED": str(seed), **bindings}
+        config = self._config(file, bindings)
+
+        def run() -> None:
+            if rows is not None:
+                files.write_json(self.root / name / controls.GIVEN, rows)
+            self._call("train", file, bindings)
+
+        return Stage(
+            name, "train", [self._inputs(config), rows], parents, run,
+            _shown("train", self._arguments(file, bindings)), config.run.train_steps,
+        )  # fmt: skip
+
+    def _derived(self, seed: int, arm: str) -> Stage:
+        source, out = self.place(seed, ROUTED), self.place(seed, arm)
+
+        def run() -> None:
+            if ARMS[arm].dense:
+                controls.write_average(source, out)
+            else:
+                controls.write_shuffled(source, out, self.unseen, seed)
+
+        parents = (f"seed_{seed}/{ROUTED}",)
+        return Stage(f"seed_{seed}/{arm}", "derive", [arm, seed], parents, run, ARMS[arm].what)
+
+    def _scores(self, seed: int, arm: str) -> Stage:
+        s, place = self.settings, self.place(seed, arm)
+        bindings = {"MODEL_DIR": str(place), "eval.mixtures": repr((s.unseen,))}
+        if s.eval_examples is not None:
+            bindings["eval.examples"] = str(s.eval_examples)
+        if arm == ROUTED and s.disable_examples:
+            bindings["eval.disable_examples"] = str(s.disable_examples)
+        if ARMS[arm].route_of_new:
+            bindings["eval.representations"] = str(place / controls.GIVEN)
+        inputs = [self._data, {k: self._inside(v) for k, v in bindings.items()}]
+        return Stage(
+            f"seed_{seed}/{arm}/eval", "eval", inputs, (f"seed_{seed}/{arm}",),
+            lambda: self._call("eval", None, bindings),
+            _shown("eval", self._arguments(None, bindings)),
+        )  # fmt: skip
+
+    def _adaptation(self, seed: int, place: Path, starts: Mapping[str, str]) -> Stage:
+        s = self.settings
+        bindings = {"MODEL_DIR": str(place), "SEED": str(seed)}
+        if len(starts) == 1:
+            bindings["FinetuneConfig.starts"] = repr(tuple(starts))
+        models = {**starts, "untrained": DENSE}  # direct fine-tuning begins as the dense model did
+        parents = tuple(dict.fromkeys(f"seed_{seed}/{models[start]}" for start in starts))
+        for start in starts:
+            key = "MOE_DIR" if start == "moe" else "DENSE_DIR"
+            bindings[key] = str(self.place(seed, models[start]))
+        for arm in starts.values():
+            if ARMS[arm].route_of_new:
+                bindings["FinetuneConfig.representation"] = "file"
+                path = str(self.place(seed, arm) / controls.GIVEN)
+                bindings["FinetuneConfig.representations_path"] = path
+            if ARMS[arm].given == "planted":  # the ontology's route is not adapted
+                bindings["OptimizerConfig.frozen"] = "('representations',)"
+        config = self._config(s.finetune, bindings, FewShotConfig)
+        return Stage(
+            str(place.relative_to(self.root)), "finetune", self._inputs(config), parents,
+            lambda: self._call("finetune", s.finetune, bindings),
+            _shown("finetune", self._arguments(s.finetune, bindings)), len(starts),
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- commands
+
+    def _arguments(self, file: str | None, bindings: Bindings) -> list[str]:
+        """A command's flags. Without a file, it reads a run's own configuration."""
+        named = [] if file is None else [self.settings.model, file]
+        bindings = bindings if file is None else self._given | bindings
+        return [
+            *(f"--gin_file={name}" for name in named),
+            *(f"--gin.{key}={value}" for key, value in bindings.items()),
+        ]
+
+    def _call(self, module: str, file: str | None, bindings: Bindings) -> None:
+        """Runs a command of this package.
+
+        Raises:
+            UserError: it failed; its output is above the message.
+        """
+        arguments = [*flags.process_flags(), *self._arguments(file, bindings)]
+        code = processes.call([sys.executable, "-m", f"moe_jax.{module}", *arguments])
+        if code:
+            raise UserError(f"moe_jax.{module} failed with exit code {code}: see above")
+
+    def _config(self, file: str, bindings: Bindings, cls: type = Config) -> Any:
+        return flags.stage_config(cls, [self.settings.model, file], self._given | bindings)
+
+    def _inputs(self, config: Configuration) -> list[Any]:
+        """All that decides what a command makes of its configuration and its parents."""
+        lines = directory.config_lines(config).items()
+        lines = {k: self._inside(v) for k, v in lines if not k.startswith(_FREE)}
+        return [__version__, self._data, lines]
+
+    def _inside(self, value: Any) -> Any:
+        """A path in the experiment's own directory without it: the experiment may be moved."""
+        if isinstance(value, str) and value.startswith(f"{self.root}/"):
+            return value.removeprefix(f"{self.root}/")
+        return value
+
+
+def _shown(module: str, arguments: Sequence[str]) -> str:
+    return f"$ python -m moe_jax.{module} {shlex.join(arguments)}"

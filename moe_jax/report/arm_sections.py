@@ -1,0 +1,78 @@
+"""The section of the report on the arms of an experiment, over all its seeds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.evaluation.gains import count, percent
+from moe_jax.report import page
+from moe_jax.report.sections import Section
+
+MEASURES = {
+    "few_shot": "Few-shot scores on unseen tasks",
+    "zero_shot": "Zero-shot scores on unseen tasks",
+    "training_tasks": "Scores on the training tasks",
+}
+# The arm that the findings are about.
+_ABOUT = "routed"
+
+
+def arms(results: Mapping[str, Any]) -> Section:
+    """Every arm against every baseline.
+
+    Args:
+        results: the value of an experiment's results.json.
+    """
+    result = Section("arms", "All arms", numbers=results["comparisons"])
+    seeds = [str(seed) for seed in results["seeds"]]
+    result.add(
+        page.table(page.texts("arm", "what it is", wide=True), list(results["arms"].items())),
+        page.soft(
+            f"{count(len(seeds), 'model seed')}: {', '.join(seeds)}. Differences are paired by"
+            " task and seed; few-shot samples are averaged first. In brackets are 95 % intervals,"
+            " a bootstrap over tasks and seeds: where one includes 0, the difference may be"
+            " chance. With one seed, what its luck did is not in them."
+        ),
+    )
+    for measure, title in MEASURES.items():
+        result.add(page.heading(title))
+        for baseline, comparison in results["comparisons"].get(measure, {}).items():
+            result.add(_table(baseline, comparison))
+    for measure in ("few_shot", "zero_shot"):
+        for baseline, comparison in results["comparisons"].get(measure, {}).items():
+            gain = comparison["arms"].get(_ABOUT)
+            # Of one seed, the other sections say it already.
+            if gain is not None and len(seeds) > 1 and gain["relative"] is not None:
+                result.findings.append(
+                    f"{MEASURES[measure]}: {_ABOUT} against {baseline}"
+                    f" {gain['difference']['value']:+.3f}"
+                    f"{_range(gain['difference'], '{:+.3f}'.format)}, relative"
+                    f" {percent(gain['relative']['value'])}{_range(gain['relative'], percent)},"
+                    f" over {count(comparison['tasks'], 'task')} and {count(len(seeds), 'seed')}."
+                )
+    return result
+
+
+def _table(baseline: str, comparison: Mapping[str, Any]) -> str:
+    rows = [[baseline, comparison["score"], None, None, None]]
+    for arm, gain in comparison["arms"].items():
+        figures = [gain["difference"], gain["relative"], gain["arg"]]
+        forms = ["{:+.3f}".format, percent, percent]
+        cells = [
+            figure and f"{form(figure['value'])}{_range(figure, form)}"
+            for figure, form in zip(figures, forms, strict=True)
+        ]
+        rows.append([arm, gain["score"], *cells])
+    return page.table(
+        [
+            *page.texts("arm"),
+            *page.numbers(3, "mean score"),
+            *page.texts(f"minus {baseline}", "relative", f"ARG over {baseline}"),
+        ],
+        rows,
+    )
+
+
+def _range(figure: Mapping[str, Any], form) -> str:
+    if figure["interval"] is None:
+        return ""
+    return f" ({' to '.join(map(form, figure['interval']))})"

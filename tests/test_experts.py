@@ -10,7 +10,7 @@ import pytest
 from toy_run import tiny_model
 
 from moe_jax.model.dispatch import Gather, Mix
-from moe_jax.model.experts import gather, scatter_add
+from moe_jax.model.experts import gather, merge, scatter_add
 from moe_jax.model.task_moe import init_params
 
 E = 4
@@ -44,6 +44,28 @@ INDICES = [
     [[0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2], [0, 1, 2, 3], [2, 3, 0, 1]],
     [[1, 1], [2, 2], [0, 0], [3, 3], [1, 2]],
 ]
+
+
+def test_merge():
+    """The weighted mean of each layer's experts; one-hot weights take one expert."""
+    rng = np.random.default_rng(0)
+    backbone = tree(rng, E)
+    weights_NxE = rng.dirichlet(np.ones(E), size=5).astype(np.float32)
+    merged = jax.jit(merge)(backbone, weights_NxE)
+    for side, weights in (("encoder", weights_NxE[:3]), ("decoder", weights_NxE[3:])):
+        for name, array in backbone[side]["layers"]["routed"].items():
+            means = [np.tensordot(w, layer, 1) for w, layer in zip(weights, array, strict=True)]
+            found = merged[side]["layers"]["routed"][name]
+            np.testing.assert_allclose(found, np.stack(means)[:, None], rtol=1e-5, atol=1e-6)
+    vanilla = merged["decoder"]["layers"]["vanilla"]
+    jax.tree.map(np.testing.assert_array_equal, vanilla, backbone["decoder"]["layers"]["vanilla"])
+    index_NxK = np.array(INDICES[0], np.int32)
+    one_hot_NxE = np.eye(E, dtype=np.float32)[index_NxK[:, 0]]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        merge(backbone, one_hot_NxE),
+        jax.jit(gather)(backbone, index_NxK),
+    )
 
 
 @pytest.mark.parametrize("unroll", [1, 2, 3])

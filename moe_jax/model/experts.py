@@ -41,6 +41,30 @@ def gather(backbone: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
     return result
 
 
+def merge(backbone: Params, weights_NxE: jax.Array) -> Params:
+    """A plain dense model whose routed layers are weighted means of their experts' parameters.
+
+    One-hot weights give what `gather` gives with K = 1. Soft weights give another function than a
+    mixture of the experts' outputs, at the cost of one expert; its gradient by the weights says
+    how much of each expert helps.
+
+    Args:
+        backbone: parameters of `EncoderDecoder` with E experts.
+        weights_NxE: of the experts in each of the N routed layers, encoder first; they sum to 1.
+
+    Returns:
+        The backbone with one expert in each layer.
+    """
+    result = backbone
+    for side, stack, weights in routed(backbone, weights_NxE):
+
+        def mean(p, w=weights):
+            return jnp.einsum("ne,ne...->n...", w.astype(p.dtype), p)[:, None]
+
+        result = replace_routed(result, side, jax.tree.map(mean, stack))
+    return result
+
+
 def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
     """Adds gradients of a gathered backbone to those of the whole backbone; transpose of `gather`.
 

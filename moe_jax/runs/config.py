@@ -219,8 +219,12 @@ class FinetuneConfig(Configuration):
         representations_path: the file (see `data.representations`).
         tune: the trained parts of the mixture of experts: `all`; with a `frozen_router`, its
             experts and the task's representation; `route_only`, that representation alone;
-            `free_route`, the route logits [N, E] instead. All parameters of the dense starts are
-            trained.
+            `free_route`, the route logits [N, E] instead; `merged`, all of a dense model, whose
+            layers are the experts' means, weighted by the representation's route (or, if that is
+            the `mean`, by the mean of the training tasks' routes). All parameters of the dense starts are trained.
+        route_steps: steps of Adam that first fit the route of `merged` to the few examples by
+            which `nearest` chooses.
+        route_learning_rate: learning rate of these steps, in logits.
         runs_at_once: runs that train side by side on every device, in one call; 0 takes as many as
             their memory allows, and on CPU, where one follows the other, a handful.
     """
@@ -235,7 +239,9 @@ class FinetuneConfig(Configuration):
     test_examples: Examples = None
     representation: Literal["mean", "nearest", "random", "file"] = "nearest"
     representations_path: PathName | None = None
-    tune: Literal["all", "frozen_router", "route_only", "free_route"] = "all"
+    tune: Literal["all", "frozen_router", "route_only", "free_route", "merged"] = "all"
+    route_steps: Period = 0
+    route_learning_rate: Rate = 0.3
     runs_at_once: Annotated[int, Range(0, 2**20)] = 0
 
     @property

@@ -20,7 +20,7 @@ from moe_jax.core.sharding import GROUP_AXES, MeshConfig, make_mesh
 from moe_jax.data.batch import INPUTS
 from moe_jax.decoding.rows import RowModel, experts_per_row, one_task_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
-from moe_jax.model.experts import Params
+from moe_jax.model.experts import Params, merge
 from moe_jax.model.task_moe import TaskMoE, routes_of
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, init_state, step_function
@@ -83,7 +83,7 @@ class SideBySide:
 
         Args:
             shared: the parameters that all start from.
-            own: parts in which the runs start apart, [U, ...] each; they go before `shared`.
+            own: parts in which the runs start apart, [U, ...] each; see `starting_params`.
             examples: arrays [U, n, L], one example to a row.
             order: int32 [U, steps, R], the examples of every batch; all below 0 where there is no
                 run to do.
@@ -132,7 +132,7 @@ class SideBySide:
     # ------------------------------------------------------------------------------ on the device
 
     def _train_one(self, shared: Params, _: Params, run: Any) -> Params:
-        params = {**shared, **run["own"]}
+        params = starting_params(shared, run["own"])
 
         def step(state, order_R):
             batch = {name: array[order_R][None] for name, array in run["examples"].items()}
@@ -144,7 +144,8 @@ class SideBySide:
             return jax.lax.scan(step, state, run["order"])[0].params
 
         result = jax.lax.cond(run["order"][0, 0] >= 0, trained, lambda: params)
-        moved = (set(params) - set(self._frozen)) | set(run["own"])
+        apart = {"backbone"} if "route" in run["own"] else set(run["own"])
+        moved = (set(params) - set(self._frozen)) | apart
         return {part: tree for part, tree in result.items() if part in moved}
 
     def _decode_one(self, shared: Params, trained: Params, job: Any) -> jax.Array:
@@ -179,6 +180,18 @@ class SideBySide:
 
     def _put(self, runs: Any) -> Any:
         return jax.device_put(runs, self._by_run)
+
+
+def starting_params(shared: Params, own: Params) -> Params:
+    """The parameters that one run starts from.
+
+    Args:
+        own: goes before `shared`; or {"route": [N, E]}, by which the experts of the shared backbone
+            are merged into a dense model.
+    """
+    if "route" in own:
+        return {"backbone": merge(shared["backbone"], own["route"])}
+    return {**shared, **own}
 
 
 def _at_once(function, xs):

@@ -4,17 +4,19 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.sharding import GROUP_AXES, replicated
 from moe_jax.data.representations import read_representations
-from moe_jax.model.config import ModelConfig
-from moe_jax.model.experts import Params, gather
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.experts import Params, gather, merge
 from moe_jax.model.selection import temperature_at
 from moe_jax.model.task_moe import TaskMoE, routes_of
 from moe_jax.runs import directory
@@ -32,7 +34,9 @@ FROZEN = {
     "frozen_router": ("router",),
     "route_only": ("backbone", "router"),
     "free_route": ("backbone", "router"),
+    "merged": (),
 }
+LEAST = 1e-3  # the weight that a route's fit starts from where a training task has none
 
 
 class Start:
@@ -64,6 +68,10 @@ class Start:
         if self.tune == "free_route":
             numbers = model.layers * model.config.experts
             router = dataclasses.replace(router, kind="free", representation_dim=numbers)
+        if self.tune == "merged":
+            model = model.clone(config=dataclasses.replace(model.config, experts=1))
+        if not model.routed:
+            router = RouterConfig()  # plain models of one shape train in one compiled call
         self.model = model.clone(router_config=router, tasks=1)
         shared = {part: tree for part, tree in run.params.items() if part != "representations"}
         if self.tune == "free_route":
@@ -82,6 +90,21 @@ class Start:
         """
         if not self.run.model.routed:
             return {}
+        if self.tune == "merged" and self.config.representation == "mean":
+            route_NxE = self._routes(self.run.params["representations"]).mean(0)
+            routes_SxNxE = np.broadcast_to(route_NxE, (len(tasks), *route_NxE.shape))
+            return {"route": self.fitted(routes_SxNxE, examples)}
+        rows_SxK = self._representations(tasks, examples)
+        if self.tune == "merged":
+            return {"route": self.fitted(self._routes(rows_SxK), examples)}
+        if self.tune == "free_route":
+            router = {"params": self.run.params["router"]}
+            logits_SxNxE = self._trained.new_router().apply(router, jnp.asarray(rows_SxK))
+            rows_SxK = np.asarray(logits_SxNxE).reshape(len(tasks), -1)
+        return {"representations": rows_SxK[:, None]}
+
+    def _representations(self, tasks: Sequence[str], examples: Sequence[Group]) -> np.ndarray:
+        """The representation that each of S new tasks starts from: float32 [S, K]."""
         table_TxK = np.asarray(self.run.params["representations"])
         shape = (len(tasks), table_TxK.shape[1])
         match self.config.representation:
@@ -96,31 +119,62 @@ class Start:
             case "file":
                 path = self.config.representations_path
                 rows_SxK = read_representations(path, tasks, shape[1])
-        rows_SxK = np.asarray(rows_SxK, np.float32)
-        if self.tune == "free_route":
-            router = {"params": self.run.params["router"]}
-            logits_SxNxE = self._trained.new_router().apply(router, jnp.asarray(rows_SxK))
-            rows_SxK = np.asarray(logits_SxNxE).reshape(len(tasks), -1)
-        return {"representations": rows_SxK[:, None]}
+        return np.asarray(rows_SxK, np.float32)
+
+    def _routes(self, rows_TxK: np.ndarray) -> np.ndarray:
+        """The routes of representations, at the last temperature: [T, N, E]."""
+        model = self._trained.clone(tasks=len(rows_TxK))
+        params = {**self.run.params, "representations": jnp.asarray(rows_TxK)}
+        return np.asarray(jax.jit(partial(routes_of, model))(params, 0))
 
     @functools.cached_property
     def choices(self) -> tuple[np.ndarray, np.ndarray]:
         """(training tasks [C] whose routes differ, those routes [C, N, E])."""
-        routes_TxNxE = np.asarray(jax.jit(partial(routes_of, self._trained))(self.run.params, 0))
+        routes_TxNxE = self._routes(self.run.params["representations"])
         # Only one of several tasks with the same route (to a thousandth) is kept.
         _, tasks_C = np.unique(np.round(routes_TxNxE, 3), axis=0, return_index=True)
         return np.sort(tasks_C), routes_TxNxE[np.sort(tasks_C)]
 
     def losses(self, examples: Sequence[Group]) -> np.ndarray:
         """Loss float32 [S, C] of each of S groups [R, L] of few examples under each route."""
-        loss_SxC = np.empty((len(examples), len(self.choices[0])), np.float32)
+        routes_SxCxNxE = np.broadcast_to(self.choices[1], (len(examples), *self.choices[1].shape))
+        return self._of_samples(self._losses, examples, routes_SxCxNxE)
+
+    def fitted(self, routes_SxNxE: np.ndarray, examples: Sequence[Group]) -> np.ndarray:
+        """Routes [S, N, E] of merged experts, fitted to each of S groups [R, L] of few examples.
+
+        Adam lowers the mean loss per target token of the merged model by the route's logits alone,
+        which start from the given routes.
+        """
+        return self._of_samples(self._fitted, examples, routes_SxNxE)
+
+    def _of_samples(self, function, examples: Sequence[Group], routes_Sx: np.ndarray) -> np.ndarray:
+        """`function(shared, route, group)` for each of S samples; those of one shape in one call,
+        spread over devices."""
+        found: list[Any] = [None] * len(examples)
         shapes = [group["inputs"].shape + group["targets"].shape for group in examples]
         for shape in dict.fromkeys(shapes):
             at = [i for i, other in enumerate(shapes) if other == shape]
-            more = [at[0]] * (-len(at) % self._mesh.devices.size)
-            groups = jax.tree.map(lambda *a: np.stack(a), *(examples[i] for i in at + more))
-            loss_SxC[at] = self._losses(self.shared, self.choices[1], groups)[: len(at)]
-        return loss_SxC
+            filled = at + [at[0]] * (-len(at) % self._mesh.devices.size)
+            groups = jax.tree.map(lambda *a: np.stack(a), *(examples[i] for i in filled))
+            results = np.asarray(function(self.shared, routes_Sx[filled], groups))
+            for i, result in zip(at, results, strict=False):
+                found[i] = result
+        return np.stack(found)
+
+    def _spread(self, one):
+        """`one(backbone, route, group)` for many samples, compiled; each device does its own."""
+
+        def local(shared, routes, groups):
+            return jax.lax.map(lambda x: one(shared["backbone"], *x), (routes, groups))
+
+        by_sample = P(GROUP_AXES)
+        return jax.jit(
+            jax.shard_map(
+                local, mesh=self._mesh, in_specs=(P(), by_sample, by_sample),
+                out_specs=by_sample, axis_names=set(GROUP_AXES), check_vma=False,
+            )
+        )  # fmt: skip
 
     @functools.cached_property
     def _losses(self):
@@ -135,19 +189,34 @@ class Start:
                 backbone = gather(backbone, index, model.config.unroll_layers)
             return group_loss(model, backbone, weights, group, None)
 
-        def local(shared, routes_CxNxE, groups):
-            def of_sample(group):
-                return jax.lax.map(partial(one, shared["backbone"], group), routes_CxNxE)
+        def of_sample(backbone, routes_CxNxE, group):
+            return jax.lax.map(partial(one, backbone, group), routes_CxNxE)
 
-            return jax.lax.map(of_sample, groups)
+        return self._spread(of_sample)
 
-        by_sample = P(GROUP_AXES)
-        return jax.jit(
-            jax.shard_map(
-                local, mesh=self._mesh, in_specs=(P(), P(), by_sample), out_specs=by_sample,
-                axis_names=set(GROUP_AXES), check_vma=False,
-            )
-        )  # fmt: skip
+    @functools.cached_property
+    def _fitted(self):
+        optimizer = optax.adam(self.config.route_learning_rate)
+
+        def of_sample(backbone, route_NxE, group):
+            tokens = jnp.maximum(jnp.sum(group["target_segments"] > 0, dtype=jnp.float32), 1)
+
+            def loss(logits_NxE):
+                merged = merge(backbone, jax.nn.softmax(logits_NxE))
+                return group_loss(self.model, merged, None, group, None, scale=1.0 / tokens)
+
+            def step(state, _):
+                logits_NxE, moments = state
+                with jax.numpy_dtype_promotion("standard"):  # optax raises floats to int32 powers
+                    updates, moments = optimizer.update(jax.grad(loss)(logits_NxE), moments)
+                return (optax.apply_updates(logits_NxE, updates), moments), None
+
+            logits_NxE = jnp.log(route_NxE + LEAST)
+            first = (logits_NxE, optimizer.init(logits_NxE))
+            (logits_NxE, _), _ = jax.lax.scan(step, first, None, self.config.route_steps)
+            return jax.nn.softmax(logits_NxE)
+
+        return self._spread(of_sample)
 
 
 def for_few_rows(config: ModelConfig) -> ModelConfig:

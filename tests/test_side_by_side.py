@@ -18,7 +18,7 @@ from moe_jax.training.step import StepConfig
 from moe_jax.training.tuning import Tuner
 from moe_jax.unseen import side_by_side
 from moe_jax.unseen.samples import few_widths
-from moe_jax.unseen.side_by_side import SideBySide, runs_per_device
+from moe_jax.unseen.side_by_side import SideBySide, runs_per_device, starting_params
 
 STEPS, ROWS, LENGTH, RUNS = 3, 4, 6, 5  # one of six places is idle
 RATES = np.array([1e-3, 3e-3, 1e-2, 1e-3, 2e-3, 0.0], np.float32)
@@ -27,6 +27,7 @@ FORMS = {
     "all experts": (tiny_model(tasks=1, selection="softmax"), ()),
     "one expert": (tiny_model(tasks=1, selection="argmax", experts_per_layer=1), ()),
     "representation": (tiny_model(tasks=1, selection="softmax"), ("backbone", "router")),
+    "merged": (tiny_model(tasks=1, experts=1), ()),
 }
 
 
@@ -48,6 +49,7 @@ def runner_of(model, frozen, devices):
         pytest.param("all experts", 1, True, marks=pytest.mark.slow),
         ("one expert", 2, False),
         ("representation", 2, False),
+        ("merged", 2, False),
     ],
 )
 def test_side_by_side_is_one_by_one(form, devices, at_once):
@@ -62,6 +64,9 @@ def test_side_by_side_is_one_by_one(form, devices, at_once):
     if model.routed:
         own["representations"] = rng.standard_normal((6, 1, 8)).astype(np.float32)
     shared = {part: tree for part, tree in params.items() if part not in own}
+    if form == "merged":  # the layers start as means of the experts of a mixture
+        shared = tiny_params(tiny_model(tasks=1))
+        own["route"] = rng.dirichlet(np.ones(4), (6, model.layers)).astype(np.float32)
     runner, config, mesh = runner_of(model, frozen, devices)
     if at_once:
         runner._map = side_by_side._at_once
@@ -81,8 +86,8 @@ def test_side_by_side_is_one_by_one(form, devices, at_once):
             for run in range(RUNS)
         }
         answers = runner.decode(shared, trained, blocks)
-    trained = jax.device_get(trained)
-    assert set(trained) == (set(params) - set(frozen)) | set(own)
+    trained, shared = jax.device_get((trained, shared))
+    assert set(trained) == (set(params) - set(frozen)) | (set(own) - {"route"})
 
     alone = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     tokens = decoder(model, DecodingConfig(), LENGTH)
@@ -94,7 +99,8 @@ def test_side_by_side_is_one_by_one(form, devices, at_once):
                 | {"task_id": np.zeros(1, np.int32)}
                 for rows in order[run]
             ]
-            begin = params | {part: jnp.asarray(tree[run]) for part, tree in own.items()}
+            apart = {part: jnp.asarray(tree[run]) for part, tree in own.items()}
+            begin = starting_params(shared, apart)
             wanted = tune(begin, batches, {part: rate[run] for part, rate in rates.items()})
             moved = {part: wanted[part] for part in trained}
             found = jax.tree.map(lambda a, run=run: a[run], trained)

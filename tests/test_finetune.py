@@ -128,6 +128,9 @@ def test_a_new_task_is_routed_as_the_training_tasks_were(tune):
         assert params["representations"].shape == (1, MODEL.layers * 4) and params["router"] == {}
 
 
+PLAIN = jax.jit(EncoderDecoder(dataclasses.replace(MODEL.config, experts=1)).apply)
+
+
 def mean_loss(group, logits_NxE):
     """Loss per target token of the experts merged by softmax(logits), written out."""
     weights_NxE = np.exp(logits_NxE) / np.exp(logits_NxE).sum(-1, keepdims=True)
@@ -136,9 +139,7 @@ def mean_loss(group, logits_NxE):
         stack = backbone[side]["layers"]["routed"]
         mean = jax.tree.map(lambda p, w=weights_E: np.tensordot(w, p[0], 1)[None, None], stack)
         backbone = {**backbone, side: {**backbone[side], "layers": {"routed": mean}}}
-    config = dataclasses.replace(MODEL.config, experts=1)
-    backbone = jax.tree.map(np.float32, backbone)
-    x = np.asarray(EncoderDecoder(config).apply({"params": backbone}, group), np.float64)
+    x = np.asarray(PLAIN({"params": jax.tree.map(np.float32, backbone)}, group), np.float64)
     log_p = x - np.log(np.exp(x).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_p, group["targets"][..., None], -1)[..., 0]
     return -chosen[group["target_segments"] > 0].mean()

@@ -221,7 +221,8 @@ class FinetuneConfig(Configuration):
             experts and the task's representation; `route_only`, that representation alone;
             `free_route`, the route logits [N, E] instead; `merged`, all of a dense model, whose
             layers are the experts' means, weighted by the representation's route (or, if that is
-            the `mean`, by the mean of the training tasks' routes). All parameters of the dense starts are trained.
+            the `mean`, by the mean of the training tasks' routes). All parameters of the dense
+            starts are trained.
         route_steps: steps of Adam that first fit the route of `merged` to the few examples by
             which `nearest` chooses.
         route_learning_rate: learning rate of these steps, in logits.

@@ -144,8 +144,10 @@ class Start:
         """Routes [S, N, E] of merged experts, fitted to each of S groups [R, L] of few examples.
 
         Adam lowers the mean loss per target token of the merged model by the route's logits alone,
-        which start from the given routes.
+        which start from the given routes. Without `route_steps`, it is these.
         """
+        if not self.config.route_steps:
+            return routes_SxNxE
         return self._of_samples(self._fitted, examples, routes_SxNxE)
 
     def _of_samples(self, function, examples: Sequence[Group], routes_Sx: np.ndarray) -> np.ndarray:

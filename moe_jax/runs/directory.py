@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import __version__
-from moe_jax.core import files, paths
+from moe_jax.core import checksums, files, paths
 from moe_jax.core.configuration import Configuration, hints
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import modules, vocabulary
@@ -245,13 +245,15 @@ def _commit() -> str | None:
 
 
 def copy_vocabulary(model_dir: str | Path, source: Path) -> None:
-    """Copies the vocabulary from the cache, with its checksums, so that the model can be used
-    without the cache."""
+    """Copies the vocabulary from the cache, so that the model can be used without the cache."""
     directory = paths.parse(model_dir) / vocabulary.DIRECTORY
-    if (directory / vocabulary.FILE).exists():  # which is written last
+    if checksums.is_sealed(directory):
         return
-    for path in sorted(source.iterdir(), key=lambda path: path.name == vocabulary.FILE):
-        files.write_bytes(directory / path.name, path.read_bytes())
+    if not (directory / vocabulary.FILE).exists():  # which is written last
+        names = [path.name for path in source.iterdir() if path.name != checksums.FILE]
+        for name in sorted(names, key=lambda name: name == vocabulary.FILE):
+            files.write_bytes(directory / name, (source / name).read_bytes())
+    checksums.seal(directory)  # not a copy of the cache's: a bucket has checksums of its own
 
 
 def write_task_table(model_dir: str | Path, tasks: Sequence[str]) -> None:

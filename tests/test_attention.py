@@ -225,6 +225,19 @@ assert "tpu_custom_call" in compiled.as_text()
     assert done.returncode == 0, done.stderr
 
 
+def test_rows_too_long_for_the_chip():
+    def run(length: int, bias: bool):
+        x, segments = (jax.ShapeDtypeStruct(s, t) for s, t in (
+            ((1, length, 2, 64), jnp.bfloat16), ((1, length), jnp.int32)))  # fmt: skip
+        b = jax.ShapeDtypeStruct((2, length, length), jnp.bfloat16) if bias else None
+        jax.eval_shape(partial(fused_attention, scale=0.1), x, x, x, segments, segments, b)
+
+    run(4096, False)
+    run(1024, True)
+    with pytest.raises(UserError, match="rows of 4096 by 4096 tokens; more than 100 MiB"):
+        run(4096, True)
+
+
 def test_rows_at_a_time_are_for_plain_attention():
     with pytest.raises(UserError, match="attention_rows 2 is for ModelConfig"):
         ModelConfig(attention="fused", attention_rows=2)

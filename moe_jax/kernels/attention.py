@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_jax.core.errors import UserError
 from moe_jax.kernels.dropout import is_kept, key_words
 
 # The number of columns in a TPU's tile of an array, and of queries at a time.
 LANES = 128
-# The memory on the chip that a program may always take. More leaves less to the programs around it.
-VMEM_BYTES = 16 * 2**20
+# The memory on the chip that a program may always take, and the most that it may take: TPUs v5e and
+# v6e have 128 MiB, and what is left holds arrays of the programs around it.
+LEAST_CHIP_BYTES, MOST_CHIP_BYTES = 16 * 2**20, 100 * 2**20
 _MASKED = float(jnp.finfo(jnp.float32).min)
 _ROWS_OF, _FIRST = ((1,), (1,)), ((0,), (0,))  # contracted axes: a @ b.T, and a.T @ b
 
@@ -51,7 +53,11 @@ class _Form:
         return self.queries if self.queries % LANES else LANES
 
     def chip_bytes(self, bias: jax.Array | None) -> int:
-        """An upper bound of what a program takes of the memory on the chip."""
+        """An upper bound of what a program takes of the memory on the chip.
+
+        Raises:
+            UserError: it is more than there is.
+        """
         n, item = self.heads_at_once, self.dtype.itemsize
         blocks = 4 * (self.queries + self.keys) * n * max(self.width, LANES // n) * item
         if bias is not None:  # and its float32 gradient
@@ -59,7 +65,14 @@ class _Form:
         sums = 2 * self.keys * n * self.width * 4
         scores = 16 * self.keys * self.block * 4
         # Blocks twice, because the next ones are read while these are in use.
-        return max(VMEM_BYTES, 2 * blocks + sums + scores)
+        size = 2 * blocks + sums + scores
+        if size > MOST_CHIP_BYTES:
+            raise UserError(
+                f"ModelConfig.attention 'fused' would take {size / 2**20:.0f} MiB on a TPU's chip "
+                f"for rows of {self.queries} by {self.keys} tokens; more than "
+                f"{MOST_CHIP_BYTES / 2**20:.0f} MiB cannot be had: shorter rows, or 'plain'"
+            )
+        return max(LEAST_CHIP_BYTES, size)
 
 
 def fused_attention(
@@ -80,7 +93,8 @@ def fused_attention(
     """Multi-head attention of packed rows, as `model.attention.attend` defines it.
 
     Scores and softmax are float32. Compiled for TPUs; on other platforms, Pallas interprets it,
-    which is slow. A TPU takes lengths that are multiples of 128.
+    which is slow. All keys of a row must fit on the chip, for two heads of width 64: 4,096 tokens
+    do, with a bias 1,024. Lengths that are no multiples of 128 take more.
 
     Args:
         query_segments_RxLq, key_segments_RxLk: int32; a query sees the keys of its segment.
@@ -92,6 +106,9 @@ def fused_attention(
 
     Returns:
         [R, L_q, H, D] in the dtype of `q`.
+
+    Raises:
+        UserError: rows are too long.
     """
     rows, queries, heads, width = q_RxLqxHxD.shape
     keys = k_RxLkxHxD.shape[1]

@@ -108,20 +108,27 @@ def test_cross_attention_in_bfloat16_with_several_blocks(rate):
 
 def test_groups_side_by_side_have_masks_of_their_own():
     segments = packed(8, [[3, 8], [8]])
-    (q, k, v, bias), _ = inputs(8, 8)
+    (q, k, v, bias), dy = inputs(8, 8)
     keys = jax.random.split(KEY, 2)
 
-    def run(q, key, function):
-        return function(q, k, v, segments, segments, bias, key, scale=0.3, dropout_rate=0.5)
+    def fused_group(q, key):
+        def run(q, bias):
+            settings = {"scale": 0.3, "dropout_rate": 0.5}
+            return fused_attention(q, k, v, segments, segments, bias, key, **settings)
+
+        return with_gradients(run, (q, bias), dy)
+
+    def plain_group(q, key):
+        def run(q, bias):
+            settings = {"scale": 0.3, "dropout_rate": 0.5, "dropout_key": key}
+            return attend(q, k, v, segment_mask(segments, segments), bias=bias[None], **settings)
+
+        return with_gradients(run, (q, bias), dy)
 
     qs = jnp.stack([q, 2 * q])
-    together = jax.jit(jax.vmap(partial(run, function=fused_attention)))(qs, keys)
-    for q, key, y in zip(qs, keys, together, strict=True):
-        mask = segment_mask(segments, segments)
-        wanted = attend(
-            q, k, v, mask, bias=bias[None], scale=0.3, dropout_rate=0.5, dropout_key=key
-        )
-        assert_near(y, wanted, 1e-5)
+    together = jax.jit(jax.vmap(fused_group))(qs, keys)
+    for g in range(2):
+        assert_near(jax.tree.map(lambda a, g=g: a[g], together), plain_group(qs[g], keys[g]), 1e-5)
 
 
 def test_heads_spread_over_devices():

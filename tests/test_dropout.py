@@ -28,6 +28,7 @@ def test_masks_of_other_keys_and_places_are_independent(impl):
     key = jax.random.key(0, impl=impl)
     # Neighbouring keys, as steps and layers have them.
     masks = [kept(jax.random.fold_in(key, i)) for i in range(4)]
+    masks += [kept(jax.random.key(seed, impl=impl)) for seed in (1, 2)]
     masks += [kept(k) for k in jax.random.split(jax.random.key(1, impl=impl), 4)]
     masks += [np.roll(masks[0], shift) for shift in (1, 2, 64, 768, 1024)]
     correlations = np.corrcoef(np.stack(masks).astype(np.float64))

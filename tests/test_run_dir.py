@@ -59,6 +59,7 @@ def test_a_run_goes_on_under_its_own_configuration(tmp_path):
             "ModelConfig.dtype = 'bfloat16'"]  # fmt: skip
     before = directory.check_config(tmp_path, configs(*SETTINGS, *free))
     assert before["RunConfig.train_steps"] == 7
+    directory.check_config(tmp_path, configs(*SETTINGS, "ModelConfig.attention = 'fused'"))
 
 
 @pytest.mark.parametrize(("remat", "kept"), [(True, "inputs"), (False, "all")])

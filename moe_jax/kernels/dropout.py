@@ -1,5 +1,7 @@
 """Dropout whose mask is a hash of each element's index: as cheap as a multiplication."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,26 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
         rate: in [0, 1).
         key: a typed PRNG key of any kind.
     """
-    words = jax.random.key_data(key).reshape(2, -1)
     number = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
-    bits = _mix(_mix(number ^ words[0, 0]) ^ words[0, -1])
-    if words.shape[1] > 1:
-        bits = _mix(bits ^ words[1, 0]) ^ words[1, -1]
-    keep = bits >= jnp.uint32(round(rate * 2**32))
+    keep = is_kept(number, key_words(key), rate)
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def key_words(key: jax.Array) -> jax.Array:
+    """What seeds `is_kept`: uint32 [4], the words of a key; a key of two words gives them twice."""
+    return jnp.resize(jax.random.key_data(key).ravel(), 4)
+
+
+def is_kept(number: jax.Array, words: Sequence[jax.Array] | jax.Array, rate: float) -> jax.Array:
+    """bool of the shape of `number`: False with probability `rate`.
+
+    Args:
+        number: uint32, the index of each element.
+        words: those of `key_words`.
+    """
+    bits = _mix(_mix(number ^ words[0]) ^ words[1])
+    bits = _mix(bits ^ words[2]) ^ words[3]
+    return bits >= jnp.uint32(round(rate * 2**32))
 
 
 def _mix(x: jax.Array) -> jax.Array:

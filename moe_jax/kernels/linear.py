@@ -10,8 +10,8 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     The gradient of the kernel is computed as x^T dy, in the kernel's axis order. JAX's own gradient
     is dy^T x, for which XLA transposes dy on CPU, with all operations fused into it. That doubles
     the time of a feed-forward block (`docs/performance.md`). x is reshaped to one leading axis,
-    because a plain transpose is much faster than one fused with a reshape. The kernel is reshaped
-    to a matrix, because XLA transposes kernels with more axes.
+    because a plain transpose is much faster than one fused with a reshape. On CPU, the kernel is
+    reshaped to a matrix, because XLA transposes kernels with more axes there; a TPU would copy dy.
     """
     return _dot(x, kernel, (x.ndim - 1,), (0,))
 
@@ -26,13 +26,22 @@ def _backward(residuals, dy):
     dy_Tx = dy.reshape(-1, *kernel.shape[1:])
     d_kernel = _dot(x_TxI, dy_Tx, (0,), (0,))
     if jax.sharding.get_abstract_mesh().shape.get("model", 1) == 1:
-        kernel_IxO = kernel.reshape(kernel.shape[0], -1)
-        dy_TxO = dy_Tx.reshape(-1, kernel_IxO.shape[1])
-        dx = _dot(dy_TxO, kernel_IxO, (1,), (1,)).reshape(x.shape)
+        dx = jax.lax.platform_dependent(dy, kernel, cpu=_dx_by_matrix, default=_dx)
     else:  # merging sharded axes would move data
-        outputs = tuple(range(x.ndim - 1, dy.ndim))
-        dx = _dot(dy, kernel, outputs, tuple(range(1, kernel.ndim)))
+        dx = _dx(dy, kernel)
     return dx, d_kernel
+
+
+def _dx(dy: jax.Array, kernel: jax.Array) -> jax.Array:
+    outputs = kernel.ndim - 1
+    return _dot(dy, kernel, tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(1, kernel.ndim)))
+
+
+def _dx_by_matrix(dy: jax.Array, kernel: jax.Array) -> jax.Array:
+    inputs = kernel.shape[0]
+    leading = dy.shape[: dy.ndim - kernel.ndim + 1]
+    dy_TxO = dy.reshape(-1, kernel.size // inputs)
+    return _dot(dy_TxO, kernel.reshape(inputs, -1), (1,), (1,)).reshape(*leading, inputs)
 
 
 def _dot(a: jax.Array, b: jax.Array, axes_of_a: tuple[int, ...], axes_of_b: tuple[int, ...]):

@@ -1,13 +1,28 @@
 """Attention, masks and relative positions as pure functions."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from moe_jax.kernels.attention import fused_attention
 from moe_jax.kernels.dropout import dropout
+
+
+class Visible(NamedTuple):
+    """Which keys a query sees: those of its segment and, if `causal`, none after it."""
+
+    query_segments_RxLq: jax.Array
+    key_segments_RxLk: jax.Array
+    causal: bool = False
+
+    def mask(self) -> jax.Array:
+        """bool [R, 1, L_q, L_k]."""
+        mask = segment_mask(self.query_segments_RxLq, self.key_segments_RxLk)
+        return mask & causal_mask(mask.shape[-1]) if self.causal else mask
 
 
 def segment_mask(query_segments_RxLq: jax.Array, key_segments_RxLk: jax.Array) -> jax.Array:
@@ -41,8 +56,7 @@ def attend(
         mask: bool, broadcastable to [R, H, L_q, L_k]; True means visible.
         bias: added to the scores, broadcastable to the same shape.
         scale: of the scores; D ** -0.5 when None.
-        dropout_rate: dropout of the attention weights; fused implementations can be used only if it
-            is 0.
+        dropout_rate: dropout of the attention weights.
 
     Returns:
         [R, L_q, H, D] in the dtype of `q`.
@@ -87,6 +101,43 @@ def attend_by_rows(
 
     xs = (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, mask_Rx1xLqxLk, keys_R)
     return jax.lax.map(one, xs, batch_size=rows)
+
+
+def attend_fused(
+    q_RxLqxHxD: jax.Array,
+    k_RxLkxHxD: jax.Array,
+    v_RxLkxHxD: jax.Array,
+    visible: Visible,
+    *,
+    bias: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    **settings: Any,
+) -> jax.Array:
+    """`attend` by `kernels.attention`; `bias` is [1, H, L_q, L_k].
+
+    Heads may be spread over the mesh axis `model`. The partitioner cannot split a kernel, so this
+    does it, by all axes that no `shard_map` outside has split.
+    """
+    segments = (visible.query_segments_RxLq, visible.key_segments_RxLk)
+    bias_HxLqxLk = None if bias is None else bias[0]
+    args = (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, *segments, bias_HxLqxLk, dropout_key)
+    settings |= {"causal": visible.causal, "all_heads": q_RxLqxHxD.shape[2]}
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return fused_attention(*args, **settings)
+
+    def of_heads(q, *args):
+        first = jax.lax.axis_index("model") * q.shape[2]
+        return fused_attention(q, *args, first_head=first, **settings)
+
+    heads = P(None, None, "model")
+    return jax.shard_map(
+        of_heads,
+        in_specs=(heads, heads, heads, P(), P(), P("model"), P()),
+        out_specs=heads,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )(*args)
 
 
 def relative_buckets(

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels.dropout import Dropout
 from moe_jax.kernels.linear import linear
-from moe_jax.model.attention import attend, attend_by_rows, causal_mask, segment_mask
+from moe_jax.model.attention import Visible, attend, attend_by_rows, attend_fused
 from moe_jax.model.config import ModelConfig
 
 # Activation functions by their name in `Family.activation`.
@@ -119,15 +119,18 @@ class Attention(nn.Module):
         """Key and value of cross-attention."""
         return KeyValue(*self._heads(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias))
 
-    def attend(self, q, kv: KeyValue, mask, bias=None, deterministic: bool = True) -> jax.Array:
+    def attend(self, q, kv: KeyValue, visible: Visible, bias=None, deterministic: bool = True):
         """The result of every head: [R, L_q, H, K]."""
-        rate = 0.0 if deterministic else self.config.attention_dropout_rate
-        key = self.make_rng("dropout") if rate else None
-        settings = {"bias": bias, "scale": self.config.attention_scale, "dropout_rate": rate}
-        rows = 0 if deterministic else self.config.attention_rows
+        c = self.config
+        rate = 0.0 if deterministic else c.attention_dropout_rate
+        settings = {"bias": bias, "scale": c.attention_scale, "dropout_rate": rate}
+        settings["dropout_key"] = self.make_rng("dropout") if rate else None
+        if c.attention == "fused" and not deterministic:
+            return attend_fused(q, kv.key, kv.value, visible, **settings)
+        rows = 0 if deterministic else c.attention_rows
         if not 0 < rows < q.shape[0]:
-            return attend(q, kv.key, kv.value, mask, dropout_key=key, **settings)
-        return attend_by_rows(rows, q, kv.key, kv.value, mask, dropout_key=key, **settings)
+            return attend(q, kv.key, kv.value, visible.mask(), **settings)
+        return attend_by_rows(rows, q, kv.key, kv.value, visible.mask(), **settings)
 
     def output(self, y_RxLxHxK: jax.Array) -> jax.Array:
         """Projects the heads' results back to [R, L, D]."""
@@ -189,9 +192,10 @@ class EncoderLayer(_Layer):
 
     def __call__(self, x_RxLxD, segments_RxL, bias, deterministic: bool = True) -> jax.Array:
         """[R, L, D] -> [R, L, D]; a token sees the tokens of its segment; `bias` as in `attend`."""
-        mask = segment_mask(segments_RxL, segments_RxL)
+        visible = Visible(segments_RxL, segments_RxL)
         q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
-        y = self.self_attention.output(self.self_attention.attend(q, kv, mask, bias, deterministic))
+        y = self.self_attention.attend(q, kv, visible, bias, deterministic)
+        y = self.self_attention.output(y)
         x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
         y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
         return self.after(self.feed_forward_norm, x, y, deterministic)
@@ -236,18 +240,18 @@ class DecoderLayer(_Layer):
         deterministic: bool = True,
     ) -> jax.Array:  # fmt: skip
         """A whole target at once: [R, L, D] -> [R, L, D]; `bias` as in `attend`."""
-        mask = segment_mask(segments_RxL, segments_RxL) & causal_mask(segments_RxL.shape[1])
-        cross_mask = segment_mask(segments_RxL, input_segments_RxLin)
+        past = Visible(segments_RxL, segments_RxL, causal=True)
+        whole_input = Visible(segments_RxL, input_segments_RxLin)
         cross = self.cross_key_value(encoded_RxLinxD)
 
         def part(name: str, *xs: jax.Array):
             return getattr(self, name)(*xs, deterministic)
 
         def read_past(q, kv):
-            return self.self_attention.attend(q, kv, mask, bias, deterministic)
+            return self.self_attention.attend(q, kv, past, bias, deterministic)
 
         def read_input(q):
-            return self.cross_attention.attend(q, cross, cross_mask, None, deterministic)
+            return self.cross_attention.attend(q, cross, whole_input, None, deterministic)
 
         return run_decoder_layer(part, x_RxLxD, read_past, read_input)
 

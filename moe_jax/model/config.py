@@ -55,8 +55,10 @@ class ModelConfig(Configuration):
         dtype: of activations; parameters, norms, softmax and loss are float32.
         vocabulary_multiple: the loss widens the matrix of logits to a multiple of this, in memory
             only. GPUs multiply multiples of 128 faster.
-        attention_rows: rows whose attention is computed at once in training, 0 for all. With few, a
-            TPU keeps the scores on the chip, and the backward pass computes them again.
+        attention: how attention is computed in training: `plain`; or `fused`, by a kernel for TPUs
+            that keeps the scores on the chip. Other devices interpret it, which is slow.
+        attention_rows: rows whose plain attention is computed at once in training, 0 for all. With
+            few, a TPU keeps the scores on the chip, and the backward pass computes them again.
         unroll_layers: layers per iteration of the loop over layers; all of them is fastest on CPU.
         kept_activations: what a layer keeps for its backward pass, which computes the rest again:
             `all`; `products` (the inputs of matrix products and norms: a fifth of the memory, and
@@ -86,6 +88,7 @@ class ModelConfig(Configuration):
     expert_noise: Deviation = 0.01
     dtype: Literal["float32", "bfloat16"] = "float32"
     vocabulary_multiple: Annotated[int, Range(1, 4096)] = 1
+    attention: Literal["plain", "fused"] = "plain"
     attention_rows: Annotated[int, Range(0, INT32)] = 0
     unroll_layers: Depth = 1
     kept_activations: Literal["all", "products", "inputs"] = "all"
@@ -108,6 +111,11 @@ class ModelConfig(Configuration):
             raise UserError(
                 f"ModelConfig.relative_max_distance is {self.relative_max_distance}; it is above "
                 f"half of relative_buckets {self.relative_buckets}, which count distances exactly"
+            )
+        if self.attention == "fused" and self.attention_rows:
+            raise UserError(
+                f"ModelConfig.attention_rows {self.attention_rows} is for ModelConfig.attention "
+                "'plain', not for 'fused'"
             )
         if self.head_dim == 0:
             if self.d_model % self.heads:

@@ -33,6 +33,8 @@ def _of_jaxpr(jaxpr: Any) -> float:
             case "shard_map":
                 model = equation.params["mesh"].shape.get("model", 1)
                 total += _of_jaxpr(equation.params["jaxpr"]) / model
+            case "pallas_call":
+                total += equation.params["cost_estimate"].flops
             case _:
                 for inner in jaxprs_in_params(equation.params):
                     total += _of_jaxpr(inner)

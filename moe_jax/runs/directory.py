@@ -31,7 +31,8 @@ _FREE = re.compile(
     r"RunConfig\.(model_dir|(eval|log)_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
     r"|DataConfig\.(cache_dir|task_modules)|MeshConfig\.\w+|StepConfig\.groups_at_once"
     r"|FinetuneConfig\.runs_at_once"
-    r"|ModelConfig\.(dtype|unroll_layers|kept_activations|attention_rows|vocabulary_multiple)"
+    r"|ModelConfig\.(dtype|unroll_layers|kept_activations|attention|attention_rows"
+    r"|vocabulary_multiple)"
 )
 # Training can also go on for longer, or with other batches. In few-shot adaptation, such settings
 # and decoding determine the scores in runs.jsonl.

@@ -1,0 +1,250 @@
+"""Fused attention, interpreted on CPU, against the plain one: results, gradients, dropout masks."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_residuals
+from jax.extend.core import jaxprs_in_params
+
+from moe_jax.core.errors import UserError
+from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.kernels.attention import fused_attention
+from moe_jax.model.attention import Visible, attend, attend_fused, segment_mask
+from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.task_moe import TaskMoE
+from moe_jax.planning.flops import flops
+from moe_jax.training.grouped_loss import group_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+R, H, D = 2, 4, 8
+KEY = jax.random.key(5, impl="rbg")
+
+
+def inputs(queries: int, keys: int, dtype=jnp.float32, heads=H, width=D, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(R, queries, heads, width), *[(R, keys, heads, width)] * 2]
+    arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+    arrays.append(jnp.asarray(rng.normal(size=(heads, queries, keys)), dtype))
+    return arrays, jnp.asarray(rng.normal(size=shapes[0]), dtype)
+
+
+def packed(length: int, ends: list[list[int]]) -> jax.Array:
+    """Segments 1, 2, ... of each row, up to these ends, then padding."""
+    rows = [np.searchsorted(np.asarray(e), np.arange(length), side="right") + 1 for e in ends]
+    padded = [np.where(np.arange(length) < e[-1], r, 0) for e, r in zip(ends, rows, strict=True)]
+    return jnp.asarray(np.stack(padded), jnp.int32)
+
+
+def with_gradients(function, arrays, dy):
+    y, pull_back = jax.vjp(function, *arrays)
+    return y, pull_back(dy)
+
+
+def fused(query_segments, key_segments, causal, bias, rate, scale=0.3):
+    def run(q, k, v, b):
+        return fused_attention(
+            q, k, v, query_segments, key_segments, b if bias else None, KEY if rate else None,
+            causal=causal, scale=scale, dropout_rate=rate,
+        )  # fmt: skip
+
+    return jax.jit(partial(with_gradients, run))
+
+
+def plain(query_segments, key_segments, causal, bias, rate, scale=0.3):
+    def run(q, k, v, b):
+        mask = Visible(query_segments, key_segments, causal).mask()
+        settings = {"bias": b[None] if bias else None, "dropout_key": KEY if rate else None}
+        return attend(q, k, v, mask, scale=scale, dropout_rate=rate, **settings)
+
+    return jax.jit(partial(with_gradients, run))
+
+
+def assert_near(got, wanted, tolerance):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    "causal, bias, rate",
+    [(False, False, 0.0), (True, True, 0.0), (True, False, 0.3), (False, True, 0.3)],
+)  # fmt: skip
+def test_self_attention_is_the_plain_one(causal, bias, rate):
+    segments = packed(16, [[5, 9, 16], [4, 11]])
+    arrays, dy = inputs(16, 16)
+    case = (segments, segments, causal, bias, rate)
+    assert_near(fused(*case)(arrays, dy), plain(*case)(arrays, dy), 1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+# JAX's own attention mixes bfloat16 and float32.
+@jax.numpy_dtype_promotion("standard")
+def test_cross_attention_in_bfloat16_with_several_blocks(rate):
+    """Two blocks of queries and of heads; no key has the segment of some queries."""
+    queries, keys = packed(256, [[100, 256], [30, 90, 200]]), packed(24, [[7, 24], [9, 20]])
+    arrays, dy = inputs(256, 24, jnp.bfloat16, width=64)
+    case = (queries, keys, False, False, rate)
+    got, wanted = fused(*case)(arrays, dy), plain(*case)(arrays, dy)
+    assert_near(got, wanted, 0.03)
+    exact = plain(*case)(*jax.tree.map(lambda a: a.astype(jnp.float32), (arrays, dy)))
+
+    def error(result):
+        pairs = zip(jax.tree.leaves(result), jax.tree.leaves(exact), strict=True)
+        return sum(float(jnp.sum((a.astype(jnp.float32) - b) ** 2)) for a, b in pairs)
+
+    assert error(got) < 1.1 * error(wanted)
+
+
+def test_groups_side_by_side_have_masks_of_their_own():
+    segments = packed(8, [[3, 8], [8]])
+    (q, k, v, bias), dy = inputs(8, 8)
+    keys = jax.random.split(KEY, 2)
+
+    def fused_group(q, key):
+        def run(q, bias):
+            settings = {"scale": 0.3, "dropout_rate": 0.5}
+            return fused_attention(q, k, v, segments, segments, bias, key, **settings)
+
+        return with_gradients(run, (q, bias), dy)
+
+    def plain_group(q, key):
+        def run(q, bias):
+            settings = {"scale": 0.3, "dropout_rate": 0.5, "dropout_key": key}
+            return attend(q, k, v, segment_mask(segments, segments), bias=bias[None], **settings)
+
+        return with_gradients(run, (q, bias), dy)
+
+    qs = jnp.stack([q, 2 * q])
+    together = jax.jit(jax.vmap(fused_group))(qs, keys)
+    for g in range(2):
+        assert_near(jax.tree.map(lambda a, g=g: a[g], together), plain_group(qs[g], keys[g]), 1e-5)
+
+
+def test_heads_spread_over_devices():
+    mesh = make_mesh(MeshConfig(data=1, model=2), jax.devices()[:2])
+    segments = packed(8, [[3, 8], [8]])
+    arrays, dy = inputs(8, 8)
+
+    def run(q, k, v, b):
+        visible = Visible(segments, segments, causal=True)
+        return attend_fused(
+            q, k, v, visible, bias=b[None], scale=0.3, dropout_rate=0.5, dropout_key=KEY
+        )
+
+    with jax.set_mesh(mesh):
+        spread = jax.jit(partial(with_gradients, run))(arrays, dy)
+    assert_near(spread, plain(segments, segments, True, True, 0.5)(arrays, dy), 1e-5)
+
+
+def test_a_model_learns_the_same():
+    """T5's layers, with the gradient of their table of relative positions."""
+    config = dataclasses.replace(
+        test_residuals.CONFIG, architecture="t5", kept_activations="products"
+    )
+    batch = test_residuals.packed_batch()
+    params = nn.meta.unbox(jax.jit(EncoderDecoder(config).init)(jax.random.key(0), batch)["params"])
+    results = []
+    for attention in ("fused", "plain"):
+        model = TaskMoE(dataclasses.replace(config, attention=attention), RouterConfig(), 1)
+        loss = partial(group_loss, model, dispatch=None, group=batch, key=KEY)
+        results.append(jax.jit(jax.value_and_grad(loss))(params))
+    got, wanted = results
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got[1], wanted[1]
+    )
+
+
+def test_memory_grows_with_length_and_not_with_its_square():
+    def largest(length: int) -> int:
+        segments = jnp.ones((R, length), jnp.int32)
+        (*arrays, _), dy = inputs(length, length)
+
+        def run(q, k, v, dy):
+            function = partial(fused_attention, scale=0.3, dropout_rate=0.1)
+            call = lambda q, k, v: function(q, k, v, segments, segments, None, KEY)  # noqa: E731
+            return with_gradients(call, (q, k, v), dy)
+
+        jaxpr = jax.make_jaxpr(run)(*arrays, dy).jaxpr
+        return max(v.aval.size for v in outside_kernels(jaxpr))
+
+    def outside_kernels(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from equation.outvars
+            if equation.primitive.name != "pallas_call":
+                for inner in jaxprs_in_params(equation.params):
+                    yield from outside_kernels(inner)
+
+    assert largest(512) == 4 * largest(128) == R * H * D * 512
+
+
+def test_products_are_counted():
+    """Forward two products per head, backward these and three more; the softmax does not count."""
+    (q, k, v, _), dy = inputs(16, 24)
+    segments = jnp.ones((R, 16), jnp.int32), jnp.ones((R, 24), jnp.int32)
+
+    def run(q, k, v):
+        return fused_attention(q, k, v, *segments, scale=0.3)
+
+    one = 2 * R * H * 16 * 24 * D
+    assert flops(run, q, k, v) == 2 * one
+    assert flops(partial(with_gradients, run), (q, k, v), dy) == (2 + 5) * one
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_compiles_for_tpus_with_heads_on_two_of_them():
+    program = """
+from moe_jax.planning.devices import topology_devices
+devices = topology_devices("v5e:2x2")
+import jax, jax.numpy as jnp
+from moe_jax.core.sharding import MeshConfig, make_mesh, replicated
+from moe_jax.model.attention import Visible, attend_fused
+mesh = make_mesh(MeshConfig(data=1, model=2), devices[:2])
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+
+def run(q, k, v, bias, segments, words):
+    visible, key = Visible(segments, segments, True), jax.random.wrap_key_data(words, impl="rbg")
+    y = attend_fused(q, k, v, visible, bias=bias, scale=0.1, dropout_rate=0.1, dropout_key=key)
+    return y.astype(jnp.float32).sum()
+
+x, bias = array(2, 192, 4, 64), array(1, 4, 192, 192)
+others = array(2, 192, dtype=jnp.int32), array(4, dtype=jnp.uint32)
+with jax.set_mesh(mesh):
+    compiled = jax.jit(jax.grad(run, (0, 1, 2, 3))).lower(x, x, x, bias, *others).compile()
+assert "tpu_custom_call" in compiled.as_text()
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_too_long_for_the_chip():
+    def run(length: int, bias: bool):
+        x, segments = (jax.ShapeDtypeStruct(s, t) for s, t in (
+            ((1, length, 2, 64), jnp.bfloat16), ((1, length), jnp.int32)))  # fmt: skip
+        b = jax.ShapeDtypeStruct((2, length, length), jnp.bfloat16) if bias else None
+        jax.eval_shape(partial(fused_attention, scale=0.1), x, x, x, segments, segments, b)
+
+    run(4096, False)
+    run(1024, True)
+    with pytest.raises(UserError, match="rows of 4096 by 4096 tokens; more than 100 MiB"):
+        run(4096, True)
+
+
+def test_rows_at_a_time_are_for_plain_attention():
+    with pytest.raises(UserError, match="attention_rows 2 is for ModelConfig"):
+        ModelConfig(attention="fused", attention_rows=2)

@@ -121,6 +121,24 @@ def test_the_mixture_may_start_from_the_dense_model_and_have_one_stage(
     assert "FinetuneConfig.starts" not in adapted  # all three
 
 
+@pytest.mark.parametrize("stage2", ["", "runs/skills_gym_stage2.gin"])
+def test_the_router_may_read_what_the_dense_model_makes_of_tasks(tmp_path, command_line, stage2):
+    arms = ("routed", "random")
+    _, stages = planned(tmp_path, represent="text", upcycle_step=7, stage2=stage2, arms=arms)
+    made = stages["seed_0/representations"]
+    assert made.parents == ("seed_0/dense",)
+    file = f"{tmp_path}/seed_0/representations/text.npz"
+    assert flags_of(made) == {
+        "MODEL_DIR": f"{tmp_path}/seed_0/dense/checkpoints/7", "represent.kind": "text",
+        "represent.output": file,
+    }  # fmt: skip
+    first = stages["seed_0/routed_stage1" if stage2 else "seed_0/routed"]
+    assert first.parents == ("seed_0/dense", "seed_0/representations")
+    assert flags_of(first)["RunConfig.representations_path"] == file
+    assert "representations" in flags_of(first)["OptimizerConfig.frozen"]
+    assert "seed_0/representations" not in stages["seed_0/random"].parents
+
+
 def test_all_arms(tmp_path, command_line, calls):
     _, stages = planned(tmp_path, arms=tuple(ARMS), seeds=(3, 4))
     names = [name for name in stages if name.startswith("seed_3/")]

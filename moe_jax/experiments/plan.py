@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from moe_jax import __version__
 from moe_jax.core import files, processes
@@ -71,6 +71,9 @@ class ExperimentConfig(Configuration, called="experiment"):
             which there must be a checkpoint (RunConfig.checkpoint_period). With as many steps in
             stage 1 as the dense model has left, both see the same number of examples. With 0, stage
             1 starts from fresh weights.
+        represent: the representations of tasks that the router reads: `text` or `fisher`, as
+            `represent` computes them from the dense model (at `upcycle_step`, if there is one), and
+            frozen; '' for learned ones.
         stage2_from_dense: stage 2 starts its experts from the dense model, not from fresh weights.
         eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
@@ -92,6 +95,7 @@ class ExperimentConfig(Configuration, called="experiment"):
     seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (0,)
     oracle: controls.Level = "category"
     upcycle_step: Annotated[int, Range(0, INT32)] = 0
+    represent: Literal["", "text", "fisher"] = ""
     stage2_from_dense: bool = False
     eval_examples: Examples = None
     disable_examples: Annotated[int, Range(0, INT32)] = 32
@@ -156,14 +160,23 @@ class Plan:
             return [self._derived(seed, arm)]
         if ARMS[arm].dense:
             return [self._trained(seed, name, s.dense, self._dense_bindings(arm))]
-        if s.stage2 and arm == ROUTED:
-            first = self._trained(seed, f"{name}_stage1", s.stage1, *self._start(seed, 1))
-            bindings, parents = self._start(seed, 2)
-            bindings["ROUTER_CHECKPOINT_PATH"] = str(self.place(seed, f"{arm}_stage1"))
-            return [first, self._trained(seed, name, s.stage2, bindings, (*parents, first.name))]
-        bindings, parents = self._start(seed, 2 if s.stage2 else 1)
         if not ARMS[arm].given:
-            return [self._trained(seed, name, s.stage1, bindings, parents)]
+            first, before = f"{name}_stage1" if s.stage2 else name, []
+            bindings, parents = self._start(seed, 1)
+            if s.represent:
+                before = [self._represented(seed)]
+                bindings["RunConfig.representations_path"] = str(self._representations(seed))
+                frozen = self._config(s.stage1, {}).optimizer.frozen
+                frozen = tuple(dict.fromkeys((*frozen, "representations")))
+                bindings["OptimizerConfig.frozen"] = repr(frozen)
+                parents = (*parents, before[0].name)
+            stages = [*before, self._trained(seed, first, s.stage1, bindings, parents)]
+            if s.stage2:
+                bindings, parents = self._start(seed, 2)
+                bindings["ROUTER_CHECKPOINT_PATH"] = str(self.root / first)
+                stages.append(self._trained(seed, name, s.stage2, bindings, (*parents, first)))
+            return stages
+        bindings, parents = self._start(seed, 2 if s.stage2 else 1)
         file = s.stage2 or s.stage1  # known routes need no stage that finds them
         more, rows = self._given_routes(seed, arm, file)
         return [self._trained(seed, name, file, bindings | more, parents, rows)]
@@ -178,6 +191,24 @@ class Plan:
         else:
             return {}, ()
         return {"INITIAL_CHECKPOINT_PATH": start}, (f"seed_{seed}/{DENSE}",)
+
+    def _representations(self, seed: int) -> Path:
+        return self.place(seed, "representations") / f"{self.settings.represent}.npz"
+
+    def _represented(self, seed: int) -> Stage:
+        """Computes the representations with which stage 1 starts."""
+        dense, step = self.place(seed, DENSE), self.settings.upcycle_step
+        bindings = {
+            "MODEL_DIR": str(dense / "checkpoints" / str(step) if step else dense),
+            "represent.kind": self.settings.represent,
+            "represent.output": str(self._representations(seed)),
+        }
+        inputs = [self._data, {k: self._inside(v) for k, v in bindings.items()}]
+        return Stage(
+            f"seed_{seed}/representations", "represent", inputs, (f"seed_{seed}/{DENSE}",),
+            lambda: self._call("represent", None, bindings),
+            _shown("represent", self._arguments(None, bindings)),
+        )  # fmt: skip
 
     def _given_routes(self, seed: int, arm: str, file: str) -> tuple[Bindings, controls.Rows]:
         """What a mixture with known routes differs in, and those routes."""

@@ -32,7 +32,9 @@ STAND_INS = {
 }
 # The task has scores above zero after so few steps.
 TASK, STEPS, LENGTH = "skills_introduce", 20, 8
-FILES = ["--gin_file=models/tiny.gin", "--gin_file=runs/skills_gym_stage1.gin"]
+# Whole paths: where there is a directory `runs`, gin takes it for a package, and fails.
+GIN = ROOT / "gin_configs"
+FILES = [f"--gin_file={GIN}/models/tiny.gin", f"--gin_file={GIN}/runs/skills_gym_stage1.gin"]
 DECODING = [f"--gin.DecodingConfig.min_length={LENGTH}"]
 
 
@@ -45,8 +47,8 @@ class Commands:
     def t5x(self, command: str, **settings: object) -> None:
         settings["CACHE_DIR"] = str(self.directory / "cache")
         self._run(f"t5x.{command}", [
-            f"--gin_search_paths={ROOT / 'gin_configs'}", f"--gin_file=t5x/{command}.gin",
-            *FILES, *(f"--gin.{name}={value!r}" for name, value in settings.items()), *DECODING,
+            f"--gin_search_paths={GIN}", f"--gin_file={GIN}/t5x/{command}.gin", *FILES,
+            *(f"--gin.{name}={value!r}" for name, value in settings.items()), *DECODING,
         ])  # fmt: skip
 
     def ours(self, command: str, *arguments: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import metrics
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, first_line
 from moe_jax.data.modules import DEFAULT_TASK_MODULES
 
 LENGTHS = {"inputs": 512, "targets": 64}  # of features, unless others are given
@@ -347,7 +347,7 @@ def _postprocess(task: Any, rows: Sequence[Row], is_target: bool) -> list[Any]:
 
 
 def _one_line(error: Exception) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
+    text = first_line(error)
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 

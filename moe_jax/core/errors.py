@@ -15,6 +15,11 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without what libraries write below; '' if nothing."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def say(text: str) -> None:
     """One line of news for the user, on standard error: what a command prints is for programs."""
     print(text, file=sys.stderr, flush=True)

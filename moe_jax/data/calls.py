@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, first_line
 from moe_jax.core.files import to_json
 from moe_jax.data.cache import PreparedMixture, PreparedTask
 
@@ -160,8 +160,7 @@ def _called(who: str, function: Callable[..., Any], *arguments: Any, **more: Any
     except UserError as e:
         raise UserError(f"{who}: {e}") from e
     except Exception as e:  # of any kind: it is the user's code
-        reason = next(iter(str(e).strip().splitlines()), "")
-        raise UserError(f"{who} fails: {type(e).__name__}: {reason}") from e
+        raise UserError(f"{who} fails: {type(e).__name__}: {first_line(e)}") from e
 
 
 def _short(value: Any) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, first_line, nearest
 from moe_jax.core.files import to_json
 from moe_jax.data import staleness
 from moe_jax.data.modules import load_module, quiet, resolve
@@ -300,7 +300,7 @@ def _user_error(error: Exception, where: str) -> UserError:
     wrapped = re.search(r"UserError: (.+)", str(error))
     if wrapped:
         return UserError(wrapped[1].strip())
-    return UserError(f"{where}: {str(error).strip().splitlines()[0]}")
+    return UserError(f"{where}: {first_line(error)}")
 
 
 def text(row: Row, feature: str, vocabulary: seqio.Vocabulary) -> str:

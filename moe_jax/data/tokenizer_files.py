@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, first_line, nearest
 from moe_jax.data import added_tokens
 from moe_jax.data.added_tokens import ADDED_TOKENS, SETTINGS, SPECIAL_TOKENS
 
@@ -107,7 +107,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
     except UserError:
         raise
     except Exception as e:  # `tokenizers` and protobuf raise plain Exceptions
-        reason = str(e).strip().splitlines()[0]
+        reason = first_line(e)
         raise UserError(f"cannot read the tokenizer of {directory}: {reason}") from e
     unk = tokenizer.token_to_id("<unk>")
     return tokenizer, {**ids, "unk": ids["pad"] if unk is None else unk}

@@ -155,13 +155,22 @@ class Evaluator:
         self,
         score: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
         examples: Mapping[int, Example],
-        length_penalty: float | None = None,
     ) -> dict[int, list[float]]:
         """`choice_likelihoods` with the lengths and the vocabulary of this evaluator."""
-        penalty = self.choice_length_penalty if length_penalty is None else length_penalty
         return choice_likelihoods(
-            score, examples, self.lengths, self.rows, self.vocabulary, penalty
+            score, examples, self.lengths, self.rows, self.vocabulary, self.choice_length_penalty
         )
+
+    def answer_likelihoods(
+        self,
+        score: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
+        examples: Mapping[int, Example],
+        texts: Mapping[int, str],
+    ) -> dict[int, float]:
+        """Index -> log-likelihood of the answer that a model gave, summed over its tokens."""
+        alone = {i: dataclasses.replace(e, choices=(texts[i],)) for i, e in examples.items()}
+        found = choice_likelihoods(score, alone, self.lengths, self.rows, self.vocabulary, 0)
+        return {index: total for index, (total,) in found.items()}
 
     def task(
         self,
@@ -220,8 +229,7 @@ class Evaluator:
             tokens[index] = np.array(self.vocabulary.encode(texts[index]), np.int32)
             lines[index]["choices"] = dict(zip(choices, likelihood_C, strict=True))
         if "prediction_with_aux" in task.outputs:
-            alone = {i: dataclasses.replace(e, choices=(texts[i],)) for i, e in found.items()}
-            for index, (total,) in self.choices(score, alone, 0).items():
+            for index, total in self.answer_likelihoods(score, found, texts).items():
                 lines[index]["aux"] = {"scores": total}
         order = sorted(lines)
         rows = [lines[index] for index in order]

@@ -1,6 +1,5 @@
 """A model's answers to the examples of a task, in the form of T5X's `infer`."""
 
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -51,11 +50,8 @@ def inferences(
             for answer, text in zip(answers.values(), texts, strict=False):
                 answer["prediction"] = text
         if mode == "predict_with_aux":
-            alone = {
-                index: dataclasses.replace(example, choices=(answers[index]["prediction"],))
-                for index, example in examples
-            }
-            for index, (total,) in evaluator.choices(score, alone, 0).items():
+            given = {index: answer["prediction"] for index, answer in answers.items()}
+            for index, total in evaluator.answer_likelihoods(score, dict(examples), given).items():
                 answers[index]["aux"] = {"scores": total}
         for index, example in examples:
             texts = {

@@ -13,7 +13,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
 from moe_jax.data.cache import PreparedMixture, PreparedTask
-from moe_jax.interop.squeeze import squeeze
+from moe_jax.interop.squeeze import plain_model
 from moe_jax.interop.streamed_checkpoint import Promise, save_params
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import parameter_shapes
@@ -90,13 +90,8 @@ def write_average(source: Path, out: Path) -> None:
     Raises:
         UserError: the source holds no run.
     """
-    config, run = _read(source)
-    experts = run.model.config.experts
-    weights_NxE = np.full((run.model.layers, experts), 1 / experts, np.float32)
-    backbone = squeeze(run.params["backbone"], run.model.config, weights_NxE)
-    dense = dataclasses.replace(
-        config.model, experts=1, encoder_vanilla_layers=(), decoder_vanilla_layers=()
-    )
+    config, run, own = _read(source)
+    dense, backbone, _ = plain_model(run, None, own, average=True, approximate=False)
     config = dataclasses.replace(config, model=dense)
     _write(source, out, config, run, {"backbone": backbone})
 
@@ -109,7 +104,7 @@ def write_shuffled(source: Path, out: Path, unseen: PreparedMixture, seed: int) 
     Raises:
         UserError: the source holds no run.
     """
-    config, run = _read(source)
+    config, run, _ = _read(source)
     table_TxK = np.asarray(run.params["representations"])
     new = [name for name in unseen.names if name not in run.task_ids]
     substitute_T, of_new = exchanged(len(table_TxK), len(new), seed)
@@ -118,9 +113,9 @@ def write_shuffled(source: Path, out: Path, unseen: PreparedMixture, seed: int) 
     _write(source, out, config, run, {**run.params, "representations": table_TxK[substitute_T]})
 
 
-def _read(source: Path) -> tuple[Config, Run]:
-    size = vocabulary.load_vocabulary(source / vocabulary.DIRECTORY).size
-    return directory.read_config(source), read_run(str(source), size)
+def _read(source: Path) -> tuple[Config, Run, vocabulary.Vocabulary]:
+    own = vocabulary.load_vocabulary(source / vocabulary.DIRECTORY)
+    return directory.read_config(source), read_run(str(source), own.size), own
 
 
 def _write(source: Path, out: Path, config: Config, run: Run, params: Params) -> None:
@@ -131,7 +126,5 @@ def _write(source: Path, out: Path, config: Config, run: Run, params: Params) ->
     shutil.rmtree(out / DIRECTORY, ignore_errors=True)  # of an attempt that was interrupted
     save_params(out, run.step, promises, meta)
     own = dataclasses.replace(config.run, model_dir=str(out))
-    directory.write_task_table(out, tasks)
-    directory.copy_vocabulary(out, source / vocabulary.DIRECTORY)
-    directory.write_config(out, dataclasses.replace(config, run=own))
-    directory.write_origin(out)
+    config = dataclasses.replace(config, run=own)
+    directory.describe(out, config, tasks, source / vocabulary.DIRECTORY)

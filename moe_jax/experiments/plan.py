@@ -203,12 +203,8 @@ class Plan:
             "represent.kind": self.settings.represent,
             "represent.output": str(self._representations(seed)),
         }
-        inputs = [self._data, {k: self._inside(v) for k, v in bindings.items()}]
-        return Stage(
-            f"seed_{seed}/representations", "represent", inputs, (f"seed_{seed}/{DENSE}",),
-            lambda: self._call("represent", None, bindings),
-            _shown("represent", self._arguments(None, bindings)),
-        )  # fmt: skip
+        name = f"seed_{seed}/representations"
+        return self._of_run(name, "represent", f"seed_{seed}/{DENSE}", bindings)
 
     def _given_routes(self, seed: int, arm: str, file: str) -> tuple[Bindings, controls.Rows]:
         """What a mixture with known routes differs in, and those routes."""
@@ -291,11 +287,14 @@ class Plan:
             bindings["eval.disable_examples"] = str(s.disable_examples)
         if ARMS[arm].route_of_new:
             bindings["eval.representations"] = str(place / controls.GIVEN)
+        return self._of_run(f"seed_{seed}/{arm}/eval", "eval", f"seed_{seed}/{arm}", bindings)
+
+    def _of_run(self, name: str, module: str, parent: str, bindings: Bindings) -> Stage:
+        """A command that reads the configuration of its parent, a run."""
         inputs = [self._data, {k: self._inside(v) for k, v in bindings.items()}]
         return Stage(
-            f"seed_{seed}/{arm}/eval", "eval", inputs, (f"seed_{seed}/{arm}",),
-            lambda: self._call("eval", None, bindings),
-            _shown("eval", self._arguments(None, bindings)),
+            name, module, inputs, (parent,), lambda: self._call(module, None, bindings),
+            _shown(module, self._arguments(None, bindings)),
         )  # fmt: skip
 
     def _adaptation(self, seed: int, place: Path, starts: Mapping[str, str]) -> Stage:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_jax.core import files, paths
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, first_line
 from moe_jax.data.tokenizer_files import CONFIG, GENERATION_CONFIG
 
 CONFIGS = (CONFIG, GENERATION_CONFIG)
@@ -38,7 +38,7 @@ def find(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
     except Exception as e:  # many types, all for a failed download
-        reason = str(e).strip().splitlines()[0]
+        reason = first_line(e)
         raise UserError(f"{name} is not a directory, and the Hub gave none: {reason}") from e
 
 

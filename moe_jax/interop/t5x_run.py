@@ -38,11 +38,7 @@ def describe(model_dir: str | Path, config: Config, tasks: list[str], vocabulary
         model_dir: T5X's MODEL_DIR.
         vocabulary: directory of the prepared vocabulary.
     """
-    place = Path(model_dir) / DESCRIPTION
-    directory.write_config(place, config)
-    directory.write_origin(place)
-    directory.write_task_table(place, tasks)
-    directory.copy_vocabulary(place, vocabulary)
+    directory.describe(Path(model_dir) / DESCRIPTION, config, tasks, vocabulary)
 
 
 def is_run(checkpoint: Checkpoint) -> bool:
@@ -79,10 +75,7 @@ def read_run(checkpoint: Checkpoint, out: Path) -> Config:
     with files.new_directory(out) as new:
         params = with_empty(traverse_util.unflatten_dict(promises))
         save_params(new, step, params, {"tasks": tasks, "step": step, "shapes": shapes})
-        directory.write_config(new, config)
-        directory.write_origin(new)
-        directory.write_task_table(new, tasks)
-        directory.copy_vocabulary(new, place / VOCABULARY)
+        directory.describe(new, config, tasks, place / VOCABULARY)
     return config
 
 

@@ -4,7 +4,7 @@ import os
 
 import jax
 
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, first_line
 
 # Without these, libtpu asks the network for this machine's TPU, only one process at a time can load
 # it, and its compiler's threads run out of stack on large fused programs.
@@ -60,7 +60,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as e:  # libtpu has no specific error type for this
-        reason = str(e).strip().splitlines()[0]
+        reason = first_line(e)
         raise UserError(
             f"libtpu knows no topology {name!r}; names are such as v5e:4x4, v5p:2x2x2 or v6e:8x8 "
             f"({reason})"

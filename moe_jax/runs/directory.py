@@ -257,6 +257,16 @@ def copy_vocabulary(model_dir: str | Path, source: Path) -> None:
     checksums.seal(directory)  # not a copy of the cache's: a bucket has checksums of its own
 
 
+def describe(
+    model_dir: str | Path, config: Config, tasks: Sequence[str], vocabulary_dir: Path
+) -> None:
+    """Writes what a model directory holds beside checkpoints when training begins."""
+    write_config(model_dir, config)
+    write_origin(model_dir)
+    write_task_table(model_dir, tasks)
+    copy_vocabulary(model_dir, vocabulary_dir)
+
+
 def write_task_table(model_dir: str | Path, tasks: Sequence[str]) -> None:
     """Writes the ordered task names; the index is the `task_id`."""
     files.write_json(paths.parse(model_dir) / TASK_TABLE, {"tasks": list(tasks)})

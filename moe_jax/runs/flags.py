@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from jax._src.clusters import ClusterEnv
 
 from moe_jax.core import files, paths, peers, processes
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, first_line, nearest
 from moe_jax.data import modules
 from moe_jax.kernels import memory
 from moe_jax.runs import configurables, directory, help, stopping
@@ -108,7 +108,7 @@ def _one_line_at_the_end() -> Iterator[None]:
             jax.distributed.shutdown()  # the others are as far
         end(str(e), stopping.EXIT_CODE)
     except UserError as e:
-        _leave(_first_line(e))
+        _leave(first_line(e))
         fail(e)
     except paths.errors() as e:  # no room for what is written without `files`, such as events
         error = UserError(f"{getattr(e, 'filename', '') or 'cannot write'}: {paths.reason(e)}")
@@ -117,7 +117,7 @@ def _one_line_at_the_end() -> Iterator[None]:
     except Exception as e:
         if _peers is None:
             raise
-        _leave(f"{type(e).__name__}: {_first_line(e)}")
+        _leave(f"{type(e).__name__}: {first_line(e)}")
         # JAX would wait for the others, and then end with a dump.
         end(traceback.format_exc().rstrip(), 1)
     _leave(None)
@@ -126,11 +126,6 @@ def _one_line_at_the_end() -> Iterator[None]:
 def _leave(why: str | None) -> None:
     if _peers is not None:
         _peers.leave(why)
-
-
-def _first_line(error: BaseException) -> str:
-    # Gin appends where a configurable was called from; the first line is ours.
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _help(config: type, settings: type | None) -> str:
@@ -152,7 +147,8 @@ def _help(config: type, settings: type | None) -> str:
 
 def fail(error: Exception) -> NoReturn:
     """Ends the process: one line on standard error, exit code 1."""
-    end(f"error: {_first_line(error)}", 1)
+    # Gin appends where a configurable was called from; the first line is ours.
+    end(f"error: {first_line(error)}", 1)
 
 
 def end(line: str, code: int) -> NoReturn:
@@ -339,7 +335,7 @@ def _check_macros(texts: Sequence[tuple[object, str]]) -> None:
 
 def _explain(error: Exception) -> str:
     """Gin's message in one line, with the nearest names."""
-    message = str(error).strip().splitlines()[0]
+    message = first_line(error)
     unset = re.search(r"No bindings specified for '(\w+)/gin.macro'", message)
     if unset:
         known = re.findall(r"^(\w+) =", BASE_BINDINGS, re.MULTILINE)

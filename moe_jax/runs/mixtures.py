@@ -50,14 +50,15 @@ def tasks_to_train(mixture: PreparedMixture) -> list[str]:
 
 def say_ignored(data: DataConfig, mixture: PreparedMixture) -> None:
     """Says what the tasks and the mixture were registered with, and this run does not use."""
-    if left := sorted({*mixture.names} - {*tasks_to_train(mixture)}):
+    names = tasks_to_train(mixture)
+    if left := sorted({*mixture.names} - {*names}):
         say(f"not trained on, without a split 'train': {_some(left)}")
     if mixture.replaced:
         say(
             f"VocabularyConfig.kind {data.vocabulary.kind!r} replaces the vocabulary that these "
             f"were registered with, 'task' keeps it: {_some(mixture.replaced)}"
         )
-    trained = [task for task in mixture.tasks if "train" in task.splits]
+    trained = [mixture.task(name) for name in names]
     # In proportion to the examples, or all equal, as where nothing else was thought of.
     shares = {task.rate / task.examples("train") for task in trained}
     if data.mixing == "examples" and len({t.rate for t in trained}) > 1 and len(shares) > 1:

@@ -119,10 +119,7 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         if found is not None:
             batches.set_state(meta["iterator"])
         if lead:
-            directory.write_config(model_dir, config)
-            directory.write_origin(model_dir)
-            directory.write_task_table(model_dir, tasks)
-            directory.copy_vocabulary(model_dir, mixture.vocabulary_dir)
+            directory.describe(model_dir, config, tasks, mixture.vocabulary_dir)
 
         # ------------------------------------------------------------ loop
         train_step = make_train_step(

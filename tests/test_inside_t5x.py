@@ -16,7 +16,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.data import packing
 from moe_jax.data.pipeline import eval_batches, train_batches
-from moe_jax.data.registry import seqio
+from moe_jax.data.registry import load_task_modules, seqio
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.interop import t5x
@@ -58,6 +58,9 @@ def registries():
     with pytest.MonkeyPatch.context() as patch:
         for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
             patch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+        load_task_modules((TASKS,))
+        # As other modules may have it: of tasks in the task table, and of others.
+        seqio.MixtureRegistry.add("known_and_new", [*NAMES], default_rate=1.0)
         yield
 
 
@@ -303,6 +306,8 @@ def test_what_t5x_cannot_do_is_refused(model, variables, mixed):
         model.FEATURE_CONVERTER_CLS(pack=True, use_custom_packing_ops=False)
     with pytest.raises(UserError, match="not in the model's task table"):
         converted(model, NAMES[1])
+    with pytest.raises(UserError, match="not in the model's task table"):
+        converted(model, "known_and_new")
     half = {name: array[:4] for name, array in mixed.items()}
     with pytest.raises(UserError, match=r"4 of 8 rows at a time: set Trainer\.num_microbatches"):
         model.loss_fn(variables["params"], half, None, CLOCK)

@@ -105,7 +105,7 @@ class TaskFeatureConverter(seqio.FeatureConverter):
 def register(mixture: PreparedMixture) -> seqio.Vocabulary:
     """Registers the tasks of a mixture again: in its vocabulary, with their row of the task table.
 
-    They keep their names, and mixtures have the new ones. Examples that are too long are cut as
+    They keep their names, and mixtures of them alone have the new ones. Examples that are too long are cut as
     `data.packing.truncate` cuts them, so that EOS stays.
 
     Returns:
@@ -128,7 +128,7 @@ def register(mixture: PreparedMixture) -> seqio.Vocabulary:
         seqio.TaskRegistry.add_provider(name, task)
     for name in list(seqio.MixtureRegistry.names()):  # the parts of a mixture come before it
         old = seqio.MixtureRegistry.get(name)
-        if not {task.name for task in old.tasks}.isdisjoint(mixture.names):
+        if {task.name for task in old.tasks} <= {*mixture.names}:
             seqio.MixtureRegistry.remove(name)
             parts = list(old.rate_per_task_name.items())
             seqio.MixtureRegistry.add(name, parts, sample_fn=old._sample_fn)

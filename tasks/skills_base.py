@@ -18,7 +18,7 @@ FEWSHOT = 16  # examples in a few-shot split; per label, if a task has labels
 
 
 class Example(NamedTuple):
-    """One example: the input with its `[task]` prefix, and the valid outputs, best first."""
+    """One example: the input, and the valid outputs, best first."""
 
     inputs: str
     answers: tuple[str, ...]
@@ -35,7 +35,7 @@ class Skill(NamedTuple):
             other task.
         unseen: kept out of the training mixture, and given few-shot splits.
         surface: name of the kind of input that this task shares with others, which want other
-            answers: only the prefix tells them apart. Empty if the input itself tells.
+            answers. Empty if the input itself tells the task.
         draw: `draw(rng, world) -> (text, answer)`, where an answer is a string or a tuple of valid
             strings; of a classification task `draw(rng, world, label) -> text`.
     """
@@ -118,7 +118,7 @@ def examples(task: Skill, split: str, seed: int = 0) -> list[Example]:
             drawn[text] = (answer,) if isinstance(answer, str) else tuple(answer)
     else:
         raise ValueError(f"{task.name} has fewer than {size} inputs for its split {split!r}")
-    rows = [Example(f"[{task.name}] {text}", answers) for text, answers in drawn.items()]
+    rows = [Example(text, answers) for text, answers in drawn.items()]
     rng.shuffle(rows)
     return rows
 

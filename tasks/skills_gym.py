@@ -2,10 +2,12 @@
 
 This is the default data. Training tasks (mixture `skills_gym_train`) teach four categories of
 skill: extractive, classification, world knowledge and generation. Tasks of one skill have different
-texts and labels. Some tasks interfere: they share their texts and want other answers. Unseen tasks
-(mixture `skills_gym_unseen`) are new tasks of these skills, and combinations of two; they also have
-few-shot splits `fewshot_<seed>_train` and `fewshot_<seed>_validation`. `ONTOLOGY` says which skill
-was planted where, so that it can be compared with what the routes learn.
+texts and labels. Some tasks interfere: they share their texts and want other answers, and nothing
+in the text says which (with gin's `skills_gym.names = True`, every input begins with the name of
+its task, as in CrossFit). Unseen tasks (mixture `skills_gym_unseen`) are new tasks of these skills,
+and combinations of two; they also have few-shot splits `fewshot_<seed>_train` and
+`fewshot_<seed>_validation`. `ONTOLOGY` says which skill was planted where, so that it can be
+compared with what the routes learn.
 
 The gym's seed (gin's `skills_gym.seed`, or SKILLS_GYM_SEED) chooses the world that the tasks talk
 about: its words, labels and facts. Names of tasks do not depend on it. Registering is cheap:
@@ -20,12 +22,12 @@ import tensorflow as tf
 from moe_jax import metrics
 
 from .skills_table import ONTOLOGY, SKILLS, TRAIN, UNSEEN, examples
-from .skills_world import SEED, current_seed
+from .skills_world import NAMES, SEED, current_names, current_seed
 
 __all__ = ["ENVIRONMENT", "ONTOLOGY"]
 
-# The environment variable that decides what is drawn.
-ENVIRONMENT = (SEED,)
+# The environment variables that decide what is drawn.
+ENVIRONMENT = (SEED, NAMES)
 
 
 def _dataset(
@@ -37,8 +39,9 @@ def _dataset(
     """
     del shuffle_files, seed
     rows = examples(SKILLS[name], split, current_seed())
+    prefix = f"[{name}] " if current_names() else ""
     columns = {
-        "inputs": tf.constant([row.inputs for row in rows]),
+        "inputs": tf.constant([prefix + row.inputs for row in rows]),
         "targets": tf.constant([row.answers[0] for row in rows]),
     }
     if any(len(row.answers) > 1 for row in rows):

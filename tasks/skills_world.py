@@ -19,9 +19,9 @@ from moe_jax.core.errors import UserError
 from .skills_english import ENGLISH
 from .skills_words import Animal, Country, Verb, World
 
-# Passed as an environment variable, because tasks are registered in a child process (which imports
+# Passed as environment variables, because tasks are registered in a child process (which imports
 # TensorFlow), where gin is not configured.
-SEED = "SKILLS_GYM_SEED"
+SEED, NAMES = "SKILLS_GYM_SEED", "SKILLS_GYM_NAMES"
 
 # Coined words have two syllables, such as `mopkat` or `ilden`.
 _ONSETS, _VOWELS, _CODAS = "bdfgklmnprstvz", "aeiou", "klmnpt"
@@ -34,15 +34,21 @@ T = TypeVar("T")
 
 
 @gin.configurable("skills_gym")
-def settings(seed: int = 0) -> dict[str, str]:
-    """The gin setting as an environment variable: {"SKILLS_GYM_SEED": "0"}.
+def settings(seed: int = 0, names: bool = False) -> dict[str, str]:
+    """The gin settings as environment variables: {"SKILLS_GYM_SEED": "0", "SKILLS_GYM_NAMES": "0"}.
+
+    Args:
+        seed: chooses the world.
+        names: every input begins with the name of its task.
 
     Raises:
-        UserError: the seed is not an integer.
+        UserError: a setting is of another type.
     """
     if type(seed) is not int:
         raise UserError(f"skills_gym.seed must be an integer, not {seed!r}")
-    return {SEED: str(seed)}
+    if type(names) is not bool:
+        raise UserError(f"skills_gym.names must be True or False, not {names!r}")
+    return {SEED: str(seed), NAMES: str(int(names))}
 
 
 def current_seed() -> int:
@@ -56,6 +62,18 @@ def current_seed() -> int:
         return int(value)
     except ValueError as e:
         raise UserError(f"{SEED}={value}: must be an integer") from e
+
+
+def current_names() -> bool:
+    """Whether inputs name their task, by the environment; not without it.
+
+    Raises:
+        UserError: it is neither 0 nor 1.
+    """
+    value = os.environ.get(NAMES) or "0"
+    if value not in ("0", "1"):
+        raise UserError(f"{NAMES}={value}: must be 0 or 1")
+    return value == "1"
 
 
 @functools.cache

@@ -18,8 +18,7 @@ def split(seed, name, which):
 
 
 def texts(seed, name, which):
-    """Inputs without their prefix."""
-    return [row.inputs.removeprefix(f"[{name}] ") for row in split(seed, name, which)]
+    return [row.inputs for row in split(seed, name, which)]
 
 
 def of(category):

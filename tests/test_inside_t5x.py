@@ -227,17 +227,18 @@ def test_axes_of_every_parameter(variables):
 def test_optimizer_is_that_of_the_step():
     config = OptimizerConfig(
         learning_rate=0.1, router_learning_rate=0.2, clip_norm=1.0, weight_decay=0.1,
-        frozen=("representations",),
+        frozen=("representations",), shared_gradient=0.25,
     )  # fmt: skip
     gin.parse_config([
         "OptimizerConfig.learning_rate = 0.1", "OptimizerConfig.router_learning_rate = 0.2",
         "OptimizerConfig.clip_norm = 1.0", "OptimizerConfig.weight_decay = 0.1",
         "OptimizerConfig.frozen = ('representations',)", "RunConfig.train_steps = 7",
+        "OptimizerConfig.shared_gradient = 0.25",
     ])  # fmt: skip
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    params = {"backbone": {"kernel": draw(3, 4), "bias": draw(4)}, "router": {"kernel": draw(2, 3)},
-              "representations": draw(5, 2)}  # fmt: skip
+    params = {"backbone": {"kernel": draw(3, 4), "bias": draw(4), "routed": {"bias": draw(2, 3)}},
+              "router": {"kernel": draw(2, 3)}, "representations": draw(5, 2)}  # fmt: skip
     inner, whole = make_optimizer(config), t5x.optimizer()
     state, frozen_params = inner.init(params), core.freeze(params)
     other = whole.init(frozen_params)
@@ -245,6 +246,9 @@ def test_optimizer_is_that_of_the_step():
     for step in range(7):
         grads = jax.tree.map(lambda p: draw(*p.shape), params)
         grads["representations"] = jnp.zeros((5, 2))
+        given = core.freeze(grads)
+        experts = grads["backbone"]["routed"]["bias"]
+        grads["backbone"]["routed"]["bias"] = 0.75 * experts + 0.25 * experts.sum(1)[:, None]
         norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads)))
         height = schedule(config, jnp.int32(step), 7)
         with jax.numpy_dtype_promotion("standard"):
@@ -252,7 +256,7 @@ def test_optimizer_is_that_of_the_step():
             directions, state = inner.update(clipped, state, params)
             rates = {part: height * rate for part, rate in config.learning_rates.items()}
             params = apply(params, directions, rates)
-            updates, other = whole.update(core.freeze(grads), other, frozen_params)
+            updates, other = whole.update(given, other, frozen_params)
         frozen_params = jax.tree.map(jnp.add, frozen_params, updates)
         np.testing.assert_allclose(logged(jnp.int32(step)), rates["backbone"], rtol=1e-6)
     found = core.unfreeze(frozen_params)

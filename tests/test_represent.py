@@ -160,7 +160,22 @@ def test_text_embedding_ignores_padding():
     np.testing.assert_allclose(found, np.sum(means, 0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["text", "fisher"])
+def test_example_embedding_reads_inputs_and_targets():
+    """The encoder reads each: their embeddings are side by side."""
+    rng = np.random.default_rng(0)
+    model = tiny_model(experts=1)
+    backbone = fresh_params(model)["backbone"]
+    examples = [random_examples(rng, 1)[0] for _ in range(3)]
+    turned = [(target, source) for source, target in examples]
+    here, there = (pack_rows([[pair] for pair in pairs], 11, 11) for pairs in (examples, turned))
+    found = embedding.example_sum(model, backbone, here)
+    one, other = (embedding.text_sum(model, backbone, batch) for batch in (here, there))
+    assert found.shape == (2 * model.config.d_model,)
+    np.testing.assert_allclose(found, np.concatenate([one, other]), rtol=1e-6, atol=1e-6)
+    assert np.abs(one - other).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["text", "example", "fisher"])
 def test_many_devices_share_the_rows_and_agree_with_one(kind, monkeypatch):
     """Four shards of a mesh that also splits the model; 6 rows are not a multiple of them."""
     mixture, _ = toy_mixtures()
@@ -195,7 +210,7 @@ def test_many_devices_share_the_rows_and_agree_with_one(kind, monkeypatch):
             found.append(embed(mixture, "toy_sum"))
         shares.append({key: rows.copy() for key, rows in seen.items()})
         [rows.clear() for rows in seen.values()]
-    tuned = {"text": (set(), set()), "fisher": ({6}, {2})}[kind]
+    tuned = ({6}, {2}) if kind == "fisher" else (set(), set())
     assert shares == [{"summed": {6}, "tuned": tuned[0]}, {"summed": {2}, "tuned": tuned[1]}]
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5 * np.abs(found[0]).max())
 
@@ -291,7 +306,10 @@ def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
 
 
 WRONG = {
-    "kind": ({"kind": "txt"}, "represent.kind is 'txt'; it is one of text, fisher; did you mean"),
+    "kind": (
+        {"kind": "txt"},
+        "represent.kind is 'txt'; it is one of text, example, fisher; did you mean",
+    ),
     "output": ({"output": "f.json"}, "must end in .npz"),
     "split": ({"split": "tarin"}, "'toy_copy' has no split 'tarin'"),
     "one task": ({"MIXTURE_OR_TASK_NAME": "toy_unseen"}, "two tasks that differ, here is one"),

@@ -67,7 +67,7 @@ def test_splits_are_whole_and_share_no_input(seed, name):
     for which, size in SKILLS[name].sizes.items():
         inputs = [row.inputs for row in split(seed, name, which)]
         assert len(set(inputs)) == len(inputs) == size
-        assert all(re.fullmatch(rf"\[{name}\] \S+( \S+)+", text) for text in inputs)
+        assert all(re.fullmatch(r"[^\s\[]\S*( \S+)+", text) for text in inputs)
         assert all(len(text.split()) <= 32 for text in inputs)
         assert all(row.answers and all(row.answers) for row in split(seed, name, which))
     inputs = [row.inputs for which in base for row in split(seed, name, which)]
@@ -189,12 +189,15 @@ def test_same_examples_in_every_process_without_tensorflow():
 
 def test_seqio_registers_lazily_and_reads_the_same_examples():
     seed = 5
-    read = json.loads(_python(SEQIO, SKILLS_GYM_SEED=str(seed)))
+    read = json.loads(_python(SEQIO, SKILLS_GYM_SEED=str(seed), SKILLS_GYM_NAMES="1"))
     rows = split(seed, "skills_colour_of_thing", "test")
     assert any(len(row.answers) > 1 for row in rows)
-    assert read["colours"] == [[r.inputs, r.answers[0], list(r.answers)] for r in rows]
+    named = [f"[skills_colour_of_thing] {row.inputs}" for row in rows]
+    assert read["colours"] == [
+        [text, row.answers[0], [*row.answers]] for text, row in zip(named, rows, strict=True)
+    ]
     rows = split(seed, "skills_opinion_of", "fewshot_13_train")
-    assert read["fewshot"] == [[r.inputs, r.answers[0], []] for r in rows]
+    assert read["fewshot"] == [[f"[skills_opinion_of] {r.inputs}", r.answers[0], []] for r in rows]
     assert read["mixtures"]["skills_gym_train"] == dict.fromkeys(TRAIN, 1.0)
     assert read["mixtures"]["skills_gym_unseen"] == dict.fromkeys(UNSEEN, 1.0)
     assert read["splits"] == {name: sorted(task.sizes) for name, task in SKILLS.items()}

@@ -33,7 +33,7 @@ def world_words(value):
 def told_words(seed):
     rows = (row for name in SKILLS for which in ("validation", "test")
             for row in split(seed, name, which))  # fmt: skip
-    told = " ".join(" ".join((row.inputs.partition("] ")[2], *row.answers)) for row in rows)
+    told = " ".join(" ".join((row.inputs, *row.answers)) for row in rows)
     return set(re.findall(r"\w+", told.lower()))
 
 
@@ -80,15 +80,20 @@ def test_facts_differ_between_worlds():
     assert all(w.opposites[other] for w in worlds[1:] for (other,) in w.opposites.values())
 
 
-def test_the_seed_is_a_gin_setting_and_an_environment_variable(monkeypatch):
+def test_gin_settings_are_environment_variables(monkeypatch):
     files = ["models/tiny.gin", "runs/skills_gym_stage1.gin"]
-    for bindings, seed in ([], "0"), (["skills_gym.seed = 3"], "3"):
+    for bindings, seed, names in (
+        ([], "0", "0"),
+        (["skills_gym.seed = 3", "skills_gym.names = True"], "3", "1"),
+    ):
         flags.parse_gin(files, bindings, [str(flags.GIN_CONFIGS)])
         data = configurables.build(DataConfig)
-        assert data.environment == {"SKILLS_GYM_SEED": seed}
+        assert data.environment == {"SKILLS_GYM_SEED": seed, "SKILLS_GYM_NAMES": names}
         assert directory.config_lines(data)["DataConfig.environment"] == data.environment
     with pytest.raises(UserError, match=r"skills_gym.seed must be an integer, not 'x'"):
         skills_world.settings("x")
+    with pytest.raises(UserError, match=r"skills_gym.names must be True or False, not 1"):
+        skills_world.settings(names=1)
     monkeypatch.setenv("SKILLS_GYM_SEED", "12")
     assert skills_world.current_seed() == 12
     monkeypatch.setenv("SKILLS_GYM_SEED", "1.5")
@@ -96,3 +101,10 @@ def test_the_seed_is_a_gin_setting_and_an_environment_variable(monkeypatch):
         skills_world.current_seed()
     monkeypatch.delenv("SKILLS_GYM_SEED")
     assert skills_world.current_seed() == 0
+    monkeypatch.setenv("SKILLS_GYM_NAMES", "1")
+    assert skills_world.current_names()
+    monkeypatch.setenv("SKILLS_GYM_NAMES", "yes")
+    with pytest.raises(UserError, match=r"SKILLS_GYM_NAMES=yes: must be 0 or 1"):
+        skills_world.current_names()
+    monkeypatch.delenv("SKILLS_GYM_NAMES")
+    assert not skills_world.current_names()

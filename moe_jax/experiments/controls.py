@@ -34,8 +34,8 @@ def planted_experts(
     """The expert that the ontology gives each task, and how many experts that takes.
 
     Every category (or subcategory) of the training tasks has an expert. An unseen task of none of
-    them, such as one of two skills, 'place+capital', takes the expert of the first skill that some
-    training task has.
+    them, such as one of two skills, 'place+capital', takes the expert of the last skill that some
+    training task has: the one that gives the answer.
 
     Raises:
         UserError: a training task has no category.
@@ -52,7 +52,8 @@ def planted_experts(
     def expert(task: PreparedTask) -> int:
         if getattr(task, level) in groups:
             return groups.index(getattr(task, level))
-        return next((of_skill[s] for s in task.subcategory.split("+") if s in of_skill), 0)
+        skills = reversed(task.subcategory.split("+"))
+        return next((of_skill[skill] for skill in skills if skill in of_skill), 0)
 
     return {task.name: expert(task) for task in (*trained.tasks, *unseen.tasks)}, len(groups)
 

@@ -71,9 +71,9 @@ class ExperimentConfig(Configuration, called="experiment"):
             which there must be a checkpoint (RunConfig.checkpoint_period). With as many steps in
             stage 1 as the dense model has left, both see the same number of examples. With 0, stage
             1 starts from fresh weights.
-        represent: the representations of tasks that the router reads: `text` or `fisher`, as
-            `represent` computes them from the dense model (at `upcycle_step`, if there is one), and
-            frozen; '' for learned ones.
+        represent: the representations of tasks that the router starts with: of this kind, as
+            `represent` computes them from the dense model (at `upcycle_step`, if there is one); ''
+            for random ones. They are learned further, unless OptimizerConfig.frozen has them.
         stage2_from_dense: stage 2 starts its experts from the dense model, not from fresh weights.
         eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
@@ -95,7 +95,7 @@ class ExperimentConfig(Configuration, called="experiment"):
     seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (0,)
     oracle: controls.Level = "category"
     upcycle_step: Annotated[int, Range(0, INT32)] = 0
-    represent: Literal["", "text", "fisher"] = ""
+    represent: Literal["", "text", "example", "fisher"] = ""
     stage2_from_dense: bool = False
     eval_examples: Examples = None
     disable_examples: Annotated[int, Range(0, INT32)] = 32
@@ -166,9 +166,6 @@ class Plan:
             if s.represent:
                 before = [self._represented(seed)]
                 bindings["RunConfig.representations_path"] = str(self._representations(seed))
-                frozen = self._config(s.stage1, {}).optimizer.frozen
-                frozen = tuple(dict.fromkeys((*frozen, "representations")))
-                bindings["OptimizerConfig.frozen"] = repr(frozen)
                 parents = (*parents, before[0].name)
             stages = [*before, self._trained(seed, first, s.stage1, bindings, parents)]
             if s.stage2:

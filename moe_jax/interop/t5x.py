@@ -38,7 +38,7 @@ from moe_jax.interop.t5x_data import (
     register,
 )
 from moe_jax.interop.t5x_run import CLOCK, describe, with_empty, without_empty
-from moe_jax.model.experts import Params
+from moe_jax.model.experts import Params, share
 from moe_jax.model.task_moe import init_params, parameter_shardings, routes_of
 from moe_jax.runs import configurables
 from moe_jax.runs.config import Config, RunConfig
@@ -324,12 +324,15 @@ def over_mesh(partitioner: Any) -> Any:
 
 
 def optimizer() -> optax.GradientTransformation:
-    """`OptimizerConfig` as one transformation: clipping, AdamW, the learning rate of each part."""
+    """`OptimizerConfig` as one transformation: shared gradients, clipping, AdamW, the learning
+    rate of each part."""
     config = configurables.build(OptimizerConfig)
     steps = configurables.build(RunConfig).train_steps
 
     def clipped(grads: Params, params: Any = None) -> Params:
         del params
+        if config.shared_gradient:
+            grads = share(grads, config.shared_gradient)
         factor, _ = clip_scale(config, grads, jnp.int32(0))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 

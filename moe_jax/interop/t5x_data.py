@@ -105,8 +105,8 @@ class TaskFeatureConverter(seqio.FeatureConverter):
 def register(mixture: PreparedMixture) -> seqio.Vocabulary:
     """Registers the tasks of a mixture again: in its vocabulary, with their row of the task table.
 
-    They keep their names, and mixtures of them alone have the new ones. Examples that are too long are cut as
-    `data.packing.truncate` cuts them, so that EOS stays.
+    They keep their names, and mixtures of them alone have the new ones. Examples that are too long
+    are cut as `data.packing.truncate` cuts them, so that EOS stays.
 
     Returns:
         The vocabulary.

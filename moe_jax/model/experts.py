@@ -87,6 +87,20 @@ def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: i
     return result
 
 
+def share(params: Params, part: float) -> Params:
+    """(1 - part) * each expert + part * the sum of all experts of its layer.
+
+    All other parameters, or their gradients, stay as they are.
+    """
+
+    def mixed(path, p):
+        if "routed" not in (getattr(key, "key", "") for key in path):
+            return p
+        return (1 - part) * p + part * p.sum(1, keepdims=True)
+
+    return jax.tree_util.tree_map_with_path(mixed, params)
+
+
 def places(index_LxK: jax.Array) -> jax.Array:
     """(layer, expert) of every gathered expert: int [L * K, 2]."""
     layers = jnp.broadcast_to(jnp.arange(index_LxK.shape[0])[:, None], index_LxK.shape)

@@ -39,6 +39,9 @@ class OptimizerConfig(Configuration):
             squares, which changes in small steps, stays float32.
         lazy: if groups gather experts, unused experts keep their weights and moments and cost
             nothing (see `training.slots`).
+        shared_gradient: how much every expert learns from all tasks: its gradient is (1 - share) *
+            its own + share * the sum of all experts' of its layer. With 0 it learns from its own
+            tasks alone; with 1, experts that start alike stay alike, as one dense layer.
         alternate_every: n trains the backbone alone for n steps, then router and representations
             alone for n steps, and so on; waiting parts keep their moments. 0 trains all parts
             together.
@@ -59,6 +62,7 @@ class OptimizerConfig(Configuration):
     epsilon: Annotated[float, Range(1e-20, 1)] = 1e-8
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     lazy: bool = False
+    shared_gradient: Share = 0.0
     alternate_every: Period = 0
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import replicated, shardings
 from moe_jax.data.batch import Batch
 from moe_jax.data.packing import padding_share
-from moe_jax.model.experts import Params
+from moe_jax.model.experts import Params, share
 from moe_jax.model.selection import temperature_at
 from moe_jax.model.task_moe import Assignment, TaskMoE, init_params, routes_of
 from moe_jax.training.grouped_loss import Grouping, grouped_loss
@@ -181,11 +181,17 @@ def step_function(
     gathers = model.routed and model.experts_per_layer < model.config.experts
     gathers = gathers and "backbone" not in optimizer_config.frozen
     lazy = gathers and optimizer_config.lazy
-    if lazy and config.expert_distance:
-        raise UserError(
-            "StepConfig.expert_distance moves every expert, OptimizerConfig.lazy only those "
-            "in use: take one of them"
-        )
+    shared = optimizer_config.shared_gradient
+    moves_all = {
+        "StepConfig.expert_distance": config.expert_distance,
+        "OptimizerConfig.shared_gradient": shared,
+    }
+    for name, value in moves_all.items():
+        if lazy and value:
+            raise UserError(
+                f"{name} moves every expert, OptimizerConfig.lazy only those in use: take one of"
+                " them"
+            )
     optimizer = make_optimizer(optimizer_config)
 
     def train_step(state: TrainState, batch: Batch, learning_rates: dict[str, jax.Array]):
@@ -195,11 +201,13 @@ def step_function(
         grads, metrics, slots = gradients(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
             frozen=optimizer_config.frozen,
-            in_slots=lazy or (gathers and few and not config.expert_distance),
+            in_slots=lazy or (gathers and few and not any(moves_all.values())),
         )  # fmt: skip
+        if shared:
+            grads = share(grads, shared)
         clip, metrics["gradient_norm"] = clip_scale(optimizer_config, grads, state.step)
-        share = padding_share(batch)  # of the whole batch over all processes
-        metrics |= {f"padding/{name}": share[name] for name in ("all", "unpacked")}
+        padding = padding_share(batch)  # of the whole batch over all processes
+        metrics |= {f"padding/{name}": padding[name] for name in ("all", "unpacked")}
         # 2. The update.
         height = schedule(optimizer_config, state.step, total_steps)
         rates = {part: height * rate for part, rate in learning_rates.items()}

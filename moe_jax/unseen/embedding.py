@@ -47,6 +47,12 @@ def text_sum(
     return jnp.einsum("rl,rld->d", weights_RxL, states_RxLxD.astype(jnp.float32))
 
 
+def example_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
+    """`text_sum` of inputs, and of targets as if they were inputs: float32 [2 * d_model]."""
+    targets = {name: batch[name.replace("input", "target")] for name in INPUTS}
+    return jnp.concatenate([text_sum(model, backbone, rows) for rows in (batch, targets)])
+
+
 def fisher_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
     """Sum over examples of the squared gradient of the log-likelihood of their targets.
 
@@ -115,9 +121,9 @@ class Embedder:
         self._rows = rows + -rows % self._shards
         self._place = partial(global_array, sharding=by_group(mesh))
         self._tune: Tuner | None = None
-        self._sum = _over_devices(partial(text_sum, model), mesh)
+        sums = {"text": text_sum, "example": example_sum, "fisher": fisher_sum}
+        self._sum = _over_devices(partial(sums[settings["kind"]], model), mesh)
         if settings["kind"] == "fisher":
-            self._sum = _over_devices(partial(fisher_sum, model), mesh)
             steps, seed = max(1, settings["steps"]), settings["seed"]
             self._tune = Tuner(model, config.optimizer, config.step, mesh, steps, seed)
 

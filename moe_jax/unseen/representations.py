@@ -34,7 +34,7 @@ from moe_jax.runs.load import load_run
 from moe_jax.runs.mixtures import prepare_mixtures
 from moe_jax.unseen.embedding import Embedder
 
-Kind = Literal["text", "fisher"]
+Kind = Literal["text", "example", "fisher"]
 SHUFFLES = 10_000
 # Settings that two files must share for their rows to be comparable.
 COMMON = ("kind", "backbone", "lengths", "steps", "batch_size", "optimizer", "label_smoothing")
@@ -86,9 +86,10 @@ class RepresentConfig(Configuration, called="represent"):
     """Settings of `represent`.
 
     Attributes:
-        kind: `text`, the mean over examples of the encoder's mean last state; or `fisher`, the
-            diagonal of the empirical Fisher information after `steps` of fine-tuning on the task
-            with OptimizerConfig and StepConfig.
+        kind: `text`, the mean over examples of the encoder's mean last state; `example`, the same
+            of inputs and of targets, side by side, which tells tasks apart that have the same
+            inputs; or `fisher`, the diagonal of the empirical Fisher information after `steps` of
+            fine-tuning on the task with OptimizerConfig and StepConfig.
         output: the file; MODEL_DIR/representations_KIND.npz when None.
         mixtures: further mixtures whose tasks are represented with the same components.
         split: of every task.

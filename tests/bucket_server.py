@@ -19,7 +19,7 @@ NAME = "toys"
 
 
 class Bucket:
-    """A context; within it the bucket `gs://toys` is there for processes with this environment.
+    """The bucket `gs://toys` for processes with this environment.
 
     Attributes:
         environment: variables that lead clients here in place of Google's servers.
@@ -35,8 +35,7 @@ class Bucket:
         self._storage._write_config_to_file = lambda: None
         buckets.create_bucket(NAME, self._storage)
         self._storage.buckets[NAME].pop("softDeletePolicy", None)
-        self._server = server.HTTPServer(("127.0.0.1", 0), functools.partial(_Handler, self))
-        self._server.handle_error = lambda *_: None  # a client that was killed
+        self._server = self._listening(port=0)
         address = f"http://127.0.0.1:{self._server.server_port}"
         self.environment = {
             "STORAGE_EMULATOR_HOST": address,
@@ -45,15 +44,22 @@ class Bucket:
             "FSSPEC_GCS_TOKEN": "anon",
             "NO_GCE_CHECK": "true",
         }
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def __enter__(self) -> "Bucket":
-        self._thread.start()
-        return self
+    def _listening(self, port: int) -> server.HTTPServer:
+        found = server.HTTPServer(("127.0.0.1", port), functools.partial(_Handler, self))
+        found.handle_error = lambda *_: None  # a client that was killed
+        return found
 
-    def __exit__(self, *error: Any) -> None:
+    def stop(self) -> None:
+        """Goes out of reach; what it holds stays."""
         self._server.shutdown()
         self._server.server_close()
+
+    def start(self) -> None:
+        """Answers again, at the same address."""
+        self._server = self._listening(self._server.server_port)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def names(self, below: str = "") -> set[str]:
         """The objects below a path of the bucket, named from there."""

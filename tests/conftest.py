@@ -76,3 +76,30 @@ def gym() -> Path:
 def fixtures() -> Path:
     """Directory of numbers produced by the published PyTorch code."""
     return _shared("MOE_JAX_FIXTURES", "fixtures")
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """An emulated bucket. Clients keep the address that they first had: so it is one for all."""
+    pytest.importorskip("gcsfs", reason="buckets need gcsfs: the extra `gcs`")
+    pytest.importorskip("gcp_storage_emulator", reason="the emulator is in the extra `test`")
+    from bucket_server import Bucket
+
+    server = Bucket()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(bucket_server, monkeypatch):
+    """The bucket, to which this process's environment leads."""
+    for name, value in bucket_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return bucket_server
+
+
+@pytest.fixture
+def top(bucket, request, tmp_path, monkeypatch) -> str:
+    """A test's own directory of the bucket; copies of buckets are in its temporary directory."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return f"gs://toys/{request.node.name.split('[')[0]}"

@@ -1,10 +1,7 @@
-"""Runs in a bucket: the same files and metrics as on disk, whatever is killed."""
+"""Files, locks, checkpoints and the cache in a bucket: whole or absent, as on disk."""
 
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import NAMES, TASKS, VOCABULARY, toy_cache
-from toy_run import bindings, finish, flags_of, metrics, start
 
 from moe_jax.core import checksums, files, leases, paths
 from moe_jax.core.errors import UserError
@@ -22,36 +18,16 @@ from moe_jax.data import mirror
 from moe_jax.data.cache import Request
 from moe_jax.data.prepared import look_up
 from moe_jax.data.representations import read_representations
-from moe_jax.report.__main__ import main as report
 from moe_jax.runs import flags
 from moe_jax.training.checkpoints import Checkpoints, load_params
 from moe_jax.training.logs import MetricsLog
 from moe_jax.training.step import TrainState
 
 pytest.importorskip("gcsfs", reason="buckets need gcsfs: the extra `gcs`")
-pytest.importorskip("gcp_storage_emulator", reason="the emulator is in the extra `test`")
 
-from bucket_server import NAME, Bucket
-
-TOP = f"gs://{NAME}"
+TOP = "gs://toys"
 # Of aiohttp, about bodies of a megabyte. Python does not show it by default.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """Clients keep the address that they first had: so it is one for all tests here."""
-    with Bucket() as found, pytest.MonkeyPatch.context() as patch:
-        for name, value in found.environment.items():
-            patch.setenv(name, value)
-        yield found
-
-
-@pytest.fixture
-def top(bucket, request, tmp_path, monkeypatch) -> str:
-    """A test's own directory of the bucket; copies of buckets are in its temporary directory."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return f"{TOP}/{request.node.name.split('[')[0]}"
 
 
 # ------------------------------------------------------------------------------ files
@@ -247,135 +223,3 @@ def test_a_cache_is_copied_once_and_checked(top, bucket, tmp_path, monkeypatch, 
     mirror.publish(top, request)
     monkeypatch.setenv("HOME", str(tmp_path / "fourth host"))
     assert None not in look_up(top, request).values()
-
-
-# ------------------------------------------------------------------------------ whole runs
-
-SETTINGS = {
-    "TRAIN_STEPS": 24,
-    "EVAL_PERIOD": 12,
-    "CHECKPOINT_PERIOD": 6,
-    "RouterConfig__selection": "gumbel_softmax_st",
-    "RouterConfig__experts_per_layer": 1,
-}
-
-
-def relevant(names: set[str]) -> set[str]:
-    """Without the numbers of a process and what Orbax names at random."""
-    return {
-        name.split("tfevents")[0]
-        for name in names
-        if name != ".lock" and "/d/" not in name and not name.endswith("commit_success.txt")
-    }
-
-
-def tree(directory: Path) -> set[str]:
-    return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
-
-
-def same(bucket: Bucket, name: str, directory: Path) -> None:
-    """The bucket's directory and that of a disk hold the same run."""
-    assert relevant(bucket.names(f"{name}/")) == relevant(tree(directory))
-    copy = directory.parent / "copy"
-    for path in bucket.names(f"{name}/"):
-        files.write_bytes(copy / path, bucket.content(f"{name}/{path}"))
-    assert metrics(copy) == metrics(directory)
-    for path in sorted(tree(directory)):
-        if path.startswith(("eval/", "routes")) or path in ("task_table.json", "runs.jsonl"):
-            assert (copy / path).read_bytes() == (directory / path).read_bytes(), path
-    here, there = load_params(directory)[0], load_params(f"{TOP}/{name}")[0]
-    for one, other in zip(leaves(here), leaves(there), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def leaves(params) -> list:
-    import jax
-
-    return jax.tree.leaves(params)
-
-
-def killed_after(bucket: Bucket, arguments: list[str], requests: int, number: int) -> int:
-    """Starts training; sends a signal when the bucket gets so many requests. The exit code."""
-    process = start("train", arguments)
-    first = []
-
-    def before(count: int) -> None:
-        first.append(count)
-        if len(first) == requests:
-            process.send_signal(number)
-
-    bucket.before = before
-    try:
-        process.communicate(timeout=300)
-    finally:
-        bucket.before = lambda count: None
-    return process.returncode
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run on disk that nothing has interrupted."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    finish(start("train", flags_of(bindings(directory, **SETTINGS))))
-    return directory
-
-
-def test_a_run_that_is_killed_goes_on_as_on_disk(top, bucket, whole, tmp_path):
-    arguments = flags_of(bindings(f"{top}/run", **SETTINGS))
-    assert killed_after(bucket, arguments, 120, signal.SIGKILL) == -signal.SIGKILL
-    finish(start("train", arguments))
-    same(bucket, f"{top}/run".removeprefix(f"{TOP}/"), whole)
-    arguments = ["--permutations=9", "--output"]
-    assert report(["--run", f"run={top}/run", *arguments, f"{top}/report"]) == 0
-    assert report(["--run", f"run={whole}", *arguments, str(tmp_path / "report")]) == 0
-    here, there = (files.read_json(f"{d}/report/report.json") for d in (tmp_path, top))
-    assert here["findings"] == there["findings"]
-    assert files.read_text(f"{top}/report/index.html").startswith("<!DOCTYPE html>")
-
-
-@pytest.mark.slow
-def test_ten_random_moments_and_scores(top, bucket, whole, tmp_path):
-    disk = shutil.copytree(whole, tmp_path / "disk")
-    arguments = flags_of(bindings(f"{top}/run", **SETTINGS))
-    rng, ends = random.Random(0), []
-    for turn in range(10):
-        number = signal.SIGKILL if turn % 2 else signal.SIGTERM
-        ends.append(killed_after(bucket, arguments, rng.randrange(20, 250), number))
-    assert set(ends) <= {-signal.SIGKILL, 75, 0} and ends.count(0) < 5
-    finish(start("train", arguments))
-    for run in (disk, f"{top}/run"):
-        finish(start("eval", [f"--gin.MODEL_DIR={run}"]))
-    same(bucket, f"{top}/run".removeprefix(f"{TOP}/"), disk)
-
-
-@pytest.mark.slow
-def test_everything_in_a_bucket(top, bucket, tmp_path):
-    """Data prepared there, two runs, few-shot adaptation that is cut short, a report."""
-    made = {}
-    for place in (str(tmp_path / "disk"), top):
-        for name, settings in {"dense": {"ModelConfig__experts": 1}, "moe": {}}.items():
-            lines = bindings(
-                f"{place}/{name}", TRAIN_STEPS=4, CACHE_DIR=f"{place}/cache", **settings
-            )
-            finish(start("train", flags_of(lines)))
-        lines = bindings(
-            f"{place}/few_shot",
-            MIXTURE_OR_TASK_NAME="toy_unseen", VocabularyConfig__trained_on="toy_train",
-            DENSE_DIR=f"{place}/dense", MOE_DIR=f"{place}/moe", CACHE_DIR=f"{place}/cache",
-            FinetuneConfig__learning_rates=(1e-3, 1e-2), FinetuneConfig__batch_sizes=(4,),
-            FinetuneConfig__seeds=(13,), FinetuneConfig__steps=3,
-        )  # fmt: skip
-        lines = [line for line in lines if not line.startswith(("TRAIN", "Model"))]
-        finish(start("finetune", flags_of(lines)))
-        rows = list(files.read_jsonl(f"{place}/few_shot/runs.jsonl"))
-        files.write_jsonl(f"{place}/few_shot/runs.jsonl", rows[:3])
-        finish(start("finetune", flags_of(lines)))
-        represent = ["--gin.represent.output=" + f"{place}/r.npz", "--gin.represent.examples=4"]
-        finish(start("represent", [f"--gin.MODEL_DIR={place}/dense", *represent]))
-        made[place] = (
-            files.read_text(f"{place}/few_shot/runs.jsonl"),
-            files.read_json(f"{place}/few_shot/arg.json"),
-            read_representations(f"{place}/r.npz", ["toy_copy"], None).tolist(),
-        )
-    disk, there = made.values()
-    assert disk == there

@@ -319,3 +319,29 @@ def test_what_t5x_cannot_do_is_refused(model, variables, mixed):
         made(optimizer=OptimizerConfig(lazy=True))
     with pytest.raises(UserError, match=r"MeshConfig\.fsdp is 8 and expert 1: inside T5X"):
         made(mesh=MeshConfig(fsdp=8))
+    small = made()
+    small.get_initial_variables(None, {"encoder_input_tokens": (4, LENGTHS["inputs"])})
+    with pytest.raises(UserError, match="4 groups of 1 rows: not a multiple of the mesh's 8 data"):
+        small.loss_fn(variables["params"], half, None, CLOCK)
+
+
+@pytest.mark.parametrize(("parts", "model", "shape"), [
+    (1, 1, (8, 1, 1, 1)), (2, 1, (4, 1, 1, 2)), (1, 2, (4, 1, 1, 2)), (4, 4, (2, 1, 1, 4)),
+])  # fmt: skip
+def test_the_mesh_of_the_partitioner(parts, model, shape):
+    gin.parse_config(f"MeshConfig.model = {model}")
+    partitioner = SimpleNamespace(_num_partitions=parts, _ici_mesh_shape=None)
+    assert t5x.over_mesh(partitioner) is partitioner
+    assert tuple(partitioner.mesh.shape.values()) == shape
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"_num_partitions": 2}, "num_partitions is 2, MeshConfig.model 4: set one of them"),
+    ({"_num_partitions": None}, "set PjitPartitioner.num_partitions"),
+    ({"_ici_mesh_shape": (1, 8, 1)}, "set PjitPartitioner.num_partitions"),
+])  # fmt: skip
+def test_other_meshes_are_refused(settings, message):
+    gin.parse_config("MeshConfig.model = 4")
+    partitioner = SimpleNamespace(**{"_num_partitions": 1, "_ici_mesh_shape": None, **settings})
+    with pytest.raises(UserError, match=message):
+        t5x.over_mesh(partitioner)

@@ -1,7 +1,6 @@
 """Training on meshes of 8 devices equals training on one; each device holds only its share."""
 
 import functools
-import socket
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.multihost_utils import process_allgather
-from toy_run import finish, random_batch, start, tiny_model, tiny_params
+from toy_run import finish, free_port, random_batch, start, tiny_model, tiny_params
 
 from moe_jax.core.sharding import LOGICAL_AXES, MeshConfig, by_group, global_array, make_mesh
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -140,9 +139,7 @@ for routes in ("hard", "soft"):
 @pytest.mark.slow
 def test_two_processes_agree_with_one_device(tmp_path):
     """With parameters sharded over two processes, which exchange experts by gloo."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     processes = [
         start("", [address, str(index), str(tmp_path)], code=PROCESS, path=Path(__file__).parent)
         for index in range(2)

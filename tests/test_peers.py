@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from toy_run import free_port
 
 from moe_jax.core.errors import UserError
 from moe_jax.core.peers import Peers
@@ -51,12 +52,6 @@ own.leave(None if why == "done" else why)
 if why == "done":
     time.sleep(2)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def python(code, *arguments):

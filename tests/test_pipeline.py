@@ -169,7 +169,7 @@ def test_rows_of_several_shapes(train):
     iterator = iter(train_batches(train, groups=4, rows=2, threads=0, **settings))
     iterator.set_state({"next_index": 250})
     _equal(next(iterator), batches[250])
-    parts = [_batches(train, 3, process_index=p, process_count=2, **settings) for p in range(2)]
+    parts = [_batches(train, 3, part=(p, 2), **settings) for p in range(2)]
     for b in range(3):
         _equal({k: np.concatenate([part[b][k] for part in parts]) for k in batches[b]}, batches[b])
 
@@ -183,12 +183,12 @@ def test_far_batches_are_as_cheap_as_near_ones(train):
 
 def test_processes_share_the_batches_of_one(train):
     whole = _batches(train, 6)
-    parts = [_batches(train, 6, process_index=p, process_count=2) for p in range(2)]
+    parts = [_batches(train, 6, part=(p, 2)) for p in range(2)]
     for b in range(6):
         joined = {k: np.concatenate([part[b][k] for part in parts]) for k in whole[b]}
         _equal(joined, whole[b])
     with pytest.raises(UserError, match="4 groups cannot be shared equally by 3"):
-        _batches(train, 1, process_index=0, process_count=3)
+        _batches(train, 1, part=(0, 3))
 
 
 def test_worker_processes_give_the_same_batches():

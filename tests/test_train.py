@@ -5,13 +5,12 @@ import random
 import re
 import shutil
 import signal
-import socket
 import time
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from toy_run import bindings, finish, flags_of, metrics, start
+from toy_run import bindings, finish, flags_of, metrics, start, start_together
 
 from moe_jax import __version__
 
@@ -145,54 +144,8 @@ def test_a_finished_run_goes_on_for_longer_with_other_batches_on_another_mesh(wh
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_a_run_stopped_anywhere_goes_on_elsewhere_as_if_it_had_not(seed, tmp_path):
-    """With another mesh, number of processes and of groups at once, for longer than planned."""
-    steady = {**SETTINGS, "EVAL_PERIOD": 0, "OptimizerConfig__decay": "constant",
-              "OptimizerConfig__warmup_fraction": 0.0}  # fmt: skip
-    straight, model_dir = tmp_path / "straight", tmp_path / "elastic"
-    finish(start("train", flags_of(bindings(straight, **steady))))
-    stop = random.Random(seed).randrange(2, 40)
-    finish(start("train", flags_of(bindings(model_dir, **steady | {"TRAIN_STEPS": stop}))))
-    elsewhere = {
-        "StepConfig__groups_at_once": 2 - seed % 2,
-        "ModelConfig__kept_activations": "inputs",
-    }
-    if seed == 0:
-        for process in start_two(model_dir, **steady | elsewhere):
-            finish(process)
-    else:
-        mesh = {"MeshConfig__fsdp": 2, "MeshConfig__expert": seed}
-        arguments = flags_of(bindings(model_dir, **steady | elsewhere | mesh))
-        finish(start("train", arguments, devices=2 * seed))
-    ours = {line["step"]: line for line in metrics(model_dir)}
-    for line in metrics(straight):
-        step = line["step"]
-        if step in (stop, stop + 1):  # where the windows of the means differ
-            continue
-        for name in line.keys() - {"kind"}:
-            np.testing.assert_allclose(
-                ours[step][name], line[name], rtol=2e-3, err_msg=f"{step}: {name}"
-            )
-
-
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start_two(model_dir, **settings):
-    arguments = flags_of(bindings(model_dir, **settings or SETTINGS))
-    port = _port()
-    return [
-        start("train", [
-            *arguments, "--multiprocess_gpu", f"--coordinator_address=127.0.0.1:{port}",
-            "--process_count=2", f"--process_index={index}",
-        ])
-        for index in range(2)
-    ]  # fmt: skip
+def start_two(model_dir):
+    return start_together(2, flags_of(bindings(model_dir, **SETTINGS)))
 
 
 def test_two_processes_give_the_metrics_of_one(whole, tmp_path):

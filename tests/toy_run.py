@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -191,6 +192,27 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_together(count: int, arguments: list[str], **settings) -> list[subprocess.Popen]:
+    """Starts `train` as so many processes that train together; `settings` are those of `start`."""
+    if count == 1:
+        return [start("train", arguments, **settings)]
+    together = [
+        "--multiprocess_gpu", f"--coordinator_address=127.0.0.1:{free_port()}",
+        f"--process_count={count}",
+    ]  # fmt: skip
+    return [
+        start("train", [*arguments, *together, f"--process_index={index}"], **settings)
+        for index in range(count)
+    ]
 
 
 def flags_of(lines: list[str]) -> list[str]:

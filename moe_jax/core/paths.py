@@ -6,6 +6,7 @@ rename and cannot append: what needs one of these asks `in_bucket`.
 
 import errno
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from moe_jax.core import outages
 from moe_jax.core.errors import UserError
 
 Path = pathlib.Path | epath.Path
@@ -44,7 +46,8 @@ def parse(path: str | os.PathLike) -> Path:
         raise UserError(f"{text}: a path in a bucket is gs://BUCKET/PATH")
     if not _HAS_CLIENT:
         raise UserError(f"{text}: buckets need gcsfs: pip install 'moe_jax[gcs]'")
-    _client()
+    bucket = text.removeprefix(BUCKET).partition("/")[0]
+    outages.watch(f"{BUCKET}{bucket}", f"{_client().base}b/{bucket}")
     return epath.Path(text)
 
 
@@ -129,6 +132,8 @@ def reason(error: Exception) -> str:
 def _client() -> Any:
     import fsspec
 
+    # It logs a traceback where it gives up; the error that it raises is enough.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Other processes write to the bucket too: a list is never taken from memory.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return fsspec.filesystem("gcs", finalize_on_close=True)  # as etils does: the same client

@@ -116,6 +116,28 @@ def by_group(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(GROUP_AXES))
 
 
+def part_of_groups(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of a batch's groups the devices of this process hold.
+
+    Processes over which `model` is spread hold the same part.
+
+    Raises:
+        UserError: the mesh is such that processes hold unequal parts.
+    """
+    indices = by_group(mesh).devices_indices_map((group_shards(mesh),))
+    shards: dict[int, set[int]] = {}
+    for device, (index,) in indices.items():
+        shards.setdefault(device.process_index, set()).add(index.start or 0)
+    parts = sorted({tuple(sorted(held)) for held in shards.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != group_shards(mesh):
+        raise UserError(
+            f"MeshConfig: the {mesh.size // mesh.shape['model']} x {mesh.shape['model']} devices"
+            " cannot be laid out so that each process holds the same number of groups: let `model`"
+            " divide the devices of a process, or be a multiple of them"
+        )
+    return parts.index(tuple(sorted(shards[jax.process_index()]))), len(parts)
+
+
 def global_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A global array made from a host array that every process holds."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

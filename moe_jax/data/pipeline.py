@@ -155,7 +155,7 @@ class Lane:
 
 
 class TrainBatches:
-    """Random access to the training batches of one process; see `train_batches`."""
+    """Random access to the training batches, or a part of each; see `train_batches`."""
 
     def __init__(
         self,
@@ -164,14 +164,14 @@ class TrainBatches:
         *,
         groups: int,
         earlier: Sequence[tuple[int, int]],
-        process_index: int,
-        process_count: int,
+        part: tuple[int, int],
     ):
         self._lanes = lanes
         self._schedule = schedule
         self._groups = groups
-        mine = groups // process_count
-        self._mine = range(process_index * mine, (process_index + 1) * mine)
+        index, count = part
+        mine = groups // count
+        self._mine = range(index * mine, (index + 1) * mine)
         # Per lane: its batches before the first one of this size, and their groups.
         self._first = sum(batches for batches, _ in earlier)
         self._batches_L, self._groups_L = [0] * len(lanes), [0] * len(lanes)
@@ -213,8 +213,7 @@ def train_batches(
     cap: float | None = None,
     temperature: float = 1.0,
     split: str = "train",
-    process_index: int = 0,
-    process_count: int = 1,
+    part: tuple[int, int] = (0, 1),
     task_ids: Mapping[str, int] | None = None,
     tasks: Sequence[str] | None = None,
     threads: int = 2,
@@ -240,7 +239,7 @@ def train_batches(
             1910.10683); `seqio`, the mixture's own rates. A task with more examples per row gets
             correspondingly fewer groups.
         split: the split of every task.
-        process_index, process_count: this process reads G / process_count groups of each batch.
+        part: (index, count); the batches have this one of so many equal parts of their G groups.
         task_ids: name -> id; None for the index in `mixture.names`.
         tasks: only these tasks of the mixture.
         threads, prefetch: number of threads that make batches, and of batches kept ready; 0 threads
@@ -249,8 +248,8 @@ def train_batches(
 
     Returns:
         A Grain data set of dictionaries of int32 arrays: those of `packing.build` as [G, R, L], and
-        task_id [G], with G this process's. Its iterator's state is a small JSON value, valid for
-        any number of processes.
+        task_id [G], with G of this part. Its iterator's state is a small JSON value, valid for
+        any number of parts.
 
     Raises:
         UserError: an argument out of range, a task without the split or without an id, a damaged
@@ -267,8 +266,8 @@ def train_batches(
         raise UserError(f"groups={groups}, rows={rows} and lengths={lengths} must be at least 1")
     if shapes < 1:
         raise UserError(f"shapes={shapes} must be at least 1")
-    if groups % process_count:
-        raise UserError(f"{groups} groups cannot be shared equally by {process_count} processes")
+    if groups % part[1]:
+        raise UserError(f"{groups} groups cannot be shared equally by {part[1]} processes")
     rates = [_rate(task, split, mixing, cap, temperature) for task in used]
     if not all(rate >= 0 for rate in rates) or not any(rates):
         raise UserError(f"mixing rates must not be negative, nor all 0: {rates}")
@@ -296,10 +295,7 @@ def train_batches(
         ids = [task_ids[used[i].name] for i in mine]
         lanes.append(Lane(streams, ids, Schedule(shares, seed), in_group))
         weights.append(sum(shares) / in_group)
-    source = TrainBatches(
-        lanes, Schedule(weights, seed), groups=groups, earlier=earlier,
-        process_index=process_index, process_count=process_count,
-    )  # fmt: skip
+    source = TrainBatches(lanes, Schedule(weights, seed), groups=groups, earlier=earlier, part=part)
     options = grain.ReadOptions(
         num_threads=0 if workers else threads, prefetch_buffer_size=max(prefetch, threads)
     )

@@ -8,6 +8,7 @@ The temperature and all random draws depend on the training step, which T5X does
 It is kept as a variable of the model, which T5X saves and passes on like batch statistics.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,9 +21,10 @@ import optax
 from clu import metrics as clu_metrics
 from flax import core, traverse_util
 from flax.linen.partitioning import AxisMetadata
+from jax.sharding import Mesh
 
 from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.core.sharding import MeshConfig, group_shards, make_mesh
 from moe_jax.data.batch import Batch
 from moe_jax.data.modules import load_module
 from moe_jax.data.registry import load_task_modules
@@ -74,12 +76,13 @@ class TaskMoEModel:
     Args:
         config: as `moe_jax.train` reads it. `DataConfig.mixture_or_task_name` gives the task table.
         optimizer_def: T5X's wrapper of an optimizer, see `optimizer`.
+        mesh: that of T5X's partitioner, see `over_mesh`; by default that of `config`.
 
     Raises:
         UserError: a setting that T5X has no place for.
     """
 
-    def __init__(self, config: Config, optimizer_def: Any):
+    def __init__(self, config: Config, optimizer_def: Any, mesh: Mesh | None = None):
         _check(config)
         os.environ.update(config.data.environment)  # which task modules read
         load_task_modules(config.data.task_modules)
@@ -94,7 +97,7 @@ class TaskMoEModel:
         self.ids = DecodingIds(vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id)
         self.FEATURE_CONVERTER_CLS = partial(TaskFeatureConverter, self.ids)
         self.moe = build_model(config.model, config.router, vocabulary.size, len(self.tasks))
-        self.mesh = make_mesh(config.mesh)
+        self.mesh = make_mesh(config.mesh) if mesh is None else mesh
         self._rows = 0
 
     # ---------------------------------------------------------------- before the first step
@@ -174,8 +177,14 @@ class TaskMoEModel:
         grouped = GROUP_TASK_ID in batch
         size = self.config.data.rows_per_group if grouped else 1
         task_id_B = batch[GROUP_TASK_ID if grouped else TASK_ID][:, 0]
+        groups, shards = task_id_B.shape[0] // size, group_shards(self.mesh)
+        if groups % shards:
+            raise UserError(
+                f"a batch has {groups} groups of {size} rows: not a multiple of the mesh's {shards}"
+                " data shards"
+            )
         arrays = {
-            name: array.reshape(-1, size, array.shape[-1])
+            name: array.reshape(groups, size, array.shape[-1])
             for name, array in _rows_of(batch).items()
         }
         return {**arrays, "task_id": task_id_B[::size]}
@@ -309,17 +318,34 @@ def _average(value: jax.Array, count: jax.Array | int = 1) -> clu_metrics.Averag
 # -------------------------------------------------------------------------- for gin files
 
 
-def model(optimizer_def: Any) -> TaskMoEModel:
-    """The model of gin's bindings: T5X's `MODEL`."""
+def model(optimizer_def: Any, partitioner: Any) -> TaskMoEModel:
+    """The model of gin's bindings over the mesh of T5X's partitioner: T5X's `MODEL`."""
     extensions = configurables.build(RunConfig).extensions
     for name in (extensions,) if isinstance(extensions, str) else extensions:
         load_module(name)
-    return TaskMoEModel(configurables.build(Config), optimizer_def)
+    return TaskMoEModel(configurables.build(Config), optimizer_def, partitioner.mesh)
 
 
 def over_mesh(partitioner: Any) -> Any:
-    """T5X's partitioner, with the mesh of `MeshConfig`: it has T5X's axes and more of size one."""
-    partitioner.mesh = make_mesh(configurables.build(MeshConfig))
+    """T5X's partitioner over a mesh of `MeshConfig`, which has T5X's axes and more of size one.
+
+    `PjitPartitioner.num_partitions` and `MeshConfig.model` mean the same; one of them is enough.
+
+    Raises:
+        UserError: they differ, or the partitioner has a mesh of another kind.
+    """
+    config, parts = configurables.build(MeshConfig), partitioner._num_partitions
+    if not parts or partitioner._ici_mesh_shape is not None:
+        raise UserError(
+            "PjitPartitioner.model_parallel_submesh, ici_mesh_shape and dcn_mesh_shape are not for"
+            " a TaskMoE: set PjitPartitioner.num_partitions"
+        )
+    if 1 not in (parts, config.model) and parts != config.model:
+        raise UserError(
+            f"PjitPartitioner.num_partitions is {parts}, MeshConfig.model {config.model}: set one"
+            " of them"
+        )
+    partitioner.mesh = make_mesh(dataclasses.replace(config, model=max(parts, config.model)))
     return partitioner
 
 

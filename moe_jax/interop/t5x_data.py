@@ -240,6 +240,6 @@ def get_dataset(
         prepare_mixtures(data)[data.mixture_or_task_name],
         lengths=data.lengths, groups=data.groups, rows=data.rows_per_group, pack=data.pack,
         seed=seed, mixing=data.mixing, cap=data.cap, temperature=data.mixing_temperature,
-        process_index=shard_id, process_count=num_shards,
+        part=(shard_id, num_shards),
     )  # fmt: skip
     return Batches(batches, data.rows_per_group, data.batch_size // num_shards, data.lengths)

@@ -22,7 +22,7 @@ import jax
 from absl import app, flags, logging
 from jax._src.clusters import ClusterEnv
 
-from moe_jax.core import files, paths, peers, processes
+from moe_jax.core import files, outages, paths, peers, processes
 from moe_jax.core.errors import UserError, first_line, nearest
 from moe_jax.data import modules
 from moe_jax.kernels import memory
@@ -66,8 +66,8 @@ def run(
 ) -> None:  # fmt: skip
     """Parses flags and gin, calls `main(config, settings)`, and ends the process.
 
-    A `UserError` or gin error ends in one line on standard error and exit code 1; SIGTERM and
-    SIGINT in one line and `stopping.EXIT_CODE`.
+    A `UserError` or gin error ends in one line on standard error and exit code 1; SIGTERM, SIGINT
+    and a bucket that is out of reach in one line and `stopping.EXIT_CODE`.
 
     Args:
         config: the dataclass of the run's configuration, made from gin's bindings.
@@ -80,6 +80,7 @@ def run(
     def start(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)
         stopping.install()
+        outages.end_command(_end_together)
         with _one_line_at_the_end():
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
@@ -123,6 +124,12 @@ def _one_line_at_the_end() -> Iterator[None]:
     _leave(None)
 
 
+def _end_together(line: str) -> NoReturn:
+    """Ends the process, which the same command may bring further; the others are told why."""
+    _leave(line)
+    end(line, stopping.EXIT_CODE)
+
+
 def _leave(why: str | None) -> None:
     if _peers is not None:
         _peers.leave(why)
@@ -146,9 +153,10 @@ def _help(config: type, settings: type | None) -> str:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Ends the process: one line on standard error, exit code 1."""
+    """Ends the process: one line on standard error, exit code 1; 75 while a bucket is out of
+    reach."""
     # Gin appends where a configurable was called from; the first line is ours.
-    end(f"error: {first_line(error)}", 1)
+    end(f"error: {first_line(error)}", stopping.EXIT_CODE if outages.is_on() else 1)
 
 
 def end(line: str, code: int) -> NoReturn:

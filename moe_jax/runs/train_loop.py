@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from moe_jax.core import paths, processes
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.progress import progress
-from moe_jax.core.sharding import by_group, make_mesh
+from moe_jax.core.sharding import by_group, make_mesh, part_of_groups
 from moe_jax.data.pipeline import train_batches
 from moe_jax.evaluation.scores import write_routes
 from moe_jax.kernels import memory
@@ -110,8 +110,7 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
                 mixing=data.mixing,
                 cap=data.cap,
                 temperature=data.mixing_temperature,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                part=part_of_groups(mesh),
                 tasks=tasks,
                 task_ids=task_ids,
             )

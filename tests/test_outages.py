@@ -90,13 +90,15 @@ def test_a_command_whose_bucket_is_nowhere_ends_with_one_line(patient, tmp_path,
     process = start("train", arguments, code=None if patient else IMPATIENT)
     begin = time.monotonic()
     _, err = process.communicate(timeout=300)
-    *said, last = err.splitlines()
-    seconds = 60 if patient else 4
+    *lines, last = err.splitlines()
+    period, seconds = (10, 60) if patient else (1, 4)
     assert process.returncode == 75
-    assert seconds < time.monotonic() - begin < seconds + 60
-    assert len(said) == (5 if patient else 3), err
-    for line in said:
-        assert line.startswith("gs://nowhere is out of reach, waiting (")
+    assert time.monotonic() - begin > seconds
+    # TensorStore adds a line about credentials.
+    assert [line for line in lines if line.startswith("gs://")] == [
+        f"gs://nowhere is out of reach, waiting ({said} s): Connection refused"
+        for said in range(period, seconds, period)
+    ]
     assert last == (
         f"error: gs://nowhere has been out of reach for {seconds} s: Connection refused;"
         " the same command goes on from what is saved"

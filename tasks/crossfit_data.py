@@ -20,7 +20,7 @@ from pathlib import Path
 
 import gin
 
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, nearest, shown
 from moe_jax.core.files import read_json
 
 from .data_directory import absolute, data_directory
@@ -103,7 +103,7 @@ def _checked_partition(path: str) -> dict[str, list[str]]:
     for part, names in lists.items():
         for task in names:
             if not isinstance(task, str) or task not in TASKS:
-                raise UserError(f"{path}: unknown task {task!r}{nearest(str(task), TASKS)}")
+                raise UserError(f"{path}: unknown task {shown(task)}{nearest(shown(task), TASKS)}")
             if task in where:
                 raise UserError(f"{path}: {task!r} is in {where[task]!r} and again in {part!r}")
             where[task] = part

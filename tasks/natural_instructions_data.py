@@ -20,8 +20,8 @@ from typing import Any
 
 import gin
 
-from moe_jax.core.errors import UserError
-from moe_jax.core.files import read_json
+from moe_jax.core.errors import UserError, first_line
+from moe_jax.core.files import read_object, read_text
 
 from .data_directory import absolute
 
@@ -31,6 +31,7 @@ PARTS = ("train", "test")
 _TEST_INSTANCES = 100  # the first ones of a test task, as the paper evaluates
 _MAX_VALIDATION = 100
 
+_CATEGORIES = re.compile(r'(?<!\\)"Categories"\s*:\s*')
 _NOW = "Now complete the following example -"
 
 Example = tuple[str, ...]  # input, output, other valid outputs
@@ -61,17 +62,16 @@ def lists(path: Path) -> dict[str, list[str]]:
     """{"train" | "test": task names} of the default split, as its files list them.
 
     Raises:
-        UserError: a list is missing.
+        UserError: a list is missing, or is no text.
     """
     found = {}
     for part in PARTS:
         file = list_file(path, part)
         try:
-            found[part] = file.read_text(encoding="utf-8").split()
-        except OSError as e:
+            found[part] = read_text(file).split()
+        except UserError as e:
             raise UserError(
-                f"cannot read {file}: {e.strerror or e}; {DATA_DIR} must be a copy of the"
-                " repository natural-instructions"
+                f"{e}; {DATA_DIR} must be a copy of the repository natural-instructions"
             ) from e
     return found
 
@@ -84,17 +84,22 @@ def category(file: Path) -> str:
     """The first of the task's categories. Its instances, most of the file, are not parsed.
 
     Raises:
-        UserError: the file has none.
+        UserError: the file has none, or cannot be read.
     """
-    text, decoder = "", json.JSONDecoder()
-    with open(file, encoding="utf-8") as f:
-        while block := f.read(1 << 14):
-            text += block
-            if key := re.search(r'(?<!\\)"Categories"\s*:\s*', text):
-                try:
-                    return _strings(decoder.raw_decode(text, key.end())[0], file, "Categories")[0]
-                except json.JSONDecodeError:
-                    continue  # it goes on in the next block
+    text, block = "", 1 << 14
+    try:
+        with open(file, encoding="utf-8") as f:
+            while more := f.read(block):
+                text = text[-100:] + more  # the key may begin in the block before
+                if _CATEGORIES.search(text):
+                    text += f.read(block)  # and its value may go on in the next
+                    at = _CATEGORIES.search(text).end()
+                    value, _ = json.JSONDecoder().raw_decode(text, at)
+                    found = _strings(value, file, "Categories")[0]
+                    found.encode()  # which half a character cannot be
+                    return found
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f'{file}: no "Categories" can be read: {first_line(e)}') from e
     raise UserError(f'{file}: no "Categories"')
 
 
@@ -111,9 +116,7 @@ def read(file: Path, part: str, split: str, examples: int) -> list[Example]:
     Raises:
         UserError: the file is not as it should be, or the split is empty.
     """
-    task = read_json(file)
-    if not isinstance(task, Mapping):
-        raise UserError(f"{file}: holds no JSON object")
+    task = read_object(file)
     frame = _instruction(task, file, examples)
     found = []
     for number, instance in enumerate(_list(task, file, "Instances")):

@@ -14,14 +14,14 @@ Of an example are read `inputs_pretokenized`, `targets_pretokenized` and, where 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gin
 
-from moe_jax.core.errors import UserError
-from moe_jax.core.files import read_json, read_jsonl
+from moe_jax.core.errors import UserError, shown
+from moe_jax.core.files import read_json, read_jsonl, read_object
 
 from .data_directory import absolute
 
@@ -115,8 +115,9 @@ def _prompt(folder: Path) -> Prompt | None:
         records = [folder / name for name in names if name.startswith(f"{split}.tfrecord")]
         lines, info = folder / f"{split}.jsonl", folder / f"info.{split}.json"
         if records and info.name in names:
-            present = read_json(info).get("features", {})
-            where = str(info)
+            present, where = read_object(info).get("features"), str(info)
+            if not isinstance(present, dict):
+                raise UserError(f"{info}: 'features' must be {{name: feature}}")
         elif lines.name in names:
             records, where = [lines], f"{lines}:1"
             present = next(read_jsonl(lines), {})
@@ -138,13 +139,24 @@ def read_lines(prompt: Prompt, split: str) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: a line is not JSON, or lacks a feature or has it in another type.
     """
-    kinds: Mapping[str, type | tuple[type, ...]] = {
-        **dict.fromkeys(TEXTS, str), "answer_choices": list, "idx": list, "is_correct": bool,
-        "weight": (int, float),
-    }  # fmt: skip
     (path,) = prompt.files[split]
     for number, row in enumerate(read_jsonl(path), 1):
         for name in prompt.features:
-            if not isinstance(row.get(name), kinds[name]):
-                raise UserError(f"{path}:{number}: {name!r} is {row.get(name)!r}")
+            if not _fits(name, row.get(name)):
+                raise UserError(f"{path}:{number}: {name!r} is {shown(row.get(name))}")
         yield {name: row[name] for name in prompt.features}
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a feature of an example can have a value."""
+    match name:
+        case "answer_choices":
+            return isinstance(value, list) and all(isinstance(v, str) for v in value)
+        case "idx":  # of the example, and of the choice
+            found = isinstance(value, list) and len(value) == 2
+            return found and all(type(v) is int and 0 <= v < 2**31 for v in value)
+        case "is_correct":
+            return isinstance(value, bool)
+        case "weight":
+            return type(value) in (int, float) and 0 <= value < 1e30
+    return isinstance(value, str)

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import tensorflow as tf
-
 _STORED = {"int32": "int64_list", "bool": "int64_list", "float32": "float_list"}
 _TOKENS = {"inputs": [3, 4, 1], "targets": [5, 1]}  # of T5's vocabulary; nothing should read them
 
@@ -15,6 +13,8 @@ def write_folder(folder: Path, split: str, rows: list[dict], features: dict[str,
     Args:
         features: name -> (type, shape), beside the texts and their tokens.
     """
+    import tensorflow as tf  # slow, and most of this module does not need it
+
     features = {
         **{name: ("int32", [None]) for name in _TOKENS},
         **{f"{name}_pretokenized": ("string", []) for name in _TOKENS},

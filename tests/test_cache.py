@@ -126,16 +126,18 @@ DAMAGES = {
 }
 
 
-def test_damage_of_any_file_is_found(copied, tmp_path, capsys):
-    """Each file of a mixture in one of the ways; also files that are gone."""
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_damage_of_any_file_is_found(every, copied, tmp_path, capsys):
+    """Each file of a mixture in one of the ways, or in `every` way; also files that are gone."""
     request = Request.make(NAMES, TASKS, VOCABULARY)
     directories = [copied.vocabulary_dir, *(task.directory for task in copied.tasks)]
     paths = [path for directory in directories for path in sorted(directory.iterdir())]
     paths.append(request.path(tmp_path / "cache", "toy_train"))
     assert len(paths) > 15 and sum(path.name == "checksums.json" for path in paths) == 3
+    ways = list(DAMAGES.values())
     for number, path in enumerate(paths):
         content = path.read_bytes()
-        for damage in [list(DAMAGES.values())[number % len(DAMAGES)], None]:
+        for damage in [*(ways if every else [ways[number % len(ways)]]), None]:
             path.unlink() if damage is None else path.write_bytes(damage(content))
             assert cache.find(tmp_path / "cache", request, "toy_train", quiet=True) is None
             assert not capsys.readouterr().err
@@ -236,6 +238,9 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
         load_module("other.py")
     with pytest.raises(UserError, match="cannot import module 'no_such_module'"):
         load_module("no_such_module")
+    for name in ("", ".relative", "a..b", 3):
+        with pytest.raises(UserError, match="is no module's name"):
+            load_module(name)
     (tmp_path / "late.py").write_text("import gin\n@gin.configurable\ndef late(): pass\n")
     gin.finalize()  # as in every run
     assert load_module("late.py").late() is None

@@ -183,6 +183,25 @@ def test_other_models_are_refused_in_one_line(name, change, settings, message, t
     assert [p.name for p in tmp_path.iterdir()] == ["source"]  # no partial files
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "must be {name: value}"),
+        ({}, 'must be {"weight_map": {tensor: file}}'),
+        ({"weight_map": {"a": 3}}, 'must be {"weight_map": {tensor: file}}'),
+        ({"weight_map": {"a": "../other.safetensors"}}, "has no '../other.safetensors'"),
+        ({"weight_map": {"a": "x" * 5000}}, "has no 'xxx"),
+    ],
+)
+def test_an_index_that_is_none(index, message, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "other.safetensors").touch()
+    files.write_json(tmp_path / "hf" / directory.INDEX, index)
+    with pytest.raises(UserError) as error:
+        directory.Weights(tmp_path / "hf")
+    assert message in str(error.value)
+
+
 def test_command_line_errors_are_one_line(tmp_path, capsys):
     def fails(*argv) -> str:
         assert convert.main([str(a) for a in argv]) == 1

@@ -148,3 +148,8 @@ def test_ids_of_absent_keys():
         special_ids(bart, "test", {"eos_token_id": 5})
     with pytest.raises(UserError, match=r"test: model_type is 'mt6'.*did you mean 'mt5'"):
         special_ids({"model_type": "mt6"}, "test")
+    with pytest.raises(UserError, match=r"test: model_type is \['t5'\]"):
+        special_ids({"model_type": ["t5"]}, "test")
+    for wrong in (-1, 1.0, "1", True, [], [2, "x"]):
+        with pytest.raises(UserError, match=r"test: eos_token_id is .*; it is an id"):
+            special_ids(bart | {"eos_token_id": wrong}, "test")

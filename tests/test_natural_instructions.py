@@ -96,6 +96,22 @@ def test_what_is_wrong_with_a_file_is_named(root, change, message):
         data.read(file(root), "train", "train", 2)
 
 
+def test_files_that_are_no_text(root):
+    path = data.list_file(root, "train")
+    path.write_bytes(b"task001\xff")
+    with pytest.raises(UserError, match=r"train_tasks\.txt is not UTF-8.*must be a copy of"):
+        data.lists(root)
+    for content in (b'{"Categories": ["\xff"]}', b'{"Categories": ["\\ud800"]}',
+                    b'{"Categories": ' + b"[" * 10**5):  # fmt: skip
+        file(root).write_bytes(content)
+        with pytest.raises(UserError, match=r'quoref_words\.json: no "Categories" can be read: '):
+            data.category(file(root))
+    # Wherever blocks end.
+    for blanks in range((1 << 14) - 30, (1 << 14) + 5):
+        file(root).write_text("{" + " " * blanks + '"Categories"  :  ["Here"]}')
+        assert data.category(file(root)) == "Here"
+
+
 def test_settings(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"train_tasks\.txt: No such file.*must be a copy of"):
         data.lists(tmp_path)

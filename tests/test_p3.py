@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -194,6 +195,17 @@ def test_bad_lines_are_named(tmp_path):
     prompt = prompt_of(tmp_path, GOOD, {**GOOD, "answer_choices": "b"})
     with pytest.raises(UserError, match=r"test\.jsonl:2: 'answer_choices' is 'b'"):
         list(data.read_lines(prompt, "test"))
+    ranked = GOOD | {"idx": [0, 1], "is_correct": True, "weight": 1}
+    for name, value in {
+        "answer_choices": ["b", 3], "idx": [0], "is_correct": 1, "weight": True,
+        "targets_pretokenized": ["b"],
+    }.items():  # fmt: skip
+        (tmp_path / "imdb_x" / "test.jsonl").write_text(json.dumps(ranked | {name: value}))
+        (prompt,) = data.prompts(tmp_path)
+        with pytest.raises(
+            UserError, match=rf"test\.jsonl:1: '{name}' is {re.escape(repr(value))}"
+        ):
+            list(data.read_lines(prompt, "test"))
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -201,3 +213,8 @@ def test_bad_folders_are_named(tmp_path):
         data.prompts(tmp_path)
     with pytest.raises(UserError, match=r"test\.jsonl:1: no feature 'targets_pretokenized'"):
         prompt_of(tmp_path, {"inputs_pretokenized": "a"})
+    (tmp_path / "imdb_x" / "test.tfrecord-0").touch()
+    for info in ({"features": "inputs_pretokenized"}, {}, []):
+        (tmp_path / "imdb_x" / "info.test.json").write_text(json.dumps(info))
+        with pytest.raises(UserError, match=r"info\.test\.json: .*must be \{name: "):
+            data.prompts(tmp_path)

@@ -131,7 +131,7 @@ FAULTS = {
         "as many numbers",
     ),
     "words": ("f.json", lambda path: path.write_text('{"a": ["x"]}'), "as many numbers"),
-    "list": ("f.json", lambda path: path.write_text("[1]"), "must be {task name"),
+    "list": ("f.json", lambda path: path.write_text("[1]"), "must be {name: value}"),
     "json": ("f.json", lambda path: path.write_text("{"), "not valid JSON"),
     "infinite": (
         "f.npz",
@@ -177,3 +177,11 @@ def test_a_file_comes_back_as_it_was(tmp_path):
     np.savez(tmp_path / "g.npz", tasks=["a"], representations=np.ones((1, 3)))
     with pytest.raises(UserError, match=r"no 'components', so represent did not write it"):
         Representations.read(tmp_path / "g.npz")
+    arrays = dict(np.load(tmp_path / "f.npz"))
+    for name, value in {
+        "raw": raw[:, 1:], "mean": projection.mean_D * np.nan, "scale": np.array([1.0]),
+        "components": projection.components_KxD * 1e300,
+    }.items():  # fmt: skip
+        np.savez(tmp_path / "g.npz", **arrays | {name: value})
+        with pytest.raises(UserError, match="is not what represent writes"):
+            Representations.read(tmp_path / "g.npz")

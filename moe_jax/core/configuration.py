@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from moe_jax.core import paths
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, nearest, shown
 
 INT32 = 2**31 - 1  # what JAX counts with
-_SHOWN = 80  # characters of a bad value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +147,7 @@ class Configuration:
             if not _fits(value, hint):
                 near = nearest(value, _choices(hint)) if isinstance(value, str) else ""
                 raise UserError(
-                    f"{self.called}.{name} is {_shown(value)}; it is {describe(hint)}{near}"
+                    f"{self.called}.{name} is {shown(value)}; it is {describe(hint)}{near}"
                 )
 
 
@@ -229,12 +228,3 @@ def _choices(hint: Any) -> list[str]:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
-def _shown(value: Any) -> str:
-    """`repr`, short and in one line."""
-    try:
-        text = " ".join(repr(value).split())
-    except (ValueError, RecursionError):  # a number of thousands of digits; endless nesting
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

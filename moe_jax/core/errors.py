@@ -3,6 +3,9 @@
 import difflib
 import sys
 from collections.abc import Iterable
+from typing import Any
+
+_SHOWN = 80  # characters of a bad value
 
 
 class UserError(Exception):
@@ -18,6 +21,15 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, without what libraries write below; '' if nothing."""
     return next(iter(str(error).strip().splitlines()), "")
+
+
+def shown(value: Any) -> str:
+    """`repr` in one line of at most 83 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # a number of thousands of digits; endless nesting
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 from moe_jax.core import paths
 from moe_jax.core.errors import UserError
 
+_HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")  # in UTF-16, of two
 NEW = ".new-"  # prefix of directories that are being written
 
 
@@ -140,9 +142,21 @@ def read_json(path: str | os.PathLike) -> Any:
     """
     text = read_text(path)
     try:
-        return _parse(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON: {_reason(e)}") from e
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; see `read_json`.
+
+    Raises:
+        UserError: also where it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be {{name: value}}")
+    return value
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
@@ -157,7 +171,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     try:
-                        value = _parse(line.decode("utf-8"))
+                        value = parse_json(line.decode("utf-8"))
                     except (ValueError, RecursionError) as e:
                         raise UserError(f"{path}:{number}: not valid JSON: {_reason(e)}") from e
                     if not isinstance(value, dict):
@@ -167,13 +181,20 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
         raise UserError(f"cannot read {path}: {paths.reason(e)}") from e
 
 
-def _parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError, RecursionError: it is no JSON, or has a key twice or a number that is infinite.
+        ValueError, RecursionError: it is no JSON, or has a key twice, a number that is infinite, or
+            half a character, which no text of ours can hold.
     """
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+    value = json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+    if _HALF.search(text):  # perhaps with its other half
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"{e.object[e.start]!a} is half a character") from e
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

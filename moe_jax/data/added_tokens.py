@@ -105,7 +105,7 @@ def _added(directory: Path) -> Iterator[_Added]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return files.read_json(path) if path.is_file() else {}
+    return files.read_object(path) if path.is_file() else {}
 
 
 def _extra(settings: Mapping[str, Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import gin
 
 import moe_jax
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, shown
 
 # Includes the user's and the system's, which sysconfig leaves out in a virtual environment.
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
@@ -42,7 +42,8 @@ def full_name(name: str) -> str:
     """
     package, _, module = name.rpartition(".")
     builtin = f"{BUILTIN_TASKS}.{module}"
-    return builtin if package == "tasks" and importlib.util.find_spec(builtin) else name
+    is_there = package == "tasks" and module and importlib.util.find_spec(builtin)
+    return builtin if is_there else name
 
 
 def load_module(name: str) -> ModuleType:
@@ -51,6 +52,8 @@ def load_module(name: str) -> ModuleType:
     Raises:
         UserError: there is no such module, or importing it fails.
     """
+    if not isinstance(name, str):
+        raise UserError(f"{shown(name)} is no module's name")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     with gin.unlock_config():  # the module may define configurables after gin was parsed
@@ -65,6 +68,8 @@ def name_of(module: ModuleType) -> str:
 
 
 def _load_package(name: str) -> ModuleType:
+    if not all(name.split(".")):
+        raise UserError(f"{shown(name)} is no module's name")
     try:
         return importlib.import_module(full_name(name))
     except ImportError as e:

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, first_line, nearest
+
+_LARGE = 1e30  # what float32 holds, with room for products
 
 
 class Projection(NamedTuple):
@@ -110,7 +112,7 @@ class Representations:
         """Reads what `write` wrote.
 
         Raises:
-            UserError: the file cannot be read, or `represent` did not write it.
+            UserError: the file cannot be read, or it is not what `represent` writes.
         """
         archive = _read_archive(path)
         absent = {"raw", "mean", "components", "scale", "settings"} - archive.keys()
@@ -120,11 +122,25 @@ class Representations:
                 " cannot be put beside its tasks"
             )
         tasks, rows_TxK = _checked(path, archive["tasks"].tolist(), archive["representations"])
-        projection = Projection(archive["mean"], archive["components"], archive["scale"])
+        (T, K), D = rows_TxK.shape, archive["raw"].shape[-1:]
+        # Of vectors of unit length: none of their numbers is above 1.
+        parts = {"raw": ((T, *D), _LARGE), "mean": (D, 1.001), "components": ((K, *D), 1.001),
+                 "scale": ((), _LARGE)}  # fmt: skip
+        for name, (shape, limit) in parts.items():
+            array = archive[name]
+            if (
+                array.dtype.kind != "f"
+                or array.shape != shape
+                or not np.all(np.abs(array, dtype=np.float64) <= limit)
+            ):
+                raise UserError(f"{path}: its {name!r} is not what represent writes")
+        projection = Projection(*(archive[name] for name in ("mean", "components", "scale")))
         try:
-            settings = json.loads(str(archive["settings"]))
-        except ValueError as e:
-            raise UserError(f"{path}: its settings are not valid JSON: {e}") from e
+            settings = files.parse_json(str(archive["settings"]))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}: its settings are not valid JSON: {first_line(e)}") from e
+        if not isinstance(settings, dict):
+            raise UserError(f"{path}: its settings must be {{name: value}}")
         return cls(tuple(tasks), rows_TxK, archive["raw"], projection, settings)
 
 
@@ -146,9 +162,7 @@ def read_representations(
             are given), has rows of another length, or numbers that are not finite.
     """
     if os.fspath(path).endswith(".json"):
-        value = files.read_json(path)
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: must be {{task name: [numbers]}}")
+        value = files.read_object(path)
         content = {"tasks": list(value), "rows": list(value.values())}
     else:
         archive = _read_archive(path)

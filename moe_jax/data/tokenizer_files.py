@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moe_jax.core import files
-from moe_jax.core.errors import UserError, first_line, nearest
+from moe_jax.core.errors import UserError, first_line, nearest, shown
 from moe_jax.data import added_tokens
 from moe_jax.data.added_tokens import ADDED_TOKENS, SETTINGS, SPECIAL_TOKENS
 
@@ -17,6 +17,7 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 SENTENCEPIECE = "spiece.model"
+_MOST_SENTINELS = 10_000
 # All files of a tokenizer, so that it can be copied unchanged.
 FILES = (
     TOKENIZER,
@@ -49,13 +50,13 @@ def special_ids(
             `config.json` lacks.
 
     Raises:
-        UserError: its model_type is not one of those whose tokenizers are known, or the two files
-            disagree: the model would be trained with one id and decoded with another.
+        UserError: its model_type is not one of those whose tokenizers are known, an id is none, or
+            the two files disagree: the model would be trained with one id and decoded with another.
     """
     kind = config.get("model_type")
-    if kind not in SPECIAL_IDS:
+    if not isinstance(kind, str) or kind not in SPECIAL_IDS:
         raise UserError(
-            f"{source}: model_type is {kind!r}; its tokenizer can be read for one of"
+            f"{source}: model_type is {shown(kind)}; its tokenizer can be read for one of"
             f" {', '.join(SPECIAL_IDS)}{nearest(str(kind), SPECIAL_IDS)}"
         )
     ids = dict(SPECIAL_IDS[kind])
@@ -63,10 +64,14 @@ def special_ids(
         key = f"{name}_token_id"
         value, other = config.get(key), (generation or {}).get(key)
         # `eos` may be a list of ids that end an answer.
-        first, allowed = (v if isinstance(v, list) else [v] for v in (value, other))
+        first, allowed = (v if isinstance(v, list) and v else [v] for v in (value, other))
+        for i in (*first, *allowed):
+            if i is not None and (type(i) is not int or i < 0):
+                raise UserError(f"{source}: {key} is {shown(i)}; it is an id")
         if value is not None and other is not None and first[0] not in allowed:
             raise UserError(
-                f"{source}: {key} is {value}, but {other} in {GENERATION_CONFIG} beside it"
+                f"{source}: {key} is {shown(value)}, but {shown(other)} in {GENERATION_CONFIG}"
+                " beside it"
             )
         found = first[0] if value is not None else allowed[0]
         if found is not None:
@@ -86,13 +91,13 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
     Raises:
         UserError: the files are missing, one cannot be read, or added tokens do not fit.
     """
-    config = files.read_json(directory / CONFIG)
+    config = files.read_object(directory / CONFIG)
     generation = directory / GENERATION_CONFIG
-    generation = files.read_json(generation) if generation.is_file() else None
+    generation = files.read_object(generation) if generation.is_file() else None
     ids = special_ids(config, directory / CONFIG, generation)
     settings = {}
     if (directory / SETTINGS).is_file():
-        settings = files.read_json(directory / SETTINGS)
+        settings = files.read_object(directory / SETTINGS)
     try:
         if (directory / TOKENIZER).is_file():
             tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
@@ -107,8 +112,12 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, int
     except UserError:
         raise
     except Exception as e:  # `tokenizers` and protobuf raise plain Exceptions
-        reason = first_line(e)
+        reason = first_line(e)[:200]  # it may quote the file
         raise UserError(f"cannot read the tokenizer of {directory}: {reason}") from e
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    for name, i in ids.items():
+        if i is not None and i >= size:
+            raise UserError(f"{directory}: {name}_token_id is {i}; the tokenizer has {size} tokens")
     unk = tokenizer.token_to_id("<unk>")
     return tokenizer, {**ids, "unk": ids["pad"] if unk is None else unk}
 
@@ -136,7 +145,10 @@ def _unigram(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
 
     content = (directory / SENTENCEPIECE).read_bytes()
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)
-    sentinels = [f"<extra_id_{i}>" for i in range(settings.get("extra_ids", 100))]
+    count = settings.get("extra_ids", 100)
+    if type(count) is not int or not 0 <= count <= _MOST_SENTINELS:
+        raise UserError(f"{directory / SETTINGS}: extra_ids is {shown(count)}")
+    sentinels = [f"<extra_id_{i}>" for i in range(count)]
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     pieces += [(sentinel, 0.0) for sentinel in reversed(sentinels)]
     unk = proto.trainer_spec.unk_id

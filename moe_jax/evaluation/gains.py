@@ -25,22 +25,36 @@ import numpy as np
 from scipy import stats
 
 from moe_jax.core import files, paths
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, nearest, shown
 
 # Five right answers in a hundred. A gain over less is mostly noise: of 0.15 over 0.005, +2,900 %,
 # which would outweigh all other tasks of an average.
 NEAR_ZERO = 0.05
 
-_KEYS = (
-    "task",
-    "metric",
-    "start",
-    "seed",
-    "learning_rate",
-    "batch_size",
-    "dev_score",
-    "test_score",
-)
+_KEYS = {
+    "task": str,
+    "metric": str,
+    "start": str,
+    "seed": int,
+    "learning_rate": float,
+    "batch_size": int,
+    "dev_score": float,
+    "test_score": float,
+}
+_LARGEST = 1e30
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a fine-tuning run's runs.jsonl.
+
+    Raises:
+        UserError: the file cannot be read, or a line is of another form.
+    """
+    rows = list(files.read_jsonl(path))
+    for number, row in enumerate(rows, 1):
+        if problem := _problem(row):
+            raise UserError(f"{path}: fine-tuning run {number} {problem}")
+    return rows
 
 
 def relative_gains(rows: Iterable[Mapping[str, Any]], baseline: str = "untrained") -> dict:
@@ -288,22 +302,28 @@ def _aggregate(arg_K: np.ndarray | None, per_seed) -> dict[str, Any]:
     return {"arg": float(arg_K.mean()), "ci95": t_interval(arg_K), "per_seed": per_seed(arg_K)}
 
 
+def _problem(row: Any) -> str | None:
+    """What is wrong with a row, in words; None where nothing is."""
+    for key, kind in _KEYS.items():
+        if not isinstance(row, Mapping) or key not in row:
+            return f"lacks {key!r}"
+        value = row[key]
+        if key == "test_score" and value is None:
+            continue
+        good = isinstance(value, int | float if kind is float else kind)
+        if isinstance(value, bool) or not good or (kind is not str and not abs(value) < _LARGEST):
+            words = {str: "a text", int: "a whole number", float: "a finite number"}
+            return f"is of no use: {key} is {shown(value)}, not {words[kind]}"
+    return None
+
+
 def _grid(rows: Iterable[Mapping[str, Any]]) -> dict[tuple, dict[tuple, Mapping[str, Any]]]:
     """Returns {(task, start, seed): {(learning_rate, batch_size): row}} in the rows' order."""
     grid: dict[tuple, dict[tuple, Mapping[str, Any]]] = {}
     for number, row in enumerate(rows, 1):
-        missing = [key for key in _KEYS if not isinstance(row, Mapping) or key not in row]
-        if missing:
-            raise UserError(f"fine-tuning run {number} lacks {', '.join(map(repr, missing))}")
+        if problem := _problem(row):
+            raise UserError(f"fine-tuning run {number} {problem}")
         where = f"task {row['task']!r}, start {row['start']!r}, seed {row['seed']}"
-        for key in ("dev_score", "test_score"):
-            value = row[key]
-            if key == "test_score" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"{where}: {key} is {value!r}, expected a number")
-            if not math.isfinite(value):
-                raise UserError(f"{where}: {key} is {value}, expected a finite number")
         points = grid.setdefault((row["task"], row["start"], row["seed"]), {})
         point = (row["learning_rate"], row["batch_size"])
         old = points.setdefault(point, row)

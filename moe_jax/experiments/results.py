@@ -86,7 +86,7 @@ def _few_shot(plan: Plan, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
         runs = [
             row | {"start": arms[row["start"]]}
             for place, arms in plan.few_shot(seed).items()
-            for row in files.read_jsonl(place / RUNS)
+            for row in gains.read_rows(place / RUNS)
         ]
         found = gains.relative_gains(runs, baseline=DENSE)
         for task, cells in found["tasks"].items():

@@ -81,7 +81,7 @@ def run_stages(root: Path, stages: Sequence[Stage]) -> Iterator[Stage]:
 def read_record(place: Path) -> Mapping[str, Any]:
     """What `RECORD` in a directory says; empty where there is none."""
     path = place / RECORD
-    return files.read_json(path) if path.exists() else {}
+    return files.read_object(path) if path.exists() else {}
 
 
 def time_left(

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, shown
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.interop import hf_families
 from moe_jax.model.config import ModelConfig
@@ -35,7 +35,9 @@ def read_config(config: Mapping[str, Any], tied: bool, source: Any) -> ModelConf
         if value is None:
             raise UserError(f"{source}: {key} is missing")
         if fields.setdefault(field, value) != value:
-            raise UserError(f"{source}: {key} is {value!r}; only {fields[field]!r} is supported")
+            raise UserError(
+                f"{source}: {key} is {shown(value)}; only {shown(fields[field])} is supported"
+            )
     if not tied and fields.get("scale_tied_logits"):
         raise UserError(
             f"{source}: logits are scaled (scale_decoder_outputs, or tie_word_embeddings in older"

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_jax.core import files, paths
-from moe_jax.core.errors import UserError, first_line
+from moe_jax.core.errors import UserError, first_line, shown
 from moe_jax.data.tokenizer_files import CONFIG, GENERATION_CONFIG
 
 CONFIGS = (CONFIG, GENERATION_CONFIG)
@@ -78,10 +78,14 @@ class Weights:
 
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / INDEX).is_file():
-        names = sorted(set(files.read_json(directory / INDEX)["weight_map"].values()))
-        missing = [name for name in names if not (directory / name).is_file()]
+        weight_map = files.read_object(directory / INDEX).get("weight_map")
+        values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not values or not all(isinstance(name, str) for name in values):
+            raise UserError(f'{directory / INDEX}: must be {{"weight_map": {{tensor: file}}}}')
+        names, own = sorted(set(values)), {path.name for path in directory.iterdir()}
+        missing = [name for name in names if name not in own]
         if missing:
-            raise UserError(f"{directory} has no {missing[0]}, which {INDEX} names")
+            raise UserError(f"{directory} has no {shown(missing[0])}, which {INDEX} names")
         return [directory / name for name in names]
     if not (directory / SINGLE).is_file():
         raise UserError(

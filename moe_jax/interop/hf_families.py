@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, nearest, shown
 
 
 class Setting(NamedTuple):
@@ -119,8 +119,8 @@ def of_config(config: Mapping[str, Any], source: Any) -> HuggingFaceFamily:
     candidates = [family for family in _FAMILIES.values() if family.model_type == kind]
     if not candidates:
         raise UserError(
-            f"{source}: model_type is {kind!r}; it can be one of {', '.join(kinds)}"
-            f"{nearest(str(kind), kinds)}"
+            f"{source}: model_type is {shown(kind)}; it can be one of {', '.join(kinds)}"
+            f"{nearest(shown(kind), kinds)}"
         )
     for key in dict.fromkeys(key for family in candidates for key in family.fixed):
         fitting = [
@@ -129,7 +129,7 @@ def of_config(config: Mapping[str, Any], source: Any) -> HuggingFaceFamily:
         if not fitting:
             known = " or ".join(repr(family.fixed[key]) for family in candidates)
             value = candidates[0].value(config, key)
-            raise UserError(f"{source}: {key} is {value!r}; only {known} is supported")
+            raise UserError(f"{source}: {key} is {shown(value)}; only {known} is supported")
         candidates = fitting
     return candidates[0]
 

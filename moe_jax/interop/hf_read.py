@@ -33,7 +33,7 @@ def from_hf(source: str, out: str | Path) -> ModelConfig:
     out = paths.local(out)
     files.check_new(out)
     directory = hf_directory.find(source)
-    config_json = files.read_json(directory / hf_directory.CONFIG)
+    config_json = files.read_object(directory / hf_directory.CONFIG)
     weights = Weights(directory)
     names = _names(weights)
     tied = _is_tied(weights, names)

@@ -3,16 +3,18 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_jax.core import files, paths
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, shown
+from moe_jax.evaluation import gains
 
 NO_CATEGORY = "(no category)"
+_TEXTS = ("task", "metric", "category", "subcategory", "split")
 PREDICTION = {"task", "input", "prediction", "references"}
 
 
@@ -65,7 +67,10 @@ def read_run(name: str, path: str | os.PathLike) -> Run:
         raise UserError(f"run name {name!r} must start with a letter or digit, then [\\w.+ -]")
     if not path.is_dir():
         raise UserError(f"run {name!r}: {path} is not a directory")
-    origin, config = (_read_object(path / file) for file in ("origin.json", "config.json"))
+    origin, config = (
+        files.read_object(path / file) if (path / file).exists() else {}
+        for file in ("origin.json", "config.json")
+    )
     train, eval_ = _read_metrics(path / "metrics.jsonl")
     scores = _read_evaluations(path)
     routes = read_routes(path / "routes.json") if (path / "routes.json").exists() else None
@@ -95,10 +100,13 @@ def read_predictions(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     for file in sorted(path.glob("eval/*/predictions.jsonl")):
         for number, line in enumerate(files.read_jsonl(file), 1):
-            if not isinstance(line, Mapping) or PREDICTION - line.keys():
+            if PREDICTION - line.keys():
                 lacking = "', '".join(sorted(PREDICTION - set(line)))
                 raise UserError(f"{file}: entry {number} lacks '{lacking}'")
-            yield file.parent.name, dict(line)
+            for key in ("task", "input"):
+                if not isinstance(line[key], str):
+                    raise UserError(f"{file}: entry {number}: {key} is {shown(line[key])}")
+            yield file.parent.name, line
 
 
 def read_disabling(path: Path) -> dict[str, dict[str, Any]]:
@@ -111,12 +119,15 @@ def read_disabling(path: Path) -> dict[str, dict[str, Any]]:
     for file in sorted(path.glob("eval/*/disabling.json")):
         value = files.read_json(file)
         try:
-            shape = (len(value["layers"]), int(value["experts"]))
+            layers, experts = value["layers"], value["experts"]
+            if not _are(str, layers) or type(experts) is not int:
+                raise UserError(f"{file}: its layers or experts are not those of routes")
+            shape = (len(layers), experts)
             for task, row in value["tasks"].items():
                 losses = np.asarray([row["loss"], *np.ravel(row["without"])], np.float64)
                 if np.shape(row["without"]) != shape or not np.isfinite(losses).all():
                     raise UserError(f"{file}: the losses of {task!r} are not {shape} numbers")
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
             raise UserError(f"{file}: not a file of disabling: {type(e).__name__} {e}") from e
         result[file.parent.name] = value
     return result
@@ -148,7 +159,7 @@ def read_finetune(path: str | os.PathLike) -> list[dict[str, Any]] | None:
     if not path.is_dir():
         raise UserError(f"fine-tuning directory {path} is not a directory")
     file = path / "runs.jsonl"
-    return list(files.read_jsonl(file)) if file.exists() else None
+    return gains.read_rows(file) if file.exists() else None
 
 
 def read_routes(path: Path) -> Routes:
@@ -159,23 +170,26 @@ def read_routes(path: Path) -> Routes:
     """
     value = files.read_json(path)
     try:
-        layers, experts, tasks = list(value["layers"]), int(value["experts"]), value["tasks"]
-        step = int(value["step"])
+        layers, experts, step = value["layers"], value["experts"], value["step"]
         rows = [
             (row.get("category") or NO_CATEGORY, row.get("subcategory") or "", task, row["route"])
-            for task, row in tasks.items()
+            for task, row in value["tasks"].items()
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path}: not a file of routes: {type(e).__name__} {e}") from e
+    if not _are(str, layers) or type(experts) is not int or not _is_step(step):
+        raise UserError(f"{path}: its layers, experts or step are not those of routes")
     if not rows or not layers:
         raise UserError(f"{path}: no tasks or no routed layers")
+    if not _are(str, [text for row in rows for text in row[:3]]):
+        raise UserError(f"{path}: a category or subcategory is no text")
     # Tasks without a category come last.
     rows.sort(key=lambda row: (row[0] == NO_CATEGORY, *row[:3]))
     shape = (len(layers), experts)
     for *_, task, route in rows:
         try:
             route_NxE = np.asarray(route, np.float64)
-        except (TypeError, ValueError) as e:
+        except (OverflowError, TypeError, ValueError) as e:
             raise UserError(f"{path}: the route of {task!r} is not an array of numbers") from e
         if route_NxE.shape != shape:
             raise UserError(
@@ -187,11 +201,16 @@ def read_routes(path: Path) -> Routes:
     return Routes(step, layers, names, categories, subcategories, np.asarray(routes, np.float64))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    value = files.read_json(path) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be {{name: value}}")
-    return value
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _read_evaluations(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -206,9 +225,12 @@ def _read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     kinds: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
     if path.exists():
         for number, line in enumerate(files.read_jsonl(path), 1):
-            if not isinstance(line, Mapping) or not isinstance(line.get("step"), int):
+            if not _is_step(line.get("step")):
                 raise UserError(f"{path}: entry {number} has no integer 'step'")
-            kinds.setdefault(str(line.get("kind")), {})[line["step"]] = dict(line)
+            for name, value in line.items():
+                if name not in ("step", "kind") and not _is_number(value):
+                    raise UserError(f"{path}: entry {number}: {name!r} is {shown(value)}")
+            kinds.setdefault(str(line.get("kind")), {})[line["step"]] = line
     return tuple([lines[step] for step in sorted(lines)] for lines in list(kinds.values())[:2])
 
 
@@ -219,12 +241,16 @@ def _read_scores(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """
     by_split: dict[str, dict[str, dict[str, Any]]] = {}
     for number, line in enumerate(files.read_jsonl(path), 1):
-        if not isinstance(line, Mapping) or not {"task", "metric", "score"} <= line.keys():
+        if not {"task", "metric", "score"} <= line.keys():
             raise UserError(f"{path}: entry {number} lacks 'task', 'metric' or 'score'")
-        score = line["score"]
-        if isinstance(score, bool) or not isinstance(score, int | float):
-            raise UserError(f"{path}: the score of {line['task']!r} is {score!r}, not a number")
-        by_split.setdefault(str(line.get("split")), {}).setdefault(line["task"], dict(line))
+        texts = [line[name] or "" for name in _TEXTS if name in line]
+        if not line["task"] or not _are(str, texts):
+            raise UserError(f"{path}: entry {number}: one of {', '.join(_TEXTS)} is no text")
+        if not _is_number(line["score"]):
+            raise UserError(
+                f"{path}: the score of {line['task']!r} is {shown(line['score'])}, not a number"
+            )
+        by_split.setdefault(str(line.get("split")), {}).setdefault(line["task"], line)
     folder = path.parent.name
     if len(by_split) == 1:
         return {folder: next(iter(by_split.values()))}

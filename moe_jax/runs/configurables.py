@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import gin
 
 from moe_jax.core.configuration import Configuration, hints
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, first_line
 from moe_jax.core.sharding import MeshConfig
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
@@ -71,6 +71,8 @@ def build(cls: type[T]) -> T:
             made = gin.get_configurable(name)(**values)
         except RecursionError as e:  # @DataConfig() somewhere in DataConfig
             raise UserError(f"{name} is nested in itself") from e
+        except UserError as e:  # to which gin adds from where it was called
+            raise UserError(first_line(e)) from e
         # Gin makes a subclass: an instance of the class itself is equal to one made without gin.
         values = {field.name: getattr(made, field.name) for field in dataclasses.fields(cls)}
         values = {key: _plain(value) for key, value in values.items()}

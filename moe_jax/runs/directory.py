@@ -16,7 +16,7 @@ from typing import Any
 from moe_jax import __version__
 from moe_jax.core import checksums, files, paths
 from moe_jax.core.configuration import Configuration, hints
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError, nearest, shown
 from moe_jax.data import modules, vocabulary
 from moe_jax.runs.config import BASE_BINDINGS, Config
 
@@ -43,6 +43,8 @@ _ORDER = re.compile(
 )
 _MACROS = dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", BASE_BINDINGS, re.M))
 _NAMES = {macro: binding for binding, macro in _MACROS.items()}
+
+_SETTING = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", re.ASCII)
 
 Lines = dict[str, Any]  # `ModelConfig.d_model` -> value
 
@@ -128,16 +130,18 @@ def read_lines(model_dir: str | Path) -> Lines:
     """The settings in a directory; empty if it holds no run.
 
     Raises:
-        UserError: the file cannot be parsed.
+        UserError: the file cannot be parsed, or names what is no setting.
     """
     path = paths.parse(model_dir) / CONFIG_JSON
     if path.exists():
-        lines = files.read_json(path)
-        if not isinstance(lines, dict):
-            raise UserError(f"{path}: must be {{setting: value}}")
+        lines = files.read_object(path)
         lines = {name: tuple(v) if isinstance(v, list) else v for name, v in lines.items()}
     else:
-        lines = _read_gin(paths.parse(model_dir) / CONFIG)
+        path = path.with_name(CONFIG)
+        lines = _read_gin(path)
+    for name in lines:  # which become lines of gin: not an import, nor a macro
+        if not _SETTING.fullmatch(name):
+            raise UserError(f"{path}: {shown(name)} is no setting")
     remat = lines.pop("ModelConfig.remat", None)  # what it was called in older runs
     if remat is not None:
         lines["ModelConfig.kept_activations"] = "inputs" if remat else "all"
@@ -156,7 +160,7 @@ def _read_gin(path: Path) -> Lines:
         try:
             lines[_NAMES.get(name, name)] = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
-            raise UserError(f"{path}:{number}: {name} is no plain value: {text}") from e
+            raise UserError(f"{path}:{number}: {shown(line)} is no plain value") from e
     return lines
 
 
@@ -172,6 +176,8 @@ def check_modules(model_dir: str | Path, lines: Lines) -> None:
         names = lines.get(setting, ())
         named += [names] if isinstance(names, str) else [str(name) for name in names]
     for name in named:
+        if "\0" in name:
+            raise UserError(f"{model_dir}/{CONFIG_JSON}: {shown(name)} is no module's name")
         if modules.lies_in(name, root(model_dir)):
             raise UserError(
                 f"{model_dir}/{CONFIG_JSON} names the module {name}, which lies in the run itself;"
@@ -279,8 +285,10 @@ def read_task_table(model_dir: str | Path) -> list[str]:
         UserError: the file is missing, or holds something else.
     """
     path = paths.parse(model_dir) / TASK_TABLE
-    value = files.read_json(path)
-    names = value.get("tasks") if isinstance(value, dict) else None
+    names = files.read_object(path).get("tasks")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f'{path}: must be {{"tasks": [names]}}')
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: {shown(twice)} is there twice")
     return names

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NoReturn
 
 import gin
@@ -23,7 +24,7 @@ from absl import app, flags, logging
 from jax._src.clusters import ClusterEnv
 
 from moe_jax.core import files, outages, paths, peers, processes
-from moe_jax.core.errors import UserError, first_line, nearest
+from moe_jax.core.errors import UserError, first_line, nearest, shown
 from moe_jax.data import modules
 from moe_jax.kernels import memory
 from moe_jax.runs import configurables, directory, help, stopping
@@ -57,6 +58,8 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
+# What Python's parser raises; the last two at thousands of brackets.
+_NO_LITERAL = (SyntaxError, ValueError, MemoryError, RecursionError)
 _peers: peers.Peers | None = None  # the processes that this one works with
 
 
@@ -190,7 +193,7 @@ def _literal(value: str) -> str:
         return value
     try:
         ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except _NO_LITERAL:
         return repr(value)
     return value
 
@@ -238,9 +241,12 @@ def _load_extensions(texts: Sequence[tuple[object, str]]) -> None:
         return
     try:
         names = ast.literal_eval(assignments[-1])
-    except (SyntaxError, ValueError) as e:
-        raise UserError(f"EXTENSIONS must be module names, not {assignments[-1]}") from e
-    for name in (names,) if isinstance(names, str) else names:
+    except _NO_LITERAL:
+        names = None
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple):
+        raise UserError(f"EXTENSIONS must be module names, not {shown(assignments[-1])}")
+    for name in names:
         modules.load_module(name)
 
 
@@ -268,7 +274,7 @@ def _parse(texts: Sequence[tuple[object, str]]) -> None:
     for source, text in texts:
         try:
             gin.parse_config(_with_full_names(text))
-        except (SyntaxError, ValueError, TypeError, AttributeError, ImportError) as e:
+        except (*_NO_LITERAL, TypeError, AttributeError, ImportError, TokenError) as e:
             line = getattr(e, "lineno", None)
             where = f"{source}:{line}" if line else str(source)
             raise UserError(f"{where}: {_explain(e)}") from e
@@ -288,7 +294,7 @@ def given_bindings() -> list[tuple[str, str]]:
 def _unquoted(value: str) -> str:
     try:
         literal = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except _NO_LITERAL:
         return value
     return literal if isinstance(literal, str) and _literal(literal) == value else value
 

@@ -8,6 +8,7 @@ and removed first.
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -73,6 +74,30 @@ def set_aside(place: Path) -> Path:
     return aside
 
 
+def read_meta(place: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its arrays: `tasks`, `step`, `shapes` and more.
+
+    Raises:
+        UserError: the file cannot be read, or one of these is missing or of another form.
+    """
+    path = place / "meta" / "metadata"
+    meta = files.read_object(path)
+    tasks, shapes = meta.get("tasks"), meta.get("shapes")
+    forms = {
+        "tasks": _are(str, tasks) and len(set(tasks)) == len(tasks),
+        "step": str(meta.get("step")) == place.name,
+        "shapes": isinstance(shapes, dict) and all(_are(int, shape) for shape in shapes.values()),
+    }
+    for name, good in forms.items():
+        if not good:
+            raise UserError(f"{path}: its {name!r} is not that of a checkpoint")
+    return meta
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
 def damage(place: Path, parts: Sequence[str] = ("",)) -> str | None:
     """What is wrong with a checkpoint, in words that name the file; None where nothing is.
 
@@ -84,10 +109,10 @@ def damage(place: Path, parts: Sequence[str] = ("",)) -> str | None:
     if checksums.is_sealed(place):
         return checksums.damage(place, parts)
     try:
-        meta = files.read_json(place / "meta" / "metadata")
+        meta = read_meta(place)
     except UserError as e:
         return str(e)
-    if not isinstance(meta, dict) or SEALED in meta:
+    if SEALED in meta:
         return f"{place / checksums.FILE} is missing"
     if jax.process_index() == 0:
         say(f"{place} has no checksums: it was written by an earlier version, and is read as it is")

@@ -210,7 +210,7 @@ class Checkpoints:
         Raises:
             UserError: a parameter has another shape; the message names the first one.
         """
-        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        meta = checkpoint_files.read_meta(self.directory / str(step))
         check_shapes(meta["shapes"], parameter_shapes(like.params), self.directory)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = self._restore(
@@ -281,7 +281,7 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
     else:
         raise UserError(f"no checkpoint in {path}")
     with _failing(f"cannot restore {place}"):
-        meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(place / "meta")
+        meta = checkpoint_files.read_meta(place)
         checkpointer = ocp.PyTreeCheckpointer()
         tree = checkpointer.metadata(place / "params").item_metadata.tree
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

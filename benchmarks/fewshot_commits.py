@@ -85,8 +85,9 @@ class Side:
         self.name, self._gin, self._settings = name, gin / "gin_configs" / "runs", settings
         self._place = Path(root) / name
         self._place.mkdir()
+        paths = (checkout, Path(root) / "modules", *filter(None, [os.environ.get("PYTHONPATH")]))
         self._environment = os.environ | {
-            "PYTHONPATH": f"{checkout}{os.pathsep}{Path(root) / 'modules'}",
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "JAX_COMPILATION_CACHE_DIR": str(self._place / "xla"), "JAX_PLATFORMS": "cpu",
         }  # fmt: skip
 

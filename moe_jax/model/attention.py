@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.kernels.attention import fused_attention
 from moe_jax.kernels.dropout import dropout
+from moe_jax.kernels.softmax_attention import softmax_attention
 
 
 class Visible(NamedTuple):
@@ -54,18 +55,16 @@ def attend(
 
     Args:
         mask: bool, broadcastable to [R, H, L_q, L_k]; True means visible.
-        bias: added to the scores, broadcastable to the same shape.
+        bias: added to the scores, broadcastable to the same shape, with as many axes.
         scale: of the scores; D ** -0.5 when None.
         dropout_rate: dropout of the attention weights.
 
     Returns:
         [R, L_q, H, D] in the dtype of `q`.
     """
-    if dropout_rate == 0.0:
-        return jax.nn.dot_product_attention(
-            q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, bias=bias, mask=mask, scale=scale
-        )
     scale = q_RxLqxHxD.shape[-1] ** -0.5 if scale is None else scale
+    if dropout_rate == 0.0:
+        return softmax_attention(q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, mask, bias, scale)
     scores = jnp.einsum("rqhd,rkhd->rhqk", q_RxLqxHxD, k_RxLkxHxD).astype(jnp.float32) * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)

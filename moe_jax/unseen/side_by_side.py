@@ -68,6 +68,7 @@ class SideBySide:
         self._step = step_function(model, optimizer_config, step_config, alone, steps, seed=0)
         self._map = jax.lax.map if device.platform == "cpu" else _at_once
         self._by_run = NamedSharding(mesh, P(GROUP_AXES))
+        self._begin = self._spread(self._begin_one)
         self._train = self._spread(self._train_one)
         self._decode = self._spread(self._decode_one)
 
@@ -92,8 +93,10 @@ class SideBySide:
         Returns:
             The parts that are trained or the run's own, [U, ...], on the devices.
         """
-        runs = {"own": own, "examples": examples, "order": order, "rates": learning_rates}
-        return self._train(shared, {}, self._put(runs))
+        # Starts of every kind begin in small programs of their own, and share the large one.
+        begun = self._begin(shared, {}, self._put({"own": own, "place": np.arange(self.runs)}))
+        runs = {"begun": begun, "examples": examples, "order": order, "rates": learning_rates}
+        return self._train(self._rest(shared, begun), {}, self._put(runs))
 
     def decode(
         self, shared: Params, trained: Params, jobs: Mapping[int, list[Mapping[str, np.ndarray]]]
@@ -116,6 +119,7 @@ class SideBySide:
         found: dict[int, list[Any]] = {run: [None] * len(blocks) for run, blocks in jobs.items()}
         example = next(block for blocks in jobs.values() for block in blocks)
         empty = {name: np.zeros_like(array) for name, array in example.items()}
+        rest = self._rest(shared, trained)
         for start in range(0, max(map(len, queues)), each):
             places = [[*queue[start : start + each]] for queue in queues]
             places = [place + [None] * (each - len(place)) for place in places]
@@ -123,7 +127,7 @@ class SideBySide:
             blocks = [empty if at is None else jobs[at[0]][at[1]] for at in flat]
             call = {name: np.stack([block[name] for block in blocks]) for name in empty}
             call["run"] = np.array([0 if at is None else at[0] % each for at in flat], np.int32)
-            tokens = np.asarray(self._decode(shared, trained, self._put(call)))
+            tokens = np.asarray(self._decode(rest, trained, self._put(call)))
             for at, block in zip(flat, tokens, strict=True):
                 if at is not None:
                     found[at[0]][at[1]] = block
@@ -131,8 +135,21 @@ class SideBySide:
 
     # ------------------------------------------------------------------------------ on the device
 
+    def _rest(self, shared: Params, own: Params) -> Params:
+        """The parts of the model's parameters that the runs share."""
+        parts = set(shared) if self._model.routed else {"backbone"}
+        return {part: shared[part] for part in shared if part in parts - set(own)}
+
+    def _begin_one(self, shared: Params, _: Params, run: Any) -> Params:
+        """The parts that are trained or the run's own, before the first step."""
+        own = run["own"]
+        params = starting_params(shared, own)
+        apart = {"backbone"} if "route" in own else set(own)
+        moved = (set(params) - set(self._frozen)) | apart
+        return {part: tree for part, tree in params.items() if part in moved}
+
     def _train_one(self, shared: Params, _: Params, run: Any) -> Params:
-        params = starting_params(shared, run["own"])
+        begun = run["begun"]
 
         def step(state, order_R):
             batch = {name: array[order_R][None] for name, array in run["examples"].items()}
@@ -140,13 +157,11 @@ class SideBySide:
             return self._step(state, batch, run["rates"])[0], None
 
         def trained():
-            state = init_state(params, self._optimizer)
-            return jax.lax.scan(step, state, run["order"])[0].params
+            state = init_state({**shared, **begun}, self._optimizer)
+            params = jax.lax.scan(step, state, run["order"])[0].params
+            return {part: params[part] for part in begun}
 
-        result = jax.lax.cond(run["order"][0, 0] >= 0, trained, lambda: params)
-        apart = {"backbone"} if "route" in run["own"] else set(run["own"])
-        moved = (set(params) - set(self._frozen)) | apart
-        return {part: tree for part, tree in result.items() if part in moved}
+        return jax.lax.cond(run["order"][0, 0] >= 0, trained, lambda: begun)
 
     def _decode_one(self, shared: Params, trained: Params, job: Any) -> jax.Array:
         def answers():

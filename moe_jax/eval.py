@@ -8,15 +8,15 @@ prompts of one dataset. MODEL_DIR may name one of a run's checkpoints, RUN/check
 scores go to RUN/eval/step_STEP/. The mixtures of EVAL_MIXTURES are scored as well.
 
 A task that the model was not trained on is scored zero-shot. In a mixture of experts it takes the
-representation of the training task whose inputs are most similar, the mean of all
-(eval.unseen='mean'), or its own from a file that `represent` made (eval.representations=FILE). With
+route of the training task whose inputs are most similar, another one that eval.unseen chooses, or
+that of its representation in a file that `represent` made (eval.representations=FILE). With
 eval.disable_examples=N there is also disabling.json: the loss of every task with each expert off in
 turn.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
 
@@ -32,8 +32,8 @@ from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, directory, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
-from moe_jax.runs.mixtures import prepare_mixtures
-from moe_jax.unseen.zero_shot import nearest_trained
+from moe_jax.runs.mixtures import prepare_mixtures, trained_mixture
+from moe_jax.unseen.zero_shot import Resemblance, Unseen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,10 @@ class EvalConfig(Configuration, called="eval"):
         split: the split to score; tasks without it are left out.
         examples: at most this many per task, evenly spaced; None for all.
         mixtures: further mixtures to score, each into a directory of its own.
-        unseen: representation of a task that the model was not trained on: that of the `nearest`
-            training task, by the text of the inputs, or the `mean` of all.
+        unseen: the route of a task that the model was not trained on: that of the `nearest`
+            training task, by the text of the inputs; the mean of all routes, `weighted` by this
+            similarity; for every `input` that of the training task nearest to it; or that of the
+            `mean` representation.
         representations: file of representations for these tasks instead.
         disable_examples: with each expert of a mixture off in turn, the loss on at most this many
             examples of each task; 0 for none.
@@ -54,9 +56,17 @@ class EvalConfig(Configuration, called="eval"):
     split: Name = "test"
     examples: Examples = None
     mixtures: Names = ()
-    unseen: Literal["nearest", "mean"] = "nearest"
+    unseen: Unseen = "nearest"
     representations: PathName | None = None
     disable_examples: Annotated[int, Range(0, INT32)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.disable_examples and self.unseen in ("weighted", "input"):
+            raise UserError(
+                f"eval.disable_examples is {self.disable_examples}, but with eval.unseen"
+                f" {self.unseen!r} a task has no router's second choice in place of an expert"
+            )
 
 
 configurables.register(EvalConfig)
@@ -85,15 +95,26 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
     with jax.set_mesh(mesh):
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         run = dataclasses.replace(run, params=params)
-        nearest = {}
-        if run.model.routed and settings.unseen == "nearest" and settings.representations is None:
-            nearest = nearest_trained(
-                run, mixtures[data.mixture_or_task_name], list(mixtures.values()), split,
-                data.lengths, run_config.eval_batch_rows, mesh,
+        names = [name for mixture in mixtures.values() for name in mixture.names]
+        nearest, given = {}, {}
+        if (
+            run.model.routed and settings.unseen != "mean" and settings.representations is None
+            and not run.task_ids.keys() >= set(names)
+        ):  # fmt: skip
+            resemblance = Resemblance(
+                run, trained_mixture(run_config.model_dir, data), data.lengths,
+                run_config.eval_batch_rows, mesh,
             )  # fmt: skip
+            everything = list(mixtures.values())
+            match settings.unseen:
+                case "nearest":
+                    nearest = resemblance.nearest(everything, split)
+                case "weighted":
+                    given = resemblance.weighted(everything, split)
+                case "input":
+                    given = resemblance.by_input(everything, split, settings.examples)
         for new, trained in nearest.items() if jax.process_index() == 0 else ():
             say(f"{new} takes the route of {trained}, whose inputs are most similar")
-        names = [name for mixture in mixtures.values() for name in mixture.names]
         run = with_tasks(run, names, settings.representations, nearest)
         # Only rows of new tasks are not in place yet.
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
@@ -102,7 +123,7 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
         )
         for mixture in mixtures.values():
             scores = evaluator.tasks(
-                params, run.step, mixture, run.task_ids, split, settings.examples
+                params, run.step, mixture, run.task_ids, split, settings.examples, given=given
             )
             place = scored / f"{mixture.name}_{split}"
             if jax.process_index() == 0:

@@ -12,17 +12,20 @@ the directory infer.output. infer.mode is `predict`, `score` (the log-likelihood
 `predict_with_aux` (answers with their log-likelihoods).
 
 MODEL_DIR may name one of a run's checkpoints, RUN/checkpoints/STEP. A task that the model was not
-trained on is answered zero-shot, as in `eval`: its representation is its own from a file that
-`represent` made (infer.representations=FILE), or the mean where it is a task of
-MIXTURE_OR_TASK_NAME.
+trained on is answered zero-shot: its representation is its own from a file that `represent` made
+(infer.representations=FILE), or the mean where it is a task of MIXTURE_OR_TASK_NAME. With
+infer.unseen='input' each of its inputs takes the route of the training task that it resembles most,
+as in `eval`.
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax.core import files, paths
 from moe_jax.core.configuration import Configuration, Name, PathName
@@ -36,8 +39,9 @@ from moe_jax.evaluation.scores import route_json
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
-from moe_jax.runs.load import load_run, with_tasks
-from moe_jax.runs.mixtures import prepare_mixtures, run_vocabulary
+from moe_jax.runs.load import Run, load_run, with_tasks
+from moe_jax.runs.mixtures import prepare_mixtures, run_vocabulary, trained_mixture
+from moe_jax.unseen.zero_shot import Resemblance
 
 Line = tuple[int, str]  # number, from 1, and text
 
@@ -54,6 +58,8 @@ class InferConfig(Configuration, called="infer"):
         split: answers the examples of this split in place of lines.
         mode: what T5X's `infer` calls so; only with `split`.
         representations: file with the representation of a task that the model was not trained on.
+        unseen: otherwise, the route of such a task: that of the `mean` representation, or for every
+            `input` that of the training task nearest to it.
     """
 
     task: Name | None = None
@@ -62,6 +68,7 @@ class InferConfig(Configuration, called="infer"):
     split: Name | None = None
     mode: Mode = "predict"
     representations: PathName | None = None
+    unseen: Literal["mean", "input"] = "mean"
 
 
 configurables.register(InferConfig)
@@ -102,18 +109,22 @@ def infer_split(config: Config, settings: InferConfig) -> None:
             )
     vocabulary = mixture.vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
-    run = with_tasks(run, names, settings.representations)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
+        given = {}
+        if resemblance := _resemblance(run, names, config, settings, mesh):
+            given = resemblance.by_input([mixture], split)
+        run = with_tasks(run, names, settings.representations)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(
             run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
         )
         routes = np.asarray(evaluator.routes(params, run.step)) if run.model.routed else None
         for name in names:
-            answers = inferences(
-                evaluator, params, routes, mixture, name, run.task_ids[name], split, settings.mode
-            )
+            table, row = routes, run.task_ids[name]
+            if name in given:
+                table, row = given[name], np.arange(len(given[name]))
+            answers = inferences(evaluator, params, table, mixture, name, row, split, settings.mode)
             file = f"{name}-{settings.mode}.jsonl-00000-of-00001"
             _write(settings.output, answers, file)
 
@@ -147,29 +158,47 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
             " infer.representations=FILE, which has its row, or MIXTURE_OR_TASK_NAME=NAME, which"
             f" has the task{nearest(task, known)}"
         )
-    run = with_tasks(run, [task], representations)
-    task_id = run.task_ids[task]
     rows = run_config.eval_batch_rows
     mesh = make_mesh(config.mesh)
 
     def answers() -> Iterator[dict]:
-        routes = evaluator.routes(params, run.step) if run.model.routed else None
-        route = None if routes is None else route_json(np.asarray(routes)[task_id])
+        table = np.asarray(evaluator.routes(params, run.step)) if run.model.routed else None
+        row_R = np.full(rows, run.task_ids[task])
         for numbered in _batches(lines, rows):
             texts = [text for _, text in numbered]
             filled = [*texts, *[""] * (rows - len(texts))]
             encoded = encode_inputs(vocabulary, filled, data.lengths["inputs"])
             arrays = {name: array[0] for name, array in encoded.items()}
             arrays["input_segments"][len(texts) :] = 0
-            predictions = evaluator.predict(params, routes, task_id, arrays)
-            for (number, text), prediction in zip(numbered, predictions, strict=False):
+            if resemblance is not None:
+                table, row_R = resemblance.of_rows(arrays), np.arange(rows)
+            predictions = evaluator.predict(params, table, row_R, arrays)
+            shown = zip(numbered, predictions, row_R, strict=False)
+            for (number, text), prediction, row in shown:
                 inputs = {"inputs_pretokenized": text}
+                route = None if table is None else route_json(table[row])
                 yield {"inputs": inputs, "prediction": prediction, "line": number, "route": route}
 
     with jax.set_mesh(mesh):
+        resemblance = _resemblance(run, [task], config, settings, mesh)
+        run = with_tasks(run, [task], representations)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh, config.decoding)
         _write(output, answers())
+
+
+def _resemblance(
+    run: Run, names: Sequence[str], config: Config, settings: InferConfig, mesh: Mesh
+) -> Resemblance | None:
+    """What routes the inputs of new tasks; None where there are none, or they have routes."""
+    known = run.task_ids.keys() >= set(names)
+    if settings.unseen != "input" or settings.representations or known or not run.model.routed:
+        return None
+    params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
+    return Resemblance(
+        dataclasses.replace(run, params=params), trained_mixture(config.run.model_dir, config.data),
+        config.data.lengths, config.run.eval_batch_rows, mesh,
+    )  # fmt: skip
 
 
 def _write(output: str, answers: Iterable[dict], file: str = "") -> None:

@@ -202,7 +202,8 @@ def test_choices_are_flattened_and_batched_by_length(mixture):
     examples = dict(enumerate(mixture.task("rank_chosen").records("test")))
     seen = []
 
-    def tokens(batch):
+    def tokens(batch, numbers):
+        assert set(numbers) <= set(examples)
         segments = batch["target_segments"] > 0
         seen.append((batch["input_segments"] > 0).sum(1))
         return -np.arange(len(segments), dtype=np.float32), segments.sum(1)

@@ -1,5 +1,6 @@
 """The stages of an experiment, without running them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,8 +34,9 @@ def mixture(name, tasks):
     names = tuple(task.name for task in tasks)
     vocabulary = SimpleNamespace(size=1024)
     return SimpleNamespace(
-        name=name, tasks=tasks, names=names, fingerprint="f", vocabulary=vocabulary
-    )
+        name=name, tasks=tasks, names=names, fingerprint="f", vocabulary=vocabulary,
+        vocabulary_dir=Path("v"),
+    )  # fmt: skip
 
 
 TRAINED = [("t1", "extract", "place"), ("t2", "know", "capital"), ("t3", "know", "language")]
@@ -46,7 +48,11 @@ def prepared(monkeypatch):
     """The mixtures; no task is registered or tokenised."""
     found = {"skills_gym_train": mixture("skills_gym_train", TRAINED)}
     found["skills_gym_unseen"] = mixture("skills_gym_unseen", NEW)
-    monkeypatch.setattr(plan_module, "prepare_mixtures", lambda data, *names: found)
+
+    def prepare(data, *names):
+        return {name: found[name] for name in (data.mixture_or_task_name, *names)}
+
+    monkeypatch.setattr(plan_module, "prepare_mixtures", prepare)
     return found
 
 
@@ -176,6 +182,40 @@ def test_all_arms(tmp_path, command_line, calls):
     assert stages["seed_3/average/few_shot"].parents == ("seed_3/average",)
     assert flags_of(stages["seed_3/average/few_shot"])["FinetuneConfig.starts"] == '("dense",)'
     assert [flags_of(stages[f"seed_{s}/dense"])["SEED"] for s in (3, 4)] == ["3", "4"]
+
+
+@pytest.mark.parametrize("upcycle_step", [0, 7])
+def test_all_models_may_start_from_one_that_read_text(
+    tmp_path, command_line, prepared, upcycle_step
+):
+    text = prepared["pretraining_infilling"] = mixture("pretraining_infilling", [("p", "", "")])
+    settings = {"pretrain": "runs/pretrain.gin", "seeds": (3, 4), "upcycle_step": upcycle_step}
+    arms = ("routed", "random")
+
+    def stages():
+        return planned(tmp_path, **settings, arms=arms)[1]
+
+    first = next(iter(stages()))
+    assert first == "pretrained" and [*stages()].count(first) == 1
+    place = str(tmp_path / "pretrained")
+    assert flags_of(stages()[first]) == {"MODEL_DIR": place, "SEED": "3"}
+    for name, stage in stages().items():
+        start, seed = flags_of(stage).get("INITIAL_CHECKPOINT_PATH"), name.split("/")[0]
+        if stage.kind != "train" or name == first:
+            assert start is None
+        elif upcycle_step and name.endswith(("routed", "random")):
+            assert start == f"{tmp_path}/{seed}/dense/checkpoints/7"
+        else:
+            assert start == place and stage.parents == (first,)
+    before = fingerprints(list(stages().values()))
+    text.fingerprint = "other"  # all is made from it
+    after = fingerprints(list(stages().values()))
+    assert all(before[name] != after[name] for name in before)
+    with pytest.raises(UserError, match="'dense_parameters' is wider than the model of runs/pre"):
+        planned(tmp_path, **settings, arms=("dense_parameters",))
+    text.vocabulary_dir = Path("w")
+    with pytest.raises(UserError, match=r"runs/pretrain\.gin has another vocabulary than runs/sk"):
+        stages()
 
 
 def test_what_arms_need_is_added():

@@ -92,8 +92,9 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
     said = {}
     for kind, given in (("file", {"representations": str(path)}), ("mean", {})):
         call(
-            eval_program.evaluate, model_dir, MIXTURE_OR_TASK_NAME="toy_unseen", examples=6, **given
-        )
+            eval_program.evaluate, model_dir, MIXTURE_OR_TASK_NAME="toy_unseen", examples=6,
+            unseen="mean", **given,
+        )  # fmt: skip
         lines = model_dir / "eval" / "toy_unseen_test" / "predictions.jsonl"
         wanted = [json.loads(line) for line in lines.read_text().splitlines()]
         # The task is not in the training mixture, only in the file.
@@ -118,6 +119,39 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
     assert said["file"] != said["mean"]
 
 
+@pytest.mark.parametrize("unseen", ["nearest", "weighted", "input"])
+def test_an_unseen_task_takes_routes_of_tasks_that_it_resembles(
+    unseen, routed, tmp_path, monkeypatch
+):
+    """`eval` finds what the model was trained on, whatever it scores; `infer` answers the same."""
+    model_dir, model, params = routed
+    given = {"MIXTURE_OR_TASK_NAME": "toy_unseen", "unseen": unseen}
+    call(eval_program.evaluate, model_dir, examples=6, **given)
+    lines = model_dir / "eval" / "toy_unseen_test" / "predictions.jsonl"
+    wanted = [json.loads(line) for line in lines.read_text().splitlines()]
+    known = np.argmax(routes_of(model, params, 3), -1).tolist()
+    for line in wanted:
+        assert unseen == "weighted" or line["route"] in known
+    (score, *_) = files.read_jsonl(model_dir / "eval" / "toy_unseen_test" / "scores.jsonl")
+    same = all(line["route"] == wanted[0]["route"] for line in wanted)
+    assert score["experts"] == (wanted[0]["route"] if same else None)
+    if unseen != "input":
+        assert same
+        return
+    text = "".join(line["input"] + "\n" for line in wanted)
+    monkeypatch.setattr("sys.stdin", stdin(text.encode()))
+    output = tmp_path / "answers.jsonl"
+    call(infer.infer, model_dir, task="toy_reverse", output=str(output), **given)
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    for line, answer in zip(wanted, found, strict=True):
+        assert answer["route"] == line["route"] and answer["prediction"] == line["prediction"]
+    call(infer.infer, model_dir, split="test", output=str(tmp_path), **given)
+    path = tmp_path / "toy_reverse-predict.jsonl-00000-of-00001"
+    by_input = {a["inputs"]["inputs_pretokenized"]: a["prediction"] for a in files.read_jsonl(path)}
+    for line in wanted:
+        assert by_input[line["input"]] == line["prediction"]
+
+
 def test_experts_are_disabled_on_request(routed, dense):
     model_dir = routed[0]
     given = {"MIXTURE_OR_TASK_NAME": "toy_unseen", "examples": 1, "disable_examples": 2}
@@ -128,6 +162,8 @@ def test_experts_are_disabled_on_request(routed, dense):
     assert np.shape(task["without"]) == (len(found["layers"]), found["experts"])
     with pytest.raises(UserError, match="a dense model: it has no experts to switch off"):
         call(eval_program.evaluate, dense, **given)
+    with pytest.raises(UserError, match=r"with eval\.unseen 'input' a task has no router's"):
+        call(eval_program.evaluate, model_dir, unseen="input", **given)
 
 
 def test_a_dense_model_has_no_routes(dense, rows, monkeypatch, capsys):

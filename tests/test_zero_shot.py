@@ -1,15 +1,25 @@
-"""Tasks never trained on take the route of the training task with the most similar inputs."""
+"""Tasks never trained on are routed as the training tasks whose inputs resemble theirs."""
+
+import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from toy import toy_mixtures
-from toy_run import tiny_model, tiny_params
+from toy_run import pack_rows, tiny_model, tiny_params
 
+from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
-from moe_jax.model.task_moe import parameter_shardings
+from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.inference import inferences
+from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.task_moe import parameter_shardings, routes_of
 from moe_jax.runs.load import Run, with_tasks
-from moe_jax.unseen.zero_shot import most_similar, nearest_trained
+from moe_jax.unseen.zero_shot import Resemblance, similarities, weighted_route
+
+LENGTHS = {"inputs": 40, "targets": 20}
+NEW = "toy_reverse"
 
 
 def test_similarity_by_hand():
@@ -17,33 +27,160 @@ def test_similarity_by_hand():
     shared = np.array([10.0, 0, 0, 0])
     seen = shared + np.array([[0, 1, 0, 0], [0, 0, 1, 0], [0, -1, -1, 0]])
     new = shared + np.array([[0, 0.2, 1, 0.5], [0, 2, 0, 0], [0, -3, -3, 1]])
-    assert most_similar(seen, new).tolist() == [1, 0, 2]
-    # The length of an embedding makes no difference.
-    assert most_similar(3 * seen, 0.1 * new).tolist() == [1, 0, 2]
+    for scale in (1, 0.1):  # the length of an embedding makes no difference
+        found = similarities(seen / scale, scale * new)
+        assert np.argmax(found, 1).tolist() == [1, 0, 2]
+        assert found.shape == (3, 3) and np.all(np.abs(found) <= 1)
+
+
+def test_a_weighted_route_by_hand():
+    routes = np.array([[[1, 0, 0]], [[0, 1, 0]], [[0, 0, 1]]], np.float32)
+    similarity = 0.1 * np.log([3, 1, 2])  # so the weights are 1/2, 1/6 and 1/3
+    for count, wanted in ((3, [1 / 2, 1 / 6, 1 / 3]), (2, [0.6, 0, 0.4]), (1, [1, 0, 0])):
+        np.testing.assert_allclose(weighted_route(similarity, routes, count), [wanted], rtol=1e-6)
+
+
+def placed_run(devices: int = 1, **settings):
+    """(run with random parameters on a mesh, mixture it was trained on, unseen mixture, mesh)."""
+    trained, unseen = toy_mixtures()
+    model = tiny_model(
+        tasks=2, max_positions=48, d_model=64, init_std=0.1,
+        vocabulary_size=trained.vocabulary.size, **settings,
+    )  # fmt: skip
+    ids = {name: i for i, name in enumerate(trained.names)}
+    mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
+    params = jax.device_put(tiny_params(model), parameter_shardings(model, mesh))
+    return Run(model, params, ids, step=0), trained, unseen, mesh
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_words_resemble_words_not_numbers(devices):
-    trained, unseen = toy_mixtures()
-    model = tiny_model(
-        tasks=2, selection="argmax", max_positions=48, d_model=64, init_std=0.1,
-        vocabulary_size=trained.vocabulary.size,
-    )  # fmt: skip
-    ids = {name: i for i, name in enumerate(trained.names)}
-    run = Run(model, tiny_params(model), ids, step=0)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
+    run, trained, unseen, mesh = placed_run(devices, selection="argmax")
     with jax.set_mesh(mesh):
-        params = jax.device_put(run.params, parameter_shardings(model, mesh))
-        placed = Run(model, params, ids, step=0)
-        nearest = nearest_trained(
-            placed, trained, [trained, unseen], "test", {"inputs": 40, "targets": 20}, 4, mesh
-        )
-    assert nearest == {"toy_reverse": "toy_copy"}
+        nearest = Resemblance(run, trained, LENGTHS, 4, mesh).nearest([trained, unseen], "test")
+    assert nearest == {NEW: "toy_copy"}
     table = run.params["representations"]
-    for choice, row in ((nearest, table[ids["toy_copy"]]), (None, np.asarray(table).mean(0))):
-        more = with_tasks(run, ["toy_sum", "toy_reverse"], nearest=choice)
+    for choice, row in ((nearest, table[run.task_ids["toy_copy"]]), (None, table.mean(0))):
+        more = with_tasks(run, ["toy_sum", NEW], nearest=choice)
         assert more.model.tasks == 3
         np.testing.assert_array_equal(more.params["representations"][:2], table)
-        np.testing.assert_allclose(
-            more.params["representations"][more.task_ids["toy_reverse"]], row, rtol=1e-6
-        )
+        found = more.params["representations"][more.task_ids[NEW]]
+        np.testing.assert_allclose(found, row, rtol=1e-6)
+
+
+def test_a_mixture_that_was_not_trained_on_says_nothing():
+    run, _, unseen, mesh = placed_run()
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="was trained on no task of toy_unseen"):
+        Resemblance(run, unseen, LENGTHS, 4, mesh)
+
+
+def mean_states(run, mixture, task, split, route_NxE) -> np.ndarray:
+    """Mean encoder state of each example over its tokens: [n, D]."""
+    records = mixture.task(task).records(split)
+    batch = pack_rows([[(example.inputs.tolist(), [1])] for example in records], 40, 4)
+    encode = jax.jit(partial(EncoderDecoder(run.model.config).apply, method="encode"))
+    states_nxLxD = encode(
+        {"params": run.params["backbone"]}, batch["inputs"], batch["input_segments"],
+        batch["input_positions"], route_NxE,
+    )  # fmt: skip
+    return np.stack([
+        states_LxD[: len(example.inputs)].mean(0)
+        for example, states_LxD in zip(records, np.asarray(states_nxLxD, np.float64), strict=True)
+    ])  # fmt: skip
+
+
+def test_every_input_takes_the_route_of_its_nearest_task():
+    """Against a search written out here: centre, cosine, largest."""
+    run, trained, unseen, mesh = placed_run(selection="top_k", experts_per_layer=2)
+    routes = np.asarray(routes_of(run.model, run.params, 0))
+    seen = np.stack([
+        mean_states(run, trained, name, "train", routes.mean(0)).mean(0) for name in run.task_ids
+    ])  # fmt: skip
+    words = mean_states(run, unseen, NEW, "test", routes.mean(0))
+    numbers = mean_states(run, trained, "toy_sum", "test", routes.mean(0))
+
+    def direction(x):
+        return x / np.sqrt((x**2).sum(-1, keepdims=True))
+
+    centre = direction(seen).mean(0)
+
+    def nearest(state):
+        state = direction(direction(state) - centre)
+        return max(range(2), key=lambda t: state @ direction(direction(seen[t]) - centre))
+
+    wanted = [nearest(state) for state in words]
+    mixed = [nearest(state) for state in (words[3], numbers[5], words[8])]
+    assert mixed == [0, 1, 0]  # so that the test can tell
+    with jax.set_mesh(mesh):
+        resemblance = Resemblance(run, trained, LENGTHS, 4, mesh)
+        found = resemblance.by_input([trained, unseen], "test")
+        part = resemblance.by_input([unseen], "test", limit=5)
+        inputs = [unseen.task(NEW).records("test")[i].inputs for i in (3, 8)]
+        inputs.insert(1, trained.task("toy_sum").records("test")[5].inputs)
+        rows = [[(tokens.tolist(), [1])] for tokens in inputs]
+        by_row = resemblance.of_rows(pack_rows([*rows, []], 40, 4))
+    assert list(found) == [NEW]
+    np.testing.assert_allclose(found[NEW], routes[wanted], rtol=1e-6)
+    np.testing.assert_array_equal(part[NEW][[0, 4, 8, 12, 16]], found[NEW][[0, 4, 8, 12, 16]])
+    assert not part[NEW][1].any()  # not among the five
+    np.testing.assert_allclose(by_row[:3], routes[mixed], rtol=1e-6)
+
+
+def test_rows_of_one_batch_have_routes_of_their_own():
+    """Predictions and likelihoods are those of each example alone under its route."""
+    run, _, unseen, mesh = placed_run(selection="top_k", experts_per_layer=2)
+    n = unseen.task(NEW).examples("test")
+    routes = np.asarray(routes_of(run.model, run.params, 0))
+    each = routes[np.arange(n) % 3 // 2]
+    ids = {**run.task_ids, NEW: 0}
+    with jax.set_mesh(mesh):
+        evaluator = Evaluator(run.model, unseen.vocabulary, LENGTHS, 8, mesh)
+
+        def scored(**settings):
+            (found,) = evaluator.tasks(
+                run.params, 0, unseen, ids, "test", show=False, likelihoods=True, **settings
+            )
+            return found.predictions
+
+        mixed = scored(given={NEW: each})
+        alone = [scored(given={NEW: route}) for route in routes]
+        answers = list(
+            inferences(evaluator, run.params, each, unseen, NEW, np.arange(n), "test",
+                       "predict")
+        )  # fmt: skip
+    assert alone[0] == scored_by_table(evaluator, run, unseen, ids, mesh)
+    assert [a["log_likelihood"] for a in alone[0]] != [a["log_likelihood"] for a in alone[1]]
+    for i, row in enumerate(mixed):
+        own = alone[i % 3 // 2][i]
+        assert row["prediction"] == own["prediction"] == answers[i]["prediction"].strip()
+        assert row["route"] == own["route"]
+        assert row["log_likelihood"] == pytest.approx(own["log_likelihood"], rel=1e-4)
+
+
+def scored_by_table(evaluator, run, unseen, ids, mesh):
+    with jax.set_mesh(mesh):
+        (found,) = evaluator.tasks(run.params, 0, unseen, ids, "test", show=False, likelihoods=True)
+    return found.predictions
+
+
+def test_choices_are_ranked_under_each_examples_route():
+    run, _, unseen, mesh = placed_run(selection="top_k", experts_per_layer=2)
+    routes = np.asarray(routes_of(run.model, run.params, 0))
+    records = unseen.task(NEW).records("test")
+    examples = {
+        i: dataclasses.replace(records[i], choices=("red", "green blue", "late")) for i in range(9)
+    }
+    with jax.set_mesh(mesh):
+        evaluator = Evaluator(run.model, unseen.vocabulary, LENGTHS, 4, mesh)
+
+        def ranked(row_of):
+            def score(batch, numbers):
+                rows = np.resize([row_of(i) for i in numbers], 4)
+                return evaluator.log_likelihoods(run.params, routes, rows, batch)
+
+            return evaluator.choices(score, examples)
+
+        mixed, alone = ranked(lambda i: i % 2), [ranked(lambda i, t=t: t) for t in (0, 1)]
+    for i in examples:
+        np.testing.assert_allclose(mixed[i], alone[i % 2][i], rtol=1e-4)
+        assert abs(alone[0][i][0] - alone[1][i][0]) > 1e-3

@@ -1,7 +1,7 @@
 """Rank classification: how likely each answer choice of an example is."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -10,9 +10,11 @@ from moe_jax.data.batch import Batch
 from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import Vocabulary
 
+Score = Callable[[Batch, Sequence[int]], tuple[np.ndarray, np.ndarray]]
+
 
 def choice_likelihoods(
-    score: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
+    score: Score,
     examples: Mapping[int, Example],
     lengths: Mapping[str, int],
     rows: int,
@@ -25,7 +27,8 @@ def choice_likelihoods(
     so that few shapes compile. An input is encoded once for every choice.
 
     Args:
-        score: batch [R, L] -> (float [R] sums over the tokens of the targets, int [R] tokens).
+        score: (batch [R, L], the numbers of the examples in its first rows) -> (float [R] sums over
+            the tokens of the targets, int [R] tokens).
         examples: with `choices`, by any number.
         lengths: {"inputs": L_in, "targets": L_out}; what is longer is truncated.
         rows: R.
@@ -46,7 +49,8 @@ def choice_likelihoods(
         part = pairs[start : start + rows]
         filled = [[dataclasses.replace(examples[i], targets=tokens)] for i, _, tokens in part]
         filled += [[]] * (rows - len(part))
-        sums_R, tokens_R = score(packing.build(filled, lengths, vocabulary))
+        numbers = [index for index, _, _ in part]
+        sums_R, tokens_R = score(packing.build(filled, lengths, vocabulary), numbers)
         for (index, number, _), total, count in zip(part, sums_R, tokens_R, strict=False):
             found[index][number] = float(total) / int(count) ** length_penalty
     return found

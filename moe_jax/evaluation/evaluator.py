@@ -5,7 +5,7 @@ classification"). A score is the log-likelihood of an example's target, summed o
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -28,7 +28,7 @@ from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
-from moe_jax.evaluation.choices import choice_likelihoods
+from moe_jax.evaluation.choices import Score, choice_likelihoods
 from moe_jax.evaluation.scores import TaskScore, route_json
 from moe_jax.model.experts import Params, gather
 from moe_jax.model.placement import Placement
@@ -151,21 +151,14 @@ class Evaluator:
         arguments = self._arguments(params, routes_TxNxE, task_id, arrays, (*INPUTS, *TARGETS))
         return tuple(np.asarray(a) for a in self._score(*arguments, row_ids))
 
-    def choices(
-        self,
-        score: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
-        examples: Mapping[int, Example],
-    ) -> dict[int, list[float]]:
+    def choices(self, score: Score, examples: Mapping[int, Example]) -> dict[int, list[float]]:
         """`choice_likelihoods` with the lengths and the vocabulary of this evaluator."""
         return choice_likelihoods(
             score, examples, self.lengths, self.rows, self.vocabulary, self.choice_length_penalty
         )
 
     def answer_likelihoods(
-        self,
-        score: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
-        examples: Mapping[int, Example],
-        texts: Mapping[int, str],
+        self, score: Score, examples: Mapping[int, Example], texts: Mapping[int, str]
     ) -> dict[int, float]:
         """Index -> log-likelihood of the answer that a model gave, summed over its tokens."""
         alone = {i: dataclasses.replace(e, choices=(texts[i],)) for i, e in examples.items()}
@@ -178,7 +171,7 @@ class Evaluator:
         routes_TxNxE: jax.Array | np.ndarray | None,
         mixture: PreparedMixture,
         name: str,
-        task_id: int,
+        task_id: int | np.ndarray,
         split: str,
         limit: int | None = None,
         likelihoods: bool = False,
@@ -186,14 +179,19 @@ class Evaluator:
         """Scores one task on a split.
 
         Args:
+            task_id: the row of `routes_TxNxE` that all examples take, or int [n], the row of each
+                example of the split.
             limit: at most this many examples, evenly spaced.
             likelihoods: also give `log_likelihood` and `target_tokens` of each target, and the
                 metric `log_likelihood_per_token` after the task's own.
         """
         task = mixture.task(name)
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
-        route = None if routes is None else route_json(routes[task_id])
-        score = partial(self.log_likelihoods, params, routes, task_id)
+        row_of = partial(rows_of, np.asarray(task_id), self.rows)
+
+        def score(batch: Batch, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+            return self.log_likelihoods(params, routes, row_of(numbers), batch)
+
         decodes = not task.outputs.isdisjoint(("prediction", "prediction_with_aux"))
         lines: dict[int, dict[str, Any]] = {}
         found: dict[int, Example] = {}
@@ -203,24 +201,26 @@ class Evaluator:
             mixture, name, split, lengths=self.lengths, rows=self.rows, limit=limit
         )
         for arrays, examples in _by_length(batches, self.rows):
-            for index, example in examples:
+            numbers = [index for index, _ in examples]
+            for (index, example), row in zip(examples, row_of(numbers), strict=False):
                 lines[index] = {
                     "task": name,
                     "split": split,
                     "index": int(index),
                     "input": example.inputs_text,
                     "references": example.references,
-                    "route": route,
+                    "route": None if routes is None else route_json(routes[row]),
                 }
             found |= dict(examples)
             if decodes and not all(example.choices for _, example in examples):
                 row_ids = np.zeros(self.rows, np.int32)
-                row_ids[: len(examples)] = [index for index, _ in examples]
-                answers = self.tokens(params, routes, task_id, arrays, row_ids)
+                row_ids[: len(examples)] = numbers
+                answers = self.tokens(params, routes, row_of(numbers), arrays, row_ids)
                 for (index, _), row in zip(examples, answers, strict=False):
                     tokens[index], texts[index] = row, self.vocabulary.decode(row.tolist())
             if likelihoods or "score" in task.outputs:
-                for (index, _), total, count in zip(examples, *score(arrays), strict=False):
+                sums_R, tokens_R = score(arrays, numbers)
+                for index, total, count in zip(numbers, sums_R, tokens_R, strict=False):
                     lines[index] |= {"log_likelihood": float(total), "target_tokens": int(count)}
         ranked = {index: e for index, e in found.items() if decodes and e.choices}
         for index, likelihood_C in self.choices(score, ranked).items():
@@ -265,17 +265,38 @@ class Evaluator:
         limit: int | None = None,
         show: bool = True,
         likelihoods: bool = False,
+        given: Mapping[str, np.ndarray] | None = None,
     ) -> list[TaskScore]:
-        """Scores every task of `mixture` that has the split; see `tasks_with_split`."""
-        routes = self.routes(params, jnp.int32(step)) if self.model.routed else None
+        """Scores every task of `mixture` that has the split; see `tasks_with_split`.
+
+        Args:
+            given: routes of some tasks in place of the task table's: float [N, E], or [n, N, E] for
+                every example of the split.
+        """
+        routes = np.asarray(self.routes(params, jnp.int32(step))) if self.model.routed else None
+        tables = {name: (routes, task_id) for name, task_id in task_ids.items()}
+        for name, route in (given or {}).items():
+            each = route.ndim == 3
+            tables[name] = (route, np.arange(len(route))) if each else (route[None], 0)
         names = tasks_with_split(mixture, split)
         bar = progress(
             names, desc=f"evaluating {split}", unit="task", leave=False, disable=not show
         )
         return [
-            self.task(params, routes, mixture, name, task_ids[name], split, limit, likelihoods)
+            self.task(params, table, mixture, name, row, split, limit, likelihoods)
             for name in bar
+            for table, row in (tables[name],)
         ]
+
+
+def rows_of(row: np.ndarray, rows: int, numbers: Sequence[int]) -> np.ndarray:
+    """The rows of a table that the examples of a batch of `rows` take, `row` or one of its own.
+
+    What fills up the batch takes that of the first example.
+    """
+    if row.ndim == 0:
+        return np.full(rows, row)
+    return row[[*numbers, *[numbers[0]] * (rows - len(numbers))]]
 
 
 def length_bucket(length: int, longest: int) -> int:

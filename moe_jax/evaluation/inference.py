@@ -1,15 +1,15 @@
 """A model's answers to the examples of a task, in the form of T5X's `infer`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from moe_jax.data.batch import INPUTS, TARGETS
+from moe_jax.data.batch import INPUTS, TARGETS, Batch
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import eval_batches
-from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.evaluator import Evaluator, rows_of
 from moe_jax.model.experts import Params
 
 Mode = Literal["predict", "score", "predict_with_aux"]
@@ -21,7 +21,7 @@ def inferences(
     routes_TxNxE: np.ndarray | None,
     mixture: PreparedMixture,
     task: str,
-    task_id: int,
+    task_id: int | np.ndarray,
     split: str,
     mode: Mode,
 ) -> Iterator[dict[str, Any]]:
@@ -31,22 +31,30 @@ def inferences(
     decoded `prediction`, neither chosen nor postprocessed; with `predict_with_aux` its
     log-likelihood as well, as `aux` {"scores"}; with `score` the log-likelihood of the targets.
 
+    Args:
+        task_id: the row of `routes_TxNxE` that all examples take, or int [n], that of each.
+
     Raises:
         UserError: no such split.
     """
-    score = partial(evaluator.log_likelihoods, params, routes_TxNxE, task_id)
+    row_of = partial(rows_of, np.asarray(task_id), evaluator.rows)
+
+    def score(batch: Batch, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return evaluator.log_likelihoods(params, routes_TxNxE, row_of(numbers), batch)
+
     batches = eval_batches(mixture, task, split, lengths=evaluator.lengths, rows=evaluator.rows)
     for batch, examples in batches:
         arrays = {name: batch[name][0] for name in (*INPUTS, *TARGETS)}
         row_ids = np.zeros(evaluator.rows, np.int32)
-        row_ids[: len(examples)] = [index for index, _ in examples]
-        answers: dict[int, dict[str, Any]] = {index: {} for index, _ in examples}
+        numbers = [index for index, _ in examples]
+        row_ids[: len(examples)] = numbers
+        answers: dict[int, dict[str, Any]] = {index: {} for index in numbers}
         if mode == "score":
-            sums_R, _ = score(arrays)
+            sums_R, _ = score(arrays, numbers)
             for answer, total in zip(answers.values(), sums_R, strict=False):
                 answer["score"] = float(total)
         else:
-            texts = evaluator.predict(params, routes_TxNxE, task_id, arrays, row_ids)
+            texts = evaluator.predict(params, routes_TxNxE, row_of(numbers), arrays, row_ids)
             for answer, text in zip(answers.values(), texts, strict=False):
                 answer["prediction"] = text
         if mode == "predict_with_aux":

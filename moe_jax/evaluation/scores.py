@@ -75,7 +75,9 @@ def write_scores(directory: str | Path, scores: list[TaskScore]) -> None:
         files.write_jsonl(directory / "prompts.jsonl", rows)
     rows = []
     for score in scores:
-        route = score.predictions[0]["route"] if score.predictions else None
+        routes = [row["route"] for row in score.predictions]
+        # Examples with routes of their own have no route in common.
+        route = routes[0] if routes and all(route == routes[0] for route in routes) else None
         experts = None if route is None else [int(np.argmax(r)) if np.ndim(r) else r for r in route]
         rows += [
             {

@@ -21,6 +21,7 @@ from moe_jax.core.configuration import (
     Text,
 )
 from moe_jax.core.errors import UserError
+from moe_jax.data.cache import PreparedMixture
 from moe_jax.experiments import controls
 from moe_jax.experiments.arms import (
     ARMS,
@@ -39,6 +40,7 @@ from moe_jax.runs.config import Config, FewShotConfig
 from moe_jax.runs.mixtures import prepare_mixtures
 
 SPLIT = "test"
+PRETRAINED = "pretrained"  # the directory of the model that all start from
 # Settings on which no outcome depends.
 _FREE = (
     "RunConfig.model_dir",
@@ -56,6 +58,8 @@ class ExperimentConfig(Configuration, called="experiment"):
 
     Attributes:
         model: gin file of the model, read first by every stage.
+        pretrain: gin file of a dense model's training on plain text, once for all seeds. All other
+            models, and direct fine-tuning, start from it; '' for fresh weights.
         dense: gin file of the dense baseline.
         stage1: gin file of the mixture's first stage.
         stage2: gin file of its second stage; '' if the mixture has only one.
@@ -82,6 +86,7 @@ class ExperimentConfig(Configuration, called="experiment"):
     """
 
     model: Setting = ""
+    pretrain: Setting = ""
     dense: Setting = ""
     stage1: Setting = ""
     stage2: Setting = ""
@@ -124,6 +129,7 @@ class Plan:
         trained, self.unseen = prepare_mixtures(data, settings.unseen).values()
         self.trained = trained
         self._data = {m.name: m.fingerprint for m in (trained, self.unseen)}
+        self._text = self._texts() if settings.pretrain else None
         self._sizes = Sizes(trained.vocabulary.size, len(trained.tasks))
         self._planted = None
         if ORACLE in self.arms:
@@ -133,6 +139,8 @@ class Plan:
         """The stages of a seed, parents before children."""
         models = [arm for arm in self.arms if arm != DIRECT]
         stages = [stage for arm in models for stage in self._model(seed, arm)]
+        if self._text is not None and seed == self.settings.seeds[0]:
+            stages.insert(0, self._pretrained(seed))
         stages += [self._scores(seed, arm) for arm in models]
         return stages + [self._adaptation(seed, *item) for item in self.few_shot(seed).items()]
 
@@ -153,13 +161,39 @@ class Plan:
 
     # ---------------------------------------------------------------- the stages of a seed
 
+    def _texts(self) -> PreparedMixture:
+        """What the pre-training reads.
+
+        Raises:
+            UserError: it cannot start the other models.
+        """
+        file, data = self.settings.pretrain, self._config(self.settings.pretrain, {}).data
+        texts = prepare_mixtures(data)[data.mixture_or_task_name]
+        if texts.vocabulary_dir != self.trained.vocabulary_dir:
+            raise UserError(
+                f"{file} has another vocabulary than {self.settings.dense}: give both the same"
+                " VocabularyConfig, with a mixture in VocabularyConfig.trained_on"
+            )
+        if PARAMETERS in self.arms:
+            raise UserError(
+                f"the arm {PARAMETERS!r} is wider than the model of {file}, from which all start"
+            )
+        return texts
+
+    def _pretrained(self, seed: int) -> Stage:
+        """The model that all others start from."""
+        stage = self._trained(seed, PRETRAINED, self.settings.pretrain, {})
+        return dataclasses.replace(stage, inputs=[*stage.inputs, self._text.fingerprint])
+
     def _model(self, seed: int, arm: str) -> list[Stage]:
         """The stages that make an arm's model."""
         s, name = self.settings, f"seed_{seed}/{arm}"
         if ARMS[arm].made == "derived":
             return [self._derived(seed, arm)]
         if ARMS[arm].dense:
-            return [self._trained(seed, name, s.dense, self._dense_bindings(arm))]
+            bindings, parents = self._start(seed, 0)
+            bindings = bindings | self._dense_bindings(arm)
+            return [self._trained(seed, name, s.dense, bindings, parents)]
         if not ARMS[arm].given:
             first, before = f"{name}_stage1" if s.stage2 else name, []
             bindings, parents = self._start(seed, 1)
@@ -179,12 +213,14 @@ class Plan:
         return [self._trained(seed, name, file, bindings | more, parents, rows)]
 
     def _start(self, seed: int, stage: int) -> tuple[Bindings, tuple[str, ...]]:
-        """Where a stage's experts start, and the stages that they come from."""
+        """Where a stage starts (0: of a dense model), and the stages that this comes from."""
         dense, step = self.place(seed, DENSE), self.settings.upcycle_step
         if stage == 1 and step:
             start = str(dense / "checkpoints" / str(step))
         elif stage == 2 and self.settings.stage2_from_dense:
             start = str(dense)
+        elif self._text is not None:
+            return {"INITIAL_CHECKPOINT_PATH": str(self.root / PRETRAINED)}, (PRETRAINED,)
         else:
             return {}, ()
         return {"INITIAL_CHECKPOINT_PATH": start}, (f"seed_{seed}/{DENSE}",)

@@ -1,5 +1,6 @@
 """The prepared mixtures of a configuration, in the vocabulary of a run where there is one."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def prepare_mixtures(
             return found
         config = _config_of(own) or config
     return ensure_prepared(data.cache_dir, names, data.task_modules, config, **more)
+
+
+def trained_mixture(model_dir: str, data: DataConfig) -> PreparedMixture:
+    """What the run in `model_dir` was trained on, in the cache of `data`."""
+    own = directory.read_config(directory.root(model_dir)).data
+    own = dataclasses.replace(own, cache_dir=data.cache_dir)
+    return prepare_mixtures(own, run=model_dir)[own.mixture_or_task_name]
 
 
 def tasks_to_train(mixture: PreparedMixture) -> list[str]:

@@ -25,17 +25,17 @@ from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.tuning import Tuner
 
 
-def text_sum(
+def text_embeddings(
     model: TaskMoE, backbone: Params, batch: Batch, route_NxE: jax.Array | None = None
 ) -> jax.Array:
-    """Sum over examples of the encoder's last states, averaged over the tokens of each.
+    """The encoder's last states, averaged over the tokens of each example.
 
     Args:
-        batch: arrays [R, L], one example to a row; an empty row adds nothing.
+        batch: arrays [R, L], one example to a row.
         route_NxE: of a mixture of experts.
 
     Returns:
-        float32 [d_model].
+        float32 [R, d_model]; zero for an empty row.
     """
     segments_RxL = batch["input_segments"]
     states_RxLxD = EncoderDecoder(model.config).apply(
@@ -44,7 +44,12 @@ def text_sum(
     )  # fmt: skip
     real_RxL = (segments_RxL > 0).astype(jnp.float32)
     weights_RxL = real_RxL / jnp.maximum(real_RxL.sum(-1, keepdims=True), 1.0)
-    return jnp.einsum("rl,rld->d", weights_RxL, states_RxLxD.astype(jnp.float32))
+    return jnp.einsum("rl,rld->rd", weights_RxL, states_RxLxD.astype(jnp.float32))
+
+
+def text_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
+    """The sum of `text_embeddings` over the rows: float32 [d_model]."""
+    return text_embeddings(model, backbone, batch).sum(0)
 
 
 def example_sum(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
@@ -177,6 +182,32 @@ def mean_over_examples(
         total = total + sum_of(_cut(batch))
         count += len(examples)
     return np.asarray(total) / np.float32(count)
+
+
+def example_embeddings(
+    embed: Callable[[Batch], jax.Array],
+    mixture: PreparedMixture,
+    task: str,
+    split: str,
+    lengths: Mapping[str, int],
+    rows: int,
+    limit: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `embed` makes of each example, a row [R, D] of a batch [R, L].
+
+    Args:
+        rows, limit: as in `mean_over_examples`.
+
+    Returns:
+        (int [n], the examples' numbers in the split; float32 [n, D]).
+    """
+    indices, found = [], []
+    for batch, examples in eval_batches(
+        mixture, task, split, lengths=lengths, rows=rows, limit=limit
+    ):
+        indices += [index for index, _ in examples]
+        found.append(np.asarray(embed(_cut(batch)))[: len(examples)])
+    return np.array(indices), np.concatenate(found)
 
 
 def _over_devices(

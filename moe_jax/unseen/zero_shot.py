@@ -1,78 +1,167 @@
 """Routes of tasks that were never trained on, from their unlabelled inputs.
 
-A new task takes the representation of the training task whose inputs are most similar to its own.
-No label is read. The mean of all representations is a poor substitute: the router maps it to a
-route that no task was trained with.
+A new task, or each of its inputs, is routed as the training tasks whose inputs resemble it. No
+label is read. The mean of all representations is a poor substitute: the router maps it to a route
+that no task was trained with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import replicated
+from moe_jax.data.batch import Batch
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.representations import unit_length
+from moe_jax.decoding.rows import experts_per_row
 from moe_jax.model.task_moe import routes_of
 from moe_jax.runs.load import Run
-from moe_jax.unseen.embedding import mean_over_examples, text_sum
+from moe_jax.unseen.embedding import example_embeddings, text_embeddings
+
+# How a task that was not trained on finds its route.
+Unseen = Literal["nearest", "weighted", "input", "mean"]
+_EXAMPLES = 64  # of each task, evenly spaced, whose mean stands for the task
+_SOFTNESS = 0.1  # cosines are divided by it before their softmax
 
 
-def nearest_trained(
-    run: Run,
-    trained: PreparedMixture,
-    mixtures: Sequence[PreparedMixture],
-    split: str,
-    lengths: Mapping[str, int],
-    rows: int,
-    mesh: Mesh,
-    examples: int = 64,
-) -> dict[str, str]:
-    """New task -> the training task with the most similar inputs.
+class Resemblance:
+    """How much inputs resemble those of the training tasks, and the routes that follow.
 
-    A task is embedded by the trained encoder, under the mean of all training routes: see
-    `text_sum`.
+    Inputs are embedded by the trained encoder, under the mean of all training routes: see
+    `text_embeddings`.
 
     Args:
-        run: with parameters on the mesh.
+        run: a mixture of experts with parameters on the mesh, before new tasks are added.
         trained: the mixture that the run was trained on; its training inputs are read.
-        mixtures: those with new tasks, of which the inputs of `split` are read.
         lengths: {"inputs", "targets"}.
         rows: examples computed together.
-        examples: at most this many of each task, evenly spaced.
+
+    Raises:
+        UserError: none of the tasks of `trained` was trained on.
     """
-    mixture_of = {name: mixture for mixture in mixtures for name in mixture.names}
-    new = [
-        name
-        for name, mixture in mixture_of.items()
-        if name not in run.task_ids and split in mixture.task(name).splits
-    ]
-    seen = [name for name in trained.names if name in run.task_ids]
-    if not new or not seen:
-        return {}
-    routes_TxNxE = jax.jit(partial(routes_of, run.model))(run.params, jnp.int32(run.step))
-    mean_NxE = routes_TxNxE.mean(0)
-    embed = jax.jit(partial(text_sum, run.model), out_shardings=replicated(mesh))
 
-    def embedding(mixture: PreparedMixture, task: str, split: str) -> np.ndarray:
-        return mean_over_examples(
-            lambda batch: embed(run.params["backbone"], batch, mean_NxE),
-            mixture, task, split, lengths, rows, examples,
-        )  # fmt: skip
+    def __init__(
+        self,
+        run: Run,
+        trained: PreparedMixture,
+        lengths: Mapping[str, int],
+        rows: int,
+        mesh: Mesh,
+    ):
+        self._tasks = [
+            t.name for t in trained.tasks if t.name in run.task_ids and "train" in t.splits
+        ]
+        if not self._tasks:
+            raise UserError(f"the run was trained on no task of {trained.name}")
+        self._known, self._lengths, self._rows = run.task_ids, lengths, rows
+        routes_TxNxE = jax.jit(partial(routes_of, run.model))(run.params, jnp.int32(run.step))
+        embed = jax.jit(partial(text_embeddings, run.model), out_shardings=replicated(mesh))
+        mean_NxE = routes_TxNxE.mean(0)
+        self._embed = lambda batch: embed(run.params["backbone"], batch, mean_NxE)
+        self._count = experts_per_row(run.model)
+        rows_T = [run.task_ids[name] for name in self._tasks]
+        self._routes_TxNxE = np.asarray(routes_TxNxE)[rows_T]
+        self._seen_TxD = np.stack([self._of_task(trained, t, "train") for t in self._tasks])
 
-    seen_TxD = np.stack([embedding(trained, name, "train") for name in seen])
-    new_TxD = np.stack([embedding(mixture_of[name], name, split) for name in new])
-    return {name: seen[i] for name, i in zip(new, most_similar(seen_TxD, new_TxD), strict=True)}
+    def nearest(self, mixtures: Sequence[PreparedMixture], split: str) -> dict[str, str]:
+        """New task of the mixtures -> the training task with the most similar inputs."""
+        return {
+            task: self._tasks[int(np.argmax(similarity_T))]
+            for task, similarity_T in self._of_new(mixtures, split)
+        }
+
+    def weighted(self, mixtures: Sequence[PreparedMixture], split: str) -> dict[str, np.ndarray]:
+        """New task -> the mean of all training tasks' routes, weighted by similarity: [N, E]."""
+        return {
+            task: weighted_route(similarity_T, self._routes_TxNxE, self._count)
+            for task, similarity_T in self._of_new(mixtures, split)
+        }
+
+    def by_input(
+        self, mixtures: Sequence[PreparedMixture], split: str, limit: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """New task -> for every example of the split the route of the task it resembles most.
+
+        Args:
+            limit: as `eval_batches` has it: the routes of other examples are those of no task.
+
+        Returns:
+            float32 [examples, N, E] by task.
+        """
+        result = {}
+        for mixture, task in self._new(mixtures, split):
+            indices, states_nxD = self._examples(mixture, task, split, limit)
+            shape = (mixture.task(task).examples(split), *self._routes_TxNxE.shape[1:])
+            routes = np.zeros(shape, np.float32)
+            routes[indices] = self.routes(states_nxD)
+            result[task] = routes
+        return result
+
+    def of_rows(self, batch: Batch) -> np.ndarray:
+        """The route of the task that each row [R, L] of inputs resembles most: [R, N, E]."""
+        return self.routes(np.asarray(self._embed(batch)))
+
+    def routes(self, states_nxD: np.ndarray) -> np.ndarray:
+        """The route of the training task that each embedding resembles most: [n, N, E]."""
+        return self._routes_TxNxE[np.argmax(similarities(self._seen_TxD, states_nxD), 1)]
+
+    def _new(
+        self, mixtures: Sequence[PreparedMixture], split: str
+    ) -> Iterator[tuple[PreparedMixture, str]]:
+        """(mixture, task) of each new task that has the split, once."""
+        mixture_of = {task.name: mixture for mixture in mixtures for task in mixture.tasks}
+        for name, mixture in mixture_of.items():
+            if name not in self._known and split in mixture.task(name).splits:
+                yield mixture, name
+
+    def _of_new(
+        self, mixtures: Sequence[PreparedMixture], split: str
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(task, its similarity [T] to every training task) of each new task."""
+        for mixture, task in self._new(mixtures, split):
+            state_D = self._of_task(mixture, task, split)
+            yield task, similarities(self._seen_TxD, state_D[None])[0]
+
+    def _of_task(self, mixture: PreparedMixture, task: str, split: str) -> np.ndarray:
+        return self._examples(mixture, task, split, _EXAMPLES)[1].mean(0)
+
+    def _examples(
+        self, mixture: PreparedMixture, task: str, split: str, limit: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return example_embeddings(
+            self._embed, mixture, task, split, self._lengths, self._rows, limit
+        )
 
 
-def most_similar(seen_TxD: np.ndarray, new_NxD: np.ndarray) -> np.ndarray:
-    """Index of the most similar of T embeddings for each of N others: int [N].
+def similarities(seen_TxD: np.ndarray, new_NxD: np.ndarray) -> np.ndarray:
+    """Cosine of each of N embeddings with each of T, after the mean of the T is subtracted.
 
-    The similarity is the cosine, after the mean of the T is subtracted from all.
+    Returns:
+        [N, T].
     """
     center_D = unit_length(seen_TxD).mean(0)
     seen_TxD, new_NxD = (unit_length(unit_length(x) - center_D) for x in (seen_TxD, new_NxD))
-    return np.argmax(new_NxD @ seen_TxD.T, axis=1)
+    return new_NxD @ seen_TxD.T
+
+
+def weighted_route(similarity_T: np.ndarray, routes_TxNxE: np.ndarray, count: int) -> np.ndarray:
+    """The mean of routes, weighted by the softmax of `similarity_T` / 0.1.
+
+    Args:
+        count: only so many experts of each layer are kept, those with the largest weights.
+
+    Returns:
+        float32 [N, E], each layer's weights sum to 1.
+    """
+    weight_T = np.exp((similarity_T - similarity_T.max()) / _SOFTNESS)
+    mean_NxE = np.einsum("t,tne->ne", weight_T, routes_TxNxE)
+    largest_NxK = np.argsort(-mean_NxE, axis=-1, kind="stable")[:, :count]
+    kept_NxE = np.zeros_like(mean_NxE)
+    np.put_along_axis(kept_NxE, largest_NxK, np.take_along_axis(mean_NxE, largest_NxK, -1), -1)
+    return (kept_NxE / kept_NxE.sum(-1, keepdims=True)).astype(np.float32)

@@ -153,7 +153,7 @@ def test_ten_random_moments_scores_few_shot_and_report(top, bucket, whole, tmp_p
     rng, ends, steps = random.Random(0), [], []
     for turn in range(10):
         number = signal.SIGKILL if turn % 2 else signal.SIGTERM
-        requests = rng.randrange(20, 250)
+        requests = rng.randrange(10, 100)
         ends.append(killed_after(bucket, start("train", arguments), requests, number))
         assert half_written(bucket, name) == []
         try:

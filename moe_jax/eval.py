@@ -24,9 +24,9 @@ from moe_jax.core import files, paths
 from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Names, PathName, Range
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.sharding import make_mesh
-from moe_jax.data.calls import try_functions
 from moe_jax.evaluation.disabling import disabling
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
+from moe_jax.evaluation.functions import try_functions
 from moe_jax.evaluation.scores import TaskScore, mean_score, over_prompts, write_scores
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, directory, flags

@@ -16,9 +16,10 @@ from toy_run import SETTINGS, flags_of, start
 
 from moe_jax.core.errors import UserError
 from moe_jax.core.files import to_json
-from moe_jax.data.calls import call_metric, try_functions
+from moe_jax.data.calls import call_metric
 from moe_jax.data.prepared import ensure_prepared
 from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.evaluation.functions import try_functions
 
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = textwrap.dedent("""
@@ -82,6 +83,14 @@ MODULE = textwrap.dedent("""
     add("f_breaks", breaks, same)
     add("f_a_set", a_set, same)
     add("f_endless", text, same, endless=True)
+
+    # Which SeqIO alone can run.
+    def closure(key):
+        def inner(targets, predictions):
+            return {"length": {"good": float(len(predictions))}[key]}
+        return inner
+    add("s_good", None, closure("good"))
+    add("s_raises", text, closure("gone"))
 """)
 # Task -> its scores with the targets as predictions.
 GOOD = {
@@ -98,6 +107,7 @@ BAD = {
     "f_words": "task 'f_words': metric of_text: 'x' must be a number, is 'good'",
     "f_none": "task 'f_none': metric of_none must return {name: number}, returned None",
     "f_raises": "task 'f_raises': metric raises fails: KeyError: 'gone'",
+    "s_raises": "task 's_raises': metric inner fails: KeyError: 'gone'",
 }
 BAD_LATER = {  # only as predictions
     "f_nan_prediction": "task 'f_nan_prediction': postprocess_fn nan returned nan: nan is no"
@@ -148,7 +158,7 @@ def module(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(module):
-    names = [*GOOD, *BAD, *BAD_LATER]
+    names = [*GOOD, *BAD, *BAD_LATER, "s_good"]
     return ensure_prepared(
         module.parent / "cache", names, str(module), VocabularyConfig(kind="bytes")
     )
@@ -169,6 +179,10 @@ def test_good_functions_are_called_as_in_evaluation(name, prepared):
         scores = [-float(len(example.targets)) for example in examples]
         found |= call_metric(name, function, references, scores)
     assert found == pytest.approx(GOOD[name]) and all(type(v) is float for v in found.values())
+
+
+def test_functions_that_seqio_runs_are_tried_as_well(prepared):
+    try_functions(prepared["s_good"], ["s_good"], "validation")
 
 
 @pytest.mark.parametrize("name", [*BAD, *BAD_LATER])

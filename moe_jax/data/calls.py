@@ -1,7 +1,6 @@
 """Calls the functions that a task brings: its metrics and its postprocess function.
 
-Whatever they do, an error names the task and the function. They are tried before a run begins:
-otherwise a mistake in one of them would end the run at its first evaluation.
+Whatever they do, an error names the task and the function.
 """
 
 import functools
@@ -9,11 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.core.errors import UserError, first_line
+from moe_jax.core.errors import UserError, first_line, shown
 from moe_jax.core.files import to_json
-from moe_jax.data.cache import PreparedMixture, PreparedTask
-
-_TRIED = 8  # examples
+from moe_jax.data.cache import PreparedTask
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -31,7 +28,7 @@ def call_metric(
     Raises:
         UserError: it fails, or returns anything but finite numbers by name.
     """
-    found = _called(_metric(task, function), function, targets, values)
+    found = called(metric_name(task, function), function, targets, values)
     return numbers(task, function, found)
 
 
@@ -43,9 +40,9 @@ def numbers(task: str, metric: Callable[..., Any], found: Any) -> dict[str, floa
     Raises:
         UserError: it is anything but finite numbers by name.
     """
-    who = _metric(task, metric)
+    who = metric_name(task, metric)
     if not isinstance(found, Mapping) or not found:
-        raise UserError(f"{who} must return {{name: number}}, returned {_short(found)}")
+        raise UserError(f"{who} must return {{name: number}}, returned {shown(found)}")
     scores = {}
     for name, value in found.items():
         if type(value).__module__ == "seqio.metrics":
@@ -55,7 +52,7 @@ def numbers(task: str, metric: Callable[..., Any], found: Any) -> dict[str, floa
         try:
             scores[str(name)] = float(value)
         except (TypeError, ValueError) as e:
-            raise UserError(f"{who}: {name!r} must be a number, is {_short(value)}") from e
+            raise UserError(f"{who}: {name!r} must be a number, is {shown(value)}") from e
         if not math.isfinite(scores[str(name)]):
             raise UserError(f"{who}: {name!r} must be a finite number, is {value}")
     return scores
@@ -76,11 +73,11 @@ def call_postprocess(
     if function is None:
         return text
     who = f"task {task!r}: postprocess_fn {name_of(function)}"
-    value = _called(who, function, text, **arguments)
+    value = called(who, function, text, **arguments)
     try:
         return to_json(value)
     except (TypeError, ValueError) as e:
-        raise UserError(f"{who} returned {_short(value)}: {e}") from e
+        raise UserError(f"{who} returned {shown(value)}: {e}") from e
 
 
 def task_metrics(task: PreparedTask, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -122,47 +119,23 @@ def add(
     metrics.update(found)
 
 
-def try_functions(mixture: PreparedMixture, names: Sequence[str], split: str) -> None:
-    """Calls the functions of tasks as `Evaluator` does, with targets in place of predictions.
-
-    Args:
-        names: tasks of the mixture that have the split. Those that SeqIO scores are left out.
-
-    Raises:
-        UserError: one of them would end an evaluation.
-    """
-    for name in names:
-        task = mixture.task(name)
-        if task.seqio is not None:
-            continue
-        postprocess, records = task.postprocess_fn(), task.records(split)
-        rows = []
-        for index in range(min(_TRIED, len(records))):
-            example = records[index]
-            row = {
-                "references": example.references,
-                "log_likelihood": -float(len(example.targets)),
-            }
-            if task.metrics:
-                text = mixture.vocabulary.decode(example.targets.tolist())
-                row["prediction"] = call_postprocess(name, postprocess, text, is_target=False)
-            rows.append(row)
-        task_metrics(task, rows)
-
-
-def _metric(task: str, metric: Callable[..., Any]) -> str:
+def metric_name(task: str, metric: Callable[..., Any]) -> str:
+    """A metric as errors name it."""
     return f"task {task!r}: metric {name_of(metric)}"
 
 
-def _called(who: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+def called(who: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """What a user's function returns.
+
+    Args:
+        who: names it in errors.
+
+    Raises:
+        UserError: whatever it raises.
+    """
     try:
         return function(*arguments, **more)
     except UserError as e:
         raise UserError(f"{who}: {e}") from e
     except Exception as e:  # of any kind: it is the user's code
         raise UserError(f"{who} fails: {type(e).__name__}: {first_line(e)}") from e
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_jax.data import registry
 from moe_jax.data.cache import PreparedTask
-from moe_jax.data.calls import add, call_postprocess, numbers
+from moe_jax.data.calls import add, call_postprocess, called, metric_name, numbers
 from moe_jax.data.example import Example
 from moe_jax.data.registry import seqio
 from moe_jax.data.seqio_tokenizers import SeqioTokenizers
@@ -32,6 +32,8 @@ class BySeqio:
         os.environ.update({k: v for k, v in scoring.environment.items() if v is not None})
         modules = registry.load_task_modules(scoring.task_modules)
         (self._task,) = registry.find_tasks(prepared.name, modules)
+        # SeqIO's objects for plain functions do not tell the functions' names.
+        self._named = (*self._task._metric_objs_constructor_args, *self._task.metric_fns)
         self._pad_id = vocabulary.pad_id
         sides = {"inputs": vocabulary.inputs, "targets": vocabulary}
         self._features = {
@@ -61,11 +63,12 @@ class BySeqio:
             tokens: of each the answer's token ids, where metrics take them.
 
         Raises:
-            UserError: two metrics have one name.
+            UserError: a metric fails, or two have one name.
         """
         rows = [_row(example) for example in examples]
         found: dict[str, float] = {}
-        for metric in self._task.metric_objs:
+        name = self._task.name
+        for metric, own in zip(self._task.metric_objs, self._named, strict=True):
             match metric.model_output_type.name:
                 case "SCORE":
                     output = np.array([line["log_likelihood"] for line in lines], np.float32)
@@ -74,13 +77,16 @@ class BySeqio:
                 case _:
                     scores = np.array([line["aux"]["scores"] for line in lines], np.float32)
                     output = (_padded(tokens, self._pad_id), {"scores": scores})
-            made = metric.from_model_output(rows, output, self._features, "targets")
-            if isinstance(made, seqio.metrics.CollectingMetric):
-                values, _ = made.actual_compute(rows, self._features, "targets", None)
-            else:
-                values = made.compute()
-            add(found, self._task.name, metric, numbers(self._task.name, metric, values))
+            values = called(metric_name(name, own), self._computed, metric, rows, output)
+            add(found, name, own, numbers(name, own, values))
         return found
+
+    def _computed(self, metric: Any, rows: Sequence[Mapping[str, Any]], output: Any) -> Any:
+        """What a metric makes of the examples and the model's output."""
+        made = metric.from_model_output(rows, output, self._features, "targets")
+        if isinstance(made, seqio.metrics.CollectingMetric):
+            return made.actual_compute(rows, self._features, "targets", None)[0]
+        return made.compute()
 
 
 def _row(example: Example) -> dict[str, Any]:

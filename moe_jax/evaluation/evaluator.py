@@ -21,7 +21,6 @@ from moe_jax.core.progress import progress
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
 from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.calls import call_postprocess, task_metrics
 from moe_jax.data.example import Example
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.data.vocabulary import Vocabulary
@@ -29,6 +28,7 @@ from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_rout
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.evaluation.choices import Score, choice_likelihoods
+from moe_jax.evaluation.functions import apply_functions
 from moe_jax.evaluation.scores import TaskScore, route_json
 from moe_jax.model.experts import Params, gather
 from moe_jax.model.placement import Placement
@@ -231,22 +231,8 @@ class Evaluator:
         if "prediction_with_aux" in task.outputs:
             for index, total in self.answer_likelihoods(score, found, texts).items():
                 lines[index]["aux"] = {"scores": total}
-        order = sorted(lines)
-        rows = [lines[index] for index in order]
-        if task.seqio is None:
-            postprocess = partial(call_postprocess, name, task.postprocess_fn(), is_target=False)
-            for index, text in texts.items():
-                lines[index]["prediction"] = postprocess(text)
-            metrics = task_metrics(task, rows)
-        else:
-            from moe_jax.evaluation.by_seqio import BySeqio  # imports TensorFlow
-
-            registered = BySeqio(task, self.vocabulary)
-            for index, text in texts.items():
-                lines[index]["prediction"] = registered.postprocess(text, found[index])
-            metrics = registered.metrics(
-                [found[index] for index in order], rows, [tokens.get(index) for index in order]
-            )
+        metrics = apply_functions(task, self.vocabulary, found, lines, texts, tokens)
+        rows = [lines[index] for index in sorted(lines)]
         metric = next(iter(metrics))
         if likelihoods:
             total, count = (

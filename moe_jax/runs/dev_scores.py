@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from moe_jax.core.sharding import replicated
 from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.calls import try_functions
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
+from moe_jax.evaluation.functions import try_functions
 from moe_jax.evaluation.scores import mean_score
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE, routes_of

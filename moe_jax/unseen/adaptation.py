@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from moe_jax.core import files, paths, processes
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import MeshConfig, device_per_core, make_mesh
-from moe_jax.data.calls import try_functions
 from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.evaluation import gains, paired
 from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.functions import try_functions
 from moe_jax.model.experts import Params
 from moe_jax.runs import directory
 from moe_jax.runs.config import FewShotConfig
@@ -302,4 +302,4 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     lines = files.read_bytes(path).splitlines(keepends=True)
     files.write_bytes(path, b"".join(line for line in lines if line.endswith(b"}\n")))
-    return list(files.read_jsonl(path))
+    return gains.read_rows(path)

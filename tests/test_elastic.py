@@ -91,7 +91,13 @@ def train(
             # Processes that hold the same group see the same examples.
             assert found.setdefault(step, {}).setdefault(group, digest) == digest
         path.unlink()
-    return {step: [groups[g] for g in sorted(groups)] for step, groups in found.items()}
+    # A process that was killed may not have said all that it was about to see.
+    all_groups = max(map(len, found.values()), default=0)
+    return {
+        step: [groups[g] for g in sorted(groups)]
+        for step, groups in found.items()
+        if len(groups) == all_groups
+    }
 
 
 def losses(model_dir: Path) -> dict[int, float]:
@@ -113,7 +119,8 @@ def check(seed: int, tmp_path: Path, steps: int, stops: int, **own: Any) -> None
     wanted = train(whole, {**own, "TRAIN_STEPS": steps})
     assert sorted(wanted) == list(range(1, steps + 1))
     seen: Seen = {}
-    for stop in (*sorted(rng.sample(range(2, steps - 1), stops)), steps):
+    # Not next to each other: a run that is asked to stop does one step more.
+    for stop in (*sorted(rng.sample(range(2, steps - 1, 3), stops)), steps):
         how = rng.choice([0, signal.SIGTERM, signal.SIGKILL]) if stop < steps else 0
         settings = {
             **own,
@@ -151,7 +158,7 @@ def test_many_runs_stopped_anywhere_go_on_elsewhere(seed, shapes, tmp_path):
 @pytest.mark.slow
 def test_with_another_batch_size_the_same_groups_follow(tmp_path):
     """Whatever else changes, and wherever it is stopped."""
-    wanted = in_order(train(tmp_path / "whole", {"TRAIN_STEPS": 24}))
+    wanted = in_order(train(tmp_path / "whole", {"TRAIN_STEPS": 32}))
     run, seen = tmp_path / "run", {}
     for stop, size, mesh, processes, how in (
         (4, 16, MESHES[1], 2, signal.SIGTERM),

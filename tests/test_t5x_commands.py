@@ -34,7 +34,11 @@ STAND_INS = {
 TASK, STEPS, LENGTH = "skills_introduce", 20, 8
 # Whole paths: where there is a directory `runs`, gin takes it for a package, and fails.
 GIN = ROOT / "gin_configs"
-FILES = [f"--gin_file={GIN}/models/tiny.gin", f"--gin_file={GIN}/runs/skills_gym_stage1.gin"]
+FILES = [
+    f"--gin_file={GIN}/models/tiny.gin", f"--gin_file={GIN}/runs/skills_gym_stage1.gin",
+    "--gin.skills_gym.names=True", "--gin.RouterConfig.selection='gumbel_softmax_st'",
+    "--gin.RouterConfig.temperature=2.0", "--gin.RouterConfig.temperature_rate=0.01",
+]  # fmt: skip
 DECODING = [f"--gin.DecodingConfig.min_length={LENGTH}"]
 
 
@@ -167,7 +171,7 @@ def test_several_devices_train_and_answer_as_one(commands):
         losses[devices, parts] = logged(run, "loss")
         at = {"CHECKPOINT_PATH": str(root / "t5x_1_1" / f"checkpoint_{STEPS}"), PARTS: parts}
         commands.t5x("infer", devices, INFER_OUTPUT_DIR=str(run / "infer"), **{**at, **data})
-        (file,) = (run / "infer").glob(f"{TASK}-predict_with_aux.jsonl-*")
+        (file,) = (run / "infer").glob(f"{TASK}-predict_with_aux.jsonl-*-of-*[0-9]")
         answers[devices, parts] = lines(file)
     expected = losses[1, 1]
     assert len(expected) == STEPS and expected[-1] < expected[0]

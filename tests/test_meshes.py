@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.multihost_utils import process_allgather
-from toy_run import finish, free_port, random_batch, start, tiny_model, tiny_params
+from toy_run import finish, free_port, random_batch, start, start_state, tiny_model, tiny_params
 
 from moe_jax.core.sharding import LOGICAL_AXES, MeshConfig, by_group, global_array, make_mesh
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import (
     StepConfig,
     gradients,
-    init_state,
     make_train_step,
     state_shardings,
 )
@@ -51,9 +50,7 @@ def trained(mesh_name: str, routes: str, kept: str, differentiate: bool):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if one else make_mesh(MESHES[mesh_name])
     params = jax.device_get(tiny_params(model))
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(OPTIMIZER)
-        places = state_shardings(model, optimizer, mesh)
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
+        state = start_state(model, OPTIMIZER, mesh, params)
         batches = [
             {name: global_array(array, by_group(mesh)) for name, array in batch.items()}
             for batch in BATCHES

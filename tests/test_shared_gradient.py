@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_run import random_batch, tiny_model, tiny_params
+from toy_run import random_batch, start_state, tiny_model, tiny_params
 
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.model.experts import gather, replace_routed, routed, share
-from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
+from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.training.step import StepConfig, make_train_step
 
 # Not clipped: the norm counts a gradient that all experts share once for each.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, clip_norm=0.0, epsilon=1e-2)
@@ -23,9 +23,7 @@ def trained(model, params, config, batches):
     """The parameters after a step on each batch."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config)
-        places = state_shardings(model, optimizer, mesh)
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
+        state = start_state(model, config, mesh, params)
         step = make_train_step(model, config, StepConfig(), mesh, total_steps=10, seed=0)
         rates = {part: jnp.float32(rate) for part, rate in config.learning_rates.items()}
         for batch in batches:

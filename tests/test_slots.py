@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_run import random_batch, tiny_model, tiny_params
+from toy_run import random_batch, start_state, tiny_model, tiny_params
 
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.training import step as step_module
-from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.slots import find_slots
-from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
+from moe_jax.training.step import StepConfig, make_train_step
 
 E = 4
 MODEL = tiny_model(experts=E, selection="gumbel_softmax_st", experts_per_layer=1)
@@ -37,11 +37,7 @@ def two_steps(mesh, lazy):
         learning_rate=1e-2, weight_decay=0.0, epsilon=1e-4, lazy=lazy
     )
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(optimizer_config)
-        state = jax.jit(
-            lambda p: init_state(p, optimizer),
-            out_shardings=state_shardings(MODEL, optimizer, mesh),
-        )(PARAMS)
+        state = start_state(MODEL, optimizer_config, mesh, PARAMS)
         step = make_train_step(MODEL, optimizer_config, StepConfig(), mesh, 10, seed=0)
         rates = {k: jnp.float32(v) for k, v in optimizer_config.learning_rates.items()}
         states = [jax.device_get(state)]

@@ -8,20 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_run import pack_rows, random_batch, random_examples, stack_groups, tiny_model, tiny_params
+from toy_run import (
+    pack_rows,
+    random_batch,
+    random_examples,
+    stack_groups,
+    start_state,
+    tiny_model,
+    tiny_params,
+)
 
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.training import loss as losses
-from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import (
-    StepConfig,
-    gradients,
-    init_state,
-    make_train_step,
-    state_shardings,
-)
+from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.training.step import StepConfig, gradients, make_train_step
 
 SMOOTHING = 0.1
 STEP = 7
@@ -251,9 +253,7 @@ def test_what_is_frozen_or_rests_does_not_move(lazy, batch):
     model = tiny_model(**SELECTIONS["gumbel_softmax_st, 1"])
     mesh = one_device()
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config)
-        places = state_shardings(model, optimizer, mesh)
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(PARAMS)
+        state = start_state(model, config, mesh, PARAMS)
         step = make_train_step(model, config, StepConfig(), mesh, total_steps=10, seed=0)
         rates = {k: jnp.float32(v) for k, v in config.learning_rates.items()}
         before = jax.device_get(state)
@@ -283,9 +283,7 @@ def test_alternation_needs_a_router():
 def test_one_step_compiles_once(batch):
     model, mesh = tiny_model(**SELECTIONS["gumbel_softmax_st, 1"], dropout_rate=0.1), one_device()
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(OPTIMIZER)
-        places = state_shardings(model, optimizer, mesh)
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(PARAMS)
+        state = start_state(model, OPTIMIZER, mesh, PARAMS)
         step = make_train_step(model, OPTIMIZER, StepConfig(), mesh, total_steps=10, seed=0)
         rates = {k: jnp.float32(v) for k, v in OPTIMIZER.learning_rates.items()}
         for one in (batch, random_batch(seed=1)):

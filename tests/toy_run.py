@@ -18,6 +18,8 @@ from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.evaluation.evaluator import INPUTS
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, init_params
+from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.step import TrainState, init_state, state_shardings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAD, EOS, START = 0, 1, 0
@@ -50,6 +52,13 @@ def tiny_params(model: TaskMoE, seed: int = 0):
     return jax.jit(lambda key: nn.meta.unbox(init_params(model, key)))(
         jax.random.key(seed, impl="rbg")
     )
+
+
+def start_state(model: TaskMoE, config: OptimizerConfig, mesh, params) -> TrainState:
+    """The state of `params` before the first step, with the shardings of the step's results."""
+    optimizer = make_optimizer(config)
+    places = state_shardings(model, optimizer, mesh)
+    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=places)(params)
 
 
 def random_backbone(model: TaskMoE, seed: int = 0):

@@ -165,6 +165,25 @@ class Evaluator:
         found = choice_likelihoods(score, alone, self.lengths, self.rows, self.vocabulary, 0)
         return {index: total for index, (total,) in found.items()}
 
+    def by_number(
+        self,
+        params: Params,
+        routes_TxNxE: jax.Array | np.ndarray | None,
+        task_id: int | np.ndarray,
+    ) -> tuple[Callable[[Sequence[int]], np.ndarray], Score]:
+        """(the rows of `routes_TxNxE` of a batch's examples by their numbers, `log_likelihoods`
+        with them).
+
+        Args:
+            task_id: as in `task`.
+        """
+        row_of = partial(rows_of, np.asarray(task_id), self.rows)
+
+        def score(batch: Batch, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+            return self.log_likelihoods(params, routes_TxNxE, row_of(numbers), batch)
+
+        return row_of, score
+
     def task(
         self,
         params: Params,
@@ -187,11 +206,7 @@ class Evaluator:
         """
         task = mixture.task(name)
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
-        row_of = partial(rows_of, np.asarray(task_id), self.rows)
-
-        def score(batch: Batch, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-            return self.log_likelihoods(params, routes, row_of(numbers), batch)
-
+        row_of, score = self.by_number(params, routes, task_id)
         decodes = not task.outputs.isdisjoint(("prediction", "prediction_with_aux"))
         lines: dict[int, dict[str, Any]] = {}
         found: dict[int, Example] = {}

@@ -1,15 +1,14 @@
 """A model's answers to the examples of a task, in the form of T5X's `infer`."""
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 
-from moe_jax.data.batch import INPUTS, TARGETS, Batch
+from moe_jax.data.batch import INPUTS, TARGETS
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import eval_batches
-from moe_jax.evaluation.evaluator import Evaluator, rows_of
+from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.model.experts import Params
 
 Mode = Literal["predict", "score", "predict_with_aux"]
@@ -37,11 +36,7 @@ def inferences(
     Raises:
         UserError: no such split.
     """
-    row_of = partial(rows_of, np.asarray(task_id), evaluator.rows)
-
-    def score(batch: Batch, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        return evaluator.log_likelihoods(params, routes_TxNxE, row_of(numbers), batch)
-
+    row_of, score = evaluator.by_number(params, routes_TxNxE, task_id)
     batches = eval_batches(mixture, task, split, lengths=evaluator.lengths, rows=evaluator.rows)
     for batch, examples in batches:
         arrays = {name: batch[name][0] for name in (*INPUTS, *TARGETS)}

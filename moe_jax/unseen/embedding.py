@@ -1,7 +1,7 @@
 """Embeds one task: a vector that a dense model computes from the task's examples."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -176,11 +176,9 @@ def mean_over_examples(
         limit: at most this many examples, evenly spaced; None for all.
     """
     total, count = 0.0, 0
-    for batch, examples in eval_batches(
-        mixture, task, split, lengths=lengths, rows=rows, limit=limit
-    ):
-        total = total + sum_of(_cut(batch))
-        count += len(examples)
+    for batch, indices in _batches(mixture, task, split, lengths, rows, limit):
+        total = total + sum_of(batch)
+        count += len(indices)
     return np.asarray(total) / np.float32(count)
 
 
@@ -201,13 +199,26 @@ def example_embeddings(
     Returns:
         (int [n], the examples' numbers in the split; float32 [n, D]).
     """
-    indices, found = [], []
+    numbers, found = [], []
+    for batch, indices in _batches(mixture, task, split, lengths, rows, limit):
+        numbers += indices
+        found.append(np.asarray(embed(batch))[: len(indices)])
+    return np.array(numbers), np.concatenate(found)
+
+
+def _batches(
+    mixture: PreparedMixture,
+    task: str,
+    split: str,
+    lengths: Mapping[str, int],
+    rows: int,
+    limit: int | None,
+) -> Iterator[tuple[Batch, list[int]]]:
+    """(batch [R, L], the numbers of the examples in its first rows) of a task's examples."""
     for batch, examples in eval_batches(
         mixture, task, split, lengths=lengths, rows=rows, limit=limit
     ):
-        indices += [index for index, _ in examples]
-        found.append(np.asarray(embed(_cut(batch)))[: len(examples)])
-    return np.array(indices), np.concatenate(found)
+        yield _cut(batch), [index for index, _ in examples]
 
 
 def _over_devices(

@@ -8,13 +8,15 @@ prompts of one dataset. MODEL_DIR may name one of a run's checkpoints, RUN/check
 scores go to RUN/eval/step_STEP/. The mixtures of EVAL_MIXTURES are scored as well.
 
 A task that the model was not trained on is scored zero-shot. In a mixture of experts it takes the
-route of the training task whose inputs are most similar, another one that eval.unseen chooses, or
-that of its representation in a file that `represent` made (eval.representations=FILE). With
+route of the training task whose inputs are most similar (with eval.unseen='description', whose
+description is), another one that eval.unseen chooses, or that of its representation in a file that
+`represent` made (eval.representations=FILE). With
 eval.disable_examples=N there is also disabling.json: the loss of every task with each expert off in
 turn.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +35,8 @@ from moe_jax.runs import configurables, directory, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
 from moe_jax.runs.mixtures import prepare_mixtures, trained_mixture
-from moe_jax.unseen.zero_shot import Resemblance, Unseen
+from moe_jax.unseen.descriptions import Descriptions
+from moe_jax.unseen.zero_shot import Resemblance, Unseen, new_tasks, trained_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +48,9 @@ class EvalConfig(Configuration, called="eval"):
         examples: at most this many per task, evenly spaced; None for all.
         mixtures: further mixtures to score, each into a directory of its own.
         unseen: the route of a task that the model was not trained on: that of the `nearest`
-            training task, by the text of the inputs; the mean of all routes, `weighted` by this
-            similarity; for every `input` that of the training task nearest to it; or that of the
-            `mean` representation.
+            training task, by the text of the inputs; that of the training task with the nearest
+            `description`; the mean of all routes, `weighted` by the inputs' similarity; for every
+            `input` that of the training task nearest to it; or that of the `mean` representation.
         representations: file of representations for these tasks instead.
         disable_examples: with each expert of a mixture off in turn, the loss on at most this many
             examples of each task; 0 for none.
@@ -101,20 +104,25 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
             run.model.routed and settings.unseen != "mean" and settings.representations is None
             and not run.task_ids.keys() >= set(names)
         ):  # fmt: skip
-            resemblance = Resemblance(
-                run, trained_mixture(run_config.model_dir, data), data.lengths,
-                run_config.eval_batch_rows, mesh,
-            )  # fmt: skip
+            trained = trained_mixture(run_config.model_dir, data)
             everything = list(mixtures.values())
+            resemblance = partial(
+                Resemblance, run, trained, data.lengths, run_config.eval_batch_rows, mesh
+            )
             match settings.unseen:
                 case "nearest":
-                    nearest = resemblance.nearest(everything, split)
+                    nearest = resemblance().nearest(everything, split)
+                case "description":
+                    new = new_tasks(run.task_ids, everything, split)
+                    described = [mixture.task(name) for name, mixture in new.items()]
+                    nearest = Descriptions(trained_on(run, trained)).nearest_of(described)
                 case "weighted":
-                    given = resemblance.weighted(everything, split)
+                    given = resemblance().weighted(everything, split)
                 case "input":
-                    given = resemblance.by_input(everything, split, settings.examples)
+                    given = resemblance().by_input(everything, split, settings.examples)
+        alike = "description is" if settings.unseen == "description" else "inputs are"
         for new, trained in nearest.items() if jax.process_index() == 0 else ():
-            say(f"{new} takes the route of {trained}, whose inputs are most similar")
+            say(f"{new} takes the route of {trained}, whose {alike} most similar")
         run = with_tasks(run, names, settings.representations, nearest)
         # Only rows of new tasks are not in place yet.
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))

@@ -15,21 +15,23 @@ MODEL_DIR may name one of a run's checkpoints, RUN/checkpoints/STEP. A task that
 trained on is answered zero-shot: its representation is its own from a file that `represent` made
 (infer.representations=FILE), or the mean where it is a task of MIXTURE_OR_TASK_NAME. With
 infer.unseen='input' each of its inputs takes the route of the training task that it resembles most,
-as in `eval`.
+as in `eval`. A task that is registered nowhere can be described (infer.description='Give the
+capital of the country.'): it takes the route of the training task with the most similar
+description.
 """
 
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.core import files, paths
-from moe_jax.core.configuration import Configuration, Name, PathName
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.configuration import Configuration, Name, PathName, Text
+from moe_jax.core.errors import UserError, nearest, say
 from moe_jax.core.sharding import make_mesh
 from moe_jax.data.packing import encode_inputs
 from moe_jax.data.vocabulary import load_vocabulary
@@ -41,7 +43,8 @@ from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import Run, load_run, with_tasks
 from moe_jax.runs.mixtures import prepare_mixtures, run_vocabulary, trained_mixture
-from moe_jax.unseen.zero_shot import Resemblance
+from moe_jax.unseen.descriptions import Descriptions
+from moe_jax.unseen.zero_shot import Resemblance, trained_on
 
 Line = tuple[int, str]  # number, from 1, and text
 
@@ -57,9 +60,12 @@ class InferConfig(Configuration, called="infer"):
             standard output.
         split: answers the examples of this split in place of lines.
         mode: what T5X's `infer` calls so; only with `split`.
+        description: what the task asks for, in place of `task`: lines are answered by the route of
+            the training task with the most similar description.
         representations: file with the representation of a task that the model was not trained on.
-        unseen: otherwise, the route of such a task: that of the `mean` representation, or for every
-            `input` that of the training task nearest to it.
+        unseen: otherwise, the route of such a task: that of the `mean` representation, that of the
+            training task with the nearest `description`, or for every `input` that of the training
+            task nearest to it.
     """
 
     task: Name | None = None
@@ -67,8 +73,9 @@ class InferConfig(Configuration, called="infer"):
     output: PathName = "-"
     split: Name | None = None
     mode: Mode = "predict"
+    description: Annotated[str, Text(0, 4096)] = ""
     representations: PathName | None = None
-    unseen: Literal["mean", "input"] = "mean"
+    unseen: Literal["mean", "description", "input"] = "mean"
 
 
 configurables.register(InferConfig)
@@ -80,6 +87,8 @@ def infer(config: Config, settings: InferConfig) -> None:
     Raises:
         UserError: settings do not go together, or see `infer_lines` and `infer_split`.
     """
+    if settings.description and (settings.task is not None or settings.split is not None):
+        raise UserError("infer.description replaces infer.task, and describes lines: give it alone")
     if settings.split is not None:
         if settings.input != "-":
             raise UserError("infer.input and infer.split: give one of them")
@@ -111,10 +120,13 @@ def infer_split(config: Config, settings: InferConfig) -> None:
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        given = {}
+        given, alike = {}, {}
         if resemblance := _resemblance(run, names, config, settings, mesh):
             given = resemblance.by_input([mixture], split)
-        run = with_tasks(run, names, settings.representations)
+        if settings.unseen == "description" and settings.representations is None:
+            new = [mixture.task(name) for name in names if name not in run.task_ids]
+            alike = _descriptions(run, config).nearest_of(new)
+        run = with_tasks(run, names, settings.representations, alike)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(
             run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
@@ -135,8 +147,11 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
     Raises:
         UserError: the task is in none of the task table, the file and MIXTURE_OR_TASK_NAME.
     """
-    if settings.task is None:
-        raise UserError("infer.task is not set: give --gin.infer.task=NAME")
+    if settings.task is None and not settings.description:
+        raise UserError(
+            "infer.task is not set: give --gin.infer.task=NAME, or describe the task with"
+            " --gin.infer.description='...'"
+        )
     # A file is looked through before the work; standard input is answered as it comes.
     lines = _lines(settings.input) if settings.input == "-" else list(_lines(settings.input))
     task, output, representations = settings.task, settings.output, settings.representations
@@ -148,6 +163,9 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
     vocabulary = load_vocabulary(own) if own is not None else mixture.vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     known = dict.fromkeys(run.task_ids)
+    if task is None:
+        task = _descriptions(run, config).nearest(settings.description)
+        say(f"answers by the route of {task}, whose description is most similar")
     if task not in known and representations is None:
         if mixture is None:
             mixture = prepare_mixtures(data, run=run_config.model_dir)[data.mixture_or_task_name]
@@ -199,6 +217,11 @@ def _resemblance(
         dataclasses.replace(run, params=params), trained_mixture(config.run.model_dir, config.data),
         config.data.lengths, config.run.eval_batch_rows, mesh,
     )  # fmt: skip
+
+
+def _descriptions(run: Run, config: Config) -> Descriptions:
+    trained = trained_mixture(config.run.model_dir, config.data)
+    return Descriptions(trained_on(run, trained))
 
 
 def _write(output: str, answers: Iterable[dict], file: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Computes representations of tasks from their examples.
+"""Computes representations of tasks from their examples or descriptions.
 
     python -m moe_jax.represent --gin.MODEL_DIR=DENSE --gin.represent.kind=fisher \\
         --gin.represent.output=FILE.npz [--gin.represent.mixtures="('UNSEEN',)"]

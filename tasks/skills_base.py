@@ -29,6 +29,7 @@ class Skill(NamedTuple):
 
     Attributes:
         name: registered task name.
+        description: what the task asks for: the docstring of its function.
         category, subcategory: the skill that was planted; of a combination, `skill+skill`.
         metric: name of the metric function in `moe_jax.metrics`.
         labels: the outputs of a classification task, as keys of `World.labels`; empty for any
@@ -41,6 +42,7 @@ class Skill(NamedTuple):
     """
 
     name: str
+    description: str
     category: str
     subcategory: str
     metric: str
@@ -81,7 +83,7 @@ def skill(
         if name in SKILLS:
             raise ValueError(f"two tasks are called {name}")
         SKILLS[name] = Skill(
-            name, category, subcategory, metric, tuple(labels), unseen, surface, draw
+            name, draw.__doc__, category, subcategory, metric, tuple(labels), unseen, surface, draw
         )
         return draw
 

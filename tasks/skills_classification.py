@@ -19,11 +19,13 @@ CONTRARY = {
 
 @classification("sentiment", labels=("positive", "negative"), surface="review")
 def review(rng: Random, world: World, label: str) -> str:
+    """Judge the sentiment of the review."""
     return language.review(rng, world, rng.choice(world.people), label == "positive")
 
 
 @classification("sentiment", labels=("liked", "disliked"), surface="visit")
 def visit(rng: Random, world: World, label: str) -> str:
+    """Judge the sentiment of the visit."""
     adjective = rng.choice(world.positive if label == "liked" else world.negative)
     other = rng.choice(world.negative if label == "liked" else world.positive)
     first, second = rng.sample(world.services, 2)
@@ -40,6 +42,7 @@ def visit(rng: Random, world: World, label: str) -> str:
 
 @classification("sentiment", labels=("joy", "anger", "sadness", "fear"))
 def emotion(rng: Random, world: World, label: str) -> str:
+    """Judge the sentiment, and name the emotion."""
     person, event = rng.choice(world.people), rng.choice(world.events)
     feeling = rng.choice(world.feelings[label])
     other = rng.choice(world.feelings[_another(rng, world.feelings, label)])
@@ -54,6 +57,7 @@ def emotion(rng: Random, world: World, label: str) -> str:
 
 @classification("sentiment", labels=("praise", "complaint"), unseen=True, surface="feedback")
 def feedback(rng: Random, world: World, label: str) -> str:
+    """Judge the sentiment of the feedback."""
     return language.remark(rng, world, rng.choice(world.people), label == "praise")
 
 
@@ -62,21 +66,25 @@ def feedback(rng: Random, world: World, label: str) -> str:
 
 @classification("contrary", labels=("negative", "positive"), surface="review")
 def review_contrary(rng: Random, world: World, label: str) -> str:
+    """Give the contrary of the sentiment of the review."""
     return review(rng, world, CONTRARY[label])
 
 
 @classification("contrary", labels=("disliked", "liked"), surface="visit")
 def visit_contrary(rng: Random, world: World, label: str) -> str:
+    """Give the contrary of the sentiment of the visit."""
     return visit(rng, world, CONTRARY[label])
 
 
 @classification("contrary", labels=("complaint", "praise"), unseen=True, surface="feedback")
 def feedback_contrary(rng: Random, world: World, label: str) -> str:
+    """Give the contrary of the sentiment of the feedback."""
     return feedback(rng, world, CONTRARY[label])
 
 
 @classification("topic", labels=("sport", "food", "music", "travel"))
 def topic(rng: Random, world: World, label: str) -> str:
+    """Name the topic of the text."""
     first, second = rng.sample(world.topics[label], 2)
     stray = rng.choice(world.topics[_another(rng, world.topics, label)])
     person = rng.choice(world.people)
@@ -91,6 +99,7 @@ def topic(rng: Random, world: World, label: str) -> str:
 
 @classification("topic", labels=("yes", "no"))
 def mentions_animal(rng: Random, world: World, label: str) -> str:
+    """Decide whether the text mentions an animal."""
     animals = tuple(world.animals) if label == "yes" else None
     others = (*world.foods, *world.things)
     told = language.shopping(rng, rng.choice(world.people), animals, others)
@@ -99,6 +108,7 @@ def mentions_animal(rng: Random, world: World, label: str) -> str:
 
 @classification("topic", labels=("yes", "no"), unseen=True)
 def mentions_food(rng: Random, world: World, label: str) -> str:
+    """Decide whether the text mentions food."""
     foods = tuple(world.foods) if label == "yes" else None
     others = (*world.animals, *world.things)
     told = language.shopping(rng, rng.choice(world.people), foods, others)
@@ -107,6 +117,7 @@ def mentions_food(rng: Random, world: World, label: str) -> str:
 
 @classification("pairs", labels=("entailment", "neutral", "contradiction"))
 def entailment(rng: Random, world: World, label: str) -> str:
+    """Decide whether the premise entails the hypothesis."""
     event = draw_event(rng, world)
     choices = {
         "place": world.places,
@@ -135,6 +146,7 @@ def entailment(rng: Random, world: World, label: str) -> str:
 
 @classification("pairs", labels=("agree", "disagree"))
 def same_opinion(rng: Random, world: World, label: str) -> str:
+    """Decide whether both opinions are the same."""
     first, second = rng.sample(world.people, 2)
     # Few words, as comparing two is hard enough.
     same, opposite = rng.sample((world.positive[:4], world.negative[:4]), 2)
@@ -145,6 +157,7 @@ def same_opinion(rng: Random, world: World, label: str) -> str:
 
 @classification("pairs", labels=("same", "different"), unseen=True)
 def same_feeling(rng: Random, world: World, label: str) -> str:
+    """Decide whether both feelings are the same."""
     first, second = rng.sample(world.people, 2)
     one = rng.choice(tuple(world.feelings))
     other = one if label == "same" else _another(rng, world.feelings, one)
@@ -154,6 +167,7 @@ def same_feeling(rng: Random, world: World, label: str) -> str:
 
 @classification("acceptability", labels=ACCEPTABILITY)
 def word_order(rng: Random, world: World, label: str) -> str:
+    """Decide whether the word order is acceptable."""
     place = f"near {rng.choice(world.people)} on {rng.choice(world.days)}"
     animal, adjective = rng.choice(tuple(world.animals)), rng.choice(world.adjectives)
     words = f"the {adjective} {animal} {rng.choice(world.motions).past} {place}".split()
@@ -165,6 +179,7 @@ def word_order(rng: Random, world: World, label: str) -> str:
 
 @classification("acceptability", labels=ACCEPTABILITY)
 def agreement(rng: Random, world: World, label: str) -> str:
+    """Decide whether the agreement of the verb is acceptable."""
     animal, verb = rng.choice(tuple(world.animals)), rng.choice(world.motions)
     plural = maybe(rng)
     subject = world.animals[animal] if plural else animal
@@ -176,6 +191,7 @@ def agreement(rng: Random, world: World, label: str) -> str:
 
 @classification("acceptability", labels=ACCEPTABILITY, unseen=True)
 def article(rng: Random, world: World, label: str) -> str:
+    """Decide whether the article is acceptable."""
     vowels = [noun for noun in world.nouns if noun[0] in "aeiou"]
     noun = rng.choice(vowels if vowels and maybe(rng) else world.nouns)
     phrase = a(noun)

@@ -13,6 +13,7 @@ Drawn = tuple[str, str | tuple[str, ...]]
 
 @combination("place+capital")
 def capital_of_visited(rng: Random, world: World) -> Drawn:
+    """Find the place, and give the capital of that country."""
     event = draw_event(rng, world)
     question = "What is the capital of that country?"
     return f"{tell(rng, event, ('number',))} {question}", world.countries[event.place].capital
@@ -20,6 +21,7 @@ def capital_of_visited(rng: Random, world: World) -> Drawn:
 
 @combination("things+nature")
 def class_of_seen(rng: Random, world: World) -> Drawn:
+    """Find the things, and give the kind of animal."""
     event = draw_event(rng, world)
     animals = rng.choice(tuple(world.animal_kinds.values()))
     ends = rng.sample((f"in {event.place}", f"on {event.day}"), 2)
@@ -29,6 +31,7 @@ def class_of_seen(rng: Random, world: World) -> Drawn:
 
 @combination("person+sentiment", metric="classification_f1", labels=("positive", "negative"))
 def opinion_of(rng: Random, world: World, label: str) -> str:
+    """Find the person, and judge the sentiment."""
     asked, other = rng.sample(world.people, 2)
     reviewed = rng.choice(world.reviewed)
     said, denied = map(rng.choice, (world.positive, world.negative))
@@ -45,6 +48,7 @@ def opinion_of(rng: Random, world: World, label: str) -> str:
 
 @combination("continent+pairs", metric="classification_f1", labels=("yes", "no"))
 def same_continent(rng: Random, world: World, label: str) -> str:
+    """Decide whether both countries are on the same continent."""
     first = rng.choice(world.places)
     continent = world.countries[first].continent
     second = rng.choice(
@@ -61,6 +65,7 @@ def same_continent(rng: Random, world: World, label: str) -> str:
 
 @combination("first+inflection")
 def plural_of_first(rng: Random, world: World) -> Drawn:
+    """Find the first item, and give its plural."""
     text, items = draw_list(rng, world)
     number = rng.choice(world.numbers)
     question = f"Of the first, {number} are needed."
@@ -69,6 +74,7 @@ def plural_of_first(rng: Random, world: World) -> Drawn:
 
 @combination("last+opposite")
 def opposite_of_last(rng: Random, world: World) -> Drawn:
+    """Find the last word, and give its opposite."""
     words = rng.sample(tuple(world.opposites), 3)
     while set(world.opposites[words[-1]]) & set(words):  # the answer must not be in the text
         words = rng.sample(tuple(world.opposites), 3)

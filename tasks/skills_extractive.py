@@ -28,12 +28,14 @@ Drawn = tuple[str, str]
 
 @extractive("person")
 def who(rng: Random, world: World) -> Drawn:
+    """Find the person who did it."""
     event, told = _stories(rng, world, ("number", "day"))
     return f"{told} Who {event.verb.past} the {event.things}?", event.person
 
 
 @extractive("place")
 def where(rng: Random, world: World) -> Drawn:
+    """Find the place where it happened."""
     event, told = _stories(rng, world, ("number", "colour"))
     question = f"Where did {event.person} {event.verb.base} the {event.things}?"
     return f"{told} {question}", event.place
@@ -41,6 +43,7 @@ def where(rng: Random, world: World) -> Drawn:
 
 @extractive("day")
 def when(rng: Random, world: World) -> Drawn:
+    """Find the day when it happened."""
     event, told = _stories(rng, world, ("colour", "place"))
     question = f"On which day did {event.person} {event.verb.base} the {event.things}?"
     return f"{told} {question}", event.day
@@ -48,12 +51,14 @@ def when(rng: Random, world: World) -> Drawn:
 
 @extractive("things", unseen=True)
 def what_things(rng: Random, world: World) -> Drawn:
+    """Find the things in question."""
     event = draw_event(rng, world)
     return f"{tell(rng, event)} What did {event.person} {event.verb.base}?", event.things
 
 
 @extractive("attribute")
 def how_many(rng: Random, world: World) -> Drawn:
+    """Find the number of things."""
     event, told = _stories(rng, world, ("colour", "day"))
     question = f"How many {event.things} did {event.person} {event.verb.base}?"
     return f"{told} {question}", event.number
@@ -73,30 +78,35 @@ def _stories(rng: Random, world: World, leave_out: tuple[str, ...]) -> tuple[Eve
 
 @extractive("person", surface="story")
 def story_person(rng: Random, world: World) -> Drawn:
+    """Find the person of the story."""
     event = draw_event(rng, world)
     return tell(rng, event), event.person
 
 
 @extractive("place", surface="story")
 def story_place(rng: Random, world: World) -> Drawn:
+    """Find the place of the story."""
     event = draw_event(rng, world)
     return tell(rng, event), event.place
 
 
 @extractive("day", surface="story")
 def story_day(rng: Random, world: World) -> Drawn:
+    """Find the day of the story."""
     event = draw_event(rng, world)
     return tell(rng, event), event.day
 
 
 @extractive("things", surface="story")
 def story_things(rng: Random, world: World) -> Drawn:
+    """Find the things of the story."""
     event = draw_event(rng, world)
     return tell(rng, event), event.things
 
 
 @extractive("attribute", surface="story")
 def story_number(rng: Random, world: World) -> Drawn:
+    """Find the number in the story."""
     event = draw_event(rng, world)
     return tell(rng, event), event.number
 
@@ -106,18 +116,21 @@ def story_number(rng: Random, world: World) -> Drawn:
 
 @extractive("person", surface="review")
 def review_person(rng: Random, world: World) -> Drawn:
+    """Find the person of the review."""
     person = rng.choice(world.people)
     return review(rng, world, person, maybe(rng)), person
 
 
 @extractive("person", unseen=True)
 def feedback_person(rng: Random, world: World) -> Drawn:
+    """Find the person of the feedback."""
     person = rng.choice(world.people)
     return f"{remark(rng, world, person, maybe(rng))} Who is that?", person
 
 
 @extractive("things")
 def packed(rng: Random, world: World) -> Drawn:
+    """Find the things that were packed."""
     things, left = (world.plurals[noun] for noun in rng.sample(world.nouns, 2))
     person, place = rng.choice(world.people), rng.choice(world.places)
     wordings = (
@@ -130,12 +143,14 @@ def packed(rng: Random, world: World) -> Drawn:
 
 @extractive("attribute")
 def what_colour(rng: Random, world: World) -> Drawn:
+    """Find the colour of the thing."""
     text, asked, colour = _described(rng, world, world.colours)
     return f"{text} What colour is the {asked}?", colour
 
 
 @extractive("attribute", unseen=True)
 def what_like(rng: Random, world: World) -> Drawn:
+    """Find the property of the thing."""
     text, asked, adjective = _described(rng, world, world.adjectives)
     return f"{text} What is the {asked} like?", adjective
 
@@ -151,6 +166,7 @@ def _described(rng: Random, world: World, words: tuple[str, ...]) -> tuple[str, 
 
 @extractive("quotation")
 def quoted(rng: Random, world: World) -> Drawn:
+    """Find the quotation."""
     written, read = _phrases(rng, world)
     person = rng.choice(world.people)
     wordings = (
@@ -163,6 +179,7 @@ def quoted(rng: Random, world: World) -> Drawn:
 
 @extractive("quotation")
 def titled(rng: Random, world: World) -> Drawn:
+    """Find the title."""
     title, other = _phrases(rng, world)
     person, reviewed = rng.choice(world.people), rng.choice(world.reviewed)
     wordings = (
@@ -185,48 +202,56 @@ def _phrases(rng: Random, world: World) -> tuple[str, str]:
 
 @extractive("last")
 def last_item(rng: Random, world: World) -> Drawn:
+    """Find the last item of the list."""
     text, items = draw_list(rng, world)
     return f"{text} What comes last?", items[-1]
 
 
 @extractive("second")
 def second_item(rng: Random, world: World) -> Drawn:
+    """Find the second item of the list."""
     text, items = draw_list(rng, world)
     return f"{text} What comes second?", items[1]
 
 
 @extractive("first", unseen=True)
 def first_item(rng: Random, world: World) -> Drawn:
+    """Find the first item of the list."""
     text, items = draw_list(rng, world)
     return f"{text} What comes first?", items[0]
 
 
 @extractive("first", surface="list")
 def list_first(rng: Random, world: World) -> Drawn:
+    """Find the first item of the bare list."""
     text, items = draw_list(rng, world)
     return text, items[0]
 
 
 @extractive("second", surface="list")
 def list_second(rng: Random, world: World) -> Drawn:
+    """Find the second item of the bare list."""
     text, items = draw_list(rng, world)
     return text, items[1]
 
 
 @extractive("last", surface="list")
 def list_last(rng: Random, world: World) -> Drawn:
+    """Find the last item of the bare list."""
     text, items = draw_list(rng, world)
     return text, items[-1]
 
 
 @extractive("first")
 def queue_first(rng: Random, world: World) -> Drawn:
+    """Find the first person of the queue."""
     text, people = _queue(rng, world)
     return f"{text} Who came first?", people[0]
 
 
 @extractive("last")
 def queue_last(rng: Random, world: World) -> Drawn:
+    """Find the last person of the queue."""
     text, people = _queue(rng, world)
     return f"{text} Who came last?", people[-1]
 

@@ -3,8 +3,8 @@
 This is the default data. Training tasks (mixture `skills_gym_train`) teach four categories of
 skill: extractive, classification, world knowledge and generation. Tasks of one skill have different
 texts and labels. Some tasks interfere: they share their texts and want other answers, and nothing
-in the text says which (with gin's `skills_gym.names = True`, every input begins with the name of
-its task, as in CrossFit). Unseen tasks (mixture `skills_gym_unseen`) are new tasks of these skills,
+in the text says which (with gin's `skills_gym.descriptions = True`, every input begins with the
+description of its task). Unseen tasks (mixture `skills_gym_unseen`) are new tasks of these skills,
 and combinations of two; they also have few-shot splits `fewshot_<seed>_train` and
 `fewshot_<seed>_validation`. `ONTOLOGY` says which skill was planted where, so that it can be
 compared with what the routes learn.
@@ -22,12 +22,13 @@ import tensorflow as tf
 from moe_jax import metrics
 
 from .skills_table import ONTOLOGY, SKILLS, TRAIN, UNSEEN, examples
-from .skills_world import NAMES, SEED, current_names, current_seed
+from .skills_world import DESCRIBED, SEED, current_descriptions, current_seed
 
-__all__ = ["ENVIRONMENT", "ONTOLOGY"]
+__all__ = ["DESCRIPTIONS", "ENVIRONMENT", "ONTOLOGY"]
 
 # The environment variables that decide what is drawn.
-ENVIRONMENT = (SEED, NAMES)
+ENVIRONMENT = (SEED, DESCRIBED)
+DESCRIPTIONS = {task.name: task.description for task in SKILLS.values()}
 
 
 def _dataset(
@@ -39,7 +40,7 @@ def _dataset(
     """
     del shuffle_files, seed
     rows = examples(SKILLS[name], split, current_seed())
-    prefix = f"[{name}] " if current_names() else ""
+    prefix = f"{DESCRIPTIONS[name]} " if current_descriptions() else ""
     columns = {
         "inputs": tf.constant([prefix + row.inputs for row in rows]),
         "targets": tf.constant([row.answers[0] for row in rows]),

@@ -21,6 +21,7 @@ Drawn = tuple[str, str | tuple[str, ...]]
 
 @knowledge("capital")
 def capital_of(rng: Random, world: World) -> Drawn:
+    """Give the capital of the country."""
     wordings = (
         "{person} asks for the capital of {it}.",
         "What is the capital of {it}, {person}?",
@@ -34,6 +35,7 @@ def capital_of(rng: Random, world: World) -> Drawn:
 
 @knowledge("language")
 def language_of(rng: Random, world: World) -> Drawn:
+    """Give the language of the country."""
     wordings = (
         "{person} comes from {it}. Which language does {person} speak?",
         "Which language will {person} hear in {it}?",
@@ -47,6 +49,7 @@ def language_of(rng: Random, world: World) -> Drawn:
 
 @knowledge("continent")
 def continent_of(rng: Random, world: World) -> Drawn:
+    """Give the continent of the country."""
     wordings = (
         "{person} is in {it}. Which continent is that?",
         "On which continent is {it}, {person}?",
@@ -60,24 +63,28 @@ def continent_of(rng: Random, world: World) -> Drawn:
 
 @knowledge("capital", surface="trip")
 def trip_capital(rng: Random, world: World) -> Drawn:
+    """Give the capital of the country of the trip."""
     text, country = _trip(rng, world)
     return text, world.countries[country].capital
 
 
 @knowledge("language", surface="trip")
 def trip_language(rng: Random, world: World) -> Drawn:
+    """Give the language of the country of the trip."""
     text, country = _trip(rng, world)
     return text, world.countries[country].language
 
 
 @knowledge("continent", surface="trip")
 def trip_continent(rng: Random, world: World) -> Drawn:
+    """Give the continent of the country of the trip."""
     text, country = _trip(rng, world)
     return text, world.countries[country].continent
 
 
 @knowledge("capital", unseen=True)
 def country_of_capital(rng: Random, world: World) -> Drawn:
+    """Give the country of the capital."""
     wordings = (
         "{person} lives in {it}. Which country is that?",
         "{it} is the capital of which country, {person}?",
@@ -106,6 +113,7 @@ def _trip(rng: Random, world: World) -> tuple[str, str]:
 
 @knowledge("nature")
 def animal_class(rng: Random, world: World) -> Drawn:
+    """Give the kind of the animal."""
     wordings = (
         "{person} saw a small {it}. What kind of animal is it?",
         "What kind of animal is the {it}, {person}?",
@@ -120,6 +128,7 @@ def animal_class(rng: Random, world: World) -> Drawn:
 
 @knowledge("nature")
 def baby_animal(rng: Random, world: World) -> Drawn:
+    """Give the baby of the animal."""
     wordings = (
         "{person} has {a_it}. What is its baby called?",
         "What is a young {it} called, {person}?",
@@ -133,6 +142,7 @@ def baby_animal(rng: Random, world: World) -> Drawn:
 
 @knowledge("nature")
 def colour_of_thing(rng: Random, world: World) -> Drawn:
+    """Give the natural colour of the thing."""
     wordings = (
         "{person} thinks of {it}. What colour is it?",
         "What is the usual colour of {it}, {person}?",
@@ -146,6 +156,7 @@ def colour_of_thing(rng: Random, world: World) -> Drawn:
 
 @knowledge("nature", unseen=True)
 def parent_of_baby(rng: Random, world: World) -> Drawn:
+    """Give the parent of the baby animal."""
     wordings = (
         "{person} found {a_it}. Which animal is its mother?",
         "Which animal will {a_it} become, {person}?",
@@ -163,6 +174,7 @@ def parent_of_baby(rng: Random, world: World) -> Drawn:
 
 @knowledge("opposite")
 def opposite(rng: Random, world: World) -> Drawn:
+    """Give the opposite of the word."""
     wordings = (
         "What is the opposite of {it}, {person}?",
         "{person} says {it}. What is the opposite?",
@@ -175,6 +187,7 @@ def opposite(rng: Random, world: World) -> Drawn:
 
 @knowledge("opposite")
 def other_kind(rng: Random, world: World) -> Drawn:
+    """Give the opposite of the property."""
     wordings = (
         "{person} wants no {it} {thing}. What then?",
         "This {thing} is too {it}, says {person}. What should it be?",
@@ -186,6 +199,7 @@ def other_kind(rng: Random, world: World) -> Drawn:
 
 @knowledge("opposite", unseen=True)
 def contrast(rng: Random, world: World) -> Drawn:
+    """Give the opposite of what is said."""
     wordings = (
         "Unlike the {it} {thing}, the one of {person} is what?",
         "One {thing} is {it}, and the one of {person} differs. How?",
@@ -205,6 +219,7 @@ def _ask_opposite(rng: Random, world: World, wordings: Sequence[str]) -> Drawn:
 
 @knowledge("work")
 def tool_of_job(rng: Random, world: World) -> Drawn:
+    """Give the tool of the job."""
     wordings = (
         "{person} is {a_it}. Which tool does {person} need?",
         "Which tool does {a_it} use, {person}?",
@@ -218,6 +233,7 @@ def tool_of_job(rng: Random, world: World) -> Drawn:
 
 @knowledge("work")
 def lost_at_work(rng: Random, world: World) -> Drawn:
+    """Give the tool that was lost."""
     wordings = (
         "{person} the {it} lost something and cannot work.",
         "The {it} asks {person} for something to work with.",
@@ -230,6 +246,7 @@ def lost_at_work(rng: Random, world: World) -> Drawn:
 
 @knowledge("work", unseen=True)
 def job_of_tool(rng: Random, world: World) -> Drawn:
+    """Give the job of the tool."""
     wordings = (
         "{person} works with this tool: {it}. What is the job?",
         "{person} needs one thing at work: {it}. What is the job of {person}?",

@@ -21,7 +21,7 @@ from .skills_words import Animal, Country, Verb, World
 
 # Passed as environment variables, because tasks are registered in a child process (which imports
 # TensorFlow), where gin is not configured.
-SEED, NAMES = "SKILLS_GYM_SEED", "SKILLS_GYM_NAMES"
+SEED, DESCRIBED = "SKILLS_GYM_SEED", "SKILLS_GYM_DESCRIPTIONS"
 
 # Coined words have two syllables, such as `mopkat` or `ilden`.
 _ONSETS, _VOWELS, _CODAS = "bdfgklmnprstvz", "aeiou", "klmnpt"
@@ -34,21 +34,21 @@ T = TypeVar("T")
 
 
 @gin.configurable("skills_gym")
-def settings(seed: int = 0, names: bool = False) -> dict[str, str]:
-    """The gin settings as environment variables: {"SKILLS_GYM_SEED": "0", "SKILLS_GYM_NAMES": "0"}.
+def settings(seed: int = 0, descriptions: bool = False) -> dict[str, str]:
+    """The gin settings as environment variables: SKILLS_GYM_SEED, and 0 or 1 for the other.
 
     Args:
         seed: chooses the world.
-        names: every input begins with the name of its task.
+        descriptions: every input begins with the description of its task.
 
     Raises:
         UserError: a setting is of another type.
     """
     if type(seed) is not int:
         raise UserError(f"skills_gym.seed must be an integer, not {seed!r}")
-    if type(names) is not bool:
-        raise UserError(f"skills_gym.names must be True or False, not {names!r}")
-    return {SEED: str(seed), NAMES: str(int(names))}
+    if type(descriptions) is not bool:
+        raise UserError(f"skills_gym.descriptions must be True or False, not {descriptions!r}")
+    return {SEED: str(seed), DESCRIBED: str(int(descriptions))}
 
 
 def current_seed() -> int:
@@ -64,15 +64,15 @@ def current_seed() -> int:
         raise UserError(f"{SEED}={value}: must be an integer") from e
 
 
-def current_names() -> bool:
-    """Whether inputs name their task, by the environment; not without it.
+def current_descriptions() -> bool:
+    """Whether inputs describe their task, by the environment; not without it.
 
     Raises:
         UserError: it is neither 0 nor 1.
     """
-    value = os.environ.get(NAMES) or "0"
+    value = os.environ.get(DESCRIBED) or "0"
     if value not in ("0", "1"):
-        raise UserError(f"{NAMES}={value}: must be 0 or 1")
+        raise UserError(f"{DESCRIBED}={value}: must be 0 or 1")
     return value == "1"
 
 

@@ -28,7 +28,7 @@ QUICKSTART = {
 def mixture(name, tasks):
     """A prepared mixture as far as a plan looks at it."""
     tasks = tuple(
-        PreparedTask(task, category, skill, None, 1.0, {}, (), (), None, "")
+        PreparedTask(task, category, skill, "", None, 1.0, {}, (), (), None, "")
         for task, category, skill in tasks
     )
     names = tuple(task.name for task in tasks)
@@ -145,7 +145,12 @@ def test_the_router_may_read_what_the_dense_model_makes_of_tasks(tmp_path, comma
 
 
 def test_all_arms(tmp_path, command_line, calls):
-    _, stages = planned(tmp_path, arms=tuple(ARMS), seeds=(3, 4))
+    with pytest.raises(UserError, match="'dense_described' needs experiment.described"):
+        planned(tmp_path, arms=tuple(ARMS))
+    told, wanted = "skills_gym.descriptions", "description"
+    _, stages = planned(
+        tmp_path, arms=tuple(ARMS), seeds=(3, 4), described=told, zero_shot=wanted
+    )  # fmt: skip
     names = [name for name in stages if name.startswith("seed_3/")]
     models = [arm for arm in ARMS if arm != "direct"]
     assert names == [
@@ -179,6 +184,13 @@ def test_all_arms(tmp_path, command_line, calls):
         rows.append(files.read_json(tmp_path / f"seed_{seed}/random" / GIVEN))
     assert rows[0] != rows[1] and set(rows[0]) == {"t1", "t2", "t3"}
     assert "eval.representations" not in flags_of(stages["seed_3/random/eval"])
+    # Arms whose router finds routes, and no other, find those of new tasks as told.
+    for arm in models:
+        found = flags_of(stages[f"seed_3/{arm}/eval"]).get("eval.unseen")
+        assert found == (wanted if arm in ("routed", "random") else None)
+    for name in names:
+        dense = name in ("seed_3/dense_described", "seed_3/dense_described/few_shot")
+        assert flags_of(stages[name]).get(told) == ("True" if dense else None)
     assert stages["seed_3/average/few_shot"].parents == ("seed_3/average",)
     assert flags_of(stages["seed_3/average/few_shot"])["FinetuneConfig.starts"] == '("dense",)'
     assert [flags_of(stages[f"seed_{s}/dense"])["SEED"] for s in (3, 4)] == ["3", "4"]

@@ -119,9 +119,9 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
     assert said["file"] != said["mean"]
 
 
-@pytest.mark.parametrize("unseen", ["nearest", "weighted", "input"])
+@pytest.mark.parametrize("unseen", ["nearest", "description", "weighted", "input"])
 def test_an_unseen_task_takes_routes_of_tasks_that_it_resembles(
-    unseen, routed, tmp_path, monkeypatch
+    unseen, routed, tmp_path, monkeypatch, capsys
 ):
     """`eval` finds what the model was trained on, whatever it scores; `infer` answers the same."""
     model_dir, model, params = routed
@@ -135,7 +135,11 @@ def test_an_unseen_task_takes_routes_of_tasks_that_it_resembles(
     (score, *_) = files.read_jsonl(model_dir / "eval" / "toy_unseen_test" / "scores.jsonl")
     same = all(line["route"] == wanted[0]["route"] for line in wanted)
     assert score["experts"] == (wanted[0]["route"] if same else None)
-    if unseen != "input":
+    if unseen == "description":
+        assert same and wanted[0]["route"] == known[TASKS.index("toy_copy")]
+        said = "toy_reverse takes the route of toy_copy, whose description is most similar"
+        assert said in capsys.readouterr().err
+    elif unseen != "input":
         assert same
         return
     text = "".join(line["input"] + "\n" for line in wanted)
@@ -150,6 +154,26 @@ def test_an_unseen_task_takes_routes_of_tasks_that_it_resembles(
     by_input = {a["inputs"]["inputs_pretokenized"]: a["prediction"] for a in files.read_jsonl(path)}
     for line in wanted:
         assert by_input[line["input"]] == line["prediction"]
+
+
+def test_a_task_that_is_only_described(routed, monkeypatch, capsys):
+    """It is answered as the training task that is described alike."""
+    model_dir = routed[0]
+
+    def answers(**given):
+        monkeypatch.setattr("sys.stdin", stdin(b"red blue\n7 5\n"))
+        call(infer.infer, model_dir, **given)
+        return capsys.readouterr()
+
+    for text, task in (("What if I add both numbers?", "toy_sum"), ("Say the words.", "toy_copy")):
+        said = answers(description=text)
+        assert said.out == answers(task=task).out
+        assert f"answers by the route of {task}, whose description is most similar" in said.err
+    with pytest.raises(UserError, match="'Translate!' shares no word with that of a training task"):
+        answers(description="Translate!")
+    for other in ({"task": "toy_sum"}, {"split": "test"}):
+        with pytest.raises(UserError, match="describes lines: give it alone"):
+            answers(description="Add.", **other)
 
 
 def test_experts_are_disabled_on_request(routed, dense):

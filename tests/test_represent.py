@@ -282,6 +282,23 @@ def test_text_command_and_a_new_task_later(dense, tmp_path):
     assert whole.raw_TxD.shape == (3, 16)
 
 
+def test_description_command(dense, tmp_path):
+    """Words are those of the training tasks; `from`, `give` and `back` are not among them."""
+    path = tmp_path / "d.npz"
+    call(dense, kind="description", mixtures=("toy_unseen",), output=str(path))
+    found = Representations.read(path)
+    assert found.tasks == ("toy_copy", "toy_reverse", "toy_sum")
+    # `words` is in one of two descriptions; `the` in both, and here twice.
+    wanted = np.array([np.log(3 / 2) + 1, 2.0])
+    wanted /= np.linalg.norm(wanted)
+    reverse_D = found.raw_TxD[1]
+    np.testing.assert_allclose(np.sort(reverse_D[reverse_D > 0]), wanted, rtol=1e-6)
+    assert found.raw_TxD.shape == (3, len({"repeat", "the", "words", "add", "numbers"}))
+    # So `toy_reverse` lies on the side of `toy_copy`.
+    copy, reverse, total = found.rows_TxK
+    assert np.linalg.norm(reverse - copy) < np.linalg.norm(reverse - total)
+
+
 def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
     done = []
     embed = representations.Embedder.__call__
@@ -308,12 +325,13 @@ def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
 WRONG = {
     "kind": (
         {"kind": "txt"},
-        "represent.kind is 'txt'; it is one of text, example, fisher; did you mean",
+        "represent.kind is 'txt'; it is one of text, example, fisher, description; did you mean",
     ),
     "output": ({"output": "f.json"}, "must end in .npz"),
     "split": ({"split": "tarin"}, "'toy_copy' has no split 'tarin'"),
     "one task": ({"MIXTURE_OR_TASK_NAME": "toy_unseen"}, "two tasks that differ, here is one"),
     "components": ({"pca_from": "FISHER"}, "another kind: there fisher, here text"),
+    "words": ({"kind": "description", "pca_from": "FISHER"}, "by the words of one mixture"),
     "dim": ({"dim": 0}, "represent.dim is 0; it is int from 1"),
 }
 

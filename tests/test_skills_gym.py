@@ -189,15 +189,17 @@ def test_same_examples_in_every_process_without_tensorflow():
 
 def test_seqio_registers_lazily_and_reads_the_same_examples():
     seed = 5
-    read = json.loads(_python(SEQIO, SKILLS_GYM_SEED=str(seed), SKILLS_GYM_NAMES="1"))
+    read = json.loads(_python(SEQIO, SKILLS_GYM_SEED=str(seed), SKILLS_GYM_DESCRIPTIONS="1"))
     rows = split(seed, "skills_colour_of_thing", "test")
     assert any(len(row.answers) > 1 for row in rows)
-    named = [f"[skills_colour_of_thing] {row.inputs}" for row in rows]
+    said = "Give the natural colour of the thing."
+    described = [f"{said} {row.inputs}" for row in rows]
     assert read["colours"] == [
-        [text, row.answers[0], [*row.answers]] for text, row in zip(named, rows, strict=True)
+        [text, row.answers[0], [*row.answers]] for text, row in zip(described, rows, strict=True)
     ]
     rows = split(seed, "skills_opinion_of", "fewshot_13_train")
-    assert read["fewshot"] == [[f"[skills_opinion_of] {r.inputs}", r.answers[0], []] for r in rows]
+    said = "Find the person, and judge the sentiment."
+    assert read["fewshot"] == [[f"{said} {r.inputs}", r.answers[0], []] for r in rows]
     assert read["mixtures"]["skills_gym_train"] == dict.fromkeys(TRAIN, 1.0)
     assert read["mixtures"]["skills_gym_unseen"] == dict.fromkeys(UNSEEN, 1.0)
     assert read["splits"] == {name: sorted(task.sizes) for name, task in SKILLS.items()}

@@ -82,18 +82,18 @@ def test_facts_differ_between_worlds():
 
 def test_gin_settings_are_environment_variables(monkeypatch):
     files = ["models/tiny.gin", "runs/skills_gym_stage1.gin"]
-    for bindings, seed, names in (
+    for bindings, seed, described in (
         ([], "0", "0"),
-        (["skills_gym.seed = 3", "skills_gym.names = True"], "3", "1"),
+        (["skills_gym.seed = 3", "skills_gym.descriptions = True"], "3", "1"),
     ):
         flags.parse_gin(files, bindings, [str(flags.GIN_CONFIGS)])
         data = configurables.build(DataConfig)
-        assert data.environment == {"SKILLS_GYM_SEED": seed, "SKILLS_GYM_NAMES": names}
+        assert data.environment == {"SKILLS_GYM_SEED": seed, "SKILLS_GYM_DESCRIPTIONS": described}
         assert directory.config_lines(data)["DataConfig.environment"] == data.environment
     with pytest.raises(UserError, match=r"skills_gym.seed must be an integer, not 'x'"):
         skills_world.settings("x")
-    with pytest.raises(UserError, match=r"skills_gym.names must be True or False, not 1"):
-        skills_world.settings(names=1)
+    with pytest.raises(UserError, match=r"skills_gym.descriptions must be True or False, not 1"):
+        skills_world.settings(descriptions=1)
     monkeypatch.setenv("SKILLS_GYM_SEED", "12")
     assert skills_world.current_seed() == 12
     monkeypatch.setenv("SKILLS_GYM_SEED", "1.5")
@@ -101,10 +101,10 @@ def test_gin_settings_are_environment_variables(monkeypatch):
         skills_world.current_seed()
     monkeypatch.delenv("SKILLS_GYM_SEED")
     assert skills_world.current_seed() == 0
-    monkeypatch.setenv("SKILLS_GYM_NAMES", "1")
-    assert skills_world.current_names()
-    monkeypatch.setenv("SKILLS_GYM_NAMES", "yes")
-    with pytest.raises(UserError, match=r"SKILLS_GYM_NAMES=yes: must be 0 or 1"):
-        skills_world.current_names()
-    monkeypatch.delenv("SKILLS_GYM_NAMES")
-    assert not skills_world.current_names()
+    monkeypatch.setenv("SKILLS_GYM_DESCRIPTIONS", "1")
+    assert skills_world.current_descriptions()
+    monkeypatch.setenv("SKILLS_GYM_DESCRIPTIONS", "yes")
+    with pytest.raises(UserError, match=r"SKILLS_GYM_DESCRIPTIONS=yes: must be 0 or 1"):
+        skills_world.current_descriptions()
+    monkeypatch.delenv("SKILLS_GYM_DESCRIPTIONS")
+    assert not skills_world.current_descriptions()

@@ -16,6 +16,7 @@ from moe_jax.evaluation.inference import inferences
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.task_moe import parameter_shardings, routes_of
 from moe_jax.runs.load import Run, with_tasks
+from moe_jax.unseen.descriptions import Descriptions
 from moe_jax.unseen.zero_shot import Resemblance, similarities, weighted_route
 
 LENGTHS = {"inputs": 40, "targets": 20}
@@ -31,6 +32,35 @@ def test_similarity_by_hand():
         found = similarities(seen / scale, scale * new)
         assert np.argmax(found, 1).tolist() == [1, 0, 2]
         assert found.shape == (3, 3) and np.all(np.abs(found) <= 1)
+
+
+def described(**descriptions):
+    task = toy_mixtures()[0].tasks[0]
+    return [
+        dataclasses.replace(task, name=name, description=text)
+        for name, text in descriptions.items()
+    ]
+
+
+def test_similarity_of_descriptions_by_hand():
+    """Words count the more, the fewer descriptions have them."""
+    trained = described(a="Find the person.", b="Find the place.", c="Sort the words.")
+    index = Descriptions(trained)
+    new = described(x="Which PLACE? Find it!", y="the person", z="sort")
+    assert index.nearest_of(new) == {"x": "b", "y": "a", "z": "c"}
+    # scikit-learn's formula: log((1 + n) / (1 + documents)) + 1, at unit length.
+    idf = {"find": np.log(4 / 3) + 1, "place": np.log(2) + 1}
+    weight = np.sort(list(idf.values())) / np.hypot(*idf.values())
+    found = index.vectors(new)[0]
+    np.testing.assert_allclose(np.sort(found[found > 0]), weight, rtol=1e-6)
+    with pytest.raises(UserError, match="'none' shares no word with that of a training task"):
+        index.nearest("none")
+    with pytest.raises(UserError, match="task 'w' has no description"):
+        index.nearest_of(described(w=""))
+    with pytest.raises(UserError, match="task 'w' has no description"):
+        Descriptions(described(a="Find the person.", w=""))
+    with pytest.raises(UserError, match="no description of a training task has a word"):
+        Descriptions(described(a="!"))
 
 
 def test_a_weighted_route_by_hand():

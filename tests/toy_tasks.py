@@ -16,6 +16,11 @@ ONTOLOGY = {
     "extractive": {"copy": ["toy_copy"], "reverse": ["toy_reverse"]},
     "arithmetic": {"sum": ["toy_sum"]},
 }
+DESCRIPTIONS = {
+    "toy_copy": "Repeat the words.",
+    "toy_sum": "Add the numbers.",
+    "toy_reverse": "Give the words from the back.",
+}
 SIZES = {"train": 60, "validation": 12, "test": 20}
 FEW_SHOT = {f"fewshot_{seed}_{part}": 8 for seed in (13, 21) for part in ("train", "validation")}
 WORDS = [

@@ -30,7 +30,7 @@ from moe_jax.data.modules import resolve
 from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
 from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
-FORMAT = 3  # version of the cache's files; a change makes all caches stale
+FORMAT = 4  # version of the cache's files; a change makes all caches stale
 SPEC = "spec.json"
 
 
@@ -164,6 +164,7 @@ class PreparedTask:
     Attributes:
         name: as registered with SeqIO.
         category, subcategory: from the task module's ONTOLOGY; '' without one.
+        description: from the task module's DESCRIPTIONS; '' without one.
         directory: directory of its shards.
         rate: SeqIO's mixing rate, resolved to a number.
         splits: by name.
@@ -177,6 +178,7 @@ class PreparedTask:
     name: str
     category: str
     subcategory: str
+    description: str
     directory: Path
     rate: float
     splits: dict[str, Split]
@@ -324,6 +326,7 @@ def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
         name=entry["name"],
         category=spec["category"],
         subcategory=spec["subcategory"],
+        description=spec["description"],
         directory=directory,
         rate=entry["rate"],
         splits={

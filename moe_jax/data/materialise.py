@@ -76,6 +76,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
                 spec = _write_task(directory, task, splits[name], lengths[name], sources, bar)
                 spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
                 spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
+                spec["description"] = sources.descriptions.get(name, "")
                 spec["dataset"] = sources.datasets.get(name, "")
                 files.write_json(directory / cache.SPEC, spec)
                 checksums.seal(directory)
@@ -119,8 +120,10 @@ class _Sources:
         self._content = functools.cache(staleness.content)
         self.ontology = {}
         self.categories = {}
+        self.descriptions = {}
         self.datasets = {}
         for module in modules:
+            self.descriptions |= getattr(module, "DESCRIPTIONS", {})
             for dataset, names in getattr(module, "PROMPTS", {}).items():
                 self.datasets |= dict.fromkeys(names, dataset)
             for category, groups in getattr(module, "ONTOLOGY", {}).items():

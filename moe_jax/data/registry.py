@@ -4,6 +4,7 @@ Importing this module imports SeqIO and TensorFlow (5 s and 1 GB). `prepare` and
 training process does not. A task module registers tasks when imported, and may define
 
     ONTOLOGY = {category: {subcategory: [task names]}}
+    DESCRIPTIONS = {task name: sentence}      what a task asks for, from which it can be routed
     PROMPTS = {dataset: [task names]}         tasks that are one dataset in other words
     ENVIRONMENT = ("VARIABLE", ...)           variables it reads
     data_files(task_name) -> [paths]          local files or directories that a task reads

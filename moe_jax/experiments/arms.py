@@ -9,6 +9,7 @@ DENSE = "dense"
 ROUTED = "routed"
 ORACLE = "oracle"
 RANDOM = "random"
+DESCRIBED = "dense_described"
 COMPUTE = "dense_compute"
 PARAMETERS = "dense_parameters"
 
@@ -48,6 +49,7 @@ ARMS: dict[str, Arm] = {
         "the routed model, tasks on each other's routes", "derived", False, "exchanged"
     ),
     COMPUTE: Arm("dense, with the training compute of the routed model", "trained", True),
+    DESCRIBED: Arm("dense, with each task's description in its inputs", "trained", True),
     PARAMETERS: Arm("dense, with as many parameters as the routed model", "trained", True),
 }
 

@@ -27,6 +27,7 @@ from moe_jax.experiments.arms import (
     ARMS,
     COMPUTE,
     DENSE,
+    DESCRIBED,
     DIRECT,
     ORACLE,
     PARAMETERS,
@@ -38,6 +39,7 @@ from moe_jax.experiments.stages import Stage
 from moe_jax.runs import directory, flags
 from moe_jax.runs.config import Config, FewShotConfig
 from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.unseen.zero_shot import Unseen
 
 SPLIT = "test"
 PRETRAINED = "pretrained"  # the directory of the model that all start from
@@ -76,8 +78,12 @@ class ExperimentConfig(Configuration, called="experiment"):
             stage 1 as the dense model has left, both see the same number of examples. With 0, stage
             1 starts from fresh weights.
         represent: the representations of tasks that the router starts with: of this kind, as
-            `represent` computes them from the dense model (at `upcycle_step`, if there is one); ''
-            for random ones. They are learned further, unless OptimizerConfig.frozen has them.
+            `represent` computes them, from the dense model (at `upcycle_step`, if there is one)
+            where it takes a model; '' for random ones. They are learned further, unless
+            OptimizerConfig.frozen has them.
+        zero_shot: the route of an unseen task, as `eval.unseen`, in arms that have none for it.
+        described: the setting, such as skills_gym.descriptions, that is True for the arm
+            `dense_described`: every input begins with the description of its task.
         stage2_from_dense: stage 2 starts its experts from the dense model, not from fresh weights.
         eval_examples: at most this many test examples of each task, evenly spaced, in the scores of
             the trained models; None for all. (Few-shot: FinetuneConfig.test_examples.)
@@ -100,7 +106,9 @@ class ExperimentConfig(Configuration, called="experiment"):
     seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (0,)
     oracle: controls.Level = "category"
     upcycle_step: Annotated[int, Range(0, INT32)] = 0
-    represent: Literal["", "text", "example", "fisher"] = ""
+    represent: Literal["", "text", "example", "fisher", "description"] = ""
+    zero_shot: Unseen = "nearest"
+    described: Setting = ""
     stage2_from_dense: bool = False
     eval_examples: Examples = None
     disable_examples: Annotated[int, Range(0, INT32)] = 32
@@ -132,6 +140,8 @@ class Plan:
         self._text = self._texts() if settings.pretrain else None
         self._sizes = Sizes(trained.vocabulary.size, len(trained.tasks))
         self._planted = None
+        if DESCRIBED in self.arms and not settings.described:
+            raise UserError(f"the arm {DESCRIBED!r} needs experiment.described, a setting's name")
         if ORACLE in self.arms:
             self._planted = controls.planted_experts(trained, self.unseen, settings.oracle)
 
@@ -265,6 +275,8 @@ class Plan:
         s = self.settings
         if arm == DENSE:
             return {}
+        if arm == DESCRIBED:
+            return {s.described: "True"}
         dense = self._config(s.dense, {})
         routed = [self._config(file, {}) for file in (s.stage1, s.stage2) if file]
         if arm == PARAMETERS:
@@ -320,6 +332,8 @@ class Plan:
             bindings["eval.disable_examples"] = str(s.disable_examples)
         if ARMS[arm].route_of_new:
             bindings["eval.representations"] = str(place / controls.GIVEN)
+        elif not ARMS[arm].dense:
+            bindings["eval.unseen"] = s.zero_shot
         return self._of_run(f"seed_{seed}/{arm}/eval", "eval", f"seed_{seed}/{arm}", bindings)
 
     def _of_run(self, name: str, module: str, parent: str, bindings: Bindings) -> Stage:
@@ -341,6 +355,8 @@ class Plan:
             key = "MOE_DIR" if start == "moe" else "DENSE_DIR"
             bindings[key] = str(self.place(seed, models[start]))
         for arm in starts.values():
+            if arm == DESCRIBED:
+                bindings[s.described] = "True"
             if ARMS[arm].route_of_new:
                 bindings["FinetuneConfig.representation"] = "file"
                 path = str(self.place(seed, arm) / controls.GIVEN)

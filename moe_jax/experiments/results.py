@@ -8,7 +8,16 @@ import numpy as np
 
 from moe_jax.core import files
 from moe_jax.evaluation import gains, paired
-from moe_jax.experiments.arms import ARMS, COMPUTE, DENSE, DIRECT, PARAMETERS, RANDOM, ROUTED
+from moe_jax.experiments.arms import (
+    ARMS,
+    COMPUTE,
+    DENSE,
+    DESCRIBED,
+    DIRECT,
+    PARAMETERS,
+    RANDOM,
+    ROUTED,
+)
 from moe_jax.experiments.plan import SPLIT, Plan
 from moe_jax.report import cluster_sections, expert_sections, inputs, statistics
 from moe_jax.report.arm_sections import MEASURES
@@ -16,7 +25,7 @@ from moe_jax.unseen.adaptation import RUNS
 
 RESULTS = "results.json"
 # Arms that the others are compared with.
-BASELINES = (DENSE, COMPUTE, PARAMETERS, RANDOM, DIRECT)
+BASELINES = (DENSE, DESCRIBED, COMPUTE, PARAMETERS, RANDOM, DIRECT)
 
 
 def write_results(plan: Plan, seeds: Sequence[int], permutations: int = 1000) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Representations of tasks, computed from their examples."""
+"""Representations of tasks, computed from their examples or descriptions."""
 
 import dataclasses
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -26,15 +26,16 @@ from moe_jax.core.configuration import (
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import make_mesh, replicated
-from moe_jax.data.cache import digest
+from moe_jax.data.cache import PreparedMixture, digest
 from moe_jax.data.representations import Representations, fit, unit_length
 from moe_jax.model.experts import Params
 from moe_jax.runs.config import Config
-from moe_jax.runs.load import load_run
+from moe_jax.runs.load import Run, load_run
 from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.unseen.descriptions import Descriptions
 from moe_jax.unseen.embedding import Embedder
 
-Kind = Literal["text", "example", "fisher"]
+Kind = Literal["text", "example", "fisher", "description"]
 SHUFFLES = 10_000
 # Settings that two files must share for their rows to be comparable.
 COMMON = ("kind", "backbone", "lengths", "steps", "batch_size", "optimizer", "label_smoothing")
@@ -88,8 +89,9 @@ class RepresentConfig(Configuration, called="represent"):
     Attributes:
         kind: `text`, the mean over examples of the encoder's mean last state; `example`, the same
             of inputs and of targets, side by side, which tells tasks apart that have the same
-            inputs; or `fisher`, the diagonal of the empirical Fisher information after `steps` of
-            fine-tuning on the task with OptimizerConfig and StepConfig.
+            inputs; `fisher`, the diagonal of the empirical Fisher information after `steps` of
+            fine-tuning on the task with OptimizerConfig and StepConfig; or `description`, the words
+            of the task's description, weighted by TF-IDF, for which no example is read.
         output: the file; MODEL_DIR/representations_KIND.npz when None.
         mixtures: further mixtures whose tasks are represented with the same components.
         split: of every task.
@@ -119,6 +121,11 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     output = output or str(paths.parse(run_config.model_dir) / f"representations_{kind}.npz")
     if not output.endswith(".npz"):
         raise UserError(f"represent.output {output!r} must end in .npz")
+    if kind == "description" and pca_from:
+        raise UserError(
+            "represent.pca_from: descriptions are compared by the words of one mixture; give the"
+            " others in represent.mixtures"
+        )
     earlier = Representations.read(pca_from) if pca_from else None
     found = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
     vocabulary = found[data.mixture_or_task_name].vocabulary
@@ -128,11 +135,15 @@ def represent(config: Config, settings: RepresentConfig) -> None:
             f"{run_config.model_dir} is a mixture of experts: the encoder would differ from task"
             " to task, and a new task would have none; give a dense model's MODEL_DIR"
         )
-    made_with: dict[str, Any] = {
-        "kind": kind,
-        "backbone": _fingerprint(run.params["backbone"]),
-        "lengths": dict(data.lengths),
-    }
+    made_with: dict[str, Any] = {"kind": kind}
+    if kind != "description":
+        made_with |= {
+            "backbone": _fingerprint(run.params["backbone"]),
+            "lengths": dict(data.lengths),
+            "split": split,
+            "examples": settings.examples,
+            "seed": run_config.seed,
+        }
     if kind == "fisher":
         made_with |= {
             "steps": settings.steps,
@@ -140,47 +151,34 @@ def represent(config: Config, settings: RepresentConfig) -> None:
             "optimizer": dataclasses.asdict(config.optimizer),
             "label_smoothing": config.step.label_smoothing,
         }
-    made_with |= {"split": split, "examples": settings.examples, "seed": run_config.seed}
     if earlier is not None:
         _check_common(pca_from, earlier.settings, made_with)
         if dim not in (None, earlier.rows_TxK.shape[1]):
             raise UserError(f"represent.dim is {dim}, in {pca_from} {earlier.rows_TxK.shape[1]}")
 
-    # ---------------------------------------------------------------- embeddings, task by task
     places = {name: mixture for mixture in reversed(found.values()) for name in mixture.names}
-    for name, mixture in places.items():
-        mixture.task(name).split(split)  # fails early
     names = sorted(places)
-    mesh = make_mesh(config.mesh)
-    lead = jax.process_index() == 0
-    with jax.set_mesh(mesh):
-        params = jax.device_put(run.params, replicated(mesh))
-        embed = Embedder(run.model, params, config, made_with, run_config.eval_batch_rows, mesh)
-        parts = paths.parse(f"{output}.parts")
-        raw = []
-        bar = progress(names, desc=f"{kind} of tasks", unit="task", disable=not lead)
-        for name in bar:
-            bar.set_postfix_str(name)
-            task = places[name].task(name)
-            key = [made_with, task.split(split).fingerprint, places[name].vocabulary_dir.name, name]
-            part = parts / f"{digest(key)}.npy"
-            raw.append(_cached(part, partial(embed, places[name], name), lead))
-    if not lead:
+    tasks = [places[name].task(name) for name in names]
+    trained = found[data.mixture_or_task_name]
+    parts = paths.parse(f"{output}.parts")
+    if kind == "description":
+        raw_TxD = Descriptions(trained.tasks).vectors(tasks)
+    else:
+        raw_TxD = _embeddings(run, config, made_with, places, parts)
+    if jax.process_index() != 0:
         return
-    raw_TxD = np.stack(raw)
-
-    # ---------------------------------------------------------------- components and output
     if earlier is not None:
         projection = earlier.projection
     else:
-        fitted = [names.index(name) for name in found[data.mixture_or_task_name].names]
+        fitted = [names.index(name) for name in trained.names]
         projection = fit(raw_TxD[fitted], dim or config.router.representation_dim)
     rows_TxK = projection(raw_TxD)
-    agreement = affinity(rows_TxK, [places[name].task(name).category for name in names])
+    agreement = affinity(rows_TxK, [task.category for task in tasks])
     if agreement is not None:
         made_with["affinity"] = agreement._asdict()
     Representations(tuple(names), rows_TxK, raw_TxD, projection, made_with).write(output)
-    paths.remove_tree(parts)
+    if parts.exists():
+        paths.remove_tree(parts)
     used = int(np.any(projection.components_KxD, axis=1).sum())
     print(f"{output}: {len(names)} tasks, {rows_TxK.shape[1]} numbers each ({used} components of"
           f" {raw_TxD.shape[1]})")  # fmt: skip
@@ -190,6 +188,38 @@ def represent(config: Config, settings: RepresentConfig) -> None:
             f" {agreement.within:+.3f} within a category, {agreement.between:+.3f} between;"
             f" p = {agreement.p:.4f} ({SHUFFLES} shuffled)"
         )
+
+
+def _embeddings(
+    run: Run,
+    config: Config,
+    made_with: dict[str, Any],
+    places: Mapping[str, PreparedMixture],
+    parts: Path,
+) -> np.ndarray | None:
+    """What the model makes of each task's examples: [T, D], tasks sorted; None unless the lead.
+
+    Args:
+        places: a mixture of each task.
+        parts: the directory where embeddings are kept until the file is written.
+    """
+    lead, split = jax.process_index() == 0, made_with["split"]
+    splits = {name: mixture.task(name).split(split) for name, mixture in places.items()}
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        params, rows = jax.device_put(run.params, replicated(mesh)), config.run.eval_batch_rows
+        embed = Embedder(run.model, params, config, made_with, rows, mesh)
+        raw = []
+        bar = progress(
+            sorted(places), desc=f"{made_with['kind']} of tasks", unit="task", disable=not lead
+        )
+        for name in bar:
+            bar.set_postfix_str(name)
+            mixture = places[name]
+            key = [made_with, splits[name].fingerprint, mixture.vocabulary_dir.name, name]
+            part = parts / f"{digest(key)}.npy"
+            raw.append(_cached(part, partial(embed, mixture, name), lead))
+    return np.stack(raw) if lead else None
 
 
 def _cached(path: Path, compute: Callable[[], np.ndarray], lead: bool) -> np.ndarray | None:

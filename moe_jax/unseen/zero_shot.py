@@ -1,11 +1,11 @@
-"""Routes of tasks that were never trained on, from their unlabelled inputs.
+"""Routes of tasks that were never trained on, from their unlabelled inputs or descriptions.
 
-A new task, or each of its inputs, is routed as the training tasks whose inputs resemble it. No
+A new task, or each of its inputs, is routed as the training tasks that resemble it. No
 label is read. The mean of all representations is a poor substitute: the router maps it to a route
 that no task was trained with.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import replicated
 from moe_jax.data.batch import Batch
-from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.cache import PreparedMixture, PreparedTask
 from moe_jax.data.representations import unit_length
 from moe_jax.decoding.rows import experts_per_row
 from moe_jax.model.task_moe import routes_of
@@ -25,9 +25,33 @@ from moe_jax.runs.load import Run
 from moe_jax.unseen.embedding import example_embeddings, text_embeddings
 
 # How a task that was not trained on finds its route.
-Unseen = Literal["nearest", "weighted", "input", "mean"]
+Unseen = Literal["nearest", "description", "weighted", "input", "mean"]
 _EXAMPLES = 64  # of each task, evenly spaced, whose mean stands for the task
 _SOFTNESS = 0.1  # cosines are divided by it before their softmax
+
+
+def trained_on(run: Run, mixture: PreparedMixture) -> list[PreparedTask]:
+    """The tasks of a mixture that the run was trained on.
+
+    Raises:
+        UserError: there is none.
+    """
+    tasks = [t for t in mixture.tasks if t.name in run.task_ids and "train" in t.splits]
+    if not tasks:
+        raise UserError(f"the run was trained on no task of {mixture.name}")
+    return tasks
+
+
+def new_tasks(
+    known: Container[str], mixtures: Sequence[PreparedMixture], split: str
+) -> dict[str, PreparedMixture]:
+    """The tasks that have the split and are not known -> a mixture that has them."""
+    return {
+        task.name: mixture
+        for mixture in mixtures
+        for task in mixture.tasks
+        if task.name not in known and split in task.splits
+    }
 
 
 class Resemblance:
@@ -54,11 +78,7 @@ class Resemblance:
         rows: int,
         mesh: Mesh,
     ):
-        self._tasks = [
-            t.name for t in trained.tasks if t.name in run.task_ids and "train" in t.splits
-        ]
-        if not self._tasks:
-            raise UserError(f"the run was trained on no task of {trained.name}")
+        self._tasks = [task.name for task in trained_on(run, trained)]
         self._known, self._lengths, self._rows = run.task_ids, lengths, rows
         routes_TxNxE = jax.jit(partial(routes_of, run.model))(run.params, jnp.int32(run.step))
         embed = jax.jit(partial(text_embeddings, run.model), out_shardings=replicated(mesh))
@@ -95,7 +115,7 @@ class Resemblance:
             float32 [examples, N, E] by task.
         """
         result = {}
-        for mixture, task in self._new(mixtures, split):
+        for task, mixture in new_tasks(self._known, mixtures, split).items():
             indices, states_nxD = self._examples(mixture, task, split, limit)
             shape = (mixture.task(task).examples(split), *self._routes_TxNxE.shape[1:])
             routes = np.zeros(shape, np.float32)
@@ -111,20 +131,11 @@ class Resemblance:
         """The route of the training task that each embedding resembles most: [n, N, E]."""
         return self._routes_TxNxE[np.argmax(similarities(self._seen_TxD, states_nxD), 1)]
 
-    def _new(
-        self, mixtures: Sequence[PreparedMixture], split: str
-    ) -> Iterator[tuple[PreparedMixture, str]]:
-        """(mixture, task) of each new task that has the split, once."""
-        mixture_of = {task.name: mixture for mixture in mixtures for task in mixture.tasks}
-        for name, mixture in mixture_of.items():
-            if name not in self._known and split in mixture.task(name).splits:
-                yield mixture, name
-
     def _of_new(
         self, mixtures: Sequence[PreparedMixture], split: str
     ) -> Iterator[tuple[str, np.ndarray]]:
         """(task, its similarity [T] to every training task) of each new task."""
-        for mixture, task in self._new(mixtures, split):
+        for task, mixture in new_tasks(self._known, mixtures, split).items():
             state_D = self._of_task(mixture, task, split)
             yield task, similarities(self._seen_TxD, state_D[None])[0]
 

@@ -148,6 +148,8 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
         print("".join(f"  {task.name}\n" for task in tasks))
     category = _categories(modules).get(task.name, ("none",))
     print(f"{task.name}\n  category: {' / '.join(filter(None, category))}")
+    if description := registry.descriptions(modules).get(task.name):
+        print(f"  asks for: {description}")
     print(f"  splits:   {', '.join(task.splits)}")
     split = args.split or ("train" if "train" in task.splits else next(iter(task.splits), ""))
     rows = _rows(task, split, args.examples, LENGTHS)

@@ -22,6 +22,7 @@ from .data_directory import data_directory
 
 ENVIRONMENT = (data.DATA_DIR, data.POSITIVE_EXAMPLES)
 ONTOLOGY: dict[str, dict[str, list[str]]] = {}  # category -> "" -> tasks
+DESCRIPTIONS: dict[str, str] = {}
 LISTED: dict[str, int] = {}  # mixture -> how many tasks its list names
 _FILES: dict[str, list[str]] = {}
 
@@ -98,6 +99,7 @@ def _add_all() -> None:
             )
             _FILES[name] = [str(file), *read]
             ONTOLOGY.setdefault(data.category(file), {}).setdefault("", []).append(name)
+            DESCRIPTIONS[name] = data.definition(file)
             added.append(name)
         if added:
             seqio.MixtureRegistry.add(mixture, added, default_rate=1.0)

@@ -31,7 +31,6 @@ PARTS = ("train", "test")
 _TEST_INSTANCES = 100  # the first ones of a test task, as the paper evaluates
 _MAX_VALIDATION = 100
 
-_CATEGORIES = re.compile(r'(?<!\\)"Categories"\s*:\s*')
 _NOW = "Now complete the following example -"
 
 Example = tuple[str, ...]  # input, output, other valid outputs
@@ -81,26 +80,40 @@ def list_file(path: Path, part: str) -> Path:
 
 
 def category(file: Path) -> str:
-    """The first of the task's categories. Its instances, most of the file, are not parsed.
+    """The first of the task's categories.
 
     Raises:
         UserError: the file has none, or cannot be read.
     """
+    return _texts_of(file, "Categories")[0]
+
+
+def definition(file: Path) -> str:
+    """What the task asks for.
+
+    Raises:
+        UserError: the file does not say, or cannot be read.
+    """
+    return " ".join(_texts_of(file, "Definition"))
+
+
+def _texts_of(file: Path, key: str) -> Sequence[str]:
+    """The texts under a key of the file. Its instances, most of it, are not parsed."""
     text, block = "", 1 << 14
+    pattern = re.compile(rf'(?<!\\)"{key}"\s*:\s*')
     try:
         with open(file, encoding="utf-8") as f:
             while more := f.read(block):
                 text = text[-100:] + more  # the key may begin in the block before
-                if _CATEGORIES.search(text):
+                if pattern.search(text):
                     text += f.read(block)  # and its value may go on in the next
-                    at = _CATEGORIES.search(text).end()
-                    value, _ = json.JSONDecoder().raw_decode(text, at)
-                    found = _strings(value, file, "Categories")[0]
-                    found.encode()  # which half a character cannot be
+                    value, _ = json.JSONDecoder().raw_decode(text, pattern.search(text).end())
+                    found = _strings(value, file, key)
+                    "".join(found).encode()  # which half a character cannot be
                     return found
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f'{file}: no "Categories" can be read: {first_line(e)}') from e
-    raise UserError(f'{file}: no "Categories"')
+        raise UserError(f'{file}: no "{key}" can be read: {first_line(e)}') from e
+    raise UserError(f'{file}: no "{key}"')
 
 
 def read(file: Path, part: str, split: str, examples: int) -> list[Example]:

@@ -145,7 +145,7 @@ def test_the_router_may_read_what_the_dense_model_makes_of_tasks(tmp_path, comma
 
 
 def test_all_arms(tmp_path, command_line, calls):
-    with pytest.raises(UserError, match="'dense_described' needs experiment.described"):
+    with pytest.raises(UserError, match=r"'dense_described' needs experiment\.described"):
         planned(tmp_path, arms=tuple(ARMS))
     told, wanted = "skills_gym.descriptions", "description"
     _, stages = planned(

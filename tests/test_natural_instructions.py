@@ -34,6 +34,7 @@ def test_lists_and_categories(root):
         "test": ["task002_unseen_words", "task005_absent"],
     }
     assert data.category(file(root)) == "Question Generation"
+    assert data.definition(file(root)) == "Given a number, write it in words."
     # A text that mentions the key is none; a value beyond the first block is found.
     path = root / "late.json"
     path.write_text(json.dumps({"Source": ['"Categories": ["no"]' * 2000], "Categories": ["yes"]}))
@@ -148,7 +149,8 @@ def test_tasks_through_seqio(root):
         from moe_jax.builtin_tasks import natural_instructions as ni
         out = {"mixtures": {n: [t.name for t in registry.find_tasks(n, modules)]
                             for n in seqio.MixtureRegistry.names()},
-               "ontology": ni.ONTOLOGY, "listed": ni.LISTED}
+               "ontology": ni.ONTOLOGY, "listed": ni.LISTED,
+               "described": registry.descriptions(modules)}
         task = seqio.TaskRegistry.get("ni_task002_unseen_words")
         rows = [row for _, part in registry.read(task, ["test"]) for row in part]
         out["count"], row = len(rows), rows[3]
@@ -181,6 +183,8 @@ def test_tasks_through_seqio(root):
         "Question Generation": {"": train},
         "Textual Entailment": {"": ["ni_task002_unseen_words"]},
     }
+    said = "Given a number, write it in words."
+    assert out["described"] == dict.fromkeys([*train, "ni_task002_unseen_words"], said)
     assert out["splits"] == ["train", "test"] and out["count"] == 100
     assert out["input"].count("Positive Example") == 1
     assert out["input"].endswith("Input: number 3\nOutput:")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -227,6 +228,18 @@ def test_choices_and_questions_of_a_row():
     assert registry.question({"idx": np.array([7, 1], np.int32)}) == 7
     for other in ({}, {"idx": np.int32(7)}, {"idx": np.array([1.0, 2.0])}):
         assert registry.question(other) is None
+
+
+def test_descriptions_are_sentences_by_name():
+    module = ModuleType("mine")
+    assert registry.descriptions([module, module]) == {}
+    other = ModuleType("other")
+    module.DESCRIPTIONS, other.DESCRIPTIONS = {"a": "Add.", "b": "Copy."}, {"b": "Reverse."}
+    assert registry.descriptions([module, other]) == {"a": "Add.", "b": "Reverse."}
+    for wrong, message in ((["a"], "must be {task name: sentence}"), ({"a": 1}, r"\['a'\] is 1")):
+        other.DESCRIPTIONS = wrong
+        with pytest.raises(UserError, match=f"other: DESCRIPTIONS ?{message}"):
+            registry.descriptions([module, other])
 
 
 def test_modules_own_their_tasks_and_files(tmp_path):

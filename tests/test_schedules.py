@@ -23,7 +23,7 @@ ROWS = {
 }
 EXPERTS = {
     "dense": 1,
-    "average routing": 12,
+    "average routing": 4,
     "random per task": 2,
     "random per instance": 1,
     "alternating": 1,

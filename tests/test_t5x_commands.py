@@ -36,7 +36,7 @@ TASK, STEPS, LENGTH = "skills_introduce", 20, 8
 GIN = ROOT / "gin_configs"
 FILES = [
     f"--gin_file={GIN}/models/tiny.gin", f"--gin_file={GIN}/runs/skills_gym_stage1.gin",
-    "--gin.skills_gym.names=True", "--gin.RouterConfig.selection='gumbel_softmax_st'",
+    "--gin.skills_gym.descriptions=True", "--gin.RouterConfig.selection='gumbel_softmax_st'",
     "--gin.RouterConfig.temperature=2.0", "--gin.RouterConfig.temperature_rate=0.01",
 ]  # fmt: skip
 DECODING = [f"--gin.DecodingConfig.min_length={LENGTH}"]

@@ -23,6 +23,7 @@ from moe_jax.metrics import accuracy, answers_or_target, exact_match
 from seqio.preprocessors import append_eos, tokenize
 
 LISTED = {"t_mix": 5}
+DESCRIPTIONS = {"t_good": "Say no."}
 ONTOLOGY = {"qa": {"binary": ["t_good"]}, "other": {"x": ["t_no_eos"]}}
 
 def source(split, shuffle_files, *, pairs):
@@ -174,6 +175,7 @@ def test_show(run):
     assert text.splitlines() == [
         "t_good",
         "  category: qa / binary",
+        "  asks for: Say no.",
         "  splits:   train, validation, test, fewshot_7_train, fewshot_8_train",
         "  metrics:  moe_jax.metrics:accuracy",
         "example 1 of test",

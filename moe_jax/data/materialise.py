@@ -120,10 +120,9 @@ class _Sources:
         self._content = functools.cache(staleness.content)
         self.ontology = {}
         self.categories = {}
-        self.descriptions = {}
+        self.descriptions = registry.descriptions(modules)
         self.datasets = {}
         for module in modules:
-            self.descriptions |= getattr(module, "DESCRIPTIONS", {})
             for dataset, names in getattr(module, "PROMPTS", {}).items():
                 self.datasets |= dict.fromkeys(names, dataset)
             for category, groups in getattr(module, "ONTOLOGY", {}).items():

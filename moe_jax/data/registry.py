@@ -67,6 +67,26 @@ def load_task_modules(names: Sequence[str]) -> list[ModuleType]:
     return modules
 
 
+def descriptions(modules: Sequence[ModuleType]) -> dict[str, str]:
+    """Task -> what it asks for, from the modules' DESCRIPTIONS.
+
+    Raises:
+        UserError: they are not sentences by name.
+    """
+    found = {}
+    for module in modules:
+        given = getattr(module, "DESCRIPTIONS", {})
+        if not isinstance(given, Mapping):
+            raise UserError(f"{module.__name__}: DESCRIPTIONS must be {{task name: sentence}}")
+        for name, text in given.items():
+            if not (isinstance(name, str) and isinstance(text, str)):
+                raise UserError(
+                    f"{module.__name__}: DESCRIPTIONS[{name!r}] is {text!r}, not a sentence"
+                )
+        found |= given
+    return found
+
+
 def _registered() -> set[str]:
     return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 

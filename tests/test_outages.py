@@ -9,12 +9,12 @@ from toy_run import bindings, flags_of, free_port, start
 
 from moe_jax.core import outages
 
-# Trains, and loses patience sooner.
+# A command that loses patience sooner.
 IMPATIENT = """
 import runpy
 from moe_jax.core import outages
 outages.PERIOD, outages.PATIENCE = 1.0, 4.0
-runpy.run_module("moe_jax.train", run_name="__main__", alter_sys=True)
+runpy.run_module("moe_jax.%s", run_name="__main__", alter_sys=True)
 """
 
 
@@ -80,14 +80,19 @@ def test_what_is_said_and_when_it_ends(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("patient", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_command_whose_bucket_is_nowhere_ends_with_one_line(patient, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["train", "report"])
+def test_a_command_whose_bucket_is_nowhere_ends_with_one_line(
+    command, patient, tmp_path, monkeypatch
+):
     pytest.importorskip("gcsfs", reason="buckets need gcsfs: the extra `gcs`")
     address = f"http://127.0.0.1:{free_port()}"
     for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
         monkeypatch.setenv(name, address)
     monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
     arguments = flags_of(bindings("gs://nowhere/run"))
-    process = start("train", arguments, code=None if patient else IMPATIENT)
+    if command == "report":
+        arguments = ["--run=it=gs://nowhere/run", f"--output={tmp_path}"]
+    process = start(command, arguments, code=None if patient else IMPATIENT % command)
     begin = time.monotonic()
     _, err = process.communicate(timeout=300)
     *lines, last = err.splitlines()

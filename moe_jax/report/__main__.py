@@ -3,9 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
+from moe_jax.core import outages
 from moe_jax.core.errors import UserError
 from moe_jax.report import build
+from moe_jax.runs.flags import end
+from moe_jax.runs.stopping import EXIT_CODE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,4 +62,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outages.end_command(partial(end, code=EXIT_CODE))
     sys.exit(main())

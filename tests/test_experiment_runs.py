@@ -13,30 +13,34 @@ def write(path, model_dir, *without, **settings):
     path.write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.slow
-def test_all_arms_are_made_scored_and_compared(tmp_path):
-    """One seed of the toy tasks; a second call only reads, a changed setting runs its stages."""
-    (tmp_path / "model.gin").write_text("")
-    root = tmp_path / "run"
+def write_experiment(directory, arms):
+    """Writes the gin files of one seed of the toy tasks; returns the command's arguments."""
+    (directory / "model.gin").write_text("")
     run = {"TRAIN_STEPS": 4, "CHECKPOINT_PERIOD": 2}
-    write(tmp_path / "dense.gin", None, "MODEL_DIR", **run, ModelConfig__experts=1)
+    write(directory / "dense.gin", None, "MODEL_DIR", **run, ModelConfig__experts=1)
     routed = {"RouterConfig__selection": "argmax", "RouterConfig__experts_per_layer": 1}
-    write(tmp_path / "routed.gin", None, "MODEL_DIR", **run, **routed)
+    write(directory / "routed.gin", None, "MODEL_DIR", **run, **routed)
     few_shot = {
         "MIXTURE_OR_TASK_NAME": "toy_unseen", "VocabularyConfig__trained_on": "toy_train",
         "FinetuneConfig__learning_rates": (1e-3,), "FinetuneConfig__batch_sizes": (4,),
         "FinetuneConfig__seeds": (13, 21), "FinetuneConfig__steps": 2,
     }  # fmt: skip
-    write(tmp_path / "few_shot.gin", None, "MODEL_DIR", "TRAIN", "Model", **few_shot)
+    write(directory / "few_shot.gin", None, "MODEL_DIR", "TRAIN", "Model", **few_shot)
     settings = {
         "model": "model.gin", "dense": "dense.gin", "stage1": "routed.gin",
-        "finetune": "few_shot.gin", "unseen": "toy_unseen", "upcycle_step": 2, "arms": ARMS,
+        "finetune": "few_shot.gin", "unseen": "toy_unseen", "upcycle_step": 2, "arms": arms,
         "disable_examples": 2, "seeds": (5,),
     }  # fmt: skip
     lines = [f"experiment.{name} = {value!r}" for name, value in settings.items()]
-    (tmp_path / "all.gin").write_text("\n".join(lines) + "\n")
-    arguments = [f"--gin_search_paths={tmp_path}", "--gin_file=all.gin", f"--gin.MODEL_DIR={root}"]
+    (directory / "all.gin").write_text("\n".join(lines) + "\n")
+    root = directory / "run"
+    return [f"--gin_search_paths={directory}", "--gin_file=all.gin", f"--gin.MODEL_DIR={root}"]
 
+
+@pytest.mark.slow
+def test_all_arms_are_made_scored_and_compared(tmp_path):
+    """One seed of the toy tasks; a second call only reads, a changed setting runs its stages."""
+    arguments, root = write_experiment(tmp_path, ARMS), tmp_path / "run"
     out = finish(start("experiment", arguments), timeout=1200)
     models = [arm for arm in ARMS if arm != "direct"]
     stages = len(models) * 2 + 1 + 3  # a model and its scores, one adaptation, three of controls

@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from moe_jax import end_silently
 from moe_jax.core.errors import nearest
 
 COMMANDS = (
@@ -17,6 +18,7 @@ COMMANDS = (
 
 def main() -> None:
     """Runs the command that the first argument names."""
+    end_silently()
     name = next(iter(sys.argv[1:]), None)
     if name in ("-h", "--help"):
         print(_help())

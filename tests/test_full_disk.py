@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import TABLES
-from test_kills import LEFT, Job, evaluate, prepare, train
+from test_kills import LEFT, Job, evaluate, finetune, prepare, train
 from toy_run import finish, start
+
+from moe_jax.core import checksums
 
 pytestmark = pytest.mark.slow
 MOMENTS = int(os.environ.get("MOMENTS", "20"))
@@ -39,9 +41,20 @@ def model_dir(root: Path) -> Job:
     return train(root, TRAIN_STEPS=12, EVAL_PERIOD=6)
 
 
-@pytest.mark.parametrize("make", [model_dir, prepare, evaluate])
+def convert(root: Path) -> Job:
+    job, out = train(root, TRAIN_STEPS=2, EVAL_PERIOD=0), root / "hf"
+    finish(start(job.program, job.arguments))
+
+    def digests():
+        return {path.name: checksums.of_file(path) for path in out.iterdir()}
+
+    arguments = ["to-hf", str(root / "run"), str(out), "--average"]
+    return Job("convert", arguments, out, lambda: 0, digests)
+
+
+@pytest.mark.parametrize("make", [model_dir, prepare, evaluate, finetune, convert])
 def test_a_full_disk(make, disk, request):
-    """MODEL_DIR while training, CACHE_DIR, and the output of an evaluation."""
+    """MODEL_DIR while training, CACHE_DIR, and the outputs of the other commands."""
     job = make(disk)
     begin = pages_left(disk)
     finish(start(job.program, job.arguments))

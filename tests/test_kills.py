@@ -29,7 +29,7 @@ KILLS = int(os.environ.get("KILLS", "10"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TRAIN = {"TRAIN_STEPS": 60, "CHECKPOINT_PERIOD": 4, "EVAL_PERIOD": 20}
 # Names of what is temporary.
-LEFT = re.compile(r"\.new-.*|.*\.orbax-checkpoint-tmp.*|\d+\.old|\.\w+\.\w+\.\w{8}")
+LEFT = re.compile(r"\..*\.new|.*\.orbax-checkpoint-tmp.*|\d+\.old")
 MARK = "MOE_JAX_TEST_OF_KILLS"  # in the environment of a command and of its children
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -32,6 +33,24 @@ def test_importing_the_commands_imports_no_other_framework(tmp_path):
     code = "import " + ", ".join(f"moe_jax.{command}" for command in console.COMMANDS)
     done = run(sys.executable, "-c", code, path=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("words", ["moe_jax.{}", "moe_jax {}"])
+def test_a_signal_while_a_command_imports_ends_it_without_a_word(words, number, tmp_path):
+    (tmp_path / "numpy.py").write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", *words.format(command).split()], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for command in console.COMMANDS
+    ]  # fmt: skip
+    for process in started:
+        assert process.stdout.readline() == "imports\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=60) == ("", "") and process.returncode == -number
 
 
 # ------------------------------------------------------------------------------ moe_jax COMMAND

@@ -86,7 +86,7 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
     written = first.stat().st_mtime_ns
     mixture = get()["own"]
     assert first.stat().st_mtime_ns == written
-    assert not list(cache_dir.glob("tasks/*/.new-*"))
+    assert not list(cache_dir.glob("tasks/*/.*.new"))
     assert [(t.name, t.rate, t.examples("train")) for t in mixture.tasks] == [
         ("own_a", 1.0, 2),
         ("own_b", 3.0, 2),

@@ -209,7 +209,7 @@ def fails(capsys, source, out, *flags) -> str:
     assert convert.main(["from-t5x", str(source), str(out), *map(str, flags)]) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
-    assert not captured.out and not out.exists() and not list(out.parent.glob(".new-*"))
+    assert not captured.out and not out.exists() and not list(out.parent.glob(".*.new"))
     return captured.err
 
 

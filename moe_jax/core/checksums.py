@@ -111,5 +111,5 @@ def _of_content(sums: Any) -> str:
 
 def _names(directory: Path) -> Iterator[str]:
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != FILE:
+        if path.is_file() and path.name != FILE and not files.is_half_written(path):
             yield path.relative_to(directory).as_posix()

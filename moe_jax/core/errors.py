@@ -1,6 +1,9 @@
 """Errors that a user can fix: one clear line, no traceback."""
 
 import difflib
+import errno
+import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +24,17 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, without what libraries write below; '' if nothing."""
     return next(iter(str(error).strip().splitlines()), "")
+
+
+def system_reason(error: BaseException) -> str | None:
+    """What the operating system said, also where a library made another error of it; or None."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error) or type(error).__name__
+    if code := re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", text):  # TensorStore, Rust
+        return os.strerror(int(code[1] or code[2]))
+    full = os.strerror(errno.ENOSPC)  # ArrayRecord
+    return full if full in text else None
 
 
 def shown(value: Any) -> str:

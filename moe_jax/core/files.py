@@ -4,23 +4,23 @@ On a file system every write goes to a temporary name first. In a bucket an obje
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from moe_jax.core import paths
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, system_reason
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")  # in UTF-16, of two
-NEW = ".new-"  # prefix of directories that are being written
+NEW = ".new"  # suffix of what is being written, whose name also begins with a dot
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -30,24 +30,57 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
         UserError: the file cannot be written (permissions, full disk). Temporary files are removed.
     """
     path = paths.parse(path)
-    temporary = None
+    temporary = _temporary(path)
     try:
         if paths.in_bucket(path):
             return paths.put(path, data)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as f:
-            temporary = f.name
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with _alone(temporary) as f:
+            try:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     except paths.errors() as e:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {paths.reason(e)}") from e
+
+
+def is_half_written(path: Path) -> bool:
+    """Whether this is what a process is writing, or was writing when it was killed."""
+    return path.name.startswith(".") and path.name.endswith(NEW)
+
+
+def _temporary(path: Path) -> Path:
+    """Where `path` is written first: always there, so that the next writer of `path` removes what
+    one that was killed has left."""
+    return path.parent / f".{path.name}{NEW}"
+
+
+def _alone(temporary: Path) -> BinaryIO:
+    """Opens a temporary file, empty, that no other process writes until this one closes it."""
+    while True:
+        file = open(temporary, "ab")  # noqa: SIM115 (the caller closes it)
+        if _locked(file.fileno(), temporary, fcntl.LOCK_EX):
+            file.truncate(0)
+            return file
+        file.close()
+
+
+def _locked(descriptor: int, temporary: Path, how: int) -> bool:
+    """Locks what is open; False if another process has it, or has finished it meanwhile."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError:  # nothing can be locked there
+        pass
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(temporary))
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -66,7 +99,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
 
 
 def append_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
-    """Adds one JSON value per line at the end of a file, in one write that reaches the disk.
+    """Adds one JSON value per line at the end of a file; returns when they are on the disk.
 
     Raises:
         UserError: the file cannot be written.
@@ -77,7 +110,8 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
         return write_bytes(path, before + more)
     try:
         with open(path, "ab", buffering=0) as f:
-            f.write(more)
+            while more:  # a disk that becomes full takes a part, without a word
+                more = more[f.write(more) :]
             os.fsync(f.fileno())
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
@@ -229,20 +263,31 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Context manager: a temporary directory, renamed to `path` if the block ends without error.
 
     Raises:
-        UserError: the directory cannot be made, or `path` exists.
+        UserError: the directory cannot be made, another process makes it, or `path` exists.
     """
     path = paths.local(path)
+    new = _temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=NEW, dir=path.parent))
+        new.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(new, os.O_RDONLY)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     try:
-        yield new
-        os.chmod(new, 0o755)
-        os.rename(new, path)
-    except BaseException as e:
-        shutil.rmtree(new, ignore_errors=True)
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-        raise
+        if not _locked(descriptor, new, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise UserError(f"cannot write {path}: another process is writing it")
+        try:
+            _empty(new)
+            yield new
+            os.rename(new, path)
+        except BaseException as e:
+            shutil.rmtree(new, ignore_errors=True)
+            if reason := system_reason(e):
+                raise UserError(f"cannot write {path}: {reason}") from e
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -9,6 +9,7 @@ and the next run writes the missing ones.
 import dataclasses
 import functools
 import hashlib
+import io
 import os
 import shutil
 import signal
@@ -46,8 +47,8 @@ def materialise(cache_dir: Path, request: Request) -> None:
     start = time.perf_counter()
     os.environ.update(request.environment)
     for leftover in [
-        *cache_dir.glob(f"tasks/*/{files.NEW}*"),
-        *cache_dir.glob(f"vocabularies/{files.NEW}*"),
+        *cache_dir.glob(f"tasks/*/.*{files.NEW}"),
+        *cache_dir.glob(f"vocabularies/.*{files.NEW}"),
     ]:
         shutil.rmtree(leftover, ignore_errors=True)
     sources = _Sources(registry.load_task_modules(request.task_modules))
@@ -272,8 +273,9 @@ class _SplitWriter:
         if None not in self._questions:
             numbers["questions"] = self._questions
         for name, values in numbers.items():
-            path = self.directory / f"{self.split}.{name}.npy"
-            np.save(path, np.array(values, np.int32), allow_pickle=False)
+            content = io.BytesIO()  # NumPy does not tell why it could not write to a file
+            np.save(content, np.array(values, np.int32), allow_pickle=False)
+            (self.directory / f"{self.split}.{name}.npy").write_bytes(content.getvalue())
         return {
             "examples": len(self.lengths),
             "fingerprint": self._hash.hexdigest()[:16],

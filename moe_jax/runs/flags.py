@@ -82,9 +82,9 @@ def run(
 
     def start(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)
-        stopping.install()
         outages.end_command(_end_together)
         with _one_line_at_the_end():
+            stopping.install()
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
             parse_gin(_GIN_FILE.value, _GIN_BINDINGS.value, _GIN_SEARCH_PATHS.value, from_model_dir)

@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import logging
-import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -235,19 +233,13 @@ def _failing(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:  # OSError, or whatever TensorStore makes of a full disk, a damaged file
-        raise UserError(f"{what}: {_reason(e)}") from e
+        reason = errors.system_reason(e) or errors.first_line(e) or type(e).__name__
+        raise UserError(f"{what}: {reason}") from e
 
 
 def _say(text: str) -> None:
     if jax.process_index() == 0:
         errors.say(text)
-
-
-def _reason(error: Exception) -> str:
-    """The error in one line."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    code = re.search(r"os_error_code='(\d+)'", text)  # TensorStore's
-    return os.strerror(int(code[1])) if code else text.splitlines()[0]
 
 
 def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict[str, Any]]:

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -139,7 +140,7 @@ def _short(splits: Sequence[str]) -> str:
 
 
 def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
-    from moe_jax.data import registry
+    from moe_jax.data import registry, task_functions
 
     tasks = _find_tasks(args, modules)
     task = tasks[0]
@@ -153,7 +154,8 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     print(f"  splits:   {', '.join(task.splits)}")
     split = args.split or ("train" if "train" in task.splits else next(iter(task.splits), ""))
     rows = _rows(task, split, args.examples, LENGTHS)
-    print(f"  metrics:  {_metrics(task, rows)}")
+    scored = _scored(task, rows, modules)
+    print(f"  metrics:  {_metrics(scored)}")
     for number, row in enumerate(rows, 1):
         print(f"example {number} of {split}")
         for feature in registry.FEATURES:
@@ -162,9 +164,10 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
             tokens = [f"{i}:{vocabulary.decode([i])!r}" for i in ids[:40]]
             print(f"  {feature}: {registry.text(row, feature, vocabulary)}")
             print(f"    {len(ids)} tokens: {' '.join(tokens)}{' ...' * (len(ids) > 40)}")
-        print(f"  references: {_postprocess(task, [row], is_target=True)[0]!r}")
-        if choices := registry.choices(row):
-            print(f"  choices: {', '.join(map(repr, choices))}")
+        example = task_functions.example(task, row, scored.seqio is not None)
+        print(f"  references: {example.references!r}")
+        if example.choices:
+            print(f"  choices: {', '.join(map(repr, example.choices))}")
 
 
 # ---- check ----
@@ -177,7 +180,7 @@ def _check(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     failed = []
     for task in _find_tasks(args, modules):
         print(task.name)
-        problems = list(_problems(task, limits, args.examples))
+        problems = list(_problems(task, limits, args.examples, modules))
         for problem in problems:
             print(f"  problem: {problem}")
         print(f"  {'NOT USABLE' if problems else 'ok'}", flush=True)
@@ -188,7 +191,9 @@ def _check(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
         raise UserError(f"not usable: {failed[0]}{more}")
 
 
-def _problems(task: Any, limits: dict[str, int], count: int) -> Iterator[str]:
+def _problems(
+    task: Any, limits: dict[str, int], count: int, modules: Sequence[ModuleType]
+) -> Iterator[str]:
     """Prints a summary of the task's splits; yields each problem as one line."""
     if not task.splits:
         yield "no splits"
@@ -215,7 +220,7 @@ def _problems(task: Any, limits: dict[str, int], count: int) -> Iterator[str]:
         if scored is None or split in ("validation", "test"):
             scored = split, rows
     if scored is not None:
-        yield from _metric_problems(task, *scored)
+        yield from _metric_problems(task, *scored, modules)
 
 
 def _row_problems(task: Any, rows: Sequence[Row]) -> Iterator[str]:
@@ -237,49 +242,60 @@ def _row_problems(task: Any, rows: Sequence[Row]) -> Iterator[str]:
             break  # one example is enough
 
 
-def _metric_problems(task: Any, split: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Runs the metrics on targets as predictions, or on equal scores for every token."""
-    from moe_jax.data import calls, registry, task_functions
+def _metric_problems(
+    task: Any, split: str, rows: Sequence[Row], modules: Sequence[ModuleType]
+) -> Iterator[str]:
+    """Scores targets as answers, by the code that training and `eval` use."""
+    from moe_jax.data import registry, task_functions
+    from moe_jax.data.vocabulary import SeqioVocabulary, TwoVocabularies
+    from moe_jax.evaluation.functions import score_targets
 
     if not task.metric_objs:
         print("  note: no metrics: the task can be trained on, and is not evaluated")
         return
-    if not task_functions.scored_by_name(task, rows):
-        print(f"  note: scored {_metrics(task, rows)}: evaluation imports TensorFlow")
     try:
-        targets, predictions = (_postprocess(task, rows, is_target=t) for t in (True, False))
+        prepared = _scored(task, rows, modules)
+        if prepared.seqio is not None:
+            print(f"  note: scored {_metrics(prepared)}: evaluation imports TensorFlow")
+        keep = prepared.seqio is not None
+        examples = {i: task_functions.example(task, row, keep) for i, row in enumerate(rows)}
+        sides = [SeqioVocabulary(own) for own in registry.own_vocabularies(task)]
+        scores, lines = score_targets(prepared, TwoVocabularies(*sides), examples)
     except UserError as e:
         yield str(e)
         return
-    per_token = [-float(len(row["targets"])) for row in rows]
-    runs = [(f, predictions, f"targets of {split} as predictions") for f in task.predict_metric_fns]
-    runs += [(f, per_token, f"{split} with -1 for every token") for f in task.score_metric_fns]
-    everything: dict[str, float] = {}
-    for metric, values, what in runs:
-        try:
-            scores = calls.call_metric(task.name, metric, targets, values)
-            calls.add(everything, task.name, metric, scores)
-        except UserError as e:
-            yield str(e)
-            continue
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
-        print(f"  {what}: {shown}")
-        if metric in metrics.METRICS.values() and max(scores.values()) < 0.999:
-            print("  note: a perfect model scores less than 1 (constant or unmatchable targets)")
-    ranked = [(registry.choices(row), p) for row, p in zip(rows, predictions, strict=True)]
-    outside = sum(bool(choices) and target not in choices for choices, target in ranked)
+    what = f"targets of {split} as predictions"
+    if prepared.outputs != {"prediction"}:
+        what += ", -1 for every token"
+    print(f"  {what}: {', '.join(f'{name} {value:.4g}' for name, value in scores.items())}")
+    if any(value < 0.999 for name, value in scores.items() if name in metrics.METRICS):
+        print("  note: a perfect model scores less than 1 (constant or unmatchable targets)")
+    outside = sum(
+        bool(example.choices)
+        and lines[i].get("prediction", example.choices[0]) not in example.choices
+        for i, example in examples.items()
+    )
     if outside:
         print(f"  note: {outside} targets of {split} are not among their answer choices")
 
 
-def _metrics(task: Any, rows: Sequence[Row]) -> str:
-    """Who scores the task: its functions by name, or SeqIO."""
-    from moe_jax.data import task_functions
+def _scored(task: Any, rows: Sequence[Row], modules: Sequence[ModuleType]) -> Any:
+    """The `PreparedTask` that evaluation would have, without its examples.
 
-    if task_functions.scored_by_name(task, rows):
-        names = [name for kind in task_functions.metric_references(task) for name in kind]
-        return ", ".join(names) or "none"
-    return f"by SeqIO, from {', '.join(task_functions.outputs(task))}"
+    Raises:
+        UserError: its metrics take what no model here gives.
+    """
+    from moe_jax.data import cache, task_functions
+
+    nothing = {"category": "", "subcategory": "", "dataset": "", "splits": {}}
+    return cache.task_of({**task_functions.scoring(task, rows, modules), **nothing}, Path(), 1.0)
+
+
+def _metrics(task: Any) -> str:
+    """Who scores a `PreparedTask`: its functions by name, or SeqIO."""
+    if task.seqio is not None:
+        return f"by SeqIO, from {', '.join(task.seqio.outputs)}"
+    return ", ".join([*task.metrics, *task.score_metrics]) or "none"
 
 
 def length_summary(lengths: Sequence[int], limit: int) -> str:
@@ -331,21 +347,6 @@ def _rows(task: Any, split: str, count: int, lengths: dict[str, int]) -> list[Ro
     except Exception as e:
         raise UserError(_one_line(e)) from e
     return rows[:count]
-
-
-def _postprocess(task: Any, rows: Sequence[Row], is_target: bool) -> list[Any]:
-    """The values that metrics compare, for targets or for targets used as predictions."""
-    from moe_jax.data import registry
-
-    vocabulary = task.output_features["targets"].vocabulary
-    texts = [registry.text(row, "targets", vocabulary) for row in rows]
-    try:
-        return [
-            task.postprocess_fn(text, example=row, is_target=is_target)
-            for text, row in zip(texts, rows, strict=True)
-        ]
-    except Exception as e:
-        raise UserError(f"postprocess_fn: {_one_line(e)}") from e
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from toy_run import bindings, flags_of, start
 
 from moe_jax import eval as eval_program
 from moe_jax import infer as infer_program
+from moe_jax import tasks
 from moe_jax.data.example import Example
 from moe_jax.data.prepared import prepare
 from moe_jax.data.vocabulary import VocabularyConfig, train_sentencepiece
@@ -283,6 +285,22 @@ def test_a_checkpoint_other_than_the_newest(trained, project):
     found = (trained.model_dir / "eval/step_2/no_train_test/predictions.jsonl").read_text()
     assert found == (short / "eval/no_train_test/predictions.jsonl").read_text()
     assert place.read_text() == newest
+
+
+def test_check_scores_every_form_as_training_does(project, capsys):
+    """What SeqIO scores as well; the scores of SeqIO's own Evaluator are in `test_form`."""
+    with contextlib.chdir(project):
+        for name in ("forms", "held_out", "pair"):
+            tasks.main(["check", name, "--task_modules", "forms.py"])
+    said = re.split(r"^(\w+)\n", capsys.readouterr().out, flags=re.M)
+    of_task = dict(zip(said[1::2], said[2::2], strict=True))
+    assert of_task.keys() == {*FORMS.values(), WITHOUT_METRICS}
+    assert all(text.endswith("  ok\n") for text in of_task.values())
+    by_seqio = {name for name, text in of_task.items() if "scored by SeqIO" in text}
+    assert by_seqio >= {"closures", "aux_values", "metric_objects", "example"}
+    assert by_seqio.isdisjoint({"standard", "scores", "partial", "lengths", "tfds"})
+    for name in EVALUATED:
+        assert re.search(r"targets of test as predictions.*: \S+ [-\d.]+", of_task[name]), name
 
 
 def test_what_a_run_ignores_is_said(project, capsys):

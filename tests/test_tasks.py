@@ -263,9 +263,8 @@ def test_choices_and_metrics_of_scores(run):
     """The targets of test are `no`, with EOS 3 tokens, which no choice is."""
     text, code = run["ranked"]
     assert code == 0
-    assert text.splitlines()[-4:] == [
-        "  targets of test as predictions: ACC 1",
-        "  test with -1 for every token: mean -6",
+    assert text.splitlines()[-3:] == [
+        "  targets of test as predictions, -1 for every token: ACC 1, mean -6",
         "  note: 1 targets of test are not among their answer choices",
         "  ok",
     ]

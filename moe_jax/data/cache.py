@@ -321,14 +321,18 @@ def _mixture(cache_dir: Path, stored: Mapping[str, Any]) -> PreparedMixture:
 
 
 def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
-    spec = files.read_json(directory / SPEC)
+    return task_of(files.read_json(directory / SPEC), directory, entry["rate"])
+
+
+def task_of(spec: Mapping[str, Any], directory: Path, rate: float) -> PreparedTask:
+    """The task that a `spec.json` describes."""
     return PreparedTask(
-        name=entry["name"],
+        name=spec["task"],
         category=spec["category"],
         subcategory=spec["subcategory"],
         description=spec["description"],
         directory=directory,
-        rate=entry["rate"],
+        rate=rate,
         splits={
             name: Split(s["examples"], s["fingerprint"], tuple(map(tuple, s["shards"])))
             for name, s in spec["splits"].items()

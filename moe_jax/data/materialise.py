@@ -6,7 +6,6 @@ Each task is written under a temporary name, then renamed. A killed run leaves o
 and the next run writes the missing ones.
 """
 
-import dataclasses
 import functools
 import hashlib
 import io
@@ -28,11 +27,10 @@ from moe_jax.core import checksums, files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.data import cache, registry, staleness, task_functions
-from moe_jax.data.cache import Request, SeqioScoring
-from moe_jax.data.calls import call_postprocess
+from moe_jax.data.cache import Request
 from moe_jax.data.example import Example
 from moe_jax.data.materialise_vocabulary import is_replaced, is_whole, prepare_vocabulary
-from moe_jax.data.modules import name_of, source_files
+from moe_jax.data.modules import source_files
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
 
 SHARD_BYTES = 1 << 27
@@ -91,7 +89,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
         behind = [name, *filter(None, [request.vocabulary.trained_on])]
         inputs = [*sources.files(behind), *request.vocabulary.files()]
         mixture["inputs"] = {path: staleness.state(path) for path in inputs}
-        mixture["environment"] = sources.environment(behind)
+        mixture["environment"] = registry.environment(behind, sources.modules)
         read = [lengths[task.name] for task in members]
         mixture["lengths"] = next(filter(None, read), None)
         mixture |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
@@ -131,12 +129,6 @@ class _Sources:
                     self.ontology.setdefault(category, {}).setdefault(subcategory, []).extend(names)
                     self.categories |= dict.fromkeys(names, (category, subcategory))
 
-    def environment(self, names: Sequence[str]) -> dict[str, str | None]:
-        """Environment variables that the modules of `names` read, with their values."""
-        modules = [module for name in names for module in registry.owners(name, self.modules)]
-        variables = {name for m in modules for name in getattr(m, "ENVIRONMENT", ())}
-        return {name: os.environ.get(name) for name in sorted(variables)}
-
     def files(self, names: Sequence[str]) -> list[str]:
         """Files and directories that decide what the tasks or mixtures `names` hold, sorted."""
         found = set()
@@ -156,7 +148,8 @@ class _Sources:
         """Hash of the code and data of one task."""
         paths = self.files([task.name])
         contents = [(os.path.basename(path.rstrip("/")), self._content(path)) for path in paths]
-        return cache.digest([cache.FORMAT, self.environment([task.name]), contents])
+        environment = registry.environment([task.name], self.modules)
+        return cache.digest([cache.FORMAT, environment, contents])
 
 
 # ---- tasks ----
@@ -175,13 +168,13 @@ def _write_task(
     spec: dict[str, Any] = {}
     writers: dict[str, _SplitWriter] = {}
     for split, rows in registry.read(task, splits, lengths):
-        spec = spec or _scoring(task, rows, sources)
+        spec = spec or task_functions.scoring(task, rows, sources.modules)
         if split not in writers:
             writers[split] = _SplitWriter(directory, split)
             bar.update(len(writers) > 1)
         writer = writers[split]
         for row in rows:
-            example = _example(task, row, spec["seqio"] is not None)
+            example = task_functions.example(task, row, spec["seqio"] is not None)
             where = f"task {task.name!r}, split {split!r}, example {len(writer.lengths)}"
             if not len(example.inputs) or not len(example.targets):
                 raise UserError(f"{where}: inputs or targets have no tokens")
@@ -197,38 +190,6 @@ def _write_task(
         if split not in writers:
             raise UserError(f"task {task.name!r}: split {split!r} is empty")
     return spec | {"splits": {split: writers[split].close() for split in splits}}
-
-
-def _scoring(task: seqio.Task, rows: Sequence[registry.Row], sources: "_Sources") -> dict[str, Any]:
-    """The spec's entries on how the task is scored, which some of its examples tell."""
-    spec = {"task": task.name, "metrics": [], "score_metrics": [], "postprocess": None}
-    if task_functions.scored_by_name(task, rows):
-        spec["metrics"], spec["score_metrics"] = task_functions.metric_references(task)
-        if task.postprocessor and task.metric_objs:
-            spec["postprocess"] = task_functions.reference(
-                task.postprocessor, task, "the postprocess_fn"
-            )
-        return {**spec, "seqio": None}
-    modules = registry.owners(task.name, sources.modules)
-    scoring = SeqioScoring(
-        tuple(map(name_of, modules)), sources.environment([task.name]), task_functions.outputs(task)
-    )
-    return {**spec, "seqio": dataclasses.asdict(scoring)}
-
-
-def _example(task: seqio.Task, row: registry.Row, keep: bool) -> Example:
-    """An example; with all features of its row if they are to be kept."""
-    features = task.output_features
-    target = registry.text(row, "targets", features["targets"].vocabulary)
-    return Example(
-        row["inputs"],
-        row["targets"],
-        registry.text(row, "inputs", features["inputs"].vocabulary),
-        call_postprocess(task.name, task.postprocessor, target, example=row, is_target=True),
-        registry.choices(row),
-        target,
-        {k: v for k, v in row.items() if k not in registry.FEATURES} if keep else {},
-    )
 
 
 class _SplitWriter:

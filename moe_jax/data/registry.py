@@ -156,6 +156,13 @@ def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:
     return [module for module in modules if module in registering]
 
 
+def environment(names: Sequence[str], modules: Sequence[ModuleType]) -> dict[str, str | None]:
+    """Environment variables that the modules of tasks or mixtures read, with their values."""
+    read = [module for name in names for module in owners(name, modules)]
+    variables = {name for module in read for name in getattr(module, "ENVIRONMENT", ())}
+    return {name: os.environ.get(name) for name in sorted(variables)}
+
+
 def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
     """Local files, directories and patterns that `task` reads, sorted, as far as can be told."""
     found = {

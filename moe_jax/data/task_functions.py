@@ -5,14 +5,19 @@ are something else, SeqIO itself scores the task: see `moe_jax.evaluation.by_seq
 """
 
 import ast
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from moe_jax.core.errors import UserError
 from moe_jax.core.files import to_json
 from moe_jax.data import registry
+from moe_jax.data.cache import SeqioScoring
+from moe_jax.data.calls import call_postprocess
+from moe_jax.data.example import Example
 from moe_jax.data.modules import name_of
 from moe_jax.data.registry import seqio
 
@@ -93,6 +98,44 @@ def _outcome(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         return to_json(function(*arguments, **more))
     except Exception:  # of any kind: it is the user's code
         return None
+
+
+def scoring(
+    task: seqio.Task, rows: Sequence[registry.Row], modules: Sequence[ModuleType]
+) -> dict[str, Any]:
+    """The entries of a `spec.json` on how the task is scored, which some of its examples tell.
+
+    Raises:
+        UserError: see `outputs`.
+    """
+    spec = {"task": task.name, "metrics": [], "score_metrics": [], "postprocess": None}
+    if scored_by_name(task, rows):
+        spec["metrics"], spec["score_metrics"] = metric_references(task)
+        if task.postprocessor and task.metric_objs:
+            spec["postprocess"] = reference(task.postprocessor, task, "the postprocess_fn")
+        return {**spec, "seqio": None}
+    names = tuple(map(name_of, registry.owners(task.name, modules)))
+    found = SeqioScoring(names, registry.environment([task.name], modules), outputs(task))
+    return {**spec, "seqio": dataclasses.asdict(found)}
+
+
+def example(task: seqio.Task, row: registry.Row, keep: bool) -> Example:
+    """A row as examples are prepared; with all of its features if they are to be kept.
+
+    Raises:
+        UserError: the task's postprocess function fails.
+    """
+    features = task.output_features
+    target = registry.text(row, "targets", features["targets"].vocabulary)
+    return Example(
+        row["inputs"],
+        row["targets"],
+        registry.text(row, "inputs", features["inputs"].vocabulary),
+        call_postprocess(task.name, task.postprocessor, target, example=row, is_target=True),
+        registry.choices(row),
+        target,
+        {k: v for k, v in row.items() if k not in registry.FEATURES} if keep else {},
+    )
 
 
 def outputs(task: seqio.Task) -> list[str]:

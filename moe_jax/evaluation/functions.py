@@ -1,6 +1,7 @@
 """Applies a task's own functions to a model's answers; before a run, to targets in their place.
 
-Both by the same code: otherwise a mistake in a function would end the run at its first evaluation.
+Both by the same code, which `tasks check` uses too: otherwise a mistake in a function would end the
+run at its first evaluation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,15 +67,32 @@ def try_functions(mixture: PreparedMixture, names: Sequence[str], split: str) ->
         task = mixture.task(name)
         records = task.records(split)
         examples = {index: records[index] for index in range(min(_TRIED, len(records)))}
-        lines = {}
-        for index, example in examples.items():
-            likelihood = -float(len(example.targets))
-            lines[index] = {
-                "references": example.references,
-                "log_likelihood": likelihood,
-                "aux": {"scores": likelihood},
-            }
-        answers = examples if task.outputs - {"score"} else {}
-        tokens = {index: example.targets for index, example in answers.items()}
-        texts = {index: mixture.vocabulary.decode(row.tolist()) for index, row in tokens.items()}
-        apply_functions(task, mixture.vocabulary, examples, lines, texts, tokens)
+        score_targets(task, mixture.vocabulary, examples)
+
+
+def score_targets(
+    task: PreparedTask, vocabulary: Vocabulary, examples: Mapping[int, Example]
+) -> tuple[dict[str, float], dict[int, dict[str, Any]]]:
+    """The metrics of a model that answers with the targets, of log-likelihood -1 for each token.
+
+    Args:
+        examples: by index.
+
+    Returns:
+        (metrics by name, lines by index), as `apply_functions` has them.
+
+    Raises:
+        UserError: a function fails; the message names it and the task.
+    """
+    lines = {}
+    for index, example in examples.items():
+        likelihood = -float(len(example.targets))
+        lines[index] = {
+            "references": example.references,
+            "log_likelihood": likelihood,
+            "aux": {"scores": likelihood},
+        }
+    answers = examples if task.outputs - {"score"} else {}
+    tokens = {index: example.targets for index, example in answers.items()}
+    texts = {index: vocabulary.decode(row.tolist()) for index, row in tokens.items()}
+    return apply_functions(task, vocabulary, examples, lines, texts, tokens), lines

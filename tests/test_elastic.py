@@ -5,6 +5,7 @@ Every step writes down which examples it sees, group by group, on whatever devic
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,15 @@ SETTINGS = {
     "OptimizerConfig__epsilon": 1e-2,
     "RunConfig__log_period": 1,
 }
-# Trains, writes down what each step sees, and the last process sends itself a signal before a
-# step.
+# Trains, writes down what each step sees, and one process sends itself a signal before a step.
 RECORDING = """
 import hashlib, json, os, runpy, sys
 import jax
 import numpy as np
 from moe_jax.runs import train_loop
 
-seen, last, number = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+seen = sys.argv.pop(1)
+last, number, who = (int(sys.argv.pop(1)) for _ in range(3))
 make_train_step = train_loop.make_train_step
 
 def recording(*arguments):
@@ -51,7 +52,7 @@ def recording(*arguments):
             for group, arrays in groups.items():
                 digest = hashlib.sha256(b"".join(arrays.values())).hexdigest()
                 print(json.dumps([at, group, digest]), file=file)
-        if at == last and number and jax.process_index() == jax.process_count() - 1:
+        if at == last and number and jax.process_index() == who:
             os.kill(os.getpid(), number)
         return train_step(state, batch, rates)
 
@@ -73,17 +74,23 @@ Seen = dict[int, list[str]]  # step -> digests of its groups, in order
 
 def train(
     model_dir: Path, settings: dict, mesh: tuple[dict, int] = MESHES[0], processes: int = 1,
-    last: int = 0, number: int = 0,
+    last: int = 0, number: int = 0, who: int = -1,
 ) -> Seen:  # fmt: skip
-    """Starts a run, which ends by itself, or by a signal before step `last`. What its steps saw."""
+    """Starts a run, which ends by itself, or by a signal to one process before step `last`.
+
+    Returns:
+        What its steps saw.
+    """
+    who %= processes
     axes, devices = mesh
     settings = {**SETTINGS, **settings, **{f"MeshConfig__{k}": v for k, v in axes.items()}}
     seen = model_dir.with_name(f"{model_dir.name}.seen")
-    arguments = [str(seen), str(last), str(int(number)), *flags_of(bindings(model_dir, **settings))]
+    arguments = [str(seen), str(last), str(int(number)), str(who)]
+    arguments += flags_of(bindings(model_dir, **settings))
     started = start_together(processes, arguments, devices=devices // processes, code=RECORDING)
     for index, process in enumerate(started):
         _, err = process.communicate(timeout=600)
-        killed = number == signal.SIGKILL and index == processes - 1
+        killed = number == signal.SIGKILL and index == who
         assert process.returncode == (-number if killed else 75 if number else 0), err[-3000:]
     found: dict[int, dict[int, str]] = {}
     for path in model_dir.parent.glob(f"{seen.name}.*"):
@@ -102,6 +109,14 @@ def train(
 
 def losses(model_dir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(model_dir)}
+
+
+def check_losses(model_dir: Path, like: Path) -> None:
+    """Compares the losses of two runs, step by step."""
+    ours, theirs = losses(model_dir), losses(like)
+    assert ours.keys() == theirs.keys()
+    for step in theirs:
+        np.testing.assert_allclose(ours[step], theirs[step], rtol=1e-5, err_msg=f"step {step}")
 
 
 def in_order(seen: Seen) -> list[str]:
@@ -138,10 +153,8 @@ def check(seed: int, tmp_path: Path, steps: int, stops: int, **own: Any) -> None
         seen = {step: groups for step, groups in seen.items() if step < first} | now
         assert sorted(seen) == list(range(1, max(seen) + 1))
         assert seen == {step: wanted[step] for step in seen}
-    ours, theirs = losses(model_dir), losses(whole)
-    assert ours.keys() == theirs.keys() == wanted.keys()
-    for step in theirs:
-        np.testing.assert_allclose(ours[step], theirs[step], rtol=1e-5, err_msg=f"step {step}")
+    check_losses(model_dir, whole)
+    assert losses(whole).keys() == wanted.keys()
 
 
 def test_a_run_stopped_anywhere_goes_on_elsewhere(tmp_path):
@@ -153,6 +166,22 @@ def test_a_run_stopped_anywhere_goes_on_elsewhere(tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_many_runs_stopped_anywhere_go_on_elsewhere(seed, shapes, tmp_path):
     check(seed, tmp_path, steps=24, stops=4, DataConfig__row_shapes=shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_either_of_two_processes_is_killed_and_1_2_or_4_go_on(who, tmp_path):
+    settings = {"TRAIN_STEPS": 8, "CHECKPOINT_PERIOD": 2}
+    wanted = train(tmp_path / "whole", settings)
+    killed = tmp_path / "killed"
+    train(killed, settings, MESHES[1], 2, last=6, number=signal.SIGKILL, who=who)
+    for processes, mesh in ((1, MESHES[0]), (2, MESHES[1]), (4, MESHES[4])):
+        run = tmp_path / f"on_{processes}"
+        shutil.copytree(killed, run)
+        now = train(run, settings, mesh, processes)
+        assert min(now) in (3, 5)  # a checkpoint takes a moment to be whole
+        assert now == {step: wanted[step] for step in range(min(now), 9)}
+        check_losses(run, tmp_path / "whole")
 
 
 @pytest.mark.slow

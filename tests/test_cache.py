@@ -8,6 +8,7 @@ from pathlib import Path
 import gin
 import numpy as np
 import pytest
+from conftest import TABLES
 from toy import NAMES, TASKS, VOCABULARY, toy_cache, toy_mixtures
 
 from moe_jax.core.errors import UserError
@@ -127,21 +128,21 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_damage_of_any_file_is_found(every, copied, tmp_path, capsys):
+def test_damage_of_any_file_is_found(every, copied, tmp_path, capsys, request):
     """Each file of a mixture in one of the ways, or in `every` way; also files that are gone."""
-    request = Request.make(NAMES, TASKS, VOCABULARY)
+    wanted = Request.make(NAMES, TASKS, VOCABULARY)
     directories = [copied.vocabulary_dir, *(task.directory for task in copied.tasks)]
     paths = [path for directory in directories for path in sorted(directory.iterdir())]
-    paths.append(request.path(tmp_path / "cache", "toy_train"))
+    paths.append(wanted.path(tmp_path / "cache", "toy_train"))
     assert len(paths) > 15 and sum(path.name == "checksums.json" for path in paths) == 3
     ways = list(DAMAGES.values())
     for number, path in enumerate(paths):
         content = path.read_bytes()
         for damage in [*(ways if every else [ways[number % len(ways)]]), None]:
             path.unlink() if damage is None else path.write_bytes(damage(content))
-            assert cache.find(tmp_path / "cache", request, "toy_train", quiet=True) is None
+            assert cache.find(tmp_path / "cache", wanted, "toy_train", quiet=True) is None
             assert not capsys.readouterr().err
-            assert cache.find(tmp_path / "cache", request, "toy_train") is None
+            assert cache.find(tmp_path / "cache", wanted, "toy_train") is None
             said = capsys.readouterr().err
             if damage is None and path.parent.name == "mixtures":
                 assert not said  # it was never prepared
@@ -149,8 +150,11 @@ def test_damage_of_any_file_is_found(every, copied, tmp_path, capsys):
                 assert said.startswith("damaged, and prepared again: ") and str(path) in said
                 assert said.count("\n") == 1
             path.write_bytes(content)
-    found = cache.find(tmp_path / "cache", request, "toy_train")
+    found = cache.find(tmp_path / "cache", wanted, "toy_train")
     assert found is not None and found.fingerprint == copied.fingerprint
+    if every:
+        text = f"each of {len(paths)} files of a cache damaged in {len(ways) + 1} ways"
+        request.config.stash[TABLES].append(text)
 
 
 # What a source is -> (its path, files to change it with).

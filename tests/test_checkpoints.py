@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TABLES
 from toy_run import tiny_model, tiny_params
 
 from moe_jax.core.errors import UserError
@@ -166,11 +167,13 @@ def test_damage_of_any_file_is_found_and_the_one_before_is_taken(tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_of_every_file(damage, tmp_path, capsys):
+def test_every_damage_of_every_file(damage, tmp_path, capsys, request):
     saved(tmp_path / "good", [5, 6], keep=2)
     step = tmp_path / "good" / "checkpoints" / "6"
     for name in files_below(step):
         check_damaged(tmp_path / "good", step, name, damage, capsys)
+    count = len(files_below(step))
+    request.config.stash[TABLES].append(f"each of {count} files of a checkpoint: {damage}")
 
 
 def test_what_is_no_checkpoint_at_all_is_set_aside(tmp_path, capsys):

@@ -144,7 +144,8 @@ def kill(job: Job, number: signal.Signals, delay: float) -> int:
     assert not living(), (number, delay)
     assert job.saved() >= before, (number, delay)
     if process.returncode == 75:
-        (said,) = re.findall(rf"^stopped by {number.name}.*$", err, re.M)
+        # A stage of an experiment says so before it.
+        said = re.findall(rf"^stopped by {number.name}.*$", err, re.M)[-1]
         assert err.rstrip().endswith(said) and "Traceback" not in err
         if step := re.search(r"after step (\d+); ", said):
             assert job.saved() == int(step[1])

@@ -287,8 +287,9 @@ def _scored(task: Any, rows: Sequence[Row], modules: Sequence[ModuleType]) -> An
     """
     from moe_jax.data import cache, task_functions
 
-    nothing = {"category": "", "subcategory": "", "dataset": "", "splits": {}}
-    return cache.task_of({**task_functions.scoring(task, rows, modules), **nothing}, Path(), 1.0)
+    spec = task_functions.scoring(task, rows, modules)
+    spec |= dict.fromkeys(("category", "subcategory", "description", "dataset"), "")
+    return cache.task_of({**spec, "splits": {}}, Path(), 1.0)
 
 
 def _metrics(task: Any) -> str:

@@ -305,7 +305,8 @@ class PreparedMixture:
 def _mixture(cache_dir: Path, stored: Mapping[str, Any]) -> PreparedMixture:
     """What a prepared mixture's file says, and the spec of each of its tasks."""
     vocabulary_dir = cache_dir / "vocabularies" / stored["vocabulary"]
-    tasks = tuple(_read_task(cache_dir / entry["dir"], entry) for entry in stored["tasks"])
+    places = [(cache_dir / entry["dir"], entry["rate"]) for entry in stored["tasks"]]
+    tasks = tuple(task_of(files.read_json(place / SPEC), place, rate) for place, rate in places)
     content = [
         files.read_json(vocabulary_dir / VOCABULARY_FILE)["fingerprint"],
         [(t.name, t.rate, {s: split.fingerprint for s, split in t.splits.items()}) for t in tasks],
@@ -318,10 +319,6 @@ def _mixture(cache_dir: Path, stored: Mapping[str, Any]) -> PreparedMixture:
         digest(content),
         tuple(stored["replaced"]),
     )
-
-
-def _read_task(directory: Path, entry: Mapping[str, Any]) -> PreparedTask:
-    return task_of(files.read_json(directory / SPEC), directory, entry["rate"])
 
 
 def task_of(spec: Mapping[str, Any], directory: Path, rate: float) -> PreparedTask:

@@ -1,12 +1,13 @@
 """The training loop leaves the device alone: what it reads from it, and when."""
 
 import json
+import re
 import threading
 from itertools import groupby
 
 import jax
 from test_checkpoints import META, same, state
-from toy_run import bindings, finish, flags_of, start
+from toy_run import bindings, flags_of, start
 
 from moe_jax.training import checkpoint_files
 from moe_jax.training.checkpoints import Checkpoints, load_params
@@ -41,6 +42,7 @@ def reading(function):
     return run
 
 
+train_loop.LONG_S = 0
 make = train_loop.make_train_step
 train_loop.make_train_step = lambda *args: recorded("step", make(*args))
 jax.make_array_from_process_local_data = recorded("put", jax.make_array_from_process_local_data)
@@ -57,12 +59,15 @@ finally:
 def test_metrics_are_read_one_step_late_and_nothing_else_is(tmp_path):
     settings = {"TRAIN_STEPS": 6, "RunConfig__log_period": 3}
     process = start("train", flags_of(bindings(tmp_path / "run", **settings)), code=RECORDING)
-    events = json.loads(finish(process).splitlines()[-1])
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    events = json.loads(out.splitlines()[-1])
     found = [name for name, _ in groupby(events[events.index("put") :])]
     line = ["put", "step", "put", "step", "_read", "put", "step", "_read"]  # of three steps
     assert found[: 2 * len(line)] == 2 * line
     assert {"put", "step", "_read"}.isdisjoint(found[2 * len(line) :])
     assert "save" in found[2 * len(line) :]  # so what reads is seen
+    assert len(re.findall(r"^compiled, and took the .* rows of 40 \+ 20 tokens", err, re.M)) == 1
 
 
 def test_a_step_need_not_wait_for_the_disk(tmp_path, monkeypatch):

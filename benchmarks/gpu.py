@@ -21,6 +21,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 # PyTorch needs memory beside JAX.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -135,6 +136,18 @@ def small_steps(report: Report, args: argparse.Namespace) -> None:
     report.times({"tiny": lambda: ours.run(batch)}, 4 * args.rounds, experts=4, groups=8, rows=2)
 
 
+def attention(report: Report, args: argparse.Namespace) -> None:
+    """The dense step with attention in a loop over queries, against plain attention."""
+    size, rows, lengths = DENSE["bart_large"][args.scale]
+    steps = {how: Training(build(size, 1, **FAST, attention=how)) for how in ("plain", "fused")}
+    batch = steps["plain"].put(random_batch(steps["plain"].model, 1, rows, lengths))
+    seconds = report.times(
+        {how: partial(step.run, batch) for how, step in steps.items()}, args.rounds,
+        prefix="dense bart_large, attention ", rows=rows, lengths=lengths,
+    )  # fmt: skip
+    report.ratio("fused_to_plain_attention", seconds["fused"] / seconds["plain"])
+
+
 def fits(report: Report, args: argparse.Namespace) -> None:
     """The largest powers of two of rows that fit into memory."""
     size, limit = ("tiny", 2) if args.scale == "tiny" else ("bart_large", 256)
@@ -176,6 +189,7 @@ CASES: dict[str, Callable[[Report, argparse.Namespace], object]] = {
     "routed_e3": routed(3),
     "to_torch": to_torch,
     "routed_e24": routed(24),
+    "attention": attention,
     "fits": fits,
     "decoding": generation,
     "mixture": mixture,

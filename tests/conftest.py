@@ -1,12 +1,14 @@
 """Eight virtual CPU devices and strict dtype promotion for every test."""
 
 import os
+from importlib.metadata import version
 
 # Tests run each program only a few times, so compiling must be quick (and once per machine).
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # Later ones refuse it.
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.12" else "")
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moe_jax/test_xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

@@ -1,4 +1,7 @@
-"""Fused attention, interpreted on CPU, against the plain one: results, gradients, dropout masks."""
+"""Fused attention against the plain one: results, gradients, dropout masks.
+
+Both of its forms: the kernel for TPUs, interpreted, and the loop of other devices.
+"""
 
 import dataclasses
 import importlib.util
@@ -18,6 +21,7 @@ from jax.extend.core import jaxprs_in_params
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.kernels.attention import fused_attention
+from moe_jax.kernels.blockwise_attention import BLOCK
 from moe_jax.model.attention import Visible, attend, attend_fused, segment_mask
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
@@ -28,6 +32,7 @@ from moe_jax.training.grouped_loss import group_loss
 ROOT = Path(__file__).resolve().parent.parent
 R, H, D = 2, 4, 8
 KEY = jax.random.key(5, impl="rbg")
+forms = pytest.mark.parametrize("interpret", [True, False], ids=["kernel", "loop"])
 
 
 def inputs(queries: int, keys: int, dtype=jnp.float32, heads=H, width=D, seed=0):
@@ -50,11 +55,11 @@ def with_gradients(function, arrays, dy):
     return y, pull_back(dy)
 
 
-def fused(query_segments, key_segments, causal, bias, rate, scale=0.3):
+def fused(interpret, query_segments, key_segments, causal, bias, rate, scale=0.3):
     def run(q, k, v, b):
         return fused_attention(
             q, k, v, query_segments, key_segments, b if bias else None, KEY if rate else None,
-            causal=causal, scale=scale, dropout_rate=rate,
+            causal=causal, scale=scale, dropout_rate=rate, interpret=interpret,
         )  # fmt: skip
 
     return jax.jit(partial(with_gradients, run))
@@ -76,26 +81,28 @@ def assert_near(got, wanted, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
+@forms
 @pytest.mark.parametrize(
     "causal, bias, rate",
     [(False, False, 0.0), (True, True, 0.0), (True, False, 0.3), (False, True, 0.3)],
 )  # fmt: skip
-def test_self_attention_is_the_plain_one(causal, bias, rate):
+def test_self_attention_is_the_plain_one(causal, bias, rate, interpret):
     segments = packed(16, [[5, 9, 16], [4, 11]])
     arrays, dy = inputs(16, 16)
     case = (segments, segments, causal, bias, rate)
-    assert_near(fused(*case)(arrays, dy), plain(*case)(arrays, dy), 1e-5)
+    assert_near(fused(interpret, *case)(arrays, dy), plain(*case)(arrays, dy), 1e-5)
 
 
+@forms
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 # JAX's own attention mixes bfloat16 and float32.
 @jax.numpy_dtype_promotion("standard")
-def test_cross_attention_in_bfloat16_with_several_blocks(rate):
+def test_cross_attention_in_bfloat16_with_several_blocks(rate, interpret):
     """Two blocks of queries and of heads; no key has the segment of some queries."""
     queries, keys = packed(256, [[100, 256], [30, 90, 200]]), packed(24, [[7, 24], [9, 20]])
     arrays, dy = inputs(256, 24, jnp.bfloat16, width=64)
     case = (queries, keys, False, False, rate)
-    got, wanted = fused(*case)(arrays, dy), plain(*case)(arrays, dy)
+    got, wanted = fused(interpret, *case)(arrays, dy), plain(*case)(arrays, dy)
     assert_near(got, wanted, 0.03)
     exact = plain(*case)(*jax.tree.map(lambda a: a.astype(jnp.float32), (arrays, dy)))
 
@@ -106,14 +113,23 @@ def test_cross_attention_in_bfloat16_with_several_blocks(rate):
     assert error(got) < 1.1 * error(wanted)
 
 
-def test_groups_side_by_side_have_masks_of_their_own():
+def test_blocks_that_do_not_fill_the_row():
+    """A loop of two blocks of 66 queries, the second one filled up."""
+    segments = packed(131, [[70, 131], [9, 120]])
+    arrays, dy = inputs(131, 131, heads=2, width=4)
+    case = (segments, segments, True, True, 0.3)
+    assert_near(fused(False, *case)(arrays, dy), plain(*case)(arrays, dy), 1e-5)
+
+
+@forms
+def test_groups_side_by_side_have_masks_of_their_own(interpret):
     segments = packed(8, [[3, 8], [8]])
     (q, k, v, bias), dy = inputs(8, 8)
     keys = jax.random.split(KEY, 2)
 
     def fused_group(q, key):
         def run(q, bias):
-            settings = {"scale": 0.3, "dropout_rate": 0.5}
+            settings = {"scale": 0.3, "dropout_rate": 0.5, "interpret": interpret}
             return fused_attention(q, k, v, segments, segments, bias, key, **settings)
 
         return with_gradients(run, (q, bias), dy)
@@ -131,7 +147,8 @@ def test_groups_side_by_side_have_masks_of_their_own():
         assert_near(jax.tree.map(lambda a, g=g: a[g], together), plain_group(qs[g], keys[g]), 1e-5)
 
 
-def test_heads_spread_over_devices():
+@forms
+def test_heads_spread_over_devices(interpret):
     mesh = make_mesh(MeshConfig(data=1, model=2), jax.devices()[:2])
     segments = packed(8, [[3, 8], [8]])
     arrays, dy = inputs(8, 8)
@@ -139,8 +156,9 @@ def test_heads_spread_over_devices():
     def run(q, k, v, b):
         visible = Visible(segments, segments, causal=True)
         return attend_fused(
-            q, k, v, visible, bias=b[None], scale=0.3, dropout_rate=0.5, dropout_key=KEY
-        )
+            q, k, v, visible, bias=b[None], scale=0.3, dropout_rate=0.5, dropout_key=KEY,
+            interpret=interpret,
+        )  # fmt: skip
 
     with jax.set_mesh(mesh):
         spread = jax.jit(partial(with_gradients, run))(arrays, dy)
@@ -166,13 +184,17 @@ def test_a_model_learns_the_same():
     )
 
 
-def test_memory_grows_with_length_and_not_with_its_square():
+@pytest.mark.parametrize(
+    "interpret, numbers", [(True, R * H * D), (False, R * H * BLOCK)], ids=["kernel", "loop"]
+)
+def test_memory_grows_with_length_and_not_with_its_square(interpret, numbers):
     def largest(length: int) -> int:
         segments = jnp.ones((R, length), jnp.int32)
         (*arrays, _), dy = inputs(length, length)
 
         def run(q, k, v, dy):
-            function = partial(fused_attention, scale=0.3, dropout_rate=0.1)
+            settings = {"scale": 0.3, "dropout_rate": 0.1, "interpret": interpret}
+            function = partial(fused_attention, **settings)
             call = lambda q, k, v: function(q, k, v, segments, segments, None, KEY)  # noqa: E731
             return with_gradients(call, (q, k, v), dy)
 
@@ -186,16 +208,34 @@ def test_memory_grows_with_length_and_not_with_its_square():
                 for inner in jaxprs_in_params(equation.params):
                     yield from outside_kernels(inner)
 
-    assert largest(512) == 4 * largest(128) == R * H * D * 512
+    assert largest(512) == 4 * largest(128) == numbers * 512
 
 
-def test_products_are_counted():
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_only_tpus_run_the_kernel(platform):
+    length = 3 * BLOCK
+    arrays = [jax.ShapeDtypeStruct((R, length, H, 64), jnp.bfloat16)] * 4
+    segments = jnp.ones((R, length), jnp.int32)
+
+    def run(q, k, v, dy):
+        function = partial(fused_attention, scale=0.3, dropout_rate=0.1, dropout_key=KEY)
+        call = lambda q, k, v: function(q, k, v, segments, segments)  # noqa: E731
+        return with_gradients(call, (q, k, v), dy)
+
+    text = jax.jit(run).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+    assert ("tpu_custom_call" in text) == (platform == "tpu")
+    assert (f"{BLOCK}x{length}xf32" in text) == (platform != "tpu")  # scores of a block
+    assert f"{length}x{length}x" not in text
+
+
+@forms
+def test_products_are_counted(interpret):
     """Forward two products per head, backward these and three more; the softmax does not count."""
     (q, k, v, _), dy = inputs(16, 24)
     segments = jnp.ones((R, 16), jnp.int32), jnp.ones((R, 24), jnp.int32)
 
     def run(q, k, v):
-        return fused_attention(q, k, v, *segments, scale=0.3)
+        return fused_attention(q, k, v, *segments, scale=0.3, interpret=interpret)
 
     one = 2 * R * H * 16 * 24 * D
     assert flops(run, q, k, v) == 2 * one
@@ -232,17 +272,15 @@ assert "tpu_custom_call" in compiled.as_text()
     assert done.returncode == 0, done.stderr
 
 
-def test_rows_too_long_for_the_chip():
-    def run(length: int, bias: bool):
+def test_rows_too_long_for_the_chip_are_read_in_the_loop():
+    def has_kernel(length: int, bias: bool) -> bool:
         x, segments = (jax.ShapeDtypeStruct(s, t) for s, t in (
             ((1, length, 2, 64), jnp.bfloat16), ((1, length), jnp.int32)))  # fmt: skip
         b = jax.ShapeDtypeStruct((2, length, length), jnp.bfloat16) if bias else None
-        jax.eval_shape(partial(fused_attention, scale=0.1), x, x, x, segments, segments, b)
+        run = partial(fused_attention, scale=0.1)
+        return "pallas_call" in str(jax.make_jaxpr(run)(x, x, x, segments, segments, b))
 
-    run(4096, False)
-    run(1024, True)
-    with pytest.raises(UserError, match="rows of 4096 by 4096 tokens; more than 100 MiB"):
-        run(4096, True)
+    assert has_kernel(4096, False) and has_kernel(1024, True) and not has_kernel(4096, True)
 
 
 def test_rows_at_a_time_are_for_plain_attention():

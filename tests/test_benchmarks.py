@@ -17,7 +17,10 @@ RATIOS = {
         "dense_to_torch", "all_experts_to_torch", "tokens_per_s_to_torch_all_experts",
         "padding_share", "padding_share_unpacked", "pipeline_to_repeated_batch",
     },
-    "gpu": {"mfu_bart_base", "mfu_bart_large", "routed_to_dense_E3", "routed_to_dense_E24"},
+    "gpu": {
+        "mfu_bart_base", "mfu_bart_large", "routed_to_dense_E3", "routed_to_dense_E24",
+        "fused_to_plain_attention",
+    },
     "memory": {"memory_E3_to_dense"},
     "fewshot": {"side_by_side_to_loop_E1", "side_by_side_to_loop_E3"},
     "residuals": {"residual_bytes_per_token_per_d", "decoder_residual_bytes_per_token_per_d"},

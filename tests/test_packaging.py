@@ -1,14 +1,19 @@
 """The contents of an installation and the imports of a command, in separate processes."""
 
+import operator
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from test_docs import NOT_HERE, run_document
 
 from moe_jax import __main__ as console
@@ -117,6 +122,26 @@ def test_modules_of_a_package_called_tasks(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["mine", "1", "tasks"] in lines and any("skills_capital_of" in line for line in lines)
+
+
+# ------------------------------------------------------------------------------ versions
+
+
+def test_both_sets_of_versions_are_whole_and_within_the_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["test"], *extras["gcs"]]
+    pinned = []
+    for name in ("constraints.txt", "constraints-newest.txt"):
+        lines = (ROOT / name).read_text().splitlines()
+        pairs = [line.split("==") for line in lines if not line.startswith("#")]
+        versions = {canonicalize_name(package): version for package, version in pairs}
+        for requirement in map(Requirement, needed):
+            version = versions[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), (name, requirement)
+        pinned.append(versions)
+    assert pinned[0].keys() == pinned[1].keys()
+    assert all(map(operator.le, *([Version(v[n]) for n in pinned[0]] for v in pinned)))
 
 
 # ------------------------------------------------------------------------------ a wheel

@@ -1,9 +1,13 @@
-"""Attention of packed rows for TPUs, forward and backward; its reference is `model.attention`.
+"""Attention of packed rows, forward and backward, whose memory grows with the length of rows
+and not with its square; its reference is `model.attention`.
 
-Scores stay on the chip: a program holds those of one block of queries with all keys of a row, so
-the softmax needs no second pass. The backward pass computes scores and dropout masks again from
-queries and keys; nothing else is kept. Scores are transposed, keys by queries: sums over keys then
-run along the axis that a TPU adds fastest, and no product transposes scores.
+On TPUs a kernel. On other devices, and for rows that are too long for the kernel, the loop of
+`blockwise_attention`.
+
+In the kernel, scores stay on the chip: a program holds those of one block of queries with all keys
+of a row, so the softmax needs no second pass. The backward pass computes scores and dropout masks
+again from queries and keys; nothing else is kept. Scores are transposed, keys by queries: sums over
+keys then run along the axis that a TPU adds fastest, and no product transposes scores.
 """
 
 import dataclasses
@@ -15,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.core.errors import UserError
+from moe_jax.kernels import blockwise_attention as blockwise
 from moe_jax.kernels.dropout import is_kept, key_words
 
 # The number of columns in a TPU's tile of an array, and of queries at a time.
@@ -40,6 +44,7 @@ class _Form:
     causal: bool
     scale: float
     rate: float
+    interpret: bool
 
     @property
     def heads_at_once(self) -> int:
@@ -53,11 +58,7 @@ class _Form:
         return self.queries if self.queries % LANES else LANES
 
     def chip_bytes(self, bias: jax.Array | None) -> int:
-        """An upper bound of what a program takes of the memory on the chip.
-
-        Raises:
-            UserError: it is more than there is.
-        """
+        """An upper bound of what a program takes of the memory on the chip."""
         n, item = self.heads_at_once, self.dtype.itemsize
         blocks = 4 * (self.queries + self.keys) * n * max(self.width, LANES // n) * item
         if bias is not None:  # and its float32 gradient
@@ -65,14 +66,7 @@ class _Form:
         sums = 2 * self.keys * n * self.width * 4
         scores = 16 * self.keys * self.block * 4
         # Blocks twice, because the next ones are read while these are in use.
-        size = 2 * blocks + sums + scores
-        if size > MOST_CHIP_BYTES:
-            raise UserError(
-                f"ModelConfig.attention 'fused' would take {size / 2**20:.0f} MiB on a TPU's chip "
-                f"for rows of {self.queries} by {self.keys} tokens; more than "
-                f"{MOST_CHIP_BYTES / 2**20:.0f} MiB cannot be had: shorter rows, or 'plain'"
-            )
-        return max(LEAST_CHIP_BYTES, size)
+        return max(LEAST_CHIP_BYTES, 2 * blocks + sums + scores)
 
 
 def fused_attention(
@@ -89,12 +83,13 @@ def fused_attention(
     dropout_rate: float = 0.0,
     first_head: jax.Array | int = 0,
     all_heads: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Multi-head attention of packed rows, as `model.attention.attend` defines it.
 
-    Scores and softmax are float32. Compiled for TPUs; on other platforms, Pallas interprets it,
-    which is slow. All keys of a row must fit on the chip, for two heads of width 64: 4,096 tokens
-    do, with a bias 1,024. Lengths that are no multiples of 128 take more.
+    Scores and softmax are float32. The kernel for TPUs is used where all keys of a row fit on the
+    chip, for two heads of width 64: 4,096 tokens do, with a bias 1,024. Lengths that are no
+    multiples of 128 take more.
 
     Args:
         query_segments_RxLq, key_segments_RxLk: int32; a query sees the keys of its segment.
@@ -103,18 +98,16 @@ def fused_attention(
         dropout_rate: dropout of the attention weights, with the mask that `kernels.dropout` draws
             for an array [R, H, L_q, L_k].
         first_head, all_heads: which part of all heads these are, if they are on several devices.
+        interpret: runs the kernel for TPUs, interpreted: for tests on other devices.
 
     Returns:
         [R, L_q, H, D] in the dtype of `q`.
-
-    Raises:
-        UserError: rows are too long.
     """
     rows, queries, heads, width = q_RxLqxHxD.shape
     keys = k_RxLkxHxD.shape[1]
     bias = None if bias_HxLqxLk is None else jnp.swapaxes(bias_HxLqxLk, 1, 2)
     dtype = q_RxLqxHxD.dtype
-    form = _Form(rows, queries, keys, heads, width, dtype, causal, scale, dropout_rate)
+    form = _Form(rows, queries, keys, heads, width, dtype, causal, scale, dropout_rate, interpret)
     words = jnp.zeros(4, jnp.uint32) if dropout_key is None else key_words(dropout_key)
     place = jnp.stack([jnp.asarray(first_head, jnp.int32), jnp.int32(all_heads or heads)])
     numbers = jnp.concatenate([jax.lax.bitcast_convert_type(words, jnp.int32), place])
@@ -143,7 +136,29 @@ def _backward(form, args, dy):
 _attend.defvjp(_forward, _backward)
 
 
-def _call(form: _Form, kernel, arrays, bias, numbers, query_segments, key_segments):
+def _call(form: _Form, kernel, arrays, bias, *rest) -> tuple[jax.Array, ...]:
+    """The results of a kernel: on TPUs its own, elsewhere those of a loop."""
+    on_chip, in_loop = partial(_on_chip, form, kernel), partial(_in_loop, form)
+    if form.interpret:
+        return on_chip(arrays, bias, *rest)
+    if form.chip_bytes(bias) > MOST_CHIP_BYTES:
+        return in_loop(arrays, bias, *rest)
+    return jax.lax.platform_dependent(arrays, bias, *rest, tpu=on_chip, default=in_loop)
+
+
+def _in_loop(form: _Form, arrays, bias, numbers, query_segments, key_segments):
+    """Runs the pass of `blockwise_attention` for (q, k, v) or (q, k, v, dy)."""
+    q, k, v, *dy = (a.reshape(*a.shape[:2], form.heads, form.width) for a in arrays)
+    bias = None if bias is None else jnp.swapaxes(bias, 1, 2)
+    rows = blockwise.Rows(q, k, v, bias, query_segments[:, 0], key_segments[:, :, 0])
+    words = jax.lax.bitcast_convert_type(numbers[:4], jnp.uint32)
+    settings = (blockwise.Dropout(form.rate, words, *numbers[4:]), form.causal, form.scale)
+    results = blockwise.backward(rows, *dy, *settings) if dy else blockwise.forward(rows, *settings)
+    d_biases = [] if bias is None else [jnp.swapaxes(d, 1, 2) for d in results[3:]]
+    return *(a.reshape(*a.shape[:2], -1) for a in results[:3]), *d_biases
+
+
+def _on_chip(form: _Form, kernel, arrays, bias, numbers, query_segments, key_segments):
     """Runs a kernel for all blocks of heads and, within each, all rows."""
     n = form.heads_at_once
     backward = kernel is _backward_kernel
@@ -170,31 +185,26 @@ def _call(form: _Form, kernel, arrays, bias, numbers, query_segments, key_segmen
         out_specs = [of_query, of_key, of_key, *[of_bias for _ in biases]]
         scratch = [pltpu.VMEM((form.keys, n * form.width), jnp.float32)] * 2
     scores = form.rows * form.heads * form.queries * form.keys
-
-    def run(*inputs, interpret):
-        return pl.pallas_call(
-            partial(kernel, form, bool(biases)),
-            grid=(form.heads // n, form.rows),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results],
-            scratch_shapes=scratch,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"),
-                vmem_limit_bytes=form.chip_bytes(bias),
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=(10 if backward else 4) * scores * form.width,
-                transcendentals=scores,
-                bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*inputs, *results)),
-            ),
-            interpret=interpret,
-            name="attention_backward" if backward else "attention",
-        )(*inputs)
-
-    return jax.lax.platform_dependent(
-        *inputs, tpu=partial(run, interpret=False), default=partial(run, interpret=True)
+    call = pl.pallas_call(
+        partial(kernel, form, bool(biases)),
+        grid=(form.heads // n, form.rows),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results],
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=form.chip_bytes(bias),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=(10 if backward else 4) * scores * form.width,
+            transcendentals=scores,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*inputs, *results)),
+        ),
+        interpret=form.interpret,
+        name="attention_backward" if backward else "attention",
     )
+    return tuple(call(*inputs))
 
 
 def _forward_kernel(form: _Form, biased: bool, numbers, query_segments, key_segments, *refs):

@@ -55,8 +55,9 @@ class ModelConfig(Configuration):
         dtype: of activations; parameters, norms, softmax and loss are float32.
         vocabulary_multiple: the loss widens the matrix of logits to a multiple of this, in memory
             only. GPUs multiply multiples of 128 faster.
-        attention: how attention is computed in training: `plain`; or `fused`, by a kernel for TPUs
-            that keeps the scores on the chip. Other devices interpret it, which is slow.
+        attention: how attention is computed in training: `plain`; or `fused`, whose memory grows
+            with the length of rows and not with its square: on TPUs by a kernel that keeps the
+            scores on the chip, elsewhere in a loop over blocks of queries.
         attention_rows: rows whose plain attention is computed at once in training, 0 for all. With
             few, a TPU keeps the scores on the chip, and the backward pass computes them again.
         unroll_layers: layers per iteration of the loop over layers; all of them is fastest on CPU.

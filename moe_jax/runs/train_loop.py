@@ -36,6 +36,8 @@ from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer, schedule
 from moe_jax.training.step import init_state, make_train_step, state_shardings
 
+LONG_S = 10.0  # a step that compiles for longer is said
+
 
 def train(config: Config, profile: Steps | None = None) -> None:
     """Trains; continues from the last checkpoint if there is one.
@@ -154,22 +156,26 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         # A run that was stopped or killed while it evaluated has saved before.
         if start and is_due(run.eval_period, start) and _lead_says(start not in log.scores):
             evaluate(start)
-        window = Window(rows)
+        window, shapes = Window(rows), set()
         for step in range(start + 1, run.train_steps + 1):
             # 1. The batch. It was made while the device was busy.
             batch = next(batches)
             arrays = jax.tree.map(
                 lambda a: jax.make_array_from_process_local_data(by_group(mesh), a), batch
             )
-            # 2. The step is dispatched; its metrics are read while the next one runs.
-            if step == start + 1:
+            # 2. The step is dispatched; its metrics are read while the next one runs. It compiles
+            #    for each shape of rows.
+            shape = tuple(batch[name].shape[-1] for name in ("inputs", "targets"))
+            if compiles := shape not in shapes:
                 bar.set_postfix_str("compiling")
                 begin = time.perf_counter()
             with trace.step(step):
                 state, metrics = train_step(state, arrays, rates)
-            if step == start + 1:
-                _say_compiled(time.perf_counter() - begin, lead)
-                memory.keep_freed()
+            if compiles:
+                _say_compiled(time.perf_counter() - begin, shape, lead)
+                if not shapes:
+                    memory.keep_freed()
+                shapes.add(shape)
             trace.after(step, metrics)
             window.add(metrics)
             bar.update()
@@ -247,10 +253,11 @@ def _announce(config: Config, before: directory.Lines, step: int) -> None:
         )
 
 
-def _say_compiled(seconds: float, lead: bool) -> None:
-    """Says how long the first step took, where it is worth a line."""
-    if lead and seconds >= 10:
-        say(f"compiled and took the first step in {seconds:.0f} s")
+def _say_compiled(seconds: float, shape: tuple[int, ...], lead: bool) -> None:
+    """Says how long the first step of rows of a shape took, where it is worth a line."""
+    if lead and seconds >= LONG_S:
+        lengths = " + ".join(map(str, shape))
+        say(f"compiled, and took the first step of rows of {lengths} tokens, in {seconds:.0f} s")
 
 
 def _postfix(line: dict[str, float]) -> str:

@@ -33,6 +33,7 @@ from benchmarks import decoding, gym, routing, training
 from benchmarks.common import Report, Training, build, parse, parser, random_batch, run
 from moe_jax.core.errors import UserError, say
 from moe_jax.model.config import ModelConfig
+from moe_jax.training.step import StepConfig
 
 # What layers keep for the backward pass is chosen for a GPU, as docs/performance.md says.
 FAST = {"dtype": "bfloat16", "kept_activations": "products", "vocabulary_multiple": 128}
@@ -130,10 +131,18 @@ def routed(experts: int) -> Callable[[Report, argparse.Namespace], None]:
 
 
 def small_steps(report: Report, args: argparse.Namespace) -> None:
-    """A step of a model that launches of kernels bound: `tiny`, as the skills gym trains it."""
-    ours = Training(build("tiny", 4, **FAST))
-    batch = ours.put(random_batch(ours.model, 8, 2, (64, 24)))
-    report.times({"tiny": lambda: ours.run(batch)}, 4 * args.rounds, experts=4, groups=8, rows=2)
+    """A step of a model that launches of kernels bound: `tiny`, as the skills gym trains it, its
+    groups one after the other and side by side."""
+    groups = 8
+    model = build("tiny", 4, **FAST)
+    batch = random_batch(model, groups, 2, (64, 24))
+    runs = {}
+    for name, at_once in (("tiny", 1), ("tiny, groups side by side", groups)):
+        training = Training(model, StepConfig(groups_at_once=at_once))
+        runs[name] = partial(training.run, training.put(batch))
+    seconds = report.times(runs, 4 * args.rounds, experts=4, groups=groups, rows=2)
+    one_by_one, together = seconds.values()
+    report.ratio("side_by_side_to_loop_tiny", together / one_by_one)
 
 
 def attention(report: Report, args: argparse.Namespace) -> None:

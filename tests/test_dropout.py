@@ -45,3 +45,10 @@ def test_blocks_of_a_mask_are_uniform():
 
 def test_bfloat16_stays():
     assert dropout(jnp.ones(4, jnp.bfloat16), 0.1, jax.random.key(0)).dtype == jnp.bfloat16
+
+
+def test_the_backward_pass_draws_the_mask_again():
+    x, key = jnp.ones(N), jax.random.key(5, impl="rbg")
+    y, pull_back = jax.vjp(lambda x: dropout(x, 0.25, key), x)
+    assert all(array.size <= 4 for array in jax.tree.leaves(pull_back))  # the key alone is kept
+    np.testing.assert_array_equal(pull_back(x)[0], y)

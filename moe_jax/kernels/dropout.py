@@ -1,18 +1,21 @@
 """Dropout whose mask is a hash of each element's index: as cheap as a multiplication."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Zeroes elements with probability `rate`, and divides the others by 1 - `rate`.
 
     JAX's generators write a word of random bits per element to memory, which takes 5 to 10 % of a
     training step on CPU. Here the bits are computed where they are used: two rounds of a 32-bit
-    integer hash of the element's index, each seeded by words of the key.
+    integer hash of the element's index, each seeded by words of the key. The backward pass computes
+    them again and keeps the key only.
 
     Args:
         rate: in [0, 1).
@@ -21,6 +24,17 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     number = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
     keep = is_kept(number, key_words(key), rate)
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _forward(x, rate, key):
+    return dropout(x, rate, key), key
+
+
+def _backward(rate, key, dy):
+    return dropout(dy, rate, key), None
+
+
+dropout.defvjp(_forward, _backward)
 
 
 def key_words(key: jax.Array) -> jax.Array:

@@ -195,6 +195,8 @@ def test_a_source_that_changes_is_noticed(kind, change, tmp_path):
         path.write_bytes(content)
         path.with_name("train-9.tsv").unlink(missing_ok=True)
         assert not staleness.changed(source, before)
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert not staleness.exists(source) and not staleness.changed(source, before)
 
 
 def test_a_deleted_task_is_not_found(copied, tmp_path):

@@ -48,7 +48,8 @@ def _quick(path: str) -> str:
 def _files(path: str) -> Iterator[tuple[str, str]]:
     """(name, path) of every file, in order of their names; '' where the name alone counts."""
     if path.endswith("/"):
-        yield from ((name, "") for name in sorted(os.listdir(path)))
+        names = os.listdir(path) if os.path.isdir(path) else []
+        yield from ((name, "") for name in sorted(names))
     elif os.path.isfile(path):
         yield os.path.basename(path), path
     elif os.path.isdir(path):

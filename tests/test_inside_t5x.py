@@ -55,10 +55,10 @@ CONFIG = Config(
 @pytest.fixture(scope="module", autouse=True)
 def registries():
     """Other tests see the toy tasks as they were registered."""
+    load_task_modules((TASKS,))  # which registers them once in a process
     with pytest.MonkeyPatch.context() as patch:
         for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
             patch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-        load_task_modules((TASKS,))
         # As other modules may have it: of tasks in the task table, and of others.
         seqio.MixtureRegistry.add("known_and_new", [*NAMES], default_rate=1.0)
         yield

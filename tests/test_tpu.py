@@ -307,9 +307,12 @@ def test_keep_ends_when_the_job_is_stopped(cloud):
         [TPU / "launch.sh", "keep", "train"], env=environment(cloud),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        wait_until(lambda: steps(cloud) > 1)
-        launch(cloud, "stop")
-        _, err = process.communicate(timeout=60)
+        try:
+            wait_until(lambda: steps(cloud) > 1)
+            launch(cloud, "stop")
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert err.splitlines()[-1] == "error: the job was stopped"
     assert steps(cloud) < 20
     let_count(cloud, 20)

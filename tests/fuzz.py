@@ -6,6 +6,7 @@ end.
 """
 
 import contextlib
+import copy
 import json
 import random
 import signal
@@ -72,8 +73,9 @@ def changed(rng: random.Random, value: Any) -> Any:
             case 1 | 2 if isinstance(inside, dict):
                 inside[rng.choice(["x", key.upper(), f"{key}\n", "\ud800", ""])] = inside.pop(key)
             case _:
-                inside[key] = rng.choice(VALUES)
-    return top[0] if top else rng.choice(VALUES)
+                # A copy: it may be changed itself.
+                inside[key] = copy.deepcopy(rng.choice(VALUES))
+    return top[0] if top else copy.deepcopy(rng.choice(VALUES))
 
 
 def changed_text(rng: random.Random, value: Any) -> bytes:

@@ -151,7 +151,10 @@ def test_natural_instructions(count, tmp_path):
         )
         assert len(found) == len(task["Instances"])
         for example, instance in zip(found, task["Instances"], strict=True):
-            (text, *_), outputs = np.ravel(instance["input"]), np.ravel(instance["output"])
+            (text, *_), outputs = (
+                value if isinstance(value, list) else [value]
+                for value in (instance["input"], instance["output"])
+            )
             assert example[0].endswith(f"Input: {text.strip()}\nOutput:")
             assert list(example[1:]) == [output.strip() for output in outputs] != []
             assert example[0].startswith("Definition: ") and type(example[0]) is str

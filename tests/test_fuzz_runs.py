@@ -92,7 +92,7 @@ def test_bindings_of_every_field(count, tmp_path):
             try:
                 given = ast.literal_eval(text)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
-                given = text
+                given = text if text.strip("()") else ()  # too many brackets for Python
             assert same(getattr(found[cls], field), given), (name, text)
 
 

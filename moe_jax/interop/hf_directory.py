@@ -64,7 +64,7 @@ class Weights:
                         self.dtypes[name] = _dtype(part.get_dtype(), path, name)
                         self.shapes[name] = tuple(part.get_shape())
             except (SafetensorError, OSError) as e:
-                raise UserError(f"cannot read {path}: {e}") from e
+                raise UserError(f"cannot read {path}: {first_line(e)}") from e
 
     def read(self, name: str) -> np.ndarray:
         """One tensor.

@@ -79,8 +79,10 @@ def test_what_is_said_and_when_it_ends(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize("patient", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("command", ["train", "report"])
+@pytest.mark.parametrize(
+    ("command", "patient"),
+    [("train", False), ("report", False), pytest.param("train", True, marks=pytest.mark.slow)],
+)
 def test_a_command_whose_bucket_is_nowhere_ends_with_one_line(
     command, patient, tmp_path, monkeypatch
 ):

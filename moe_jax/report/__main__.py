@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        return EXIT_CODE if outages.is_on() else 1
     print("\n".join(made.findings))
     print(f"report: {made.page}")
     return 0

@@ -33,6 +33,7 @@ from moe_jax.core import files, paths
 from moe_jax.core.configuration import Configuration, Name, PathName, Text
 from moe_jax.core.errors import UserError, nearest, say
 from moe_jax.core.sharding import make_mesh
+from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.packing import encode_inputs
 from moe_jax.data.vocabulary import load_vocabulary
 from moe_jax.evaluation.evaluator import Evaluator
@@ -120,12 +121,10 @@ def infer_split(config: Config, settings: InferConfig) -> None:
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        given, alike = {}, {}
+        given = {}
         if resemblance := _resemblance(run, names, config, settings, mesh):
             given = resemblance.by_input([mixture], split)
-        if settings.unseen == "description" and settings.representations is None:
-            new = [mixture.task(name) for name in names if name not in run.task_ids]
-            alike = _descriptions(run, config).nearest_of(new)
+        alike = _described_alike(run, names, mixture, config, settings)
         run = with_tasks(run, names, settings.representations, alike)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(
@@ -199,7 +198,8 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
 
     with jax.set_mesh(mesh):
         resemblance = _resemblance(run, [task], config, settings, mesh)
-        run = with_tasks(run, [task], representations)
+        alike = _described_alike(run, [task], mixture, config, settings)
+        run = with_tasks(run, [task], representations, alike)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh, config.decoding)
         _write(output, answers())
@@ -209,14 +209,31 @@ def _resemblance(
     run: Run, names: Sequence[str], config: Config, settings: InferConfig, mesh: Mesh
 ) -> Resemblance | None:
     """What routes the inputs of new tasks; None where there are none, or they have routes."""
-    known = run.task_ids.keys() >= set(names)
-    if settings.unseen != "input" or settings.representations or known or not run.model.routed:
+    if settings.unseen != "input" or not _to_route(run, names, settings):
         return None
     params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
     return Resemblance(
         dataclasses.replace(run, params=params), trained_mixture(config.run.model_dir, config.data),
         config.data.lengths, config.run.eval_batch_rows, mesh,
     )  # fmt: skip
+
+
+def _described_alike(
+    run: Run, names: Sequence[str], mixture: PreparedMixture | None, config: Config,
+    settings: InferConfig,
+) -> dict[str, str]:  # fmt: skip
+    """New task of the mixture -> the training task whose route it takes by its description."""
+    new = _to_route(run, names, settings)
+    if settings.unseen != "description" or not new:
+        return {}
+    return _descriptions(run, config).nearest_of([mixture.task(name) for name in new])
+
+
+def _to_route(run: Run, names: Sequence[str], settings: InferConfig) -> list[str]:
+    """The tasks for which a route has to be found."""
+    if settings.representations or not run.model.routed:
+        return []
+    return [name for name in names if name not in run.task_ids]
 
 
 def _descriptions(run: Run, config: Config) -> Descriptions:

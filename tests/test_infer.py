@@ -23,8 +23,12 @@ from moe_jax.training.checkpoints import parameter_shapes
 TASKS = ["toy_copy", "toy_sum"]
 
 
-def write_run(model_dir, experts: int):
-    """A model directory with random parameters; (model, parameters)."""
+def write_run(model_dir, experts: int, apart: bool = False):
+    """A model directory with random parameters; (model, parameters).
+
+    Args:
+        apart: neither task has the route of the mean representation.
+    """
     settings = {"ModelConfig__experts": experts, "RouterConfig__selection": "argmax"}
     flags.parse_gin([], bindings(model_dir, **settings), [])
     directory.write_config(model_dir, build(Config))
@@ -33,6 +37,13 @@ def write_run(model_dir, experts: int):
         vocabulary_size=toy_mixtures()[0].vocabulary.size,
     )  # fmt: skip
     params = tiny_params(model) | {"backbone": random_backbone(model)}
+    rng = np.random.default_rng(0)
+    while apart:
+        table = rng.normal(size=params["representations"].shape).astype(np.float32)
+        params["representations"] = table
+        mean = {**params, "representations": table.mean(0, keepdims=True)}
+        apart = any(np.array_equal(r, routes_of(model, mean, 3)[0])
+                    for r in routes_of(model, params, 3))  # fmt: skip
     shapes = parameter_shapes(params)
     promises = jax.tree.map(lambda p: Promise(p.shape, lambda: np.asarray(p)), params)
     save_params(model_dir, 3, promises, {"tasks": TASKS, "step": 3, "shapes": shapes})
@@ -154,6 +165,19 @@ def test_an_unseen_task_takes_routes_of_tasks_that_it_resembles(
     by_input = {a["inputs"]["inputs_pretokenized"]: a["prediction"] for a in files.read_jsonl(path)}
     for line in wanted:
         assert by_input[line["input"]] == line["prediction"]
+
+
+def test_lines_of_an_unseen_task_are_routed_by_its_description(tmp_path, monkeypatch, capsys):
+    """Not by the mean."""
+    model_dir = tmp_path / "run"
+    model, params = write_run(model_dir, experts=2, apart=True)
+    monkeypatch.setattr("sys.stdin", stdin(b"red blue\n"))
+    call(
+        infer.infer, model_dir, task="toy_reverse", unseen="description",
+        MIXTURE_OR_TASK_NAME="toy_unseen",
+    )  # fmt: skip
+    route = np.argmax(routes_of(model, params, 3)[TASKS.index("toy_copy")], -1).tolist()
+    assert json.loads(capsys.readouterr().out)["route"] == route
 
 
 def test_a_task_that_is_only_described(routed, monkeypatch, capsys):

@@ -10,9 +10,8 @@ scores go to RUN/eval/step_STEP/. The mixtures of EVAL_MIXTURES are scored as we
 A task that the model was not trained on is scored zero-shot. In a mixture of experts it takes the
 route of the training task whose inputs are most similar (with eval.unseen='description', whose
 description is), another one that eval.unseen chooses, or that of its representation in a file that
-`represent` made (eval.representations=FILE). With
-eval.disable_examples=N there is also disabling.json: the loss of every task with each expert off in
-turn.
+`represent` made (eval.representations=FILE). With eval.disable_examples=N there is also
+disabling.json: the loss of every task with each expert off in turn.
 """
 
 import dataclasses

@@ -39,6 +39,7 @@ from moe_jax.experiments.stages import Stage
 from moe_jax.runs import directory, flags
 from moe_jax.runs.config import Config, FewShotConfig
 from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.unseen.representations import Kind
 from moe_jax.unseen.zero_shot import Unseen
 
 SPLIT = "test"
@@ -106,7 +107,7 @@ class ExperimentConfig(Configuration, called="experiment"):
     seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (0,)
     oracle: controls.Level = "category"
     upcycle_step: Annotated[int, Range(0, INT32)] = 0
-    represent: Literal["", "text", "example", "fisher", "description"] = ""
+    represent: Literal["", Kind] = ""
     zero_shot: Unseen = "nearest"
     described: Setting = ""
     stage2_from_dense: bool = False

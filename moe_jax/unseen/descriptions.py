@@ -7,7 +7,6 @@ in the same words, rare ones above all. No model is needed, and no example is re
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedTask
@@ -21,6 +20,8 @@ class Descriptions:
     """
 
     def __init__(self, trained: Sequence[PreparedTask]):
+        from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+
         self._tasks = [task.name for task in trained]
         self._words = TfidfVectorizer()
         try:

@@ -1,7 +1,7 @@
 """Embeds one task: a vector that a dense model computes from the task's examples."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from moe_jax.model.task_moe import TaskMoE
 from moe_jax.runs.config import Config
 from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.tuning import Tuner
+
+Numbered = tuple[Batch, list[int]]  # and the numbers of the examples in the batch's first rows
 
 
 def text_embeddings(
@@ -153,68 +155,53 @@ class Embedder:
             backbone = self._tune(self._params, few, rates)["backbone"]
         raw_D = mean_over_examples(
             lambda rows: self._sum(backbone, jax.tree.map(self._place, rows)),
-            mixture, task, s["split"], data.lengths, self._rows, s["examples"],
-        )  # fmt: skip
+            example_batches(mixture, task, s["split"], data.lengths, self._rows, s["examples"]),
+        )
         if not np.isfinite(raw_D).all():
             raise UserError(f"the embedding of {task!r} is not finite; lower the learning rate")
         return raw_D
 
 
 def mean_over_examples(
-    sum_of: Callable[[Batch], jax.Array],
-    mixture: PreparedMixture,
-    task: str,
-    split: str,
-    lengths: Mapping[str, int],
-    rows: int,
-    limit: int | None,
+    sum_of: Callable[[Batch], jax.Array], batches: Iterable[Numbered]
 ) -> np.ndarray:
-    """Mean over a task's examples of `sum_of`, which adds up the rows of a batch [R, L].
-
-    Args:
-        rows: R; the last batch is filled up with empty rows.
-        limit: at most this many examples, evenly spaced; None for all.
-    """
+    """Mean over examples of `sum_of`, which adds up the rows of a batch [R, L]."""
     total, count = 0.0, 0
-    for batch, indices in _batches(mixture, task, split, lengths, rows, limit):
+    for batch, indices in batches:
         total = total + sum_of(batch)
         count += len(indices)
     return np.asarray(total) / np.float32(count)
 
 
 def example_embeddings(
-    embed: Callable[[Batch], jax.Array],
-    mixture: PreparedMixture,
-    task: str,
-    split: str,
-    lengths: Mapping[str, int],
-    rows: int,
-    limit: int | None,
+    embed: Callable[[Batch], jax.Array], batches: Iterable[Numbered]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `embed` makes of each example, a row [R, D] of a batch [R, L].
-
-    Args:
-        rows, limit: as in `mean_over_examples`.
 
     Returns:
         (int [n], the examples' numbers in the split; float32 [n, D]).
     """
     numbers, found = [], []
-    for batch, indices in _batches(mixture, task, split, lengths, rows, limit):
+    for batch, indices in batches:
         numbers += indices
         found.append(np.asarray(embed(batch))[: len(indices)])
     return np.array(numbers), np.concatenate(found)
 
 
-def _batches(
+def example_batches(
     mixture: PreparedMixture,
     task: str,
     split: str,
     lengths: Mapping[str, int],
     rows: int,
     limit: int | None,
-) -> Iterator[tuple[Batch, list[int]]]:
-    """(batch [R, L], the numbers of the examples in its first rows) of a task's examples."""
+) -> Iterator[Numbered]:
+    """A task's examples in batches [R, L].
+
+    Args:
+        rows: R; the last batch is filled up with empty rows.
+        limit: at most this many examples, evenly spaced; None for all.
+    """
     for batch, examples in eval_batches(
         mixture, task, split, lengths=lengths, rows=rows, limit=limit
     ):

@@ -22,7 +22,7 @@ from moe_jax.data.representations import unit_length
 from moe_jax.decoding.rows import experts_per_row
 from moe_jax.model.task_moe import routes_of
 from moe_jax.runs.load import Run
-from moe_jax.unseen.embedding import example_embeddings, text_embeddings
+from moe_jax.unseen.embedding import example_batches, example_embeddings, text_embeddings
 
 # How a task that was not trained on finds its route.
 Unseen = Literal["nearest", "description", "weighted", "input", "mean"]
@@ -145,9 +145,8 @@ class Resemblance:
     def _examples(
         self, mixture: PreparedMixture, task: str, split: str, limit: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        return example_embeddings(
-            self._embed, mixture, task, split, self._lengths, self._rows, limit
-        )
+        batches = example_batches(mixture, task, split, self._lengths, self._rows, limit)
+        return example_embeddings(self._embed, batches)
 
 
 def similarities(seen_TxD: np.ndarray, new_NxD: np.ndarray) -> np.ndarray:

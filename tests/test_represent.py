@@ -35,6 +35,7 @@ from moe_jax.training import grouped_loss as groups
 from moe_jax.training.checkpoints import load_params
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.unseen import embedding, representations
+from moe_jax.unseen.descriptions import Descriptions
 
 DATA = Path(__file__).with_name("data") / "hf"
 
@@ -299,6 +300,21 @@ def test_description_command(dense, tmp_path):
     assert np.linalg.norm(reverse - copy) < np.linalg.norm(reverse - total)
 
 
+def test_request_command(dense, tmp_path):
+    """Its examples decide: a description less what their inputs tell."""
+    found = {}
+    for name, settings in {"all": {}, "few": {"examples": 1}}.items():
+        path = tmp_path / f"{name}.npz"
+        call(dense, kind="request", mixtures=("toy_unseen",), output=str(path), **settings)
+        found[name] = Representations.read(path)
+    trained, unseen = toy_mixtures()
+    tasks = [*trained.tasks, *unseen.tasks]
+    inputs = {task.name: [e.inputs_text for e in task.records("train")] for task in tasks}
+    wanted = Descriptions(trained.tasks).requests(sorted(tasks, key=lambda t: t.name), inputs)
+    np.testing.assert_allclose(found["all"].raw_TxD, wanted, atol=1e-6)
+    assert not np.allclose(found["few"].raw_TxD, wanted, atol=1e-3)
+
+
 def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
     done = []
     embed = representations.Embedder.__call__
@@ -325,7 +341,7 @@ def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
 WRONG = {
     "kind": (
         {"kind": "txt"},
-        "represent.kind is 'txt'; it is one of text, example, fisher, description; did you mean",
+        "represent.kind is 'txt'; it is one of text, example, fisher, description, request; did you mean",
     ),
     "output": ({"output": "f.json"}, "must end in .npz"),
     "split": ({"split": "tarin"}, "'toy_copy' has no split 'tarin'"),

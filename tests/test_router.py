@@ -11,7 +11,7 @@ from toy_run import tiny_model, tiny_params
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh, shardings
 from moe_jax.model.config import RouterConfig
-from moe_jax.model.router import PublishedRouter
+from moe_jax.model.router import CentroidRouter, PublishedRouter
 from moe_jax.model.task_moe import routes_of
 
 T, K, N, E, H = 3, 8, 5, 4, 12
@@ -140,3 +140,31 @@ def test_free_logits():
     )
     with pytest.raises(UserError, match="2 layers x 3 experts = 6 numbers"):
         tiny_model(kind="free", representation_dim=8, experts=3)
+
+
+def test_centroids():
+    """Logits are cosines; similar representations share experts from the start."""
+    rng = np.random.default_rng(0)
+    # Four kinds of tasks, three of each; the length of a representation says nothing.
+    kinds_KxK = 5 * np.eye(K)[:4] + 0.1 * rng.normal(size=(4, K))
+    table_TxK = np.repeat(kinds_KxK, 3, axis=0) + 0.2 * rng.normal(size=(12, K))
+    table_TxK = (table_TxK * rng.uniform(0.1, 9, (12, 1))).astype(np.float32)
+    router = CentroidRouter(RouterConfig(kind="centroid", representation_dim=K), N, E)
+    fresh = nn.meta.unbox(router.init(jax.random.key(0), table_TxK)["params"])
+    fitted = router.fitted(fresh, table_TxK, seed=3)
+    logits_TxNxE = router.apply({"params": fitted}, table_TxK)
+    for layer, centroid_ExK in enumerate(fitted["centroid"]):
+        for task, row_K in enumerate(table_TxK):
+            cosines = centroid_ExK @ row_K
+            cosines /= np.linalg.norm(centroid_ExK, axis=1) * np.linalg.norm(row_K)
+            np.testing.assert_allclose(logits_TxNxE[task, layer], cosines, atol=1e-5)
+    expert_KxTxN = np.argmax(logits_TxNxE, -1).reshape(4, 3, N)
+    assert np.all(expert_KxTxN == expert_KxTxN[:, :1])
+    for layer in range(N):
+        assert sorted(expert_KxTxN[:, 0, layer]) == [0, 1, 2, 3]
+    again = router.fitted(fresh, table_TxK, seed=3)
+    np.testing.assert_array_equal(fitted["centroid"], again["centroid"])
+    # Fewer different tasks than experts: the others keep the centroid they had.
+    few = router.fitted(fresh, table_TxK[[0, 3, 3]], seed=3)["centroid"]
+    np.testing.assert_array_equal(few[:, 2:], fresh["centroid"][:, 2:])
+    assert not np.any(few[:, :2] == fresh["centroid"][:, :2])

@@ -6,6 +6,8 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
 from toy import toy_mixtures
 from toy_run import pack_rows, tiny_model, tiny_params
 
@@ -61,6 +63,33 @@ def test_similarity_of_descriptions_by_hand():
         Descriptions(described(a="Find the person.", w=""))
     with pytest.raises(UserError, match="no description of a training task has a word"):
         Descriptions(described(a="!"))
+
+
+def test_requests_against_regressions_without_the_task():
+    """A training task is predicted by a ridge regression on the others."""
+    texts = {
+        "a": ("Find the person of the story.", ["Anna went to a fair.", "Bob stayed at home."]),
+        "b": ("Find the place of the story.", ["Anna went to a lake.", "Bob ran to a fair."]),
+        "c": ("Sort the words.", ["pear apple", "lake fair home"]),
+        "x": ("Find the person of the list.", ["apple fair lake"]),
+    }
+    tasks = described(**{name: text for name, (text, _) in texts.items()})
+    inputs = {name: inputs for name, (_, inputs) in texts.items()}
+    index = Descriptions(tasks[:3])
+    found = index.requests(tasks, inputs)
+    words = TfidfVectorizer(sublinear_tf=True).fit([" ".join(inputs[name]) for name in "abc"])
+    input_TxB = words.transform([" ".join(inputs[name]) for name in "abcx"]).toarray()
+    described_TxD = index.vectors(tasks)
+    for task in range(4):
+        others = [i for i in range(3) if i != task]
+        ridge = Ridge(alpha=1.0, fit_intercept=False).fit(input_TxB[others], described_TxD[others])
+        wanted = described_TxD[task] - ridge.predict(input_TxB[[task]])[0]
+        np.testing.assert_allclose(found[task], wanted, atol=1e-6)
+    assert found.dtype == np.float32
+    # The stories tell one word of the descriptions, so the other counts.
+    assert np.linalg.norm(found[0] - found[3]) < np.linalg.norm(found[0] - found[1])
+    with pytest.raises(UserError, match="no input of a training task has a word"):
+        index.requests(tasks, dict.fromkeys(texts, ["!"]))
 
 
 def test_a_weighted_route_by_hand():

@@ -171,8 +171,9 @@ class RouterConfig(Configuration):
     selected experts only.
 
     Attributes:
-        kind: the router (`model.router`): one of the ten published ones, or `free`, which has no
-            network: the representation (N * E numbers) is the route logits.
+        kind: the router (`model.router`): one of the ten published ones; `centroid`, whose logits
+            are cosines with a centroid for every expert, at first those of k-means; or `free`,
+            which has no network: the representation (N * E numbers) is the route logits.
         hidden_dim: width of the router.
         representation_dim: K, numbers per task in the task table.
         selection: how logits become routes (`model.selection`): `softmax`, `gumbel_softmax`,

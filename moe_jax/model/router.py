@@ -2,17 +2,19 @@
 
 Ten kinds, as published (paper section 4.2): `linear`, `rnn`, `lstm`, `gru` and `transformer`,
 each in a shared form and a `_layer_specific` form. Gates follow PyTorch's formulas, so that
-published weights map one to one. No dropout.
+published weights map one to one. No dropout. Two of our own: `free` has no network, and `centroid`
+compares a representation with a centroid for every expert.
 
 A router is a Flax module with the fields and the call of `Router`. To add one, register its class,
 also from outside the package: `register("mine", MyRouter)`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.core.errors import UserError
 from moe_jax.model.attention import attend
@@ -60,6 +62,16 @@ class Router(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def fitted(cls, params: Any, representation_TxK: np.ndarray, seed: int) -> Any:
+        """Parameters that fit representations given before the first step; most start fresh.
+
+        Args:
+            params: fresh ones.
+        """
+        del representation_TxK, seed
+        return params
+
+    @classmethod
     def check(cls, config: "RouterConfig") -> None:
         """Raises a UserError if the settings do not fit this kind."""
 
@@ -82,6 +94,41 @@ class FreeRouter(Router):
                 f"logits of kind '{config.kind}' are {layers} layers x {experts} experts = "
                 f"{layers * experts} numbers"
             )
+
+
+class CentroidRouter(Router):
+    """Every expert of a layer has a centroid; a route logit is the cosine of a representation with it.
+
+    Where representations are given, centroids start as those of k-means, each layer from draws of
+    its own. So tasks of similar representations share experts from the first step, and a task that
+    two layers group differently still has a route that is its own.
+    """
+
+    @nn.compact
+    def __call__(self, representation_TxK: jax.Array) -> jax.Array:
+        N, E, K = self.layers, self.experts, representation_TxK.shape[-1]
+        axes = ("unit", "router_out", "router_in")
+        centroid_NxExK = _param(self, "centroid", nn.initializers.normal(1.0), (N, E, K), axes)
+        return jnp.einsum("tk,nek->tne", _unit(representation_TxK), _unit(centroid_NxExK))
+
+    @classmethod
+    def fitted(cls, params: Any, representation_TxK: np.ndarray, seed: int) -> Any:
+        from sklearn.cluster import KMeans  # slow to import
+
+        unit_TxK = np.asarray(_unit(representation_TxK))
+        centroid_NxExK = np.array(params["centroid"])
+        # Experts beyond the number of different tasks keep a random centroid.
+        clusters = min(centroid_NxExK.shape[1], len(np.unique(unit_TxK, axis=0)))
+        for layer, centroid_ExK in enumerate(centroid_NxExK):
+            draws = np.random.RandomState([seed, layer])
+            means = KMeans(clusters, n_init=10, random_state=draws).fit(unit_TxK)
+            centroid_ExK[:clusters] = means.cluster_centers_
+        return {"centroid": centroid_NxExK}
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Divided by its length along the last axis."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
 
 class PublishedRouter(Router):
@@ -231,3 +278,4 @@ for _family in ("linear", "rnn", "lstm", "gru", "transformer"):
     for _form in ("", "_layer_specific"):
         register(_family + _form, PublishedRouter)
 register("free", FreeRouter)
+register("centroid", CentroidRouter)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from moe_jax.data.representations import read_representations
+from moe_jax.model.router import router_class
 from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.runs.config import RunConfig
 from moe_jax.training.checkpoints import load_params
@@ -19,7 +20,7 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
     1. Fresh from the seed.
     2. The backbone from INITIAL_CHECKPOINT_PATH, if given.
     3. Router and representations from ROUTER_CHECKPOINT_PATH, if given.
-    4. Representations from RunConfig.representations_path, if given.
+    4. Representations from RunConfig.representations_path, if given, and a router that fits them.
     """
     key = jax.random.key(run.seed, impl=PRNG)
     params = jax.jit(lambda k: nn.meta.unbox(init_params(model, k)), out_shardings=sharding)(key)
@@ -34,5 +35,9 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
         params |= fit_table(loaded, params, meta["tasks"], tasks, run.router_checkpoint_path)
     if run.representations_path and model.routed:
         dim = model.router_config.representation_dim
-        params["representations"] = read_representations(run.representations_path, tasks, dim)
+        table_TxK = read_representations(run.representations_path, tasks, dim)
+        params["representations"] = table_TxK
+        if not run.router_checkpoint_path:
+            router = router_class(model.router_config.kind)
+            params["router"] = router.fitted(params["router"], table_TxK, run.seed)
     return jax.device_put(params, sharding)

@@ -2,9 +2,13 @@
 
 A description is a vector of its words' TF-IDF weights, so two tasks are near if they are described
 in the same words, rare ones above all. No model is needed, and no example is read.
+
+A *request* is what a description says beyond the task's inputs: its vector less what a ridge
+regression predicts from the words of the inputs. 'Find the person of the story' and 'Find the place
+of the story' are much alike, but 'story' can be told from the inputs; 'person' cannot.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -59,6 +63,38 @@ class Descriptions:
             UserError: a task has no description, or no word in common with any.
         """
         return {task.name: self.nearest(_description(task)) for task in tasks}
+
+    def requests(
+        self, tasks: Sequence[PreparedTask], inputs: Mapping[str, Sequence[str]]
+    ) -> np.ndarray:
+        """What the descriptions say beyond the tasks' inputs: float32 [T, D].
+
+        A training task is predicted from the others.
+
+        Args:
+            inputs: texts of some inputs of each of these tasks, and of every training task.
+
+        Raises:
+            UserError: a task has no description, or no input has a word.
+        """
+        from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+
+        words = TfidfVectorizer(sublinear_tf=True)
+        texts = {task: " ".join(texts) for task, texts in inputs.items()}
+        try:
+            seen_SxB = words.fit_transform([texts[task] for task in self._tasks])
+        except ValueError as e:  # scikit-learn's "empty vocabulary"
+            raise UserError("no input of a training task has a word") from e
+        new_TxB = words.transform([texts[task.name] for task in tasks])
+        covariance_SxS = (seen_SxB @ seen_SxB.T).toarray() + np.eye(len(self._tasks))
+        hat_TxS = np.linalg.solve(covariance_SxS, (seen_SxB @ new_TxB.T).toarray()).T
+        # Without the part of a training task's prediction that comes from itself.
+        for row_S, task in zip(hat_TxS, tasks, strict=True):
+            if task.name in self._tasks:
+                own = self._tasks.index(task.name)
+                row_S /= 1 - row_S[own]
+                row_S[own] = 0
+        return self.vectors(tasks) - (hat_TxS @ self._seen_TxD.toarray()).astype(np.float32)
 
 
 def _description(task: PreparedTask) -> str:

@@ -26,7 +26,7 @@ from moe_jax.core.configuration import (
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import make_mesh, replicated
-from moe_jax.data.cache import PreparedMixture, digest
+from moe_jax.data.cache import PreparedMixture, PreparedTask, digest
 from moe_jax.data.representations import Representations, fit, unit_length
 from moe_jax.model.experts import Params
 from moe_jax.runs.config import Config
@@ -35,7 +35,9 @@ from moe_jax.runs.mixtures import prepare_mixtures
 from moe_jax.unseen.descriptions import Descriptions
 from moe_jax.unseen.embedding import Embedder
 
-Kind = Literal["text", "example", "fisher", "description"]
+Kind = Literal["text", "example", "fisher", "description", "request"]
+# Of words, which need no model.
+_WORDS = ("description", "request")
 SHUFFLES = 10_000
 # Settings that two files must share for their rows to be comparable.
 COMMON = ("kind", "backbone", "lengths", "steps", "batch_size", "optimizer", "label_smoothing")
@@ -90,8 +92,10 @@ class RepresentConfig(Configuration, called="represent"):
         kind: `text`, the mean over examples of the encoder's mean last state; `example`, the same
             of inputs and of targets, side by side, which tells tasks apart that have the same
             inputs; `fisher`, the diagonal of the empirical Fisher information after `steps` of
-            fine-tuning on the task with OptimizerConfig and StepConfig; or `description`, the words
-            of the task's description, weighted by TF-IDF, for which no example is read.
+            fine-tuning on the task with OptimizerConfig and StepConfig; `description`, the words of
+            the task's description, weighted by TF-IDF, for which no example is read; or `request`,
+            the same less what the words of the task's inputs predict, so that it says what is
+            asked for, and not what it is asked about.
         output: the file; MODEL_DIR/representations_KIND.npz when None.
         mixtures: further mixtures whose tasks are represented with the same components.
         split: of every task.
@@ -121,7 +125,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     output = output or str(paths.parse(run_config.model_dir) / f"representations_{kind}.npz")
     if not output.endswith(".npz"):
         raise UserError(f"represent.output {output!r} must end in .npz")
-    if kind == "description" and pca_from:
+    if kind in _WORDS and pca_from:
         raise UserError(
             "represent.pca_from: descriptions are compared by the words of one mixture; give the"
             " others in represent.mixtures"
@@ -137,11 +141,11 @@ def represent(config: Config, settings: RepresentConfig) -> None:
         )
     made_with: dict[str, Any] = {"kind": kind}
     if kind != "description":
+        made_with |= {"split": split, "examples": settings.examples}
+    if kind not in _WORDS:
         made_with |= {
             "backbone": _fingerprint(run.params["backbone"]),
             "lengths": dict(data.lengths),
-            "split": split,
-            "examples": settings.examples,
             "seed": run_config.seed,
         }
     if kind == "fisher":
@@ -163,6 +167,9 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     parts = paths.parse(f"{output}.parts")
     if kind == "description":
         raw_TxD = Descriptions(trained.tasks).vectors(tasks)
+    elif kind == "request":
+        inputs = {task.name: _inputs(task, split, settings.examples) for task in tasks}
+        raw_TxD = Descriptions(trained.tasks).requests(tasks, inputs)
     else:
         raw_TxD = _embeddings(run, config, made_with, places, parts)
     if jax.process_index() != 0:
@@ -188,6 +195,13 @@ def represent(config: Config, settings: RepresentConfig) -> None:
             f" {agreement.within:+.3f} within a category, {agreement.between:+.3f} between;"
             f" p = {agreement.p:.4f} ({SHUFFLES} shuffled)"
         )
+
+
+def _inputs(task: PreparedTask, split: str, limit: int | None) -> list[str]:
+    """Texts of a task's inputs, evenly spaced over the split."""
+    count = task.examples(split)
+    chosen = np.arange(min(limit or count, count)) * count // min(limit or count, count)
+    return [example.inputs_text for example in task.records(split).__getitems__(chosen)]
 
 
 def _embeddings(

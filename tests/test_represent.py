@@ -341,7 +341,7 @@ def test_an_interrupted_command_goes_on(dense, tmp_path, monkeypatch):
 WRONG = {
     "kind": (
         {"kind": "txt"},
-        "represent.kind is 'txt'; it is one of text, example, fisher, description, request; did you mean",
+        "represent.kind is 'txt'; it is one of text, example, fisher, description, request; did",
     ),
     "output": ({"output": "f.json"}, "must end in .npz"),
     "split": ({"split": "tarin"}, "'toy_copy' has no split 'tarin'"),

@@ -164,6 +164,10 @@ def test_centroids():
         assert sorted(expert_KxTxN[:, 0, layer]) == [0, 1, 2, 3]
     again = router.fitted(fresh, table_TxK, seed=3)
     np.testing.assert_array_equal(fitted["centroid"], again["centroid"])
+    # A representation of zeros has no direction, and breaks nothing.
+    zeros = np.zeros((1, K), np.float32)
+    slope = jax.grad(lambda x: router.apply({"params": fitted}, x).sum())(zeros)
+    assert np.all(np.isfinite(slope)) and not np.any(router.apply({"params": fitted}, zeros))
     # Fewer different tasks than experts: the others keep the centroid they had.
     few = router.fitted(fresh, table_TxK[[0, 3, 3]], seed=3)["centroid"]
     np.testing.assert_array_equal(few[:, 2:], fresh["centroid"][:, 2:])

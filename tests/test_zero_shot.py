@@ -89,7 +89,7 @@ def test_requests_against_regressions_without_the_task():
     # The stories tell one word of the descriptions, so the other counts.
     assert np.linalg.norm(found[0] - found[3]) < np.linalg.norm(found[0] - found[1])
     with pytest.raises(UserError, match="no input of a training task has a word"):
-        index.requests(tasks, dict.fromkeys(texts, ["!"]))
+        index.requests(tasks, dict.fromkeys(texts, "!"))
 
 
 def test_a_weighted_route_by_hand():

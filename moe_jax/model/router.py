@@ -97,7 +97,7 @@ class FreeRouter(Router):
 
 
 class CentroidRouter(Router):
-    """Every expert of a layer has a centroid; a route logit is the cosine of a representation with it.
+    """Every expert of a layer has a centroid, and its logit is the representation's cosine with it.
 
     Where representations are given, centroids start as those of k-means, each layer from draws of
     its own. So tasks of similar representations share experts from the first step, and a task that
@@ -127,8 +127,8 @@ class CentroidRouter(Router):
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Divided by its length along the last axis."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+    """Divided by its length along the last axis; zeros stay zeros."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-12))
 
 
 class PublishedRouter(Router):

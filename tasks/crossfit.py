@@ -35,6 +35,8 @@ from .crossfit_prompts import Prompt, Rendered
 ENVIRONMENT = (data.DATA_DIR, data.FULL_DIR, data.PARTITION)
 # {category: {subcategory: [registered task names]}}
 ONTOLOGY: dict[str, dict[str, list[str]]] = {}
+# Registered task -> what it asks for, whatever its prompt and files.
+DESCRIPTIONS: dict[str, str] = {}
 # Registered task -> its prompts.
 PROMPTS: dict[str, list[str]] = {}
 # Mixture -> number of tasks in its partition. The mixture holds those that are present.
@@ -64,10 +66,10 @@ _files: dict[str, dict[str, list[Path]]] = {}  # registered task -> split -> fil
 
 
 def data_files(name: str) -> list[str]:
-    """Every file that the registered task `name` is read from, sorted."""
+    """Every file that the registered task `name` is read from: its data, sorted, and its facts."""
     task, _, prompt = name.partition(":")
-    templates = [str(crossfit_prompts.FILE)] if prompt else []
-    return sorted({str(f) for files in _files[task].values() for f in files}) + templates
+    written = [data.FACTS, crossfit_prompts.FILE] if prompt else [data.FACTS]
+    return [*sorted({str(f) for files in _files[task].values() for f in files}), *map(str, written)]
 
 
 def missing_hint(name: str) -> str | None:
@@ -156,6 +158,7 @@ def _add_task(kind: _Kind, path: Path, task: str) -> str | None:
             output_features={"inputs": _FEATURE, "targets": _FEATURE},
         )
         of_kind.append(full_name)
+        DESCRIPTIONS[full_name] = facts["description"]
     return name
 
 

@@ -2,7 +2,8 @@
 
 Facts about the 160 tasks (metric, category, subcategory) and the eight published partitions are in
 `crossfit_tasks.json` and `crossfit_partitions.json` beside this file (Ye, Lin & Ren, *CrossFit*,
-EMNLP 2021, arXiv 2104.08835). The data is the user's:
+EMNLP 2021, arXiv 2104.08835). The tasks' descriptions there are this project's own; tasks that ask
+for the same are described in the same words. The data is the user's:
 
     few-shot  DIR/<task>/<task>_<k>_<seed>_{train,dev,test}.tsv       CROSSFIT_DIR
     full      DIR/<task>/{train,test}.tsv                             CROSSFIT_FULL_DIR
@@ -25,7 +26,8 @@ from moe_jax.core.files import read_json
 
 from .data_directory import absolute, data_directory
 
-TASKS: dict[str, dict[str, str]] = read_json(Path(__file__).with_name("crossfit_tasks.json"))
+FACTS = Path(__file__).with_name("crossfit_tasks.json")
+TASKS: dict[str, dict[str, str]] = read_json(FACTS)
 PUBLISHED = {
     name: {
         # The published train_non_nli_test_nli has `sick` in both train and dev; here only in dev.

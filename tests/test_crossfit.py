@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -53,6 +54,17 @@ def test_facts():
         for part in lists
     ]
     assert len(set(tasks + mixtures)) == 2 * 160 + 2 * 8 * 3
+
+
+def test_every_task_is_described_in_a_sentence_of_its_own():
+    sentences = [facts["description"] for facts in data.TASKS.values()]
+    assert len(set(sentences)) == 160
+    for sentence in sentences:
+        assert re.fullmatch(r"[A-Z][^.]+\.", sentence), sentence
+        assert 6 <= len(sentence.split()) <= 20, sentence
+        # No published name gives a task away. One is the English word for what is asked.
+        named = set(re.findall(r"[\w-]+", sentence)) & data.TASKS.keys()
+        assert named <= {"emotion"}, sentence
 
 
 def test_published_partitions_are_disjoint():
@@ -232,7 +244,7 @@ def _python(code: str, **environment: str) -> tuple[dict, str]:
 
 
 def test_registration(layout):
-    """Names, texts, references, ontology, hints and the one-line error, through SeqIO itself."""
+    """Names, texts, references, ontology, descriptions, hints and the error, through SeqIO."""
     partition = {"train": ["glue-rte", "boolq"], "dev": ["anli"], "test": []}
     _write(layout / "own.json", json.dumps(partition))
     bad = _write(layout / "few/boolq/boolq_16_13_train.tsv", "a\tb\nno tab\n")
@@ -252,6 +264,8 @@ def test_registration(layout):
         out["prompted"] = [n for groups in crossfit.ONTOLOGY.values() for names in groups.values()
                            for n in names if ":" in n]
         out["prompts"] = crossfit.PROMPTS
+        out["described"] = crossfit.DESCRIPTIONS
+        out["all"] = list(seqio.TaskRegistry.names())
         task = seqio.TaskRegistry.get("crossfit_glue_rte")
         out["splits"] = list(task.splits)
         rows = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
@@ -269,6 +283,11 @@ def test_registration(layout):
             seqio.get_mixture_or_task("crossfit_own_train").get_dataset(None, "train")
         except UserError as e:
             out["error"] = str(e)
+        import contextlib, io
+        from moe_jax import tasks
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            tasks.main(["show", "crossfit_full_anli", f"--task_modules={crossfit.__name__}"])
+        out["show"] = printed.getvalue()
         """,
         CROSSFIT_DIR=str(layout / "few"),
         CROSSFIT_FULL_DIR=str(layout / "full"),
@@ -286,6 +305,13 @@ def test_registration(layout):
     # Prompts are of their task's category; see test_crossfit_prompts.py.
     assert sorted(out["prompted"]) == sorted(n for names in out["prompts"].values() for n in names)
     assert set(out["prompts"]) == set(out["tasks"])
+    # All forms of a task ask for the same.
+    published = {"boolq": "boolq", "anli": "anli", "glue_rte": "glue-rte"}
+    assert set(out["described"]) == set(out["all"])
+    for name, sentence in out["described"].items():
+        task = name.partition(":")[0].removeprefix("crossfit_").removeprefix("full_")
+        assert sentence == data.TASKS[published[task]]["description"]
+    assert f"  asks for: {data.TASKS['anli']['description']}\n" in out["show"]
     assert set(out["splits"]) == {
         *("train", "validation", "test", "fewshot_13_train", "fewshot_13_validation"),
         *("fewshot_100_train", "fewshot_100_validation"),
@@ -294,7 +320,9 @@ def test_registration(layout):
     assert out["ids"] == [[b + 3 for b in text.encode()] + [1] for text in out["inputs"]]
     assert out["references"] == [["yes"], ["no", "nope"], ["yes"]]
     assert out["metric"] == "accuracy"
-    assert out["files"] == [str(layout / f"full/anli/{part}.tsv") for part in ("test", "train")]
+    # What is said of the tasks is prepared with them, so they are made anew when it changes.
+    files = [layout / f"full/anli/{part}.tsv" for part in ("test", "train")]
+    assert out["files"] == [str(path) for path in (*files, data.FACTS)]
     assert out["hints"][0] is None
     assert "none of the 0 tasks that 'crossfit_own_test' lists" in out["hints"][1]
     assert "'crossfit_art' is not present in" in out["hints"][2]

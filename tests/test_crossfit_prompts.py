@@ -189,5 +189,5 @@ def test_prompts_through_seqio(tmp_path):
     assert out["scores"] == {cola[0]: {"Matthew-Correlation": 1.0}, squad[0]: {"EM": 1.0}}
     assert out["post"][squad[0]] == "moe_jax.metrics:answers_or_target"
     assert "label_of_choice(labels={'yes': 'acceptable'" in out["post"][cola[0]]
-    assert out["files"][-1] == str(templates.FILE) and len(out["files"]) == 4
+    assert out["files"][-1] == str(templates.FILE) and len(out["files"]) == 5
     assert out["hint"] == ("'crossfit_glue_cola' has no prompt 'gramar'; did you mean 'grammar'?")

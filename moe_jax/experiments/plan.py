@@ -21,6 +21,7 @@ from moe_jax.core.configuration import (
     Text,
 )
 from moe_jax.core.errors import UserError
+from moe_jax.data import modules
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.experiments import controls
 from moe_jax.experiments.arms import (
@@ -340,10 +341,27 @@ class Plan:
     def _of_run(self, name: str, module: str, parent: str, bindings: Bindings) -> Stage:
         """A command that reads the configuration of its parent, a run."""
         inputs = [self._data, {k: self._inside(v) for k, v in bindings.items()}]
+        bindings = bindings | self._modules
         return Stage(
             name, module, inputs, (parent,), lambda: self._call(module, None, bindings),
             _shown(module, self._arguments(None, bindings)),
         )  # fmt: skip
+
+    @functools.cached_property
+    def _modules(self) -> Bindings:
+        """The user's modules, for commands without a gin file: a run's files import none."""
+        files = (self.settings.stage2, self.settings.stage1, self.settings.dense)
+        configs = [self._config(file, {}) for file in files if file]
+        named: dict[str, Sequence[str]] = {}
+        for config in configs:  # extensions of all: more of them do no harm
+            found = directory.modules_in(directory.config_lines(config))
+            extensions = (*named.get("EXTENSIONS", ()), *found["EXTENSIONS"])
+            named = found | {"EXTENSIONS": tuple(dict.fromkeys(extensions))}
+        return {
+            setting: names[0] if len(names) == 1 else repr(names)
+            for setting, names in named.items()
+            if not all(map(modules.is_shipped, names))
+        }
 
     def _adaptation(self, seed: int, place: Path, starts: Mapping[str, str]) -> Stage:
         s = self.settings

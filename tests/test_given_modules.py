@@ -56,7 +56,8 @@ def test_a_command_imports_its_own_package_and_what_it_was_given(project):
         assert load_module(name)
     assert load_module("tasks.skills_base").__name__ == "moe_jax.builtin_tasks.skills_base"
     for name in ("stranger.py", "stranger", f"{project}/stranger.py", "user_pack", "os",
-                 "moe_jax.py", "moe_jax_evil", "moe_jax./stranger"):  # fmt: skip
+                 "moe_jax.py", "moe_jax_evil", "moe_jax.builtin_tasks./stranger", "moe_jax.train",
+                 "moe_jax.builtin_tasks.skills_base.py", "tasks.\0"):  # fmt: skip
         with pytest.raises(UserError, match=r"if you trust its code, give --gin\.EXTENSIONS="):
             load_module(name)
     give(["stranger"])  # of another gin file: what was given before stays
@@ -71,7 +72,7 @@ def test_a_command_imports_its_own_package_and_what_it_was_given(project):
     ("user_pack.impl:exported", True),  # which the package passes on
     ("user_pack.parts:deep_score", True),
     ("moe_jax.metrics:exact_match", True),
-    ("moe_jax.builtin_tasks.skills_base:inputs_and_answers", None),
+    ("tasks.skills_base:inputs_and_answers", None),
     ("user_metric:other", False),  # no given module mentions it
     ("stranger:own", False),  # mentioned, but its package is not
     ("stranger.py:own", False),

@@ -1,7 +1,7 @@
-"""Imports modules and finds functions by name: those of the package, and what the user gave.
+"""Imports modules and finds functions by name: the built-in tasks and metrics, and the user's.
 
 Files of a run and of a cache name modules too. They may come from anywhere, and importing a module
-executes it: so a command imports no other modules than those that its user named (`give`).
+executes it: so a command imports no modules of the user but those that it was given (`give`).
 """
 
 import ast
@@ -20,6 +20,7 @@ from typing import Any
 
 import gin
 
+import moe_jax
 from moe_jax.core.errors import UserError, shown
 from moe_jax.data.sources import mentioned
 
@@ -29,6 +30,7 @@ _FUNCTION = re.compile(r"(.+?):([\w.]+)(\(.*\))?", re.DOTALL)
 _FILE = "_file_"
 # The package `tasks/` at the top of the repository.
 BUILTIN_TASKS = "moe_jax.builtin_tasks"
+METRICS = "moe_jax.metrics"
 DEFAULT_TASK_MODULES = tuple(
     f"{BUILTIN_TASKS}.{name}" for name in ("skills_gym", "crossfit", "p3", "natural_instructions")
 )
@@ -52,7 +54,7 @@ def full_name(name: str) -> str:
 
 
 def give(names: Iterable[str], flag: str = "") -> None:
-    """Lets a command import these modules, and from now on no others but those of this package.
+    """Lets a command import these modules, and from now on no others but those that are shipped.
 
     Args:
         names: dotted names or .py files of modules, or 'module:function', as the user gave them.
@@ -81,9 +83,10 @@ def named_in(run: str | os.PathLike, names: Mapping[str, Sequence[str]]) -> None
 
 
 def is_shipped(name: str) -> bool:
-    """Whether a module is part of this package."""
-    first, *rest = full_name(name).split(".")
-    return first == "moe_jax" and not name.endswith(".py") and all(map(str.isidentifier, rest))
+    """Whether a module is one of the tasks or metrics that are part of this package."""
+    full = full_name(name)
+    package, _, module = full.rpartition(".")
+    return full == METRICS or (package == BUILTIN_TASKS and module.isidentifier())
 
 
 def check_module(name: str, named_by: str | os.PathLike = "") -> None:
@@ -93,52 +96,61 @@ def check_module(name: str, named_by: str | os.PathLike = "") -> None:
         named_by: the file that names it; '' for the run's configuration.
 
     Raises:
-        UserError: it is neither part of this package nor given by the user.
+        UserError: it is neither shipped (see `is_shipped`) nor given by the user.
     """
     if not isinstance(name, str):
         raise UserError(f"{shown(name)} is no module's name")
     if _given is not None and _full(name) not in _given and not is_shipped(name):
-        raise _refusal(f"the module {name}", name, name, named_by)
+        raise _refusal(f"the module {name}", name, named_by)
 
 
 def may_call(reference: str) -> bool:
     """Whether a command may call the function 'module:name'.
 
-    It may if the user gave it or its module, or if the given modules import its package and mention
-    its name. Of this package, it may call the functions of tasks.
+    It may if it or its module was given or is shipped, or if the given modules import its package
+    and mention its name.
     """
-    if _given is None or _full(reference) in _given:
+    module, name = _parts(reference)
+    own = {_full(reference), _full(f"{module}:{name}"), _full(module)}
+    if _given is None or own & _given or is_shipped(module):
         return True
-    module = reference.rpartition(":")[0]
-    if is_shipped(module):
-        return f"{full_name(module)}.".startswith(("moe_jax.metrics.", f"{BUILTIN_TASKS}."))
-    return _full(module) in _given or _is_mentioned(reference, _given)
+    return _is_mentioned(module, name, _given)
 
 
-def _is_mentioned(reference: str, names: Iterable[str]) -> bool:
-    module, _, name = reference.rpartition(":")
-    modules = frozenset(name for name in map(_full, names) if ":" not in name)
-    packages, identifiers = mentioned(modules)
-    return module.partition(".")[0] in packages and name.rpartition(".")[2] in identifiers
+def _parts(reference: str) -> tuple[str, str]:
+    """(module, name) of 'module:name' or 'module:name(argument=value)'."""
+    found = _FUNCTION.fullmatch(reference)
+    if found is None:
+        raise UserError(f"{shown(reference)} is no function's name")
+    return found[1], found[2]
+
+
+def _is_mentioned(module: str, name: str, by: Iterable[str]) -> bool:
+    package = module.partition(".")[0]
+    packages, identifiers = mentioned(frozenset(n for n in map(_full, by) if ":" not in n))
+    ours = package == moe_jax.__name__  # whose other functions are not those of tasks
+    return not ours and package in packages and name.rpartition(".")[2] in identifiers
 
 
 def check_function(reference: str, named_by: str | os.PathLike = "") -> None:
     """Checks that a command may call the function 'module:name'; see `may_call`.
 
     Raises:
-        UserError: it may not.
+        UserError: it may not, or it is no function's name.
     """
     if not may_call(reference):
-        module = reference.rpartition(":")[0]
-        raise _refusal(f"the function {reference}", reference, module, named_by)
+        raise _refusal(f"the function {reference}", reference, named_by)
 
 
-def _refusal(what: str, name: str, module: str, named_by: str | os.PathLike) -> UserError:
+def _refusal(what: str, name: str, named_by: str | os.PathLike) -> UserError:
     """The error that says how to give a module, or a function of it, to this command."""
     run, named = _run
+    module, function = _parts(name) if ":" in name else (name, None)
     by_name = (setting for setting, names in named.items() if name in names)
     by_source = (
-        setting for setting, names in named.items() if ":" in name and _is_mentioned(name, names)
+        setting
+        for setting, names in named.items()
+        if function is not None and _is_mentioned(module, function, names)
     )
     setting = next(by_name, None) or next(by_source, "EXTENSIONS")
     values = named.get(setting, ())
@@ -231,11 +243,8 @@ def resolve(reference: str, named_by: str | os.PathLike = "") -> Any:
         UserError: it may not be called (see `may_call`), its module cannot be imported or lacks the
             name, or it is one of Python's own, such as `subprocess.call`.
     """
-    parts = _FUNCTION.fullmatch(reference)
-    if parts is None:
-        raise UserError(f"{shown(reference)} is no function's name")
-    module, name, arguments = parts.groups()
-    if arguments is not None:
+    module, name = _parts(reference)
+    if arguments := reference[len(f"{module}:{name}") :]:
         return functools.partial(resolve(f"{module}:{name}", named_by), **_keywords(arguments))
     _check_is_not_python(module, reference)
     check_function(reference, named_by)

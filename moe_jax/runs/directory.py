@@ -169,7 +169,8 @@ def modules_in(lines: Lines) -> dict[str, tuple[str, ...]]:
     named = {}
     for setting in NAMES_MODULES:
         value = lines.get(setting) or ()
-        named[_MACROS.get(setting, setting)] = (value,) if isinstance(value, str) else tuple(value)
+        names = value if isinstance(value, list | tuple) else [value]
+        named[_MACROS.get(setting, setting)] = tuple(n for n in names if isinstance(n, str))
     return named
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from toy import NAMES, TASKS, VOCABULARY, toy_mixtures
@@ -202,8 +203,9 @@ def test_the_child_that_prepares_is_given_the_same(project):
     job = {"cache_dir": str(project / "cache"), "error": str(project / "error"), "given": []}
     (project / "job.json").write_text(json.dumps(job | {"request": request}))
     done = subprocess.run(
-        [sys.executable, "-m", "moe_jax.data.materialise", "job.json"], env=os.environ, check=False
-    )
+        [sys.executable, "-m", "moe_jax.data.materialise", "job.json"], check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
     assert done.returncode == 1
     assert f"names the module {project}/stranger.py" in (project / "error").read_text()
 

@@ -350,18 +350,13 @@ class Plan:
     @functools.cached_property
     def _modules(self) -> Bindings:
         """The user's modules, for commands without a gin file: a run's files import none."""
-        files = (self.settings.stage2, self.settings.stage1, self.settings.dense)
-        configs = [self._config(file, {}) for file in files if file]
-        named: dict[str, Sequence[str]] = {}
-        for config in configs:  # extensions of all: more of them do no harm
-            found = directory.modules_in(directory.config_lines(config))
-            extensions = (*named.get("EXTENSIONS", ()), *found["EXTENSIONS"])
-            named = found | {"EXTENSIONS": tuple(dict.fromkeys(extensions))}
-        return {
-            setting: names[0] if len(names) == 1 else repr(names)
-            for setting, names in named.items()
-            if not all(map(modules.is_shipped, names))
-        }
+        named: dict[str, dict[str, None]] = {}
+        for file in filter(None, (self.settings.dense, self.settings.stage1, self.settings.stage2)):
+            lines = directory.config_lines(self._config(file, {}))
+            for setting, names in directory.modules_in(lines).items():
+                named.setdefault(setting, {}).update(dict.fromkeys(names))
+        own = {k: tuple(v) for k, v in named.items() if not all(map(modules.is_shipped, v))}
+        return {k: v[0] if len(v) == 1 else repr(v) for k, v in own.items()}
 
     def _adaptation(self, seed: int, place: Path, starts: Mapping[str, str]) -> Stage:
         s = self.settings

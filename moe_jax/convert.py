@@ -28,6 +28,7 @@ import jax
 
 from moe_jax.core.errors import UserError
 from moe_jax.data import vocabulary
+from moe_jax.data.modules import give, load_module
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.interop.hf_write import to_hf
 from moe_jax.interop.t5x_read import from_t5x
@@ -41,17 +42,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        "--modules",
+        default="",
+        metavar="MODULE,...",
+        help="the run's extensions, and what makes its vocabulary; its files alone import nothing",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     reader = commands.add_parser("from-hf", help="read a Hugging Face model and its tokenizer")
     reader.add_argument("source", metavar="DIR", help="Hugging Face directory, or name on the Hub")
     reader.add_argument("out", metavar="OUT", help="model directory to write")
-    t5x = commands.add_parser("from-t5x", help="read a T5X checkpoint of T5, mT5 or a TaskMoE")
+    t5x = commands.add_parser(
+        "from-t5x", parents=[own], help="read a T5X checkpoint of T5, mT5 or a TaskMoE"
+    )
     t5x.add_argument(
         "source", metavar="CHECKPOINT_DIR", help="local directory, such as checkpoint_1000000"
     )
     t5x.add_argument("out", metavar="OUT", help="model directory to write")
     t5x.add_argument("--sentencepiece", metavar="FILE", help="the model's tokenizer")
-    writer = commands.add_parser("to-hf", help="write a task's plain model")
+    writer = commands.add_parser("to-hf", parents=[own], help="write a task's plain model")
     writer.add_argument("checkpoint", metavar="MODEL_DIR", help="or one of its checkpoints")
     writer.add_argument("out", metavar="OUT", help="Hugging Face directory to write")
     writer.add_argument("--task", metavar="NAME", help="the task whose experts are taken")
@@ -66,12 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="for a soft route, take the largest expert and print the error of doing so",
     )
-    to_t5x = commands.add_parser("to-t5x", help="write a checkpoint for T5X")
+    to_t5x = commands.add_parser("to-t5x", parents=[own], help="write a checkpoint for T5X")
     to_t5x.add_argument("checkpoint", metavar="MODEL_DIR", help="or one of its checkpoints")
     to_t5x.add_argument("out", metavar="OUT", help="T5X's MODEL_DIR, where checkpoint_STEP is made")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to training processes
+    names = list(filter(None, args.modules.split(","))) if "modules" in args else []
+    give(names, "--modules")
     try:
+        for name in names:
+            load_module(name)
         if args.command == "to-hf":
             flags = {"average": args.average, "approximate": args.approximate}
             print(to_hf(args.checkpoint, args.out, args.task, **flags))

@@ -21,7 +21,7 @@ import numpy as np
 
 from moe_jax import metrics
 from moe_jax.core.errors import UserError, first_line
-from moe_jax.data.modules import DEFAULT_TASK_MODULES
+from moe_jax.data.modules import DEFAULT_TASK_MODULES, give
 
 LENGTHS = {"inputs": 512, "targets": 64}  # of features, unless others are given
 
@@ -83,8 +83,9 @@ def _load_modules(names: str | None) -> list[ModuleType]:
     """Imports the task modules, the built-in ones unless others are named."""
     from moe_jax.data import registry
 
-    chosen = DEFAULT_TASK_MODULES if names is None else filter(None, names.split(","))
-    return registry.load_task_modules(list(chosen))
+    chosen = DEFAULT_TASK_MODULES if names is None else list(filter(None, names.split(",")))
+    give(chosen, "--task_modules")
+    return registry.load_task_modules(chosen)
 
 
 # ---- list ----

@@ -28,6 +28,8 @@ import gin
 import jax
 import pytest
 
+from moe_jax.data import modules
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,9 +58,10 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def no_gin_bindings():
-    """Clears gin after every test."""
+    """Clears gin after every test, and which modules a command was given."""
     yield
     gin.clear_config()
+    modules._given, modules._run = None, ("", {})
 
 
 def _shared(variable: str, name: str) -> Path:

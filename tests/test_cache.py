@@ -256,7 +256,8 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
 
 
 def test_source_files_are_the_users_own(tmp_path, monkeypatch):
-    from moe_jax.data.modules import load_module, source_files
+    from moe_jax.data.modules import load_module
+    from moe_jax.data.sources import source_files
 
     package = tmp_path / "userpack"
     package.mkdir()

@@ -144,6 +144,26 @@ def test_the_router_may_read_what_the_dense_model_makes_of_tasks(tmp_path, comma
     assert "seed_0/representations" not in stages["seed_0/random"].parents
 
 
+def test_commands_on_a_run_are_given_the_users_modules(tmp_path, command_line):
+    """Of the command line and of all gin files: a run's files import none."""
+    (tmp_path / "one.py").write_text("")
+    (tmp_path / "two.py").write_text("")
+    for name, file in (("dense", "one.py"), ("stage1", "two.py")):
+        text = Path(plan_module.flags.GIN_CONFIGS, QUICKSTART[name]).read_text()
+        text += f"\nEXTENSIONS = ({str(tmp_path / file)!r},)\n"
+        (tmp_path / f"{name}.gin").write_text(text)
+    command_line(f"--gin.TASK_MODULES={tmp_path}/tasks.py")
+    files = {"dense": f"{tmp_path}/dense.gin", "stage1": f"{tmp_path}/stage1.gin"}
+    _, stages = planned(tmp_path, represent="text", **files)
+    for name in ("representations", "dense/eval", "routed/eval"):
+        given = flags_of(stages[f"seed_0/{name}"])
+        assert given["TASK_MODULES"] == f"{tmp_path}/tasks.py"
+        assert given["EXTENSIONS"] == f'("{tmp_path}/one.py", "{tmp_path}/two.py")'
+    command_line()
+    _, stages = planned(tmp_path)  # nothing but what is shipped
+    assert not {"TASK_MODULES", "EXTENSIONS"} & flags_of(stages["seed_0/dense/eval"]).keys()
+
+
 def test_all_arms(tmp_path, command_line, calls):
     with pytest.raises(UserError, match=r"'dense_described' needs experiment\.described"):
         planned(tmp_path, arms=tuple(ARMS))

@@ -19,7 +19,10 @@ def write_experiment(directory, arms):
     run = {"TRAIN_STEPS": 4, "CHECKPOINT_PERIOD": 2}
     write(directory / "dense.gin", None, "MODEL_DIR", **run, ModelConfig__experts=1)
     routed = {"RouterConfig__selection": "argmax", "RouterConfig__experts_per_layer": 1}
-    write(directory / "routed.gin", None, "MODEL_DIR", **run, **routed)
+    # What is the user's own: commands that read the run are given it, and import it for no other.
+    (directory / "own.py").write_text("")
+    own = {"EXTENSIONS": (str(directory / "own.py"),)}
+    write(directory / "routed.gin", None, "MODEL_DIR", **run, **routed, **own)
     few_shot = {
         "MIXTURE_OR_TASK_NAME": "toy_unseen", "VocabularyConfig__trained_on": "toy_train",
         "FinetuneConfig__learning_rates": (1e-3,), "FinetuneConfig__batch_sizes": (4,),
@@ -45,6 +48,9 @@ def test_all_arms_are_made_scored_and_compared(tmp_path):
     models = [arm for arm in ARMS if arm != "direct"]
     stages = len(models) * 2 + 1 + 3  # a model and its scores, one adaptation, three of controls
     assert out.count("\n== seed_5/") == stages and "done before" not in out
+    assert (
+        out.count(f"--gin.EXTENSIONS={tmp_path}/own.py") == len(models) == out.count("moe_jax.eval")
+    )
     assert f"({stages} of {stages}, " in out and "Few-shot scores on unseen tasks" in out
     results = files.read_json(root / "results.json")
     assert list(results["arms"]) == list(ARMS) and results["seeds"] == [5]

@@ -25,18 +25,22 @@ def ran(tmp_path_factory):
         (directory / name).write_text(text)
     outputs = []
     for command in commands(PAGE):
-        done = subprocess.run(
-            ["bash", "-c", command + SHORT * ("moe_jax.train" in command)],
-            cwd=directory, capture_output=True, text=True, timeout=300, check=False,
-            env=os.environ | {
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "PYTHONPATH": str(ROOT),
-                "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
-            },
-        )  # fmt: skip
+        done = run(directory, command + SHORT * ("moe_jax.train" in command))
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
         outputs.append(done.stdout)
     return directory, outputs
+
+
+def run(directory, command):
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=directory, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
+        },
+    )  # fmt: skip
 
 
 def test_a_run_trains_with_all_of_them(ran):
@@ -49,6 +53,24 @@ def test_a_run_trains_with_all_of_them(ran):
     assert config["ModelConfig.architecture"] == "bart_silu"
 
 
-def test_the_run_names_its_extensions(ran):
-    """`eval` imports the extensions that the run saved, and uses the task's metric."""
+def test_eval_uses_the_tasks_metric(ran):
     assert "first_letter" in ran[1][1]
+
+
+def test_eval_says_what_to_give(ran):
+    """Flag by flag, each in one line, until it has all that it imports."""
+    directory, (_, expected) = ran
+    command = "python -m moe_jax.eval --gin.MODEL_DIR=runs/mine --gin.eval.split=validation"
+    given = []
+    while (done := run(directory, command)).returncode:
+        run_dir, message, flag = re.fullmatch(
+            r"error: (.*)names (.*): if you trust its code, give (\S+=.*)\n", done.stderr
+        ).groups()
+        assert "runs/mine" in run_dir
+        given.append((message, flag.partition("=")[0]))
+        command += f" {flag}"
+    assert given == [
+        ("the module my_router.py", "--gin.EXTENSIONS"),
+        ("the function my_metric:first_letter", "--gin.TASK_MODULES"),
+    ]
+    assert done.stdout == expected

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from toy import TASKS as MODULE
 from toy import toy_cache, toy_mixtures
 from toy_run import bindings, random_backbone, tiny_model, tiny_params
 
@@ -284,7 +285,8 @@ def test_a_run_keeps_its_vocabulary_when_its_data_change(own, tmp_path):
     predictions = []
     for vocabulary, cache_dir in (("toy_train", toy_cache()), ("toy_unseen", tmp_path / "cache")):
         lines = [f"MODEL_DIR = {str(own)!r}", f"CACHE_DIR = {str(cache_dir)!r}",
-                 "eval.examples = 4", f"VocabularyConfig.trained_on = {vocabulary!r}"]  # fmt: skip
+                 "eval.examples = 4", f"VocabularyConfig.trained_on = {vocabulary!r}",
+                 f"TASK_MODULES = {MODULE!r}"]  # fmt: skip
         flags.parse_gin([], lines, [], from_model_dir=True)
         eval_program.evaluate(build(Config), build(eval_program.EvalConfig))
         path = own / "eval" / "toy_train_test" / "predictions.jsonl"

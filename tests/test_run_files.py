@@ -10,6 +10,8 @@ from moe_jax.data.modules import resolve
 from moe_jax.report import inputs
 from moe_jax.runs import directory, flags
 from moe_jax.runs.config import Config, DataConfig, FewShotConfig, RunConfig
+from moe_jax.runs.configurables import build
+from moe_jax.runs.mixtures import prepare_mixtures
 from moe_jax.training.logs import MetricsLog
 from moe_jax.unseen.adaptation import _read_rows
 
@@ -112,40 +114,62 @@ def test_a_run_is_read_and_not_executed(tmp_path, monkeypatch):
     """Neither what its files name, nor lines of gin."""
     run, proof = tmp_path / "run", tmp_path / "executed"
     evil = f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n"
-    (run / "inner").mkdir(parents=True)
-    for place in ("evil.py", "inner/evil.py"):
-        (run / place).write_text(evil)
+    run.mkdir()
+    (tmp_path / "evil.py").write_text(evil)
     monkeypatch.chdir(tmp_path)
-    given = [f"MODEL_DIR = {str(run)!r}"]
-    for lines in (
-        {"RunConfig.extensions": [f"{run}/evil.py"]},
-        {"RunConfig.extensions": "run.inner.evil"},
-        {"RunConfig.extensions": ["run/../run/evil.py"]},
-        {"DataConfig.task_modules": ["run/inner/evil.py"]},
-        {"VocabularyConfig.factory": "run/evil.py:make"},
-        {"EXTENSIONS": [f"{run}/evil.py"]},
-        {"import run.inner.evil\nModelConfig.experts": 3},
-        {"RunConfig.seed = 1\nimport run.inner.evil #": 3},
+    given = [f"MODEL_DIR = {str(run)!r}", "CACHE_DIR = 'cache'"]
+    for lines, message in (
+        ({"RunConfig.extensions": [f"{tmp_path}/evil.py"]}, "names the module"),
+        ({"RunConfig.extensions": "evil"}, r"names the module evil: .* --gin\.EXTENSIONS=evil$"),
+        ({"EXTENSIONS": ["evil.py"]}, "is no setting"),
+        ({"import evil\nModelConfig.experts": 3}, "is no setting"),
+        ({"RunConfig.seed = 1\nimport evil #": 3}, "is no setting"),
     ):
         files.write_json(run / "config.json", lines)
-        with pytest.raises(UserError, match=r"lies in the run itself|is no setting"):
+        with pytest.raises(UserError, match=message):
             flags.parse_gin([], given, [], from_model_dir=True)
+    # What may not be needed is refused where it is.
+    for lines in (
+        {"DataConfig.task_modules": ["evil.py"]},
+        {"VocabularyConfig.factory": "evil.py:make", "VocabularyConfig.kind": "seqio",
+         "DataConfig.task_modules": []},
+    ):  # fmt: skip
+        lines["DataConfig.mixture_or_task_name"] = "a"
+        files.write_json(run / "config.json", lines)
+        flags.parse_gin([], given, [], from_model_dir=True)
+        with pytest.raises(UserError, match=f"{run} names the .*evil.py.*: if you trust its code"):
+            prepare_mixtures(build(Config).data, run=str(run))
     # A config.gin is no longer looked at beside config.json, nor executed without it.
     files.write_json(run / "config.json", {"RunConfig.seed": 3})
-    (run / "config.gin").write_text("import run.inner.evil\nRunConfig.seed = @run.inner.evil.x()\n")
+    (run / "config.gin").write_text("import evil\nRunConfig.seed = @evil.x()\n")
     flags.parse_gin([], given, [], from_model_dir=True)
     (run / "config.json").unlink()
     with pytest.raises(UserError, match="is no plain value"):
         flags.parse_gin([], given, [], from_model_dir=True)
-    (run / "config.gin").write_text("import run.inner.evil # = 3\n")
+    (run / "config.gin").write_text("import evil # = 3\n")
     with pytest.raises(UserError, match="is no setting"):
         flags.parse_gin([], given, [], from_model_dir=True)
     assert not proof.exists()
-    # The same module elsewhere is the user's own.
-    (tmp_path / "mine.py").write_text(evil)
-    files.write_json(run / "config.json", {"RunConfig.extensions": ["mine.py"]})
-    flags.parse_gin([], given, [], from_model_dir=True)
-    assert proof.exists()
+
+
+@pytest.mark.parametrize("line", [
+    "EXTENSIONS = ('mine.py',)", "import mine", "TASK_MODULES = 'mine'",
+    "RunConfig.extensions = ['mine']",
+])  # fmt: skip
+def test_what_the_user_gives_is_imported(line, tmp_path, monkeypatch):
+    """On the command line or in a gin file, whatever the run names."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stored = "mine" if "'mine.py'" not in line else str(tmp_path / "mine.py")
+    files.write_json(run / "config.json", {"RunConfig.extensions": [stored]})
+    given = [f"MODEL_DIR = {str(run)!r}"]
+    with pytest.raises(UserError, match="names the module"):
+        flags.parse_gin([], given, [], from_model_dir=True)
+    (tmp_path / "mine.gin").write_text(f"{line}\n")
+    flags.parse_gin([tmp_path / "mine.gin"], given, ["."], from_model_dir=True)
 
 
 @pytest.mark.parametrize("name", ["subprocess:call", "os:system", "os.path:join", "builtins:exec"])

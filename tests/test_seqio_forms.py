@@ -111,8 +111,14 @@ def settings(project: Path, mixture: str, **more) -> list[str]:
     return bindings(project / "runs" / mixture, **common | more)
 
 
+def of_run(model_dir: Path) -> list[str]:
+    """The run, and its task module, which its files do not import."""
+    (module,) = (path / "forms.py" for path in model_dir.parents if (path / "forms.py").exists())
+    return [f"MODEL_DIR = {str(model_dir)!r}", f"TASK_MODULES = {str(module)!r}"]
+
+
 def answer(model_dir: Path, mode: str, out: Path, *lines: str) -> dict:
-    given = [f"MODEL_DIR = {str(model_dir)!r}", "infer.split = 'test'", f"infer.mode = {mode!r}",
+    given = [*of_run(model_dir), "infer.split = 'test'", f"infer.mode = {mode!r}",
              f"infer.output = {str(out)!r}", *lines]  # fmt: skip
     flags.parse_gin([], given, [], from_model_dir=True)
     infer_program.infer(build(Config), build(infer_program.InferConfig))
@@ -124,7 +130,7 @@ def answer(model_dir: Path, mode: str, out: Path, *lines: str) -> dict:
 
 
 def evaluate(model_dir: Path, *lines: str) -> None:
-    given = [f"MODEL_DIR = {str(model_dir)!r}", *lines]
+    given = [*of_run(model_dir), *lines]
     flags.parse_gin([], given, [], from_model_dir=True)
     eval_program.evaluate(build(Config), build(eval_program.EvalConfig))
 
@@ -259,8 +265,7 @@ def test_task_modules_are_stored_from_the_root(trained, project):
 @pytest.mark.slow
 def test_rates_of_mixtures_in_mixtures(trained, project):
     with contextlib.chdir(project):
-        lines = [f"MODEL_DIR = {str(trained.model_dir)!r}"]
-        flags.parse_gin([], lines, [], from_model_dir=True)
+        flags.parse_gin([], of_run(trained.model_dir), [], from_model_dir=True)
         mixture = prepare_mixtures(build(Config).data, run=trained.model_dir)["forms"]
     # A fourth of 2 each in `inner`, where all have more than the maximum; 3 and 1.5 share 1.
     want = dict.fromkeys(("standard", "scores", "closures", "lengths"), 0.5)

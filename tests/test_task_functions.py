@@ -222,7 +222,8 @@ def test_a_run_does_not_begin_with_a_bad_function(program, prepared, module, tmp
     if program == "eval":
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        process = start("eval", flags_of([f"MODEL_DIR = '{tmp_path}/run'"]), path=module.parent)
+        given = [f"MODEL_DIR = '{tmp_path}/run'", f"TASK_MODULES = '{module}'"]
+        process = start("eval", flags_of(given), path=module.parent)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.endswith(f"error: {BAD['f_raises']}\n"), err
     assert program == "eval" or not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -248,18 +248,21 @@ class PreparedTask:
 
     def metric_fns(self) -> list[Callable[[list, list], Mapping[str, float]]]:
         """Metric functions `(targets, predictions) -> {name: value}`."""
-        return [resolve(reference) for reference in self.metrics]
+        return [self._function(reference) for reference in self.metrics]
 
     def score_metric_fns(self) -> list[Callable[[list, list], Mapping[str, float]]]:
         """Metric functions `(targets, scores) -> {name: value}`.
 
         A score is the log-likelihood of an example's target, summed over its tokens.
         """
-        return [resolve(reference) for reference in self.score_metrics]
+        return [self._function(reference) for reference in self.score_metrics]
 
     def postprocess_fn(self) -> Callable[..., Any] | None:
         """The function that turns a decoded prediction into what the metrics take."""
-        return resolve(self.postprocess) if self.postprocess else None
+        return self._function(self.postprocess) if self.postprocess else None
+
+    def _function(self, reference: str) -> Callable[..., Any]:
+        return resolve(reference, self.directory / SPEC)
 
 
 @dataclasses.dataclass(frozen=True)

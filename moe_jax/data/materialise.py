@@ -26,12 +26,12 @@ from tqdm import tqdm
 from moe_jax.core import checksums, files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
-from moe_jax.data import cache, registry, staleness, task_functions
+from moe_jax.data import cache, modules, registry, staleness, task_functions
 from moe_jax.data.cache import Request
 from moe_jax.data.example import Example
 from moe_jax.data.materialise_vocabulary import is_replaced, is_whole, prepare_vocabulary
-from moe_jax.data.modules import source_files
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
+from moe_jax.data.sources import source_files
 
 SHARD_BYTES = 1 << 27
 
@@ -43,7 +43,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
         UserError: see `moe_jax.prepare.prepare`.
     """
     start = time.perf_counter()
-    os.environ.update(request.environment)
+    registry.set_environment(request.environment)
     for leftover in [
         *cache_dir.glob(f"tasks/*/.*{files.NEW}"),
         *cache_dir.glob(f"vocabularies/.*{files.NEW}"),
@@ -277,6 +277,8 @@ def _child(job_file: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     job = files.read_json(job_file)
+    if job["given"] is not None:
+        modules.give(job["given"])
     try:
         materialise(Path(job["cache_dir"]), Request.from_json(job["request"]))
     except UserError as e:

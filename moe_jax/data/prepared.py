@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError
-from moe_jax.data import cache, mirror
+from moe_jax.data import cache, mirror, modules
 from moe_jax.data.cache import PreparedMixture, Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
@@ -63,7 +63,8 @@ def ensure_prepared(
     Raises:
         UserError: unknown mixture (with the nearest names), unknown or empty split, a metric or
             postprocess function that another process cannot find, a target without EOS, an
-            unreadable source, no space or permission to write, a child process that died.
+            unreadable source, no space or permission to write, a child process that died, a module
+            that may not be imported (see `modules.give`).
     """
     request = Request.make(names, task_modules, vocabulary, splits, environment, lengths)
     found = look_up(cache_dir, request)
@@ -95,13 +96,18 @@ def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, Prepared
 
 
 def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int | None) -> None:
+    for name in request.task_modules:
+        modules.check_module(name)
+    if factory := request.vocabulary.factory:
+        modules.check_function(factory)
     here = mirror.here(cache_dir)
     if lock is None:  # that of a bucket; its copy here has one of its own
         with processes.lock(here, wait=True) as own:
             return _run_child(here, request, own)
     with tempfile.TemporaryDirectory() as directory:
         error = Path(directory) / "error"
-        job = {"cache_dir": str(here), "request": request.to_json(), "error": str(error)}
+        job = {"cache_dir": str(here), "request": request.to_json(), "error": str(error),
+               "given": modules.given()}  # fmt: skip
         files.write_json(Path(directory) / "job.json", job)
         # The child imports this package and the user's modules from the same places as this
         # process, and does not use the accelerator.

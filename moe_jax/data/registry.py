@@ -48,17 +48,20 @@ _owners: dict[str, ModuleType] = {}  # task or mixture -> the module that regist
 _traces: dict[Any, tuple[seqio.Task, Any]] = {}
 
 
-def load_task_modules(names: Sequence[str]) -> list[ModuleType]:
+def load_task_modules(names: Sequence[str], named_by: str | os.PathLike = "") -> list[ModuleType]:
     """Imports modules that register tasks: dotted names or paths of .py files.
 
+    Args:
+        named_by: the file that names them, for errors.
+
     Raises:
-        UserError: a module cannot be imported, or registers a name that is taken.
+        UserError: a module cannot or may not be imported, or registers a name that is taken.
     """
     modules = []
     for name in names:
         before = _registered()
         try:
-            modules.append(load_module(name))
+            modules.append(load_module(name, named_by))
         except ValueError as e:
             if "duplicate" in str(e):  # SeqIO's words
                 raise UserError(f"{name}: {e}") from e
@@ -163,6 +166,19 @@ def environment(names: Sequence[str], modules: Sequence[ModuleType]) -> dict[str
     return {name: os.environ.get(name) for name in sorted(variables)}
 
 
+def set_environment(variables: Mapping[str, str | None]) -> None:
+    """Sets environment variables for task modules, as files of a run or a cache have them.
+
+    Raises:
+        UserError: it is one by which a program that starts would execute a file.
+    """
+    for name, value in variables.items():
+        if re.fullmatch(r"(LD|DYLD)_.*|PYTHON.*|PATH", name):
+            raise UserError(f"the environment variable {name} is not one of tasks")
+        if value is not None:
+            os.environ[name] = value
+
+
 def data_files(task: seqio.Task, modules: Sequence[ModuleType]) -> list[str]:
     """Local files, directories and patterns that `task` reads, sorted, as far as can be told."""
     found = {
@@ -225,14 +241,20 @@ def check_features(task: seqio.Task) -> None:
         raise UserError(f"task {task.name!r} has no output feature {' nor '.join(missing)}")
 
 
-def load_vocabulary(settings: Mapping[str, Any]) -> seqio.Vocabulary:
-    """The SeqIO vocabulary that `settings` describes: a factory's, or that of a task's feature."""
+def load_vocabulary(
+    settings: Mapping[str, Any], named_by: str | os.PathLike = ""
+) -> seqio.Vocabulary:
+    """The SeqIO vocabulary that `settings` describes: a factory's, or that of a task's feature.
+
+    Args:
+        named_by: the file of the settings, for errors.
+    """
     if "factory" in settings:
-        vocabulary = resolve(settings["factory"])()
+        vocabulary = resolve(settings["factory"], named_by)()
         if not isinstance(vocabulary, seqio.Vocabulary):
             raise UserError(f"{settings['factory']} returns no seqio.Vocabulary: {vocabulary!r}")
         return vocabulary
-    modules = load_task_modules(settings["task_modules"])
+    modules = load_task_modules(settings["task_modules"], named_by)
     task = find_tasks(settings["task"], modules)[0]
     return task.output_features[settings.get("feature", "inputs")].vocabulary
 

@@ -18,7 +18,7 @@ from moe_jax.data import registry
 from moe_jax.data.cache import SeqioScoring
 from moe_jax.data.calls import call_postprocess
 from moe_jax.data.example import Example
-from moe_jax.data.modules import name_of
+from moe_jax.data.modules import may_call, name_of
 from moe_jax.data.registry import seqio
 
 
@@ -41,8 +41,9 @@ def reference(function: Any, task: seqio.Task, role: str) -> str:
     own = module is not None and module.__name__.partition(".")[0] not in sys.stdlib_module_names
     if name and "<" not in name and own:
         candidate = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
-        if callable(candidate):
-            return f"{name_of(module)}:{name}"
+        found = f"{name_of(module)}:{name}"
+        if callable(candidate) and may_call(found):
+            return found
     raise UserError(
         f"task {task.name!r}: {role} {function!r} cannot be found by name in another process;"
         " give a function defined at the top of a module"

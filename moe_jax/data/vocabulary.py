@@ -266,7 +266,7 @@ def _load(directory: Path, settings: Mapping[str, Any], prefix: str = "") -> Voc
         case "seqio":
             from moe_jax.data import registry  # imports TensorFlow, which no other kind needs
 
-            return SeqioVocabulary(registry.load_vocabulary(settings))
+            return SeqioVocabulary(registry.load_vocabulary(settings, directory / FILE))
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

@@ -5,14 +5,13 @@ For tasks whose metrics or postprocessing only SeqIO can run: `metric_objs`, met
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_jax.data import registry
-from moe_jax.data.cache import PreparedTask
+from moe_jax.data.cache import SPEC, PreparedTask
 from moe_jax.data.calls import add, call_postprocess, called, metric_name, numbers
 from moe_jax.data.example import Example
 from moe_jax.data.registry import seqio
@@ -24,13 +23,13 @@ class BySeqio:
     """The task as it is registered, with a run's vocabulary.
 
     Raises:
-        UserError: its modules cannot be imported, or no longer register it.
+        UserError: its modules cannot or may not be imported, or no longer register it.
     """
 
     def __init__(self, prepared: PreparedTask, vocabulary: Vocabulary):
         scoring = prepared.seqio
-        os.environ.update({k: v for k, v in scoring.environment.items() if v is not None})
-        modules = registry.load_task_modules(scoring.task_modules)
+        registry.set_environment(scoring.environment)
+        modules = registry.load_task_modules(scoring.task_modules, prepared.directory / SPEC)
         (self._task,) = registry.find_tasks(prepared.name, modules)
         # SeqIO's objects for plain functions do not tell the functions' names.
         self._named = (*self._task._metric_objs_constructor_args, *self._task.metric_fns)

@@ -21,6 +21,7 @@ from moe_jax.core.configuration import (
     Text,
 )
 from moe_jax.core.errors import UserError
+from moe_jax.data import modules
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.experiments import controls
 from moe_jax.experiments.arms import (
@@ -340,10 +341,22 @@ class Plan:
     def _of_run(self, name: str, module: str, parent: str, bindings: Bindings) -> Stage:
         """A command that reads the configuration of its parent, a run."""
         inputs = [self._data, {k: self._inside(v) for k, v in bindings.items()}]
+        bindings = bindings | self._modules
         return Stage(
             name, module, inputs, (parent,), lambda: self._call(module, None, bindings),
             _shown(module, self._arguments(None, bindings)),
         )  # fmt: skip
+
+    @functools.cached_property
+    def _modules(self) -> Bindings:
+        """The user's modules, for commands without a gin file: a run's files import none."""
+        named: dict[str, dict[str, None]] = {}
+        for file in filter(None, (self.settings.dense, self.settings.stage1, self.settings.stage2)):
+            lines = directory.config_lines(self._config(file, {}))
+            for setting, names in directory.modules_in(lines).items():
+                named.setdefault(setting, {}).update(dict.fromkeys(names))
+        own = {k: tuple(v) for k, v in named.items() if not all(map(modules.is_shipped, v))}
+        return {k: v[0] if len(v) == 1 else repr(v) for k, v in own.items()}
 
     def _adaptation(self, seed: int, place: Path, starts: Mapping[str, str]) -> Stage:
         s = self.settings

@@ -9,7 +9,6 @@ It is kept as a variable of the model, which T5X saves and passes on like batch 
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,8 +25,8 @@ from jax.sharding import Mesh
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, group_shards, make_mesh
 from moe_jax.data.batch import Batch
-from moe_jax.data.modules import load_module
-from moe_jax.data.registry import load_task_modules
+from moe_jax.data.modules import give, load_module
+from moe_jax.data.registry import load_task_modules, set_environment
 from moe_jax.decoding.rows import RowModel, experts_per_row, traced_row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingIds, decode
@@ -84,7 +83,7 @@ class TaskMoEModel:
 
     def __init__(self, config: Config, optimizer_def: Any, mesh: Mesh | None = None):
         _check(config)
-        os.environ.update(config.data.environment)  # which task modules read
+        set_environment(config.data.environment)
         load_task_modules(config.data.task_modules)
         mixture = prepare_mixtures(config.data)[config.data.mixture_or_task_name]
         vocabulary = mixture.vocabulary
@@ -320,6 +319,7 @@ def _average(value: jax.Array, count: jax.Array | int = 1) -> clu_metrics.Averag
 
 def model(optimizer_def: Any, partitioner: Any) -> TaskMoEModel:
     """The model of gin's bindings over the mesh of T5X's partitioner: T5X's `MODEL`."""
+    give(configurables.modules())
     extensions = configurables.build(RunConfig).extensions
     for name in (extensions,) if isinstance(extensions, str) else extensions:
         load_module(name)

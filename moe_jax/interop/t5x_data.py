@@ -173,7 +173,7 @@ def seqio_vocabulary(directory: Path) -> seqio.Vocabulary:
         case "tokenizers":
             return SeqioTokenizers(vocabulary.load_vocabulary(directory))
         case _:
-            return load_vocabulary(settings)
+            return load_vocabulary(settings, directory / vocabulary.FILE)
 
 
 class Batches(dataset_iterator.DatasetIterator):

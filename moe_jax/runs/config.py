@@ -68,6 +68,8 @@ RunConfig.seed = %SEED
 FinetuneConfig.dense_dir = %DENSE_DIR
 FinetuneConfig.moe_dir = %MOE_DIR
 """
+# Settings that name modules, or 'module:function'.
+NAMES_MODULES = ("RunConfig.extensions", "DataConfig.task_modules", "VocabularyConfig.factory")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Libraries get dataclasses and do not use gin. A field is bound by its class (`Mo
 6`), a command's own setting by the command (`eval.split = 'test'`).
 """
 
+import copy
 import dataclasses
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from moe_jax.core.sharding import MeshConfig
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.runs.config import BASE_BINDINGS, DataConfig, FinetuneConfig, RunConfig
+from moe_jax.runs.config import BASE_BINDINGS, NAMES_MODULES, DataConfig, FinetuneConfig, RunConfig
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 
@@ -48,6 +49,18 @@ def parameters(name: str) -> list[str]:
     configurable."""
     cls = _CLASSES.get(name)
     return [field.name for field in dataclasses.fields(cls)] if cls else []
+
+
+def modules() -> list[str]:
+    """The modules, and 'module:function', that gin's bindings name."""
+    names: list[str] = []
+    for setting in NAMES_MODULES:
+        try:
+            value = copy.deepcopy(gin.query_parameter(setting))  # which reads macros
+        except (ValueError, TypeError):  # not bound, or to what is not
+            continue
+        names += value if isinstance(value, list | tuple) else [value]
+    return names
 
 
 def classes() -> dict[str, type[Configuration]]:

@@ -17,8 +17,8 @@ from moe_jax import __version__
 from moe_jax.core import checksums, files, paths
 from moe_jax.core.configuration import Configuration, hints
 from moe_jax.core.errors import UserError, nearest, shown
-from moe_jax.data import modules, vocabulary
-from moe_jax.runs.config import BASE_BINDINGS, Config
+from moe_jax.data import vocabulary
+from moe_jax.runs.config import BASE_BINDINGS, NAMES_MODULES, Config
 
 CONFIG = "config.gin"
 CONFIG_JSON = "config.json"
@@ -164,25 +164,14 @@ def _read_gin(path: Path) -> Lines:
     return lines
 
 
-def check_modules(model_dir: str | Path, lines: Lines) -> None:
-    """Checks that a run names no code of its own: its directory may come from anywhere.
-
-    Raises:
-        UserError: a module that it would import lies in the directory.
-    """
-    factory = str(lines.get("VocabularyConfig.factory", "")).rpartition(":")[0]
-    named = [factory] if factory else []
-    for setting in ("RunConfig.extensions", "DataConfig.task_modules"):
-        names = lines.get(setting, ())
-        named += [names] if isinstance(names, str) else [str(name) for name in names]
-    for name in named:
-        if "\0" in name:
-            raise UserError(f"{model_dir}/{CONFIG_JSON}: {shown(name)} is no module's name")
-        if modules.lies_in(name, root(model_dir)):
-            raise UserError(
-                f"{model_dir}/{CONFIG_JSON} names the module {name}, which lies in the run itself;"
-                " a run's directory is read, not executed: move the module elsewhere"
-            )
+def modules_in(lines: Lines) -> dict[str, tuple[str, ...]]:
+    """The modules, and the function, that a run's settings name: by the name of the setting."""
+    named = {}
+    for setting in NAMES_MODULES:
+        value = lines.get(setting) or ()
+        names = value if isinstance(value, list | tuple) else [value]
+        named[_MACROS.get(setting, setting)] = tuple(n for n in names if isinstance(n, str))
+    return named
 
 
 def read_config(model_dir: str | Path) -> Config:

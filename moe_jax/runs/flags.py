@@ -58,6 +58,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
+_IMPORT = re.compile(r"^(import\s+)(\S+)", re.MULTILINE)
 # What Python's parser raises; the last two at thousands of brackets.
 _NO_LITERAL = (SyntaxError, ValueError, MemoryError, RecursionError)
 _peers: peers.Peers | None = None  # the processes that this one works with
@@ -214,8 +215,10 @@ def parse_gin(
              for path in (_find(f, search_paths) for f in gin_files)]  # fmt: skip
     texts.append(("the command line", "\n".join(bindings)))
     _check_macros(texts)
+    modules.give([*_extensions(texts), *(name for _, text in texts for name in _imports(text))])
     _load_extensions(texts)
     _parse(texts)
+    modules.give(configurables.modules())
     if from_model_dir:
         model_dir = gin.query_parameter("MODEL_DIR/macro.value")
         if model_dir is None:
@@ -224,7 +227,7 @@ def parse_gin(
         lines = directory.read_lines(root)
         if not lines:
             raise UserError(f"{model_dir} holds no run: it has no {directory.CONFIG}")
-        directory.check_modules(root, lines)
+        modules.named_in(root, directory.modules_in(lines))
         own = (f"{root}/{directory.CONFIG}", directory.gin_text(lines))
         _load_extensions([own, *texts])
         _parse([own, *texts])
@@ -235,10 +238,15 @@ def parse_gin(
 
 
 def _load_extensions(texts: Sequence[tuple[object, str]]) -> None:
-    """Imports the modules of the last binding of EXTENSIONS."""
+    for name in _extensions(texts):
+        modules.load_module(name)
+
+
+def _extensions(texts: Sequence[tuple[object, str]]) -> Sequence[str]:
+    """The modules of the last binding of EXTENSIONS."""
     assignments = re.findall(r"^EXTENSIONS\s*=\s*(.+)$", "\n".join(text for _, text in texts), re.M)
     if not assignments:
-        return
+        return []
     try:
         names = ast.literal_eval(assignments[-1])
     except _NO_LITERAL:
@@ -246,8 +254,7 @@ def _load_extensions(texts: Sequence[tuple[object, str]]) -> None:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list | tuple):
         raise UserError(f"EXTENSIONS must be module names, not {shown(assignments[-1])}")
-    for name in names:
-        modules.load_module(name)
+    return names
 
 
 def _with_includes(path: Path, search_paths: Sequence[str], seen: tuple[Path, ...] = ()) -> str:
@@ -282,7 +289,11 @@ def _parse(texts: Sequence[tuple[object, str]]) -> None:
 
 def _with_full_names(text: str) -> str:
     """The text with `import tasks.NAME` replaced by the full name of the built-in module."""
-    return re.sub(r"(?m)^(import\s+)(\S+)", lambda m: m[1] + modules.full_name(m[2]), text)
+    return _IMPORT.sub(lambda m: m[1] + modules.full_name(m[2]), text)
+
+
+def _imports(text: str) -> list[str]:
+    return [name for _, name in _IMPORT.findall(text)]
 
 
 def given_bindings() -> list[tuple[str, str]]:

@@ -1,0 +1,131 @@
+"""Reads the source of the user's modules, and executes none of it."""
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import moe_jax
+
+_PACKAGE = Path(moe_jax.__file__).absolute().parent
+# Includes the user's and the system's, which sysconfig leaves out in a virtual environment.
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
+
+
+def source_files(module: ModuleType) -> list[str]:
+    """Files of `module` and of the user's modules that it imports, directly or indirectly, sorted.
+
+    Installed packages and moe_jax itself are left out, except its built-in tasks. Imports are read
+    from the source, so the result does not depend on other imports of the process.
+    """
+    sources: dict[Path, None] = {}
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        path = getattr(module, "__file__", None)
+        path = path and Path(path).absolute()
+        if path is None or path in sources or not _is_task_code(path):
+            continue
+        sources[path] = None
+        imported = _imports(path, module.__package__ or "")
+        waiting += (sys.modules[name] for name in imported if name in sys.modules)
+    return sorted(map(str, sources))
+
+
+@functools.cache
+def mentioned(names: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """What the sources of modules mention, and those of the user's modules that they import.
+
+    Those of this package count for nothing.
+
+    Args:
+        names: dotted, or absolute paths of .py files.
+
+    Returns:
+        (packages that are imported, by the first part of their names; identifiers)
+    """
+    packages: set[str] = set()
+    identifiers: set[str] = set()
+    seen: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        path = Path(name) if name.endswith(".py") else _find(name)
+        if name in seen or path is None or path.is_relative_to(_PACKAGE):
+            continue
+        if not (name in names or _is_task_code(path)):
+            continue
+        seen.add(name)
+        package = "" if name.endswith(".py") else name
+        if path.name != "__init__.py":
+            package = package.rpartition(".")[0]
+        with contextlib.suppress(
+            OSError, SyntaxError, ValueError, ImportError
+        ):  # which importing it tells
+            imported = list(_imports(path, package))
+            packages.update(name.partition(".")[0] for name in imported)
+            waiting += imported
+            identifiers.update(_identifiers(path))
+    return frozenset(packages), frozenset(identifiers)
+
+
+def _find(name: str) -> Path | None:
+    """The file of a module, looked up without importing the packages that it is in."""
+    first, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(first)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    paths = [Path(spec.origin or "")] if not rest else []
+    for place in (spec.submodule_search_locations or ()) if rest else ():
+        path = Path(place, *rest)
+        paths += [path.with_name(f"{path.name}.py"), path / "__init__.py"]
+    return next((path for path in paths if path.suffix == ".py" and path.is_file()), None)
+
+
+def _is_task_code(path: Path) -> bool:
+    if path.is_relative_to(_PACKAGE / "builtin_tasks"):
+        return True
+    if path.suffix != ".py" or not _INSTALLED.isdisjoint(path.parts):
+        return False
+    directories = [sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not any(map(path.is_relative_to, [_PACKAGE, *directories]))
+
+
+def _nodes(path: Path) -> Iterable[ast.AST]:
+    return ast.walk(ast.parse(path.read_bytes()))
+
+
+def _imports(path: Path, package: str) -> Iterator[str]:
+    """Imported names in a source file that may be modules.
+
+    Args:
+        package: that the file is in; '' without one.
+    """
+    for node in _nodes(path):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _identifiers(path: Path) -> Iterator[str]:
+    """Names that a source file uses: of variables, of attributes, imported ones."""
+    for node in _nodes(path):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name.rpartition(".")[2]

@@ -106,7 +106,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each run, `rounds` times. Runs take turns, so that all see the same load.
 
     Args:
@@ -122,9 +126,9 @@ def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
     for start in range(rounds):
         names = list(runs)
         for name in names[start % len(names) :] + names[: start % len(names)]:
-            begin = time.perf_counter()
+            begin = clock()
             runs[name]()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock() - begin)
     memory.give_back()
     return seconds
 
@@ -143,7 +147,12 @@ class Report:
         }
 
     def times(
-        self, runs: Mapping[str, Callable[[], Any]], rounds: int, prefix: str = "", **facts: Any
+        self,
+        runs: Mapping[str, Callable[[], Any]],
+        rounds: int,
+        prefix: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+        **facts: Any,
     ) -> dict[str, float]:
         """Rows of interleaved runs; the median of each.
 
@@ -151,7 +160,7 @@ class Report:
             facts: columns of the rows; `<unit>_per_run` gives a column `<unit>_per_s`.
         """
         medians = {}
-        for name, seconds in interleave(runs, rounds).items():
+        for name, seconds in interleave(runs, rounds, clock).items():
             median = medians[name] = float(np.median(seconds))
             row = {"what": prefix + name, "median_s": median}
             row |= {"min_s": min(seconds), "max_s": max(seconds)}

@@ -22,7 +22,13 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.kernels.attention import fused_attention
 from moe_jax.kernels.blockwise_attention import BLOCK
-from moe_jax.model.attention import Visible, attend, attend_fused, segment_mask
+from moe_jax.model.attention import (
+    Visible,
+    attend,
+    attend_fused,
+    relative_buckets,
+    segment_mask,
+)
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE
@@ -39,7 +45,7 @@ def inputs(queries: int, keys: int, dtype=jnp.float32, heads=H, width=D, seed=0)
     rng = np.random.default_rng(seed)
     shapes = [(R, queries, heads, width), *[(R, keys, heads, width)] * 2]
     arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
-    arrays.append(jnp.asarray(rng.normal(size=(heads, queries, keys)), dtype))
+    arrays.append(jnp.asarray(rng.normal(size=(heads, queries + keys - 1)), jnp.float32))
     return arrays, jnp.asarray(rng.normal(size=shapes[0]), dtype)
 
 
@@ -48,6 +54,12 @@ def packed(length: int, ends: list[list[int]]) -> jax.Array:
     rows = [np.searchsorted(np.asarray(e), np.arange(length), side="right") + 1 for e in ends]
     padded = [np.where(np.arange(length) < e[-1], r, 0) for e, r in zip(ends, rows, strict=True)]
     return jnp.asarray(np.stack(padded), jnp.int32)
+
+
+def by_place(bias_HxS: jax.Array, queries: int, keys: int) -> jax.Array:
+    """The bias of each query and key: [1, H, L_q, L_k]."""
+    distance = np.arange(queries)[:, None] - np.arange(keys)
+    return bias_HxS[:, distance + keys - 1][None]
 
 
 def with_gradients(function, arrays, dy):
@@ -68,8 +80,9 @@ def fused(interpret, query_segments, key_segments, causal, bias, rate, scale=0.3
 def plain(query_segments, key_segments, causal, bias, rate, scale=0.3):
     def run(q, k, v, b):
         mask = Visible(query_segments, key_segments, causal).mask()
-        settings = {"bias": b[None] if bias else None, "dropout_key": KEY if rate else None}
-        return attend(q, k, v, mask, scale=scale, dropout_rate=rate, **settings)
+        settings = {"scale": scale, "dropout_rate": rate, "dropout_key": KEY if rate else None}
+        settings["bias"] = by_place(b, *mask.shape[2:]) if bias else None
+        return attend(q, k, v, mask, **settings)
 
     return jax.jit(partial(with_gradients, run))
 
@@ -113,12 +126,18 @@ def test_cross_attention_in_bfloat16_with_several_blocks(rate, interpret):
     assert error(got) < 1.1 * error(wanted)
 
 
-def test_blocks_that_do_not_fill_the_row():
-    """A loop of two blocks of 66 queries, the second one filled up."""
-    segments = packed(131, [[70, 131], [9, 120]])
-    arrays, dy = inputs(131, 131, heads=2, width=4)
-    case = (segments, segments, True, True, 0.3)
-    assert_near(fused(False, *case)(arrays, dy), plain(*case)(arrays, dy), 1e-5)
+@pytest.mark.parametrize("interpret, queries, keys", [
+    (False, 131, 131),  # a loop of two blocks of 66 queries, the second one filled up
+    (True, 256, 384),  # a kernel with 2 + 3 - 1 different tiles of the bias
+    (True, 40, 256),
+    (True, 256, 40),
+    (True, 1, 1),
+])  # fmt: skip
+def test_blocks_and_tiles_of_any_size(interpret, queries, keys):
+    at_query, at_key = (packed(n, [[n // 2, n], [n]]) for n in (queries, keys))
+    arrays, dy = inputs(queries, keys, heads=2, width=4)
+    case = (at_query, at_key, queries == keys, True, 0.3)
+    assert_near(fused(interpret, *case)(arrays, dy), plain(*case)(arrays, dy), 1e-5)
 
 
 @forms
@@ -127,24 +146,25 @@ def test_groups_side_by_side_have_masks_of_their_own(interpret):
     (q, k, v, bias), dy = inputs(8, 8)
     keys = jax.random.split(KEY, 2)
 
-    def fused_group(q, key):
+    def fused_group(q, bias, key):
         def run(q, bias):
             settings = {"scale": 0.3, "dropout_rate": 0.5, "interpret": interpret}
             return fused_attention(q, k, v, segments, segments, bias, key, **settings)
 
         return with_gradients(run, (q, bias), dy)
 
-    def plain_group(q, key):
+    def plain_group(q, bias, key):
         def run(q, bias):
-            settings = {"scale": 0.3, "dropout_rate": 0.5, "dropout_key": key}
-            return attend(q, k, v, segment_mask(segments, segments), bias=bias[None], **settings)
+            settings = {"scale": 0.3, "dropout_rate": 0.5, "bias": by_place(bias, 8, 8)}
+            return attend(q, k, v, segment_mask(segments, segments), dropout_key=key, **settings)
 
         return with_gradients(run, (q, bias), dy)
 
-    qs = jnp.stack([q, 2 * q])
-    together = jax.jit(jax.vmap(fused_group))(qs, keys)
+    qs, biases = jnp.stack([q, 2 * q]), jnp.stack([bias, -bias])
+    together = jax.jit(jax.vmap(fused_group))(qs, biases, keys)
     for g in range(2):
-        assert_near(jax.tree.map(lambda a, g=g: a[g], together), plain_group(qs[g], keys[g]), 1e-5)
+        wanted = plain_group(qs[g], biases[g], keys[g])
+        assert_near(jax.tree.map(lambda a, g=g: a[g], together), wanted, 1e-5)
 
 
 @forms
@@ -156,7 +176,7 @@ def test_heads_spread_over_devices(interpret):
     def run(q, k, v, b):
         visible = Visible(segments, segments, causal=True)
         return attend_fused(
-            q, k, v, visible, bias=b[None], scale=0.3, dropout_rate=0.5, dropout_key=KEY,
+            q, k, v, visible, bias_HxS=b, scale=0.3, dropout_rate=0.5, dropout_key=KEY,
             interpret=interpret,
         )  # fmt: skip
 
@@ -187,18 +207,23 @@ def test_a_model_learns_the_same():
 @pytest.mark.parametrize(
     "interpret, numbers", [(True, R * H * D), (False, R * H * BLOCK)], ids=["kernel", "loop"]
 )
-def test_memory_grows_with_length_and_not_with_its_square(interpret, numbers):
+@pytest.mark.parametrize("biased", [False, True])
+def test_memory_grows_with_length_and_not_with_its_square(interpret, numbers, biased):
     def largest(length: int) -> int:
         segments = jnp.ones((R, length), jnp.int32)
         (*arrays, _), dy = inputs(length, length)
+        settings = {"scale": 0.3, "dropout_rate": 0.1, "interpret": interpret}
 
-        def run(q, k, v, dy):
-            settings = {"scale": 0.3, "dropout_rate": 0.1, "interpret": interpret}
-            function = partial(fused_attention, **settings)
-            call = lambda q, k, v: function(q, k, v, segments, segments, None, KEY)  # noqa: E731
-            return with_gradients(call, (q, k, v), dy)
+        def run(q, k, v, table):
+            bias = None
+            if table is not None:  # as `backbone.Side` makes T5's
+                distances, half = jnp.arange(1 - length, length), len(table) // 2
+                sizes = {"buckets": len(table), "max_distance": 4 * half}
+                bias = table[relative_buckets(distances, bidirectional=True, **sizes)].T
+            return fused_attention(q, k, v, segments, segments, bias, KEY, **settings)
 
-        jaxpr = jax.make_jaxpr(run)(*arrays, dy).jaxpr
+        table = jnp.zeros((8, H)) if biased else None
+        jaxpr = jax.make_jaxpr(partial(with_gradients, run))((*arrays, table), dy).jaxpr
         return max(v.aval.size for v in outside_kernels(jaxpr))
 
     def outside_kernels(jaxpr):
@@ -257,11 +282,12 @@ def array(*shape, dtype=jnp.bfloat16):
 
 def run(q, k, v, bias, segments, words):
     visible, key = Visible(segments, segments, True), jax.random.wrap_key_data(words, impl="rbg")
-    y = attend_fused(q, k, v, visible, bias=bias, scale=0.1, dropout_rate=0.1, dropout_key=key)
+    settings = {"bias_HxS": bias, "dropout_rate": 0.1, "dropout_key": key}
+    y = attend_fused(q, k, v, visible, scale=0.1, **settings)
     return y.astype(jnp.float32).sum()
 
-x, bias = array(2, 192, 4, 64), array(1, 4, 192, 192)
-others = array(2, 192, dtype=jnp.int32), array(4, dtype=jnp.uint32)
+x, bias = array(2, 384, 4, 64), array(4, 767, dtype=jnp.float32)
+others = array(2, 384, dtype=jnp.int32), array(4, dtype=jnp.uint32)
 with jax.set_mesh(mesh):
     compiled = jax.jit(jax.grad(run, (0, 1, 2, 3))).lower(x, x, x, bias, *others).compile()
 assert "tpu_custom_call" in compiled.as_text()
@@ -276,11 +302,11 @@ def test_rows_too_long_for_the_chip_are_read_in_the_loop():
     def has_kernel(length: int, bias: bool) -> bool:
         x, segments = (jax.ShapeDtypeStruct(s, t) for s, t in (
             ((1, length, 2, 64), jnp.bfloat16), ((1, length), jnp.int32)))  # fmt: skip
-        b = jax.ShapeDtypeStruct((2, length, length), jnp.bfloat16) if bias else None
+        b = jax.ShapeDtypeStruct((2, 2 * length - 1), jnp.float32) if bias else None
         run = partial(fused_attention, scale=0.1)
         return "pallas_call" in str(jax.make_jaxpr(run)(x, x, x, segments, segments, b))
 
-    assert has_kernel(4096, False) and has_kernel(1024, True) and not has_kernel(4096, True)
+    assert has_kernel(6144, False) and has_kernel(4096, True) and not has_kernel(6144, True)
 
 
 def test_rows_at_a_time_are_for_plain_attention():

@@ -185,8 +185,7 @@ def test_relative_buckets(bidirectional, buckets, farthest):
 
     positions = np.arange(200)
     ours = relative_buckets(
-        jnp.asarray(positions),
-        jnp.asarray(positions),
+        jnp.asarray(positions[:, None] - positions),
         bidirectional=bidirectional,
         buckets=buckets,
         max_distance=farthest,

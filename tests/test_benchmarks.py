@@ -21,6 +21,7 @@ RATIOS = {
         "mfu_bart_base", "mfu_bart_large", "routed_to_dense_E3", "routed_to_dense_E24",
         "fused_to_plain_attention", "side_by_side_to_loop_tiny",
     },
+    "groups": {"side_by_side_to_loop_D32_T88_G2"},
     "memory": {"memory_E3_to_dense"},
     "fewshot": {"side_by_side_to_loop_E1", "side_by_side_to_loop_E3"},
     "residuals": {"residual_bytes_per_token_per_d", "decoder_residual_bytes_per_token_per_d"},

@@ -127,8 +127,8 @@ def test_relative_buckets(buckets, distance, bidirectional):
     from transformers.models.t5.modeling_t5 import T5Attention
 
     ours = relative_buckets(
-        jnp.arange(0, 2), jnp.arange(-700, 700), bidirectional=bidirectional, buckets=buckets,
-        max_distance=distance,
+        jnp.arange(0, 2)[:, None] - jnp.arange(-700, 700), bidirectional=bidirectional,
+        buckets=buckets, max_distance=distance,
     )  # fmt: skip
     memory_minus_query = torch.arange(-700, 700)[None, :] - torch.arange(0, 2)[:, None]
     theirs = T5Attention._relative_position_bucket(

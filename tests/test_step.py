@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from toy_run import (
     pack_rows,
     random_batch,
@@ -22,6 +23,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.training import loss as losses
+from moe_jax.training.grouped_loss import most_at_once
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig, gradients, make_train_step
 
@@ -60,7 +62,8 @@ def jitted(name, at_once, frozen=(), terms=(), **changes):
 def ours(name, batch, at_once=None, frozen=(), terms=(), **changes):
     """The step's gradients and metrics."""
     with jax.set_mesh(one_device()):
-        function = jitted(name, at_once or AT_ONCE.get(name, 1), frozen, terms, **changes)
+        at_once = AT_ONCE.get(name, 1) if at_once is None else at_once
+        function = jitted(name, at_once, frozen, terms, **changes)
         return function(PARAMS, batch, step=jnp.int32(STEP), key=KEY)
 
 
@@ -179,6 +182,41 @@ def test_unrolled_layers_and_logits_in_chunks_change_nothing(name, batch, monkey
     actual, metrics = ours(name, batch, unroll_layers=2)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert_close(actual, grads)
+
+
+def test_small_groups_run_side_by_side_by_default(batch):
+    name, arrays = "gumbel_softmax_st, 1", {k: jnp.asarray(v) for k, v in batch.items()}
+
+    def largest(at_once):
+        """The most numbers of any array in the step."""
+        step = functools.partial(jitted(name, at_once), step=jnp.int32(STEP), key=KEY)
+        with jax.set_mesh(one_device()):
+            return max(v.aval.size for v in variables(jax.make_jaxpr(step)(PARAMS, arrays).jaxpr))
+
+    def variables(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from equation.outvars
+            for inner in jaxprs_in_params(equation.params):
+                yield from variables(inner)
+
+    assert largest(0) == largest(8) > largest(1)
+    by_rule, one_by_one = ours(name, batch, at_once=0), ours(name, batch, at_once=1)
+    np.testing.assert_allclose(by_rule[1]["loss"], one_by_one[1]["loss"], rtol=1e-6)
+    assert_close(by_rule[0], one_by_one[0])
+
+
+@pytest.mark.parametrize("width, rows, groups, merge, sharded, wanted", [
+    (64, 2, 8, False, False, 8),  # 176 * 64 ** 2 fit into 2 ** 26 93 times
+    (384, 2, 8, False, False, 2),  # 2.6 times
+    (192, 2, 15, False, False, 5),  # 10.3 times, and 5 divides 15
+    (384, 2, 8, False, True, 1),
+    (768, 2, 8, False, False, 1),
+    (768, 2, 16, True, False, 8),  # 11 times 176 tokens are 2,048
+    (768, 32, 8, True, False, 1),
+])  # fmt: skip
+def test_how_many_groups_run_side_by_side(width, rows, groups, merge, sharded, wanted):
+    tokens = {"inputs": np.zeros((groups, rows, 64)), "targets": np.zeros((groups, rows, 24))}
+    assert most_at_once(tokens, width, merge, sharded, one_device()) == wanted
 
 
 def test_groups_at_once_must_divide(batch):

@@ -102,9 +102,9 @@ class CachedDecoder:
 
         def embed(m):
             x = m.decoder.embed(m.embed(token_RxQ), jnp.full_like(token_RxQ, index), False)
-            return x, m.decoder.bias(index[None], column_position_C)
+            return x, m.decoder.bias(index - column_position_C)
 
-        x_RxQxD, bias = model.call(embed)
+        x_RxQxD, bias_HxC = model.call(embed)
         new = []
         for layer, (keys, values) in zip(self._layers, cache, strict=True):
             enter = layer.places.enter
@@ -115,7 +115,7 @@ class CachedDecoder:
                 keys = jax.lax.dynamic_update_slice_in_dim(keys, kv.key, index * beams, 3)
                 values = jax.lax.dynamic_update_slice_in_dim(values, kv.value, index * beams, 2)
                 new.append(KeyValue(keys, values))
-                return attend_columns(q, new[-1], seen, scale, bias)
+                return attend_columns(q, new[-1], seen, scale, bias_HxC)
 
             def read_input(q, layer=layer):
                 return attend_columns(q, layer.cross, layer.cross_mask, scale)
@@ -138,13 +138,13 @@ def attend_columns(
     kv: KeyValue,
     mask_VxQxC: jax.Array,
     scale: float,
-    bias: jax.Array | None = None,
+    bias_HxC: jax.Array | None = None,
 ) -> jax.Array:
     """`attention.attend` for keys [V, H, K, C] and values [V, H, C, K].
 
     Args:
         mask_VxQxC: bool; axes V and Q may be 1.
-        bias: broadcastable to [V, H, Q, C].
+        bias_HxC: added to the scores of all rows and queries.
 
     Returns:
         [V, Q, H, K].
@@ -153,8 +153,8 @@ def attend_columns(
         "vqhk,vhkc->vhqc", q_VxQxHxK, kv.key, preferred_element_type=jnp.float32
     )  # fmt: skip
     scores = scores * scale
-    if bias is not None:
-        scores = scores + bias.astype(jnp.float32)
+    if bias_HxC is not None:
+        scores = scores + bias_HxC[None, :, None]
     scores = jnp.where(mask_VxQxC[:, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores).astype(kv.value.dtype)
     # In this order the product is not transposed; as [V, Q, H, K] it would be.

@@ -8,6 +8,9 @@ In the kernel, scores stay on the chip: a program holds those of one block of qu
 of a row, so the softmax needs no second pass. The backward pass computes scores and dropout masks
 again from queries and keys; nothing else is kept. Scores are transposed, keys by queries: sums over
 keys then run along the axis that a TPU adds fastest, and no product transposes scores.
+
+A bias has one number for each distance from key to query. The first row spreads it into tiles of
+scores, which stay on the chip for the rows after it; the last row sums the gradients of tiles.
 """
 
 import dataclasses
@@ -57,13 +60,29 @@ class _Form:
         """Queries at a time."""
         return self.queries if self.queries % LANES else LANES
 
-    def chip_bytes(self, bias: jax.Array | None) -> int:
+    @property
+    def tile_keys(self) -> int:
+        """Keys of a tile of the bias; its queries are a block."""
+        return self.keys if self.keys % LANES else LANES
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles differ: those on a diagonal of the scores are equal."""
+        return self.queries // self.block + self.keys // self.tile_keys - 1
+
+    @property
+    def window(self) -> int:
+        """How many numbers of the bias a tile is made of, and some more to fill lanes."""
+        return _round_up(self.tile_keys + self.block)
+
+    def chip_bytes(self, biased: bool) -> int:
         """An upper bound of what a program takes of the memory on the chip."""
         n, item = self.heads_at_once, self.dtype.itemsize
         blocks = 4 * (self.queries + self.keys) * n * max(self.width, LANES // n) * item
-        if bias is not None:  # and its float32 gradient
-            blocks += n * self.queries * self.keys * (bias.dtype.itemsize + 4)
         sums = 2 * self.keys * n * self.width * 4
+        if biased:  # and its gradient
+            blocks += 2 * n * 8 * (self.queries + self.keys + 2 * LANES) * 4
+            sums += 2 * n * self.tiles * self.tile_keys * _round_up(self.block) * 4
         scores = 16 * self.keys * self.block * 4
         # Blocks twice, because the next ones are read while these are in use.
         return max(LEAST_CHIP_BYTES, 2 * blocks + sums + scores)
@@ -75,7 +94,7 @@ def fused_attention(
     v_RxLkxHxD: jax.Array,
     query_segments_RxLq: jax.Array,
     key_segments_RxLk: jax.Array,
-    bias_HxLqxLk: jax.Array | None = None,
+    bias_HxS: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     *,
     causal: bool = False,
@@ -88,12 +107,13 @@ def fused_attention(
     """Multi-head attention of packed rows, as `model.attention.attend` defines it.
 
     Scores and softmax are float32. The kernel for TPUs is used where all keys of a row fit on the
-    chip, for two heads of width 64: 4,096 tokens do, with a bias 1,024. Lengths that are no
-    multiples of 128 take more.
+    chip, for two heads of width 64: 4,096 tokens do. Lengths that are no multiples of 128 take
+    more.
 
     Args:
         query_segments_RxLq, key_segments_RxLk: int32; a query sees the keys of its segment.
-        bias_HxLqxLk: added to the scores.
+        bias_HxS: float32 numbers, S = L_q + L_k - 1, one of which is added to the score of a query
+            and a key: that at `query - key + L_k - 1`.
         causal: a query sees no key after it.
         dropout_rate: dropout of the attention weights, with the mask that `kernels.dropout` draws
             for an array [R, H, L_q, L_k].
@@ -105,7 +125,10 @@ def fused_attention(
     """
     rows, queries, heads, width = q_RxLqxHxD.shape
     keys = k_RxLkxHxD.shape[1]
-    bias = None if bias_HxLqxLk is None else jnp.swapaxes(bias_HxLqxLk, 1, 2)
+    bias = bias_HxS
+    if bias is not None:  # filled up for what the last tile or block reads
+        space = _round_up(queries + keys) + LANES - bias.shape[1]
+        bias = jnp.pad(bias, ((0, 0), (0, space)))[:, None]
     dtype = q_RxLqxHxD.dtype
     form = _Form(rows, queries, keys, heads, width, dtype, causal, scale, dropout_rate, interpret)
     words = jnp.zeros(4, jnp.uint32) if dropout_key is None else key_words(dropout_key)
@@ -130,7 +153,7 @@ def _forward(form, *args):
 def _backward(form, args, dy):
     q, k, v, bias, *rest = args
     dq, dk, dv, *d_bias = _call(form, _backward_kernel, (q, k, v, dy), bias, *rest)
-    return dq, dk, dv, d_bias[0].astype(bias.dtype) if d_bias else None, None, None, None
+    return dq, dk, dv, d_bias[0] if d_bias else None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -141,7 +164,7 @@ def _call(form: _Form, kernel, arrays, bias, *rest) -> tuple[jax.Array, ...]:
     on_chip, in_loop = partial(_on_chip, form, kernel), partial(_in_loop, form)
     if form.interpret:
         return on_chip(arrays, bias, *rest)
-    if form.chip_bytes(bias) > MOST_CHIP_BYTES:
+    if form.chip_bytes(bias is not None) > MOST_CHIP_BYTES:
         return in_loop(arrays, bias, *rest)
     return jax.lax.platform_dependent(arrays, bias, *rest, tpu=on_chip, default=in_loop)
 
@@ -149,12 +172,12 @@ def _call(form: _Form, kernel, arrays, bias, *rest) -> tuple[jax.Array, ...]:
 def _in_loop(form: _Form, arrays, bias, numbers, query_segments, key_segments):
     """Runs the pass of `blockwise_attention` for (q, k, v) or (q, k, v, dy)."""
     q, k, v, *dy = (a.reshape(*a.shape[:2], form.heads, form.width) for a in arrays)
-    bias = None if bias is None else jnp.swapaxes(bias, 1, 2)
+    bias = None if bias is None else bias[:, 0]
     rows = blockwise.Rows(q, k, v, bias, query_segments[:, 0], key_segments[:, :, 0])
     words = jax.lax.bitcast_convert_type(numbers[:4], jnp.uint32)
     settings = (blockwise.Dropout(form.rate, words, *numbers[4:]), form.causal, form.scale)
     results = blockwise.backward(rows, *dy, *settings) if dy else blockwise.forward(rows, *settings)
-    d_biases = [] if bias is None else [jnp.swapaxes(d, 1, 2) for d in results[3:]]
+    d_biases = [] if bias is None else [d[:, None] for d in results[3:]]
     return *(a.reshape(*a.shape[:2], -1) for a in results[:3]), *d_biases
 
 
@@ -167,23 +190,23 @@ def _on_chip(form: _Form, kernel, arrays, bias, numbers, query_segments, key_seg
         return pl.BlockSpec((1, length, n * form.width), lambda h, r: (r, 0, h))
 
     of_query, of_key = of_row(form.queries), of_row(form.keys)
-    of_bias = pl.BlockSpec((n, form.keys, form.queries), lambda h, r: (h, 0, 0))
     biases = [] if bias is None else [bias]
+    of_biases = [pl.BlockSpec((n, 1, b.shape[2]), lambda h, r: (h, 0, 0)) for b in biases]
+    tiles = [pltpu.VMEM((n, form.tiles, form.tile_keys, form.block), jnp.float32) for _ in biases]
     inputs = [numbers, query_segments, key_segments, *biases, *arrays]
     in_specs = [
         pl.BlockSpec(memory_space=pltpu.SMEM),
         pl.BlockSpec((1, 1, form.queries), lambda h, r: (r, 0, 0)),
         pl.BlockSpec((1, form.keys, 1), lambda h, r: (r, 0, 0)),
-        *[of_bias for _ in biases],
+        *of_biases,
         of_query, of_key, of_key,
     ]  # fmt: skip
-    results, out_specs, scratch = arrays[:1], [of_query], []
+    results, out_specs, scratch = arrays[:1], [of_query], tiles
     if backward:
         in_specs.append(of_query)
-        d_biases = [jax.ShapeDtypeStruct(bias.shape, jnp.float32) for bias in biases]
-        results = [*arrays[:3], *d_biases]
-        out_specs = [of_query, of_key, of_key, *[of_bias for _ in biases]]
-        scratch = [pltpu.VMEM((form.keys, n * form.width), jnp.float32)] * 2
+        results = [*arrays[:3], *biases]
+        out_specs = [of_query, of_key, of_key, *of_biases]
+        scratch = [pltpu.VMEM((form.keys, n * form.width), jnp.float32)] * 2 + 2 * tiles
     scores = form.rows * form.heads * form.queries * form.keys
     call = pl.pallas_call(
         partial(kernel, form, bool(biases)),
@@ -194,7 +217,7 @@ def _on_chip(form: _Form, kernel, arrays, bias, numbers, query_segments, key_seg
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=form.chip_bytes(bias),
+            vmem_limit_bytes=form.chip_bytes(bool(biases)),
         ),
         cost_estimate=pl.CostEstimate(
             flops=(10 if backward else 4) * scores * form.width,
@@ -208,13 +231,15 @@ def _on_chip(form: _Form, kernel, arrays, bias, numbers, query_segments, key_seg
 
 
 def _forward_kernel(form: _Form, biased: bool, numbers, query_segments, key_segments, *refs):
-    *bias, q, k, v, y = refs
+    bias, (q, k, v, y, *tiles) = refs[:biased], refs[biased:]
+    if biased:
+        pl.when(pl.program_id(1) == 0)(partial(_spread, form, bias[0], tiles[0]))
 
-    def block(queries, seen, kept):
+    def block(queries, places, seen, kept):
         results = []
         for head in range(form.heads_at_once):
             own = slice(head * form.width, (head + 1) * form.width)
-            bias_KxQ = bias[0][head, :, queries] if biased else None
+            bias_KxQ = _read(tiles[0], head, places) if biased else None
             weights = _weights(form, q[0, queries, own], k[0, :, own], seen, bias_KxQ)
             if form.rate:
                 weights = jnp.where(kept(head), weights / (1.0 - form.rate), 0.0)
@@ -225,22 +250,23 @@ def _forward_kernel(form: _Form, biased: bool, numbers, query_segments, key_segm
 
 
 def _backward_kernel(form: _Form, biased: bool, numbers, query_segments, key_segments, *refs):
-    bias, refs = refs[:biased], refs[biased:]
-    q, k, v, dy, dq, dk, dv, *d_bias, dk_sum, dv_sum = refs
+    bias, (q, k, v, dy, dq, dk, dv, *refs) = refs[:biased], refs[biased:]
+    d_bias, (dk_sum, dv_sum, *tiles) = refs[:biased], refs[biased:]
     dk_sum[...] = jnp.zeros_like(dk_sum)
     dv_sum[...] = jnp.zeros_like(dv_sum)
     if biased:  # its gradient is summed over rows, which come one after the other
 
         @pl.when(pl.program_id(1) == 0)
         def _():
-            d_bias[0][...] = jnp.zeros_like(d_bias[0])
+            _spread(form, bias[0], tiles[0])
+            tiles[1][...] = jnp.zeros_like(tiles[1])
 
-    def block(queries, seen, kept):
+    def block(queries, places, seen, kept):
         results = []
         for head in range(form.heads_at_once):
             own = slice(head * form.width, (head + 1) * form.width)
             q_QxD, k_KxD, dy_QxD = q[0, queries, own], k[0, :, own], dy[0, queries, own]
-            bias_KxQ = bias[0][head, :, queries] if biased else None
+            bias_KxQ = _read(tiles[0], head, places) if biased else None
             weights = _weights(form, q_QxD, k_KxD, seen, bias_KxQ)
             dropped, d_weights = weights, _dot(v[0, :, own], dy_QxD, _ROWS_OF)
             if form.rate:
@@ -251,7 +277,7 @@ def _backward_kernel(form: _Form, biased: bool, numbers, query_segments, key_seg
             mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
             d_scores = jnp.where(seen, weights * (d_weights - mean), 0.0)
             if biased:
-                d_bias[0][head, :, queries] += d_scores
+                _add_to(tiles[1], head, places, d_scores)
             d_scores = d_scores.astype(form.dtype)
             results.append(_dot(k_KxD, d_scores, _FIRST) * form.scale)
             dk_sum[:, own] += _dot(d_scores, q_QxD) * form.scale
@@ -260,11 +286,15 @@ def _backward_kernel(form: _Form, biased: bool, numbers, query_segments, key_seg
     _for_blocks(form, numbers, query_segments, key_segments, block)
     dk[0] = dk_sum[...].astype(form.dtype)
     dv[0] = dv_sum[...].astype(form.dtype)
+    if biased:
+        last = pl.program_id(1) == form.rows - 1
+        pl.when(last)(partial(_collapse, form, tiles[1], d_bias[0]))
 
 
 def _for_blocks(form: _Form, numbers, query_segments, key_segments, function) -> None:
-    """Calls a function for each block of queries, with their place in the row, which keys they see
-    (bool [K, Q]), and a function from a head to its dropout mask [K, Q]."""
+    """Calls a function for each block of queries, with their place in the row, the places of their
+    tiles of the bias, which keys they see (bool [K, Q]), and a function from a head to its dropout
+    mask [K, Q]."""
     shape = (form.keys, form.block)
     # Read here: an interpreted program's index is not known inside a loop.
     head_block, row = pl.program_id(0), pl.program_id(1)
@@ -285,17 +315,63 @@ def _for_blocks(form: _Form, numbers, query_segments, key_segments, function) ->
             index = (head * form.queries + query) * form.keys + key  # in [R, H, L_q, L_k]
             return is_kept(index.astype(jnp.uint32), words, form.rate)
 
-        function(queries, seen, kept)
+        across = form.keys // form.tile_keys
+        function(queries, [number + across - 1 - i for i in range(across)], seen, kept)
         return 0
 
     jax.lax.fori_loop(0, form.queries // form.block, one, 0)
+
+
+def _spread(form: _Form, bias, tiles) -> None:
+    """Fills the tiles of the bias: row k of a tile is its window, moved by k."""
+
+    def one(tile, _):
+        window = pl.ds(pl.multiple_of(tile * LANES, LANES), form.window)
+        for head in range(form.heads_at_once):
+            x = pltpu.roll(bias[head, :, window], (1 - form.tile_keys) % form.window, 1)
+            while len(x) < form.tile_keys:
+                x = jnp.concatenate([x, pltpu.roll(x, len(x), 1)], axis=0)
+            tiles[head, tile] = x[: form.tile_keys, : form.block]
+        return 0
+
+    jax.lax.fori_loop(0, form.tiles, one, 0)
+
+
+def _collapse(form: _Form, tiles, d_bias) -> None:
+    """Sums tiles along their diagonals, the transpose of `_spread`."""
+    d_bias[...] = jnp.zeros_like(d_bias)
+    rows = 2 ** (form.tile_keys - 1).bit_length()
+
+    def one(tile, _):
+        window = pl.ds(pl.multiple_of(tile * LANES, LANES), form.window)
+        for head in range(form.heads_at_once):
+            space = ((0, rows - form.tile_keys), (0, form.window - form.block))
+            x = jnp.pad(tiles[head, tile], space)
+            while len(x) > 1:
+                half = len(x) // 2
+                x = x[:half] + pltpu.roll(x[half:], form.window - half, 1)
+            d_bias[head, :, window] += pltpu.roll(x, form.tile_keys - 1, 1)
+        return 0
+
+    jax.lax.fori_loop(0, form.tiles, one, 0)
+
+
+def _read(tiles, head: int, places: list[jax.Array]) -> jax.Array:
+    """The bias of a block of queries: [K, Q]."""
+    return jnp.concatenate([tiles[head, place] for place in places], axis=0)
+
+
+def _add_to(tiles, head: int, places: list[jax.Array], x_KxQ: jax.Array) -> None:
+    size = tiles.shape[2]
+    for i, place in enumerate(places):
+        tiles[head, place] += x_KxQ[i * size : (i + 1) * size]
 
 
 def _weights(form: _Form, q_QxD, k_KxD, seen, bias) -> jax.Array:
     """The softmax over keys, before dropout: float32 [K, Q]."""
     scores = _dot(k_KxD, q_QxD, _ROWS_OF) * form.scale
     if bias is not None:
-        scores += bias.astype(jnp.float32)
+        scores += bias
     scores = jnp.where(seen, scores, _MASKED)
     powers = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
     return powers * (1.0 / jnp.sum(powers, axis=0, keepdims=True))
@@ -304,6 +380,11 @@ def _weights(form: _Form, q_QxD, k_KxD, seen, bias) -> jax.Array:
 def _side_by_side(parts_DxQ: list[jax.Array], dtype) -> jax.Array:
     """The results of some heads: [Q, heads * D]."""
     return jnp.concatenate(parts_DxQ, axis=0).T.astype(dtype)
+
+
+def _round_up(number: int) -> int:
+    """The next multiple of `LANES`."""
+    return -(-number // LANES) * LANES
 
 
 def _dot(a: jax.Array, b: jax.Array, axes=((1,), (0,))) -> jax.Array:

@@ -1,9 +1,9 @@
 """Attention of packed rows in a loop over blocks of queries, forward and backward, for any device;
 its reference is `model.attention`.
 
-The scores of one block of queries with all keys are in memory at a time, so memory grows with the
-length of rows, and not with its square. The backward pass computes scores and dropout masks again
-from queries and keys; nothing else is kept.
+The scores of one block of queries with all keys, and their bias, are in memory at a time, so memory
+grows with the length of rows, and not with its square. The backward pass computes scores and
+dropout masks again from queries and keys; nothing else is kept.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels.diagonals import from_diagonals, sum_diagonals
 from moe_jax.kernels.dropout import is_kept
 
 BLOCK = 128  # queries at a time, at most
@@ -30,14 +31,15 @@ class Rows(NamedTuple):
     """What both passes read.
 
     Attributes:
-        bias_HxLqxLk: added to the scores; None for no bias.
+        bias_HxN: added to the scores, as in `attention.fused_attention`, and filled up to
+            N >= L_q + BLOCK + L_k; None for no bias.
         query_segments_RxLq, key_segments_RxLk: a query sees the keys of its segment.
     """
 
     q_RxLqxHxD: jax.Array
     k_RxLkxHxD: jax.Array
     v_RxLkxHxD: jax.Array
-    bias_HxLqxLk: jax.Array | None
+    bias_HxN: jax.Array | None
     query_segments_RxLq: jax.Array
     key_segments_RxLk: jax.Array
 
@@ -60,22 +62,23 @@ def backward(
     _, k, v, bias, *_ = rows
 
     def one(sums, block_dy):
-        (dk, dv), (block, dy) = sums, block_dy
+        (dk, dv, d_bias), (block, dy) = sums, block_dy
         weights, seen, kept = _weights(rows, block, dropout, causal, scale)
         d_weights = _dropped(_product("rqhd,rkhd->rhqk", dy, v), kept, dropout.rate)
         dropped = _dropped(weights, kept, dropout.rate).astype(v.dtype)
         dv += _product("rhqk,rqhd->rkhd", dropped, dy)
         mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
         d_scores = jnp.where(seen, weights * (d_weights - mean), 0.0)
-        d_bias = None if bias is None else d_scores.sum(0)
+        if bias is not None:
+            d_window = _window(d_bias, block, k.shape[1]) + sum_diagonals(d_scores.sum(0))
+            d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, d_window, block.first, 1)
         d_products = (scale * d_scores).astype(k.dtype)
         dk += _product("rhqk,rqhd->rkhd", d_products, block.q)
-        return (dk, dv), (jnp.einsum("rhqk,rkhd->rqhd", d_products, k), d_bias)
+        return (dk, dv, d_bias), jnp.einsum("rhqk,rkhd->rqhd", d_products, k)
 
-    nothing = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (k, v, bias))
     blocks = (_blocks(rows), _cut(dy_RxLqxHxD))
-    (dk, dv), (dq, d_bias) = jax.lax.scan(one, nothing, blocks)
-    d_bias = None if bias is None else _joined(d_bias, rows)
+    (dk, dv, d_bias), dq = jax.lax.scan(one, nothing, blocks)
     return _joined(dq, rows), dk.astype(k.dtype), dv.astype(v.dtype), d_bias
 
 
@@ -83,17 +86,16 @@ class _Block(NamedTuple):
     """Some queries; in a loop's arrays, with a leading axis of blocks."""
 
     q: jax.Array
-    bias: jax.Array | None
     segments: jax.Array
     first: jax.Array  # place of the first query in the row
 
 
 def _blocks(rows: Rows) -> _Block:
-    q, bias = _cut(rows.q_RxLqxHxD), rows.bias_HxLqxLk
+    q = _cut(rows.q_RxLqxHxD)
     count, size = q.shape[0], q.shape[2]
     first = jnp.arange(count, dtype=jnp.int32) * size
     segments = _cut(rows.query_segments_RxLq, fill=-1)  # what is filled up sees nothing
-    return _Block(q, None if bias is None else _cut(bias), segments, first)
+    return _Block(q, segments, first)
 
 
 def _cut(x_NxLqx: jax.Array, fill: int = 0) -> jax.Array:
@@ -118,8 +120,8 @@ def _weights(rows: Rows, block: _Block, dropout: Dropout, causal: bool, scale: f
     are kept, or None without dropout)."""
     queries, keys = rows.q_RxLqxHxD.shape[1], rows.k_RxLkxHxD.shape[1]
     scores = _product("rqhd,rkhd->rhqk", block.q, rows.k_RxLkxHxD) * scale
-    if block.bias is not None:
-        scores += block.bias.astype(jnp.float32)
+    if rows.bias_HxN is not None:
+        scores += from_diagonals(_window(rows.bias_HxN, block, keys), block.q.shape[1], keys)
     row, head, query, key = (
         jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in range(4)
     )
@@ -133,6 +135,11 @@ def _weights(rows: Rows, block: _Block, dropout: Dropout, causal: bool, scale: f
     head = row * dropout.all_heads + dropout.first_head + head
     number = (head * queries + query) * keys + key
     return weights, seen, is_kept(number.astype(jnp.uint32), dropout.words, dropout.rate)
+
+
+def _window(bias_HxN: jax.Array, block: _Block, keys: int) -> jax.Array:
+    """The part of the bias that these queries need."""
+    return jax.lax.dynamic_slice_in_dim(bias_HxN, block.first, block.q.shape[1] + keys - 1, axis=1)
 
 
 def _dropped(x: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:

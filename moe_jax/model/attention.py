@@ -108,18 +108,17 @@ def attend_fused(
     v_RxLkxHxD: jax.Array,
     visible: Visible,
     *,
-    bias: jax.Array | None = None,
+    bias_HxS: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     **settings: Any,
 ) -> jax.Array:
-    """`attend` by `kernels.attention`; `bias` is [1, H, L_q, L_k].
+    """`attend` by `kernels.attention`, where `bias_HxS` is explained.
 
     Heads may be spread over the mesh axis `model`. The partitioner cannot split a kernel, so this
     does it, by all axes that no `shard_map` outside has split.
     """
     segments = (visible.query_segments_RxLq, visible.key_segments_RxLk)
-    bias_HxLqxLk = None if bias is None else bias[0]
-    args = (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, *segments, bias_HxLqxLk, dropout_key)
+    args = (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, *segments, bias_HxS, dropout_key)
     settings |= {"causal": visible.causal, "all_heads": q_RxLqxHxD.shape[2]}
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -140,8 +139,7 @@ def attend_fused(
 
 
 def relative_buckets(
-    query_positions_Lq: jax.Array,
-    key_positions_Lk: jax.Array,
+    distance: jax.Array,
     *,
     bidirectional: bool,
     buckets: int,
@@ -152,10 +150,12 @@ def relative_buckets(
     Half of the buckets count exact distances, the rest grow logarithmically up to
     `max_distance`; a bidirectional table spends half of all buckets on each direction.
 
+    Args:
+        distance: int, positions of queries minus those of keys, of any shape.
+
     Returns:
-        int32 [L_q, L_k] in [0, buckets).
+        int32 in [0, buckets), of the same shape.
     """
-    distance = query_positions_Lq[:, None] - key_positions_Lk[None, :]
     offset = jnp.zeros_like(distance)
     if bidirectional:
         buckets //= 2

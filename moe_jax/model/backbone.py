@@ -60,24 +60,25 @@ class Side(nn.Module):
             x = self.dropout(self.norm(x), deterministic=not train)
         return x
 
-    def bias(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array | None:
-        """Relative position bias [1, H, L_q, L_k]; None if positions are learned embeddings."""
+    def bias(self, distances_S: jax.Array) -> jax.Array | None:
+        """Relative position bias, float32 [H, S], for queries so far after their keys; None if
+        positions are learned embeddings."""
         if self.config.family.positions == "learned":
             return None
-        buckets = relative_buckets(
-            query_positions,
-            key_positions,
+        buckets_S = relative_buckets(
+            distances_S,
             bidirectional=self.side == "encoder",
             buckets=self.config.relative_buckets,
             max_distance=self.config.relative_max_distance,
         )
-        return self.relative[buckets].transpose(2, 0, 1)[None].astype(self.config.dtype)
+        return self.relative[buckets_S].T
 
     def __call__(self, x, positions, rows, dispatch, train: bool) -> jax.Array:
         """Embedded tokens [R, L, D] -> states [R, L, D]; `rows` as in `RoutedStack`."""
         x = self.embed(x, positions, train)
-        places = jnp.arange(x.shape[1])
-        x = self.layers(x, rows, (self.bias(places, places),), dispatch, train)
+        # Examples lie in one piece, so relative positions in a row are those in an example.
+        bias_HxS = self.bias(jnp.arange(1 - x.shape[1], x.shape[1]))
+        x = self.layers(x, rows, (bias_HxS,), dispatch, train)
         return self.finish(x, train)
 
 

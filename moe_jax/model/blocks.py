@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.kernels.diagonals import from_diagonals
 from moe_jax.kernels.dropout import Dropout
 from moe_jax.kernels.linear import linear
 from moe_jax.model.attention import Visible, attend, attend_by_rows, attend_fused
@@ -119,14 +120,21 @@ class Attention(nn.Module):
         """Key and value of cross-attention."""
         return KeyValue(*self._heads(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias))
 
-    def attend(self, q, kv: KeyValue, visible: Visible, bias=None, deterministic: bool = True):
-        """The result of every head: [R, L_q, H, K]."""
+    def attend(self, q, kv: KeyValue, visible: Visible, bias_HxS=None, deterministic: bool = True):
+        """The result of every head: [R, L_q, H, K].
+
+        Args:
+            bias_HxS: added to the scores, by the distance from key to query: S = L_q + L_k - 1
+                numbers, from the first query with the last key to the last query with the first.
+        """
         c = self.config
         rate = 0.0 if deterministic else c.attention_dropout_rate
-        settings = {"bias": bias, "scale": c.attention_scale, "dropout_rate": rate}
+        settings = {"scale": c.attention_scale, "dropout_rate": rate}
         settings["dropout_key"] = self.make_rng("dropout") if rate else None
         if c.attention == "fused" and not deterministic:
-            return attend_fused(q, kv.key, kv.value, visible, **settings)
+            return attend_fused(q, kv.key, kv.value, visible, bias_HxS=bias_HxS, **settings)
+        if bias_HxS is not None:
+            settings["bias"] = from_diagonals(bias_HxS, q.shape[1], kv.key.shape[1])[None]
         rows = 0 if deterministic else c.attention_rows
         if not 0 < rows < q.shape[0]:
             return attend(q, kv.key, kv.value, visible.mask(), **settings)
@@ -190,11 +198,11 @@ class EncoderLayer(_Layer):
         self.feed_forward_norm = Norm(self.config)
         self.dropout = Dropout(self.config.dropout_rate)
 
-    def __call__(self, x_RxLxD, segments_RxL, bias, deterministic: bool = True) -> jax.Array:
-        """[R, L, D] -> [R, L, D]; a token sees the tokens of its segment; `bias` as in `attend`."""
+    def __call__(self, x_RxLxD, segments_RxL, bias_HxS, deterministic: bool = True) -> jax.Array:
+        """[R, L, D] -> [R, L, D]; a token sees its segment; `bias_HxS` as in `attend`."""
         visible = Visible(segments_RxL, segments_RxL)
         q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
-        y = self.self_attention.attend(q, kv, visible, bias, deterministic)
+        y = self.self_attention.attend(q, kv, visible, bias_HxS, deterministic)
         y = self.self_attention.output(y)
         x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
         y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
@@ -236,10 +244,10 @@ class DecoderLayer(_Layer):
         self.dropout = Dropout(self.config.dropout_rate)
 
     def __call__(
-        self, x_RxLxD, encoded_RxLinxD, input_segments_RxLin, segments_RxL, bias,
+        self, x_RxLxD, encoded_RxLinxD, input_segments_RxLin, segments_RxL, bias_HxS,
         deterministic: bool = True,
     ) -> jax.Array:  # fmt: skip
-        """A whole target at once: [R, L, D] -> [R, L, D]; `bias` as in `attend`."""
+        """A whole target at once: [R, L, D] -> [R, L, D]; `bias_HxS` as in `attend`."""
         past = Visible(segments_RxL, segments_RxL, causal=True)
         whole_input = Visible(segments_RxL, input_segments_RxLin)
         cross = self.cross_key_value(encoded_RxLinxD)
@@ -248,7 +256,7 @@ class DecoderLayer(_Layer):
             return getattr(self, name)(*xs, deterministic)
 
         def read_past(q, kv):
-            return self.self_attention.attend(q, kv, past, bias, deterministic)
+            return self.self_attention.attend(q, kv, past, bias_HxS, deterministic)
 
         def read_input(q):
             return self.cross_attention.attend(q, cross, whole_input, None, deterministic)

@@ -2,7 +2,8 @@
 
 `grouped_loss` is a plain function of parameters and routes. Its gradient is implemented by hand.
 Groups run one after the other, forward and backward, so that only the activations of one group are
-in memory. Each group's gradient is added in place to the gradient of the whole model.
+in memory; small ones run side by side. Each group's gradient is added in place to the gradient of
+the whole model.
 
 - If every device holds all parameters, a group gathers the experts that its task uses and runs a
   dense model: weights are routed, not tokens.
@@ -40,6 +41,9 @@ from moe_jax.training.slots import Slots, with_slots
 # The maximum number of tokens to merge. Matrix products reach full speed below it, and the
 # activations of more tokens do not fit into a CPU's caches.
 CPU_TOKENS, DEVICE_TOKENS = 2048, 8192
+# The maximum size of a product of groups side by side, tokens * d_model ** 2 multiplications. Below
+# it, starting an operation costs much of its time (`docs/performance.md`).
+CPU_PRODUCT, DEVICE_PRODUCT = 2**26, 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +177,8 @@ def _local_gradients(
     groups = batch["task_id"].shape[0]
     tokens = of_rows(batch)
     merge = index is None
-    at_once = min(grouping.groups_at_once or (_most_at_once(tokens, mesh) if merge else 1), groups)
+    by_rule = most_at_once(tokens, model.config.d_model, merge, placement is not None, mesh)
+    at_once = min(grouping.groups_at_once or by_rule, groups)
     if groups % at_once:
         raise UserError(
             f"StepConfig.groups_at_once {at_once} does not divide the {groups} groups per device"
@@ -226,12 +231,14 @@ def _local_gradients(
         else:
             results = jax.vmap(one)(x_W)
         losses_W, grads_W, d_weights = results
-        for w in range(at_once) if grouping.backbone_free else ():
-            grads = jax.tree.map(lambda g, w=w: g[w], grads_W)
+
+        def add_one(total, x):
             if placement is None:
-                total = scatter_add(total, grads, x_W["slots"][w], model.config.unroll_layers)
-            else:
-                total = _add(total, grads)
+                return scatter_add(total, *x, model.config.unroll_layers), None
+            return _add(total, x[0]), None
+
+        if grouping.backbone_free:
+            total, _ = jax.lax.scan(add_one, total, (grads_W, x_W["slots"]))
         return (total_loss + losses_W.sum(), total), d_weights
 
     like = into if grouping.backbone_free else None
@@ -304,10 +311,15 @@ def _add(total: Params, addend: Params) -> Params:
     return total and jax.tree.map(jnp.add, total, addend)
 
 
-def _most_at_once(tokens: Batch, mesh: Mesh) -> int:
-    """The largest divisor of G whose groups have few enough tokens; at least 1."""
-    most = CPU_TOKENS if mesh.devices.flat[0].platform == "cpu" else DEVICE_TOKENS
+def most_at_once(tokens: Batch, width: int, merge: bool, sharded: bool, mesh: Mesh) -> int:
+    """The largest divisor of G whose groups are few enough to merge or to run side by side; at
+    least 1. Sharded parameters are those of a large model: one group, one layer's experts at a
+    time."""
     groups = tokens["inputs"].shape[0]
     each = (tokens["inputs"].size + tokens["targets"].size) // groups
-    fit = (w for w in range(2, groups + 1) if groups % w == 0 and w * each <= most)
-    return max(fit, default=1)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if merge:
+        most = (CPU_TOKENS if on_cpu else DEVICE_TOKENS) // each
+    else:
+        most = 0 if sharded else (CPU_PRODUCT if on_cpu else DEVICE_PRODUCT) // (each * width**2)
+    return max(w for w in range(1, groups + 1) if groups % w == 0 and w <= max(most, 1))

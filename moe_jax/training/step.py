@@ -35,9 +35,10 @@ class StepConfig(Configuration):
     Attributes:
         label_smoothing: probability mass spread evenly over the vocabulary.
         groups_at_once: number of groups computed together on every device; the optimizer steps once
-            per batch in any case. 0 means one if groups gather their own experts. If all groups
-            share the same weights, 0 means as many as have 2,048 tokens (CPU) or 8,192 tokens
-            (other devices).
+            per batch in any case. 0 means as many as are faster together: if all groups share the
+            same weights, as many as have 2,048 tokens (CPU) or 8,192 tokens (other devices); if
+            they gather their own experts, as many as have tokens * d_model ** 2 of 2 ** 26 (CPU)
+            or 2 ** 28 (other devices); if parameters are sharded, one.
         expert_distance: coefficient of a term that pulls experts together (below 0: apart).
         route_entropy: coefficient of a term that makes routes sharper (below 0: softer).
         route_load: coefficient of a term that spreads the tasks of a batch evenly over the experts.

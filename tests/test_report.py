@@ -288,6 +288,22 @@ def test_equal_routes_are_reported_honestly(tmp_path):
     read_page(made.page)
 
 
+def test_routes_that_share_no_expert_form_no_clusters(tmp_path):
+    """Each subcategory has an expert of its own, so categories are no cut of the tree."""
+    places = ontology(24, categories=4, subcategories=3)
+    run = make_run(tmp_path / "run", places, experts=12)
+    value, kinds = files.read_json(run / "routes.json"), sorted(set(places.values()))
+    for task, place in places.items():
+        value["tasks"][task]["route"] = np.eye(12)[[kinds.index(place)] * 4].tolist()
+    files.write_json(run / "routes.json", value)
+    text = " ".join(report(tmp_path / "report", {"run": run}).findings)
+    assert (
+        "Routes form no clusters that the 4 human categories could be compared with, since their"
+        " distances tie; the task with the most similar route is of the same one for 100 % of tasks"
+    ) in text
+    assert "agree with the 12 human subcategories more than chance would" in text
+
+
 def test_tasks_without_ontology_and_one_expert(tmp_path):
     run = make_run(tmp_path / "run", {f"t{i}": (None, None) for i in range(5)}, 2, 1)
     made = report(tmp_path / "report", {"run": run})

@@ -131,15 +131,10 @@ def agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: int
                              a.p_value])  # fmt: skip
             bars[f"{label.removeprefix('nearest ')}, {level}"] = controls
         result.numbers[level] = numbers
-        low, high = ami.control_range
-        verdict = "more than" if ami.p_value < LEVEL else "no more than"
         result.find(
-            f"Clusters of routes agree with the {classes} human {level} {verdict} chance would: "
-            f"adjusted mutual information {fixed(ami.value, 2)}, shuffled control "
-            f"{fixed(ami.control_mean, 2)} (95 % in {fixed(low, 2)} to {fixed(high, 2)}), "
-            f"p = {ami.p_value:.2g}; the task with the most similar route is of the same one for "
-            f"{100 * near.value:.0f} % of tasks (shuffled {100 * near.control_mean:.0f} %, "
-            f"p = {near.p_value:.2g})."
+            f"{_clusters_finding(level, numbers, ami)}; the task with the most similar route is of "
+            f"the same one for {100 * near.value:.0f} % of tasks (shuffled "
+            f"{100 * near.control_mean:.0f} %, p = {near.p_value:.2g})."
         )
     if not rows:
         return result
@@ -182,6 +177,23 @@ def agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: int
         )
     )
     return result
+
+
+def _clusters_finding(level: str, numbers: dict, ami: statistics.Agreement) -> str:
+    classes, clusters = numbers["classes"], numbers["clusters"]
+    if clusters == 1:
+        return (
+            f"Routes form no clusters that the {classes} human {level} could be compared with, "
+            "since their distances tie"
+        )
+    low, high = ami.control_range
+    verdict = "more than" if ami.p_value < LEVEL else "no more than"
+    return (
+        f"Clusters of routes agree with the {classes} human {level} {verdict} chance would: "
+        f"adjusted mutual information {fixed(ami.value, 2)}, shuffled control "
+        f"{fixed(ami.control_mean, 2)} (95 % in {fixed(low, 2)} to {fixed(high, 2)}), "
+        f"p = {ami.p_value:.2g}"
+    )
 
 
 def _random_routes(similarity_RxTxT: list[np.ndarray], labels: list[str]) -> np.ndarray:

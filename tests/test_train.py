@@ -13,6 +13,7 @@ import pytest
 from toy_run import bindings, finish, flags_of, metrics, start, start_together
 
 from moe_jax import __version__
+from moe_jax.training.checkpoints import load_params
 
 # All sources of randomness are on: noise, exploration, dropout, data order.
 SETTINGS = {
@@ -175,3 +176,26 @@ def test_two_processes_give_the_metrics_of_one(whole, tmp_path):
                 np.testing.assert_allclose(line[name], other[name], rtol=1e-3, err_msg=str(line))
     steps = {int(p.name) for p in (model_dir / "checkpoints").iterdir() if p.name.isdigit()}
     assert 48 in steps
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_same_centroids(tmp_path):
+    """Of k-means, which each process could round in its own way."""
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"toy_copy": [1.0, 0.1, 0.0], "toy_sum": [0.0, 0.3, 2.0]}))
+    settings = SETTINGS | {
+        "TRAIN_STEPS": 2, "EVAL_PERIOD": 0, "CHECKPOINT_PERIOD": 2,
+        "RouterConfig.kind": "centroid", "RouterConfig.representation_dim": 3,
+        "RunConfig.representations_path": str(table), "OptimizerConfig.router_learning_rate": 1e-9,
+    }  # fmt: skip
+    found = []
+    for count in (1, 2):
+        arguments = flags_of(bindings(tmp_path / str(count), **settings))
+        for process in start_together(count, arguments):
+            finish(process)
+        found.append(load_params(tmp_path / str(count))[0]["router"]["centroid"])
+    np.testing.assert_allclose(*found, atol=1e-7)
+    unit = {"toy_copy": np.array([1, 0.1, 0]), "toy_sum": np.array([0, 0.3, 2])}
+    rows = np.stack([row / np.linalg.norm(row) for row in unit.values()])
+    for layer_ExK in found[0]:  # two tasks, so each has a centroid
+        np.testing.assert_allclose(layer_ExK[np.argsort(layer_ExK[:, 2])], rows, atol=1e-5)

@@ -4,6 +4,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from moe_jax.data.representations import read_representations
 from moe_jax.model.router import router_class
@@ -39,5 +41,9 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
         params["representations"] = table_TxK
         if not run.router_checkpoint_path:
             router = router_class(model.router_config.kind)
-            params["router"] = router.fitted(params["router"], table_TxK, run.seed)
+            fresh = jax.tree.map(np.asarray, params["router"])
+            # Hosts may round differently, and all must start alike.
+            params["router"] = multihost_utils.broadcast_one_to_all(
+                router.fitted(fresh, table_TxK, run.seed)
+            )
     return jax.device_put(params, sharding)

@@ -381,11 +381,7 @@ def eval_batches(
     if rows < 1 or (limit is not None and limit < 1):
         raise UserError(f"rows={rows} and limit={limit} must be at least 1")
     prepared = mixture.task(task)
-    records = prepared.records(split)
-    questions, question_N = np.unique(prepared.questions(split), return_inverse=True)
-    count = len(questions) if limit is None else min(limit, len(questions))
-    chosen = np.arange(count) * len(questions) // count
-    indices = np.flatnonzero(np.isin(question_N, chosen)).tolist()
+    records, indices = prepared.records(split), evenly_spaced(prepared, split, limit)
     for start in range(0, len(indices), rows):
         part = indices[start : start + rows]
         examples = records.__getitems__(part)
@@ -394,6 +390,15 @@ def eval_batches(
         batch = {name: array[None] for name, array in arrays.items()}
         batch["task_id"] = np.array([task_id], np.int32)
         yield batch, list(zip(part, examples, strict=True))
+
+
+def evenly_spaced(task: PreparedTask, split: str, limit: int | None) -> list[int]:
+    """The numbers of a split's examples of at most `limit` questions (see
+    `PreparedTask.questions`), evenly spaced; None for all."""
+    questions, question_N = np.unique(task.questions(split), return_inverse=True)
+    count = len(questions) if limit is None else min(limit, len(questions))
+    chosen = np.arange(count) * len(questions) // count
+    return np.flatnonzero(np.isin(question_N, chosen)).tolist()
 
 
 def _number(text: str) -> int:

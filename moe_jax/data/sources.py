@@ -32,7 +32,7 @@ def source_files(module: ModuleType) -> list[str]:
         if path is None or path in sources or not _is_task_code(path):
             continue
         sources[path] = None
-        imported = _imports(path, module.__package__ or "")
+        imported = _imports(_nodes(path), module.__package__ or "")
         waiting += (sys.modules[name] for name in imported if name in sys.modules)
     return sorted(map(str, sources))
 
@@ -67,10 +67,11 @@ def mentioned(names: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
         with contextlib.suppress(
             OSError, SyntaxError, ValueError, ImportError
         ):  # which importing it tells
-            imported = list(_imports(path, package))
+            nodes = _nodes(path)
+            imported = list(_imports(nodes, package))
             packages.update(name.partition(".")[0] for name in imported)
             waiting += imported
-            identifiers.update(_identifiers(path))
+            identifiers.update(_identifiers(nodes))
     return frozenset(packages), frozenset(identifiers)
 
 
@@ -99,17 +100,18 @@ def _is_task_code(path: Path) -> bool:
     return not any(map(path.is_relative_to, [_PACKAGE, *directories]))
 
 
-def _nodes(path: Path) -> Iterable[ast.AST]:
-    return ast.walk(ast.parse(path.read_bytes()))
+def _nodes(path: Path) -> list[ast.AST]:
+    """The syntax tree of a source file."""
+    return list(ast.walk(ast.parse(path.read_bytes())))
 
 
-def _imports(path: Path, package: str) -> Iterator[str]:
+def _imports(nodes: Iterable[ast.AST], package: str) -> Iterator[str]:
     """Imported names in a source file that may be modules.
 
     Args:
         package: that the file is in; '' without one.
     """
-    for node in _nodes(path):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -120,9 +122,9 @@ def _imports(path: Path, package: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def _identifiers(path: Path) -> Iterator[str]:
+def _identifiers(nodes: Iterable[ast.AST]) -> Iterator[str]:
     """Names that a source file uses: of variables, of attributes, imported ones."""
-    for node in _nodes(path):
+    for node in nodes:
         if isinstance(node, ast.Name):
             yield node.id
         elif isinstance(node, ast.Attribute):

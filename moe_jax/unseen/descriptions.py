@@ -8,7 +8,8 @@ regression predicts from the words of the inputs. 'Find the person of the story'
 of the story' are much alike, but 'story' can be told from the inputs; 'person' cannot.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,14 +25,8 @@ class Descriptions:
     """
 
     def __init__(self, trained: Sequence[PreparedTask]):
-        from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
-
         self._tasks = [task.name for task in trained]
-        self._words = TfidfVectorizer()
-        try:
-            self._seen_TxD = self._words.fit_transform([_description(task) for task in trained])
-        except ValueError as e:  # scikit-learn's "empty vocabulary"
-            raise UserError("no description of a training task has a word") from e
+        self._words, self._seen_TxD = _fit(map(_description, trained), "description")
 
     def vectors(self, tasks: Sequence[PreparedTask]) -> np.ndarray:
         """The descriptions' vectors, of unit length: float32 [T, D].
@@ -77,14 +72,9 @@ class Descriptions:
         Raises:
             UserError: a task has no description, or no input has a word.
         """
-        from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
-
-        words = TfidfVectorizer(sublinear_tf=True)
         texts = {task: " ".join(texts) for task, texts in inputs.items()}
-        try:
-            seen_SxB = words.fit_transform([texts[task] for task in self._tasks])
-        except ValueError as e:  # scikit-learn's "empty vocabulary"
-            raise UserError("no input of a training task has a word") from e
+        seen = (texts[task] for task in self._tasks)
+        words, seen_SxB = _fit(seen, "input", sublinear_tf=True)
         new_TxB = words.transform([texts[task.name] for task in tasks])
         covariance_SxS = (seen_SxB @ seen_SxB.T).toarray() + np.eye(len(self._tasks))
         hat_TxS = np.linalg.solve(covariance_SxS, (seen_SxB @ new_TxB.T).toarray()).T
@@ -95,6 +85,21 @@ class Descriptions:
                 row_S /= 1 - row_S[own]
                 row_S[own] = 0
         return self.vectors(tasks) - (hat_TxS @ self._seen_TxD.toarray()).astype(np.float32)
+
+
+def _fit(texts: Iterable[str], what: str, **settings: Any) -> tuple[Any, Any]:
+    """scikit-learn's vectorizer of the words of training tasks' texts, and these as a matrix.
+
+    Raises:
+        UserError: no text has a word.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+
+    words = TfidfVectorizer(**settings)
+    try:
+        return words, words.fit_transform(texts)
+    except ValueError as e:  # scikit-learn's "empty vocabulary"
+        raise UserError(f"no {what} of a training task has a word") from e
 
 
 def _description(task: PreparedTask) -> str:

@@ -27,6 +27,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import make_mesh, replicated
 from moe_jax.data.cache import PreparedMixture, PreparedTask, digest
+from moe_jax.data.pipeline import evenly_spaced
 from moe_jax.data.representations import Representations, fit, unit_length
 from moe_jax.model.experts import Params
 from moe_jax.runs.config import Config
@@ -198,9 +199,8 @@ def represent(config: Config, settings: RepresentConfig) -> None:
 
 
 def _inputs(task: PreparedTask, split: str, limit: int | None) -> list[str]:
-    """Texts of a task's inputs, evenly spaced over the split."""
-    count = task.examples(split)
-    chosen = np.arange(min(limit or count, count)) * count // min(limit or count, count)
+    """Texts of a task's inputs."""
+    chosen = evenly_spaced(task, split, limit)
     return [example.inputs_text for example in task.records(split).__getitems__(chosen)]
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.planning.flops import flops
@@ -99,6 +99,22 @@ def test_collectives_that_start_and_end():
     }
 
 
+@pytest.mark.parametrize(("groups", "size"), [
+    ("{}", 8),
+    ("{{0,1},{2,3},{4,5},{6,7}}", 2),
+    ("[2,4]<=[8]", 4),
+    ("[4,2]<=[2,4]T(1,0)", 2),
+    ("mesh['data'=4,'fsdp'=2] {'fsdp'}", 2),
+    ("mesh['data'=2,'fsdp'=2,'model'=2] {'data','model'}", 4),
+    ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4),
+    ("mesh['x'=8] {'x':(2)4}", 4),
+])  # fmt: skip
+def test_devices_of_a_group(groups, size):
+    """Each of n devices sends all but an nth of what is exchanged."""
+    text = "ENTRY main {\n  ROOT r = f32[64]{0} all-to-all(p), replica_groups=%s, dimensions={0}\n}"
+    assert summary(text % groups, 8) == {"all-to-all": (1, 256, 256, 256 * (size - 1) / size)}
+
+
 def test_what_stays_on_the_chip_is_not_accessed():
     program = Program(
         """
@@ -150,6 +166,97 @@ def test_parts_of_a_tuple():
     assert tuple_parts("f32[2,3]{1,0}") == ["f32[2,3]{1,0}"]
 
 
+# ------------------------------------------------------------------------------ text of GPUs
+
+GPU = """
+%slice (stack.1: f32[12,100], i.1: s32[]) -> f32[1,100] {
+  %stack.1 = f32[12,100]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  ROOT %layer.1 = f32[1,100]{1,0} dynamic-slice(%stack.1, %i.1, %zero.1), dynamic_slice_sizes={1,100}
+}
+
+%product (a.1: bf16[40,30], b.1: bf16[30,20]) -> bf16[40,20] {
+  %a.1 = bf16[40,30]{1,0} parameter(0)
+  %b.1 = bf16[30,20]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[40,20]{1,0} dot(%a.1, %b.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%add_rows (sum.1: f32[50,10], rows.1: s32[3,1], values.1: bf16[3,1,10]) -> f32[50,10] {
+  %sum.1 = f32[50,10]{1,0} parameter(0)
+  %rows.1 = s32[3,1]{1,0} parameter(1)
+  %values.1 = bf16[3,1,10]{2,1,0} parameter(2)
+  %updates.1 = f32[3,1,10]{2,1,0} convert(%values.1)
+  ROOT %scatter.1 = f32[50,10]{1,0} scatter(%sum.1, %rows.1, %updates.1), update_window_dims={1,2}, inserted_window_dims={}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%sum
+}
+
+%reduced (part: f32[80]) -> f32[10] {
+  %part = f32[80]{0} parameter(0)
+  ROOT %scattered = f32[10]{0} reduce-scatter(%part), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%sum
+}
+
+ENTRY %main (stack: f32[12,100], i: s32[], a: bf16[40,30], b: bf16[30,20]) -> f32[1,100] {
+  %stack = f32[12,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %a = bf16[40,30]{1,0} parameter(2)
+  %b = bf16[30,20]{1,0} parameter(3)
+  %sum = f32[50,10]{1,0} parameter(4)
+  %rows = s32[3,1]{1,0} parameter(5)
+  %values = bf16[3,1,10]{2,1,0} parameter(6)
+  %part.1 = f32[80]{0} parameter(7)
+  LINE
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("line", "size"), [
+    # A copy of one layer beside other work; the index is read, too.
+    (
+        "%s = ((f32[12,100]{1,0}, s32[]), f32[1,100]{1,0}, u32[]) fusion-start(%stack, %i), "
+        "kind=kLoop, calls=%slice\n  ROOT %d = f32[1,100]{1,0} fusion-done(%s)",
+        400 + 4 + 400,
+    ),
+    (
+        'ROOT %y = bf16[40,20]{1,0} fusion(%a, %b), kind=kCustom, calls=%product, '
+        'backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}',
+        2 * (40 * 30 + 30 * 20 + 40 * 20),
+    ),
+    # cuBLAS asks for memory that it need not use; a kernel of our own does not.
+    (
+        "%y = (bf16[40,20]{1,0}, s8[33554432]{0}) custom-call(%a, %b), "
+        'custom_call_target="__cublas$lt$matmul"',
+        2 * (40 * 30 + 30 * 20 + 40 * 20),
+    ),
+    (
+        "%y = (bf16[40,20]{1,0}, s8[7]{0}) custom-call(%a, %b), "
+        'custom_call_target="__gpu$xla.gpu.triton"',
+        2 * (40 * 30 + 30 * 20 + 40 * 20) + 7,
+    ),
+    # Rows are read, added to and written where they are.
+    (
+        "ROOT %y = f32[50,10]{1,0} fusion(%sum, %rows, %values), kind=kInput, calls=%add_rows",
+        2 * 3 * 10 * 4 + 3 * 4 + 3 * 10 * 2,
+    ),
+    (
+        "ROOT %y = f32[50,10]{1,0} scatter(%sum, %rows, %updates), to_apply=%sum\n"
+        "  %updates = f32[3,1,10]{2,1,0} parameter(8)",
+        3 * 3 * 10 * 4,
+    ),
+    (
+        "%s = ((f32[80]{0}), f32[10]{0}) async-start(%part.1), calls=%reduced\n"
+        "  ROOT %d = f32[10]{0} async-done(%s)",
+        320 + 40,
+    ),
+])  # fmt: skip
+def test_bytes_accessed_of_a_gpu_program(line, size):
+    assert bytes_accessed(Program(GPU.replace("LINE", line))) == size
+
+
+def test_an_asynchronous_computation_is_counted_once():
+    line = "%s = ((f32[80]{0}), f32[10]{0}) async-start(%part.1), calls=%reduced"
+    assert summary(GPU.replace("LINE", line), 8) == {"reduce-scatter": (1, 320, 320, 320 * 7 / 8)}
+
+
 # ------------------------------------------------------------------------------ compiled here
 
 
@@ -180,6 +287,16 @@ def test_collectives_of_a_compiled_program():
         "all-reduce": (3, 3 * 256, 256, 3 * 2 * 256 * 7 / 8),
         "reduce-scatter": (1, 256, 256, 256 * 7 / 8),
     }
+
+
+def test_collectives_over_an_axis_of_a_compiled_program():
+    """The partitioner names the axes of its mesh; a group has 4 or 2 of the 8 devices."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    for axis, size in (("x", 4), ("y", 2)):
+        part, whole = NamedSharding(mesh, P(axis)), NamedSharding(mesh, P())
+        x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=part)
+        text = jax.jit(lambda x: x, out_shardings=whole).lower(x).compile().as_text()
+        assert summary(text, 8) == {"all-gather": (1, 256, 256, 256 * (size - 1) / size)}
 
 
 def test_bytes_accessed_without_loops_are_what_the_compiler_counts():

@@ -10,12 +10,12 @@ _ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALL = re.compile(r"\s*([\w\-]+)\((.*)")
-# The attributes that name the computations an instruction runs, by opcode. Other computations, such
+# The attributes that name the computations an instruction runs, by kind. Other computations, such
 # as the sum of an all-reduce, are part of their instruction.
 _CALLS = {
     "fusion": ("calls",),
     "call": ("to_apply",),
-    "async-start": ("calls",),
+    "async": ("calls",),
     "while": ("body", "condition"),
     "conditional": ("branch_computations", "true_computation", "false_computation"),
 }
@@ -38,11 +38,16 @@ class Instruction:
     root: bool
 
     @property
+    def kind(self) -> str:
+        """The opcode without `-start`: what runs asynchronously is the same work."""
+        return self.opcode.removesuffix("-start")
+
+    @property
     def called(self) -> list[str]:
         """Names of the computations that it runs."""
         return [
             name
-            for attribute in _CALLS.get(self.opcode, ())
+            for attribute in _CALLS.get(self.kind, ())
             for group in re.findall(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.text)
             for name in re.findall(r"[\w.\-]+", group)
         ]
@@ -109,7 +114,7 @@ class Program:
             elif match := _INSTRUCTION.match(line):
                 current.append(_parse(*match.groups()))
         every = (i for instructions in self.computations.values() for i in instructions)
-        self.fused = {name for i in every if i.opcode == "fusion" for name in i.called}
+        self.fused = {name for i in every if i.kind == "fusion" for name in i.called}
         self.runs = self._count_runs()
 
     def instructions(self) -> Iterator[tuple[str, Instruction, int]]:

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 
 from moe_jax.planning.hlo import Instruction, Program, tuple_parts, type_bytes
@@ -12,7 +14,7 @@ COLLECTIVES = (
 )  # fmt: skip
 # Instructions that move no data themselves.
 _FREE = {
-    "", "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element",
+    "", "after-all", "async", "bitcast", "call", "conditional", "constant", "get-tuple-element",
     "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
 }  # fmt: skip
 # Custom calls that are only marks of the TPU compiler; they move no data.
@@ -48,7 +50,7 @@ def collectives(program: Program, devices: int) -> dict[str, Collectives]:
     result: dict[str, Collectives] = {}
     chains = set()
     for _, instruction, times in program.instructions():
-        kind = instruction.opcode.removesuffix("-start")
+        kind = instruction.kind
         if kind not in COLLECTIVES:
             continue
         # The TPU compiler spreads one collective over several fusions. Each holds a copy of it.
@@ -78,10 +80,21 @@ def _result(instruction: Instruction) -> str:
 
 
 def _group_size(collective: Instruction, devices: int) -> int:
-    """Number of devices in a group: `replica_groups` is a list, `[groups,size]<=...`, or {}."""
-    short = collective.attribute(r"replica_groups=\[\d+,(\d+)\]")
-    listed = collective.attribute(r"replica_groups=\{\{([\d,]+)\}")
-    return int(short) if short else len(listed.split(",")) if listed else devices
+    """Number of devices in a group.
+
+    `replica_groups` is a list, `[groups,size]<=...`, some axes of a mesh, or {}.
+    """
+    if short := collective.attribute(r"replica_groups=\[\d+,(\d+)\]"):
+        return int(short)
+    if listed := collective.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+        return len(listed.split(","))
+    if mesh := collective.attribute(r"replica_groups=mesh\[([^\]]*)\]"):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh))
+        axes = collective.attribute(r"replica_groups=mesh[^{]*\{([^}]*)\}") or ""
+        # 'x':(2)4 are four parts of the axis x, which lie two apart.
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes)
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    return devices
 
 
 def bytes_accessed(program: Program) -> int:
@@ -109,21 +122,31 @@ def _moved(program: Program, instruction: Instruction, operands: list[str]) -> i
     Args:
         operands: types of the operands.
     """
-    opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode == "async-start":
+    kind, result = instruction.kind, _result(instruction)
+    if kind in _FREE or kind.endswith(("-done", "-update")):
         return 0
-    if opcode == "custom-call":
-        target = instruction.attribute(r'custom_call_target="([^"]*)"')
-        if target in _MARKS:
-            return 0
-    written = type_bytes(_result(instruction), main_memory=True)
-    if opcode == "fusion":
-        return _moved_by_fusion(program, instruction, operands)
-    if opcode in ("dynamic-slice", "slice", "gather", "copy-start", "slice-start"):
-        return written + _at_most(operands[0], type_bytes(_result(instruction)))
-    if opcode == "dynamic-update-slice":
-        return 2 * _at_most(operands[0], type_bytes(operands[1]))
-    return written + sum(type_bytes(operand, main_memory=True) for operand in operands)
+    written = type_bytes(result, main_memory=True)
+    read = sum(type_bytes(operand, main_memory=True) for operand in operands)
+    match kind:
+        case "fusion":
+            return _moved_by_fusion(program, instruction, operands)
+        case "custom-call":
+            target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
+            return 0 if target in _MARKS else read + written - _scratch_bytes(target, result)
+        case "dynamic-slice" | "slice" | "gather":
+            return written + _at_most(operands[0], type_bytes(result))
+        case "dynamic-update-slice":
+            return 2 * _at_most(operands[0], type_bytes(operands[1]))
+        case "scatter":  # reads the updates, reads what they change, and writes it
+            return 3 * _at_most(operands[0], type_bytes(operands[2]))
+    return read + written
+
+
+def _scratch_bytes(target: str, result: str) -> int:
+    """Bytes of the last result of a custom call, where NVIDIA's libraries only want memory."""
+    last = tuple_parts(result)[-1]
+    is_scratch = target.startswith("__cu") and re.match(r"[su]8\[\d*\]", last)
+    return type_bytes(last) if is_scratch else 0
 
 
 def _at_most(array: str, size: int) -> int:
@@ -137,10 +160,10 @@ def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[str])
         _at_most(array, body.read(number, type_bytes(array)))
         for number, array in enumerate(operands)
     )
-    results = tuple_parts(fusion.type)
+    results = tuple_parts(_result(fusion))
     roots = body.roots()
     if len(roots) != len(results):
-        return read + type_bytes(fusion.type, main_memory=True)
+        return read + type_bytes(_result(fusion), main_memory=True)
     return read + sum(
         _at_most(array, body.written(root, type_bytes(array)))
         for root, array in zip(roots, results, strict=True)
@@ -184,6 +207,8 @@ class _Body:
                     total += type_bytes(user.type)
                 case "dynamic-update-slice" if place == 0:
                     pass
+                case "scatter" if place == 0:
+                    total += self._updates(user, size)
                 case "tuple":
                     pass
                 case "custom-call" if "AsyncCollective" in user.text:
@@ -206,9 +231,14 @@ class _Body:
                 return 0
             case "bitcast":
                 return self.written(instruction.operands[0], size)
-            case "dynamic-update-slice":
-                update = self._by_name.get(instruction.operands[1])
-                return size if update is None else type_bytes(update.type)
+            case "dynamic-update-slice" | "scatter":
+                return self._updates(instruction, size)
             case opcode if opcode in COLLECTIVES and "chain_id" in instruction.text:
                 return 0
         return size
+
+    def _updates(self, instruction: Instruction, size: int) -> int:
+        """Bytes of an array of `size` bytes that an instruction changes in place."""
+        place = {"dynamic-update-slice": 1, "scatter": 2}[instruction.opcode]
+        update = self._by_name.get(instruction.operands[place])
+        return size if update is None else min(size, type_bytes(update.type))

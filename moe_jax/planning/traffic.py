@@ -231,7 +231,7 @@ class _Body:
                 return 0
             case "bitcast":
                 return self.written(instruction.operands[0], size)
-            case "dynamic-update-slice" | "scatter":
+            case "dynamic-update-slice" | "scatter" if not self._made_here(name):
                 return self._updates(instruction, size)
             case opcode if opcode in COLLECTIVES and "chain_id" in instruction.text:
                 return 0
@@ -242,3 +242,11 @@ class _Body:
         place = {"dynamic-update-slice": 1, "scatter": 2}[instruction.opcode]
         update = self._by_name.get(instruction.operands[place])
         return size if update is None else min(size, type_bytes(update.type))
+
+    def _made_here(self, name: str) -> bool:
+        """Whether an array is computed, and not an operand, parts of which may be changed."""
+        instruction = self._by_name.get(name)
+        if instruction is None or instruction.opcode == "parameter":
+            return False
+        changed = instruction.opcode in ("bitcast", "dynamic-update-slice", "scatter")
+        return not changed or self._made_here(instruction.operands[0])

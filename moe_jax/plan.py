@@ -2,11 +2,14 @@
 
     python -m moe_jax.plan --topology=v5e:4x4 --gin_file=models/bart_large.gin \
         --gin_file=runs/paper_stage1.gin --gin.ModelConfig.vocabulary_size=50265
+    python -m moe_jax.plan --topology=h100:8 ...
     python -m moe_jax.plan --devices=8 ...
 
-Compiles the run's train step for a TPU topology (needs `pip install 'moe_jax[plan]'`, but no TPU),
-for virtual CPU devices, or, without either flag, for the devices of this machine. Reads no data.
-The exit code is 0 if the step fits and 3 if it does not.
+Compiles the run's train step for TPUs (needs `pip install 'moe_jax[plan]'`, but no TPU), for NVIDIA
+GPUs (needs `pip install 'moe_jax[gpu]'`, but no GPU), for virtual CPU devices, or, without either
+flag, for the devices of this machine. Reads no data. The exit code is 0 if the step fits and 3 if
+it does not. Of a GPU's memory, JAX takes 75 %, or the share that XLA_CLIENT_MEM_FRACTION in the
+environment says.
 """
 
 import sys
@@ -26,7 +29,12 @@ from moe_jax.runs.config import Config
 
 DOES_NOT_FIT = 3
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology, such as v5e:4x4 or v5p:2x2x2.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "TPUs, such as v5e:4x4 or v5p:2x2x2; or GPUs (a100, h100 or h200), such as h100:8, or h100:2x8 "
+    "for two hosts of eight.",
+)
 _DEVICES = flags.DEFINE_integer("devices", None, "Number of virtual CPU devices instead.")
 _TASKS = flags.DEFINE_integer("tasks", 100, "Rows of the task table.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")

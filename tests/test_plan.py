@@ -10,6 +10,7 @@ import sys
 
 import jax
 import pytest
+from jax.experimental import topologies
 from toy_run import tiny_model
 
 from moe_jax.core.errors import UserError
@@ -19,6 +20,7 @@ from moe_jax.planning.chips import CHIPS, chip_of
 from moe_jax.planning.devices import plan_devices
 from moe_jax.planning.report import advice, table
 from moe_jax.planning.step_plan import BatchShape, Plan, plan_step
+from moe_jax.planning.traffic import Collectives
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 
@@ -116,11 +118,48 @@ def test_chips():
         def __init__(self, kind):
             self.device_kind = kind
 
-    assert chip_of(Device("TPU v5 lite"), 1).flops == 197e12
-    assert chip_of(Device("TPU v5"), 1).flops == 459e12
-    assert chip_of(Device("TPU v9"), 1) is None
+    assert chip_of([Device("TPU v5 lite")]).flops == 197e12
+    assert chip_of([Device("TPU v5")]).flops == 459e12
+    assert chip_of([Device("TPU v9")]) is None
     assert all(chip.source for chip in CHIPS)
-    assert chip_of(jax.devices()[0], 8).memory_bytes > 0
+    assert chip_of(jax.devices()).memory_bytes > 0
+
+
+class Gpu:
+    platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+    def __init__(self, process_index=0):
+        self.process_index = process_index
+
+
+def test_the_share_of_a_gpus_memory_that_jax_takes(monkeypatch):
+    whole = 84_942_979_072
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert chip_of([Gpu()]).memory_bytes == whole * 3 // 4
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+    assert chip_of([Gpu()]).memory_bytes == whole // 2
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "half")
+    with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION is 'half'"):
+        chip_of([Gpu()])
+
+
+def test_advice_to_take_more_of_a_gpus_memory(monkeypatch):
+    """Where it is enough: 64 GiB are 81 % of an H100's memory, 72 GiB are 91 %."""
+    model, mesh, _ = planned(MeshConfig(data=1, fsdp=8))
+    plan = some_plan(device=Gpu.device_kind, memory_bytes=chip_of([Gpu()]).memory_bytes)
+    for temporaries, helps in ((52, True), (60, False)):
+        plan = dataclasses.replace(plan, temporary_bytes=temporaries * 2**30)
+        lines = advice(plan, model, OptimizerConfig(), mesh, SHAPE)
+        assert lines[0].startswith("XLA_CLIENT_MEM_FRACTION=0.9") == helps
+
+
+def test_the_rate_between_hosts_is_not_known():
+    assert chip_of([Gpu(), Gpu()]).link_rate == 450e9
+    assert chip_of([Gpu(), Gpu(process_index=1)]).link_rate == 0
+    sent = {"all-reduce": Collectives(1, 2**20, 2**20, 2**20)}
+    plan = some_plan(collectives=sent, seconds={"computing": 0.01, "memory": 0.02})
+    assert "1.00 MiB  the peak rate is not known" in table(plan, make_mesh(MeshConfig()))
 
 
 # ------------------------------------------------------------------------------ the command
@@ -192,10 +231,32 @@ def test_which_devices():
         plan_devices(None, 0)
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("h10:8", "there is no 'h10'; did you mean 'h100'"),
+    ("h100", "give the GPUs of one host, 1 to 8, such as h100:8"),
+    ("h100:16", "and the GPUs of each, such as h100:2x8"),
+    ("a100:0x8", "and the GPUs of each, such as a100:2x8"),
+])  # fmt: skip
+def test_names_of_topologies(name, message):
+    result = command(f"--topology={name}", VOCABULARY)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_no_libtpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(UserError, match=r"pip install 'moe_jax\[plan\]'"):
         plan_devices("v5e:4x4", None)
+
+
+def test_no_plugin_for_cuda(monkeypatch):
+    def missing(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"pip install 'moe_jax\[gpu\]'"):
+        plan_devices("h100:8", None)
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -224,3 +285,31 @@ def test_a_topology(tmp_path):
     # Every layer fetches its expert, forward and backward, in as many loops as there are layers.
     assert actual["collectives"]["all-to-all"]["count"] > 0
     assert actual["least_seconds"] > 0
+
+
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="JAX's plugin for CUDA is not installed",
+)
+def test_gpus_that_do_not_exist(tmp_path):
+    """Weights are exchanged and gathered as between as many CPU devices."""
+    plans = {}
+    for where in ("--topology=h100:4", "--devices=4"):
+        path = tmp_path / "plan.json"
+        result = command(
+            where, VOCABULARY, "--gin.MeshConfig.fsdp=4", f"--json={path}",
+            "--gin.ModelConfig.experts=3", "--gin.RouterConfig.selection=gumbel_softmax_st",
+            "--gin.RouterConfig.experts_per_layer=1",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        plans[where] = json.loads(path.read_text())
+    gpus, cpus = plans.values()
+    assert gpus["device"] == "NVIDIA H100 80GB HBM3"
+    assert gpus["memory_bytes"] == 84_942_979_072 * 3 // 4
+    assert gpus["state_bytes"] == cpus["state_bytes"]
+    assert gpus["collectives"]["all-to-all"] == cpus["collectives"]["all-to-all"]
+    for kind in ("all-gather", "reduce-scatter"):  # fewer and larger ones on GPUs
+        expected = cpus["collectives"][kind]["bytes"]
+        assert gpus["collectives"][kind]["bytes"] == pytest.approx(expected, rel=0.01)
+    assert gpus["seconds"].keys() == {"computing", "memory", "sending"}
+    assert gpus["unknown_loops"] == 0

@@ -1,5 +1,10 @@
 """The figures that `plan` reads from compiled programs, against hand counts and the compiler's."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -190,6 +195,13 @@ GPU = """
   ROOT %scatter.1 = f32[50,10]{1,0} scatter(%sum.1, %rows.1, %updates.1), update_window_dims={1,2}, inserted_window_dims={}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%sum
 }
 
+%add_to_zeros (rows.2: s32[3,1], updates.2: f32[3,1,10]) -> f32[50,10] {
+  %rows.2 = s32[3,1]{1,0} parameter(0)
+  %updates.2 = f32[3,1,10]{2,1,0} parameter(1)
+  %zeros = f32[50,10]{1,0} broadcast(%zero), dimensions={}
+  ROOT %scatter.2 = f32[50,10]{1,0} scatter(%zeros, %rows.2, %updates.2), update_window_dims={1,2}, inserted_window_dims={}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%sum
+}
+
 %reduced (part: f32[80]) -> f32[10] {
   %part = f32[80]{0} parameter(0)
   ROOT %scattered = f32[10]{0} reduce-scatter(%part), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%sum
@@ -204,6 +216,7 @@ ENTRY %main (stack: f32[12,100], i: s32[], a: bf16[40,30], b: bf16[30,20]) -> f3
   %rows = s32[3,1]{1,0} parameter(5)
   %values = bf16[3,1,10]{2,1,0} parameter(6)
   %part.1 = f32[80]{0} parameter(7)
+  %updates = f32[3,1,10]{2,1,0} parameter(8)
   LINE
 }
 """  # noqa: E501
@@ -238,9 +251,13 @@ ENTRY %main (stack: f32[12,100], i: s32[], a: bf16[40,30], b: bf16[30,20]) -> f3
         2 * 3 * 10 * 4 + 3 * 4 + 3 * 10 * 2,
     ),
     (
-        "ROOT %y = f32[50,10]{1,0} scatter(%sum, %rows, %updates), to_apply=%sum\n"
-        "  %updates = f32[3,1,10]{2,1,0} parameter(8)",
+        "ROOT %y = f32[50,10]{1,0} scatter(%sum, %rows, %updates), to_apply=%sum",
         3 * 3 * 10 * 4,
+    ),
+    # An array that the fusion makes is written whole.
+    (
+        "ROOT %y = f32[50,10]{1,0} fusion(%rows, %updates), kind=kInput, calls=%add_to_zeros",
+        3 * 4 + 3 * 10 * 4 + 50 * 10 * 4,
     ),
     (
         "%s = ((f32[80]{0}), f32[10]{0}) async-start(%part.1), calls=%reduced\n"
@@ -341,3 +358,58 @@ def test_flops_are_one_devices():
         axis_names={"x"}, check_vma=False,
     )  # fmt: skip
     assert flops(jax.jit(function), jnp.zeros((8, 6)), jnp.zeros((6, 10))) == 2 * 8 * 6 * 10 / 8
+
+
+ON_GPUS = """
+import json
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from moe_jax.planning.devices import topology_devices
+from moe_jax.planning.hlo import Program
+from moe_jax.planning.traffic import bytes_accessed, collectives
+
+mesh = jax.make_mesh((8,), ("x",), devices=topology_devices("h100:8"))
+psum = jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=P("x"), out_specs=P())
+
+def compiled(function, *shapes, dtype=jnp.bfloat16, spec=P()):
+    place = NamedSharding(mesh, spec)
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
+    with jax.set_mesh(mesh):
+        return Program(jax.jit(function).lower(*arguments).compile().as_text())
+
+def rows(x, i):
+    return jnp.zeros_like(x).at[i[:, 0].astype(int)].add(i)
+
+def layers(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x * w), None), x, w)[0]
+
+print(json.dumps({
+    "product": bytes_accessed(compiled(lambda a, b: a @ b, (4096, 4096), (4096, 4096))),
+    "softmax": bytes_accessed(compiled(lambda x: jax.nn.softmax(x, -1), (8192, 4096))),
+    "rows": bytes_accessed(compiled(rows, (50000, 1024), (2048, 1024), dtype=jnp.float32)),
+    "loop": bytes_accessed(compiled(layers, (1024, 1024), (12, 1024, 1024))),
+    "sum": [vars(c) for c in collectives(
+        compiled(psum, (8, 1024, 1024), dtype=jnp.float32, spec=P("x")), 8).values()],
+}))
+"""
+
+
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="JAX's plugin for CUDA is not installed",
+)
+def test_bytes_accessed_of_programs_compiled_for_gpus():
+    done = subprocess.run([sys.executable, "-c", ON_GPUS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    actual = json.loads(done.stdout)
+    assert actual["product"] == 3 * 4096 * 4096 * 2
+    assert actual["softmax"] == 2 * 8192 * 4096 * 2
+    # Zeros are written; 2048 rows are read, and read and written where they go.
+    assert actual["rows"] == pytest.approx((50000 + 3 * 2048) * 1024 * 4, rel=0.01)
+    # Twelve layers read the state and their slice, and write the state. Slices may be copied.
+    layer = 1024 * 1024 * 2
+    assert 12 * 3 * layer <= actual["loop"] <= (12 * 5 + 2) * layer * 1.01
+    size = 4 * 1024 * 1024
+    assert actual["sum"] == [
+        {"count": 1, "bytes": size, "largest_bytes": size, "wire_bytes": 2 * size * 7 / 8}
+    ]

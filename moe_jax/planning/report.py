@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from moe_jax.core.sharding import MESH_AXES, MeshConfig, group_shards, make_mesh
 from moe_jax.model.task_moe import TaskMoE
+from moe_jax.planning.chips import named
 from moe_jax.planning.step_plan import BatchShape, Plan, abstract_state, local_bytes
 from moe_jax.training.optimizer import OptimizerConfig
 
@@ -60,7 +61,9 @@ def _time(seconds: float) -> str:
 
 
 def _at_peak(plan: Plan, what: str) -> str:
-    return f"{_time(plan.seconds[what])} at the peak rate" if what in plan.seconds else ""
+    if what not in plan.seconds:
+        return "the peak rate is not known"
+    return f"{_time(plan.seconds[what])} at the peak rate"
 
 
 def _padding(plan: Plan) -> str:
@@ -84,8 +87,20 @@ def advice(
     of_temporaries = _advice_on_temporaries(plan, model, mesh, shape)
     room = plan.memory_bytes - plan.state_bytes
     if room < plan.memory_bytes / 4:  # the state alone takes most of the memory
-        return [*of_state, *of_temporaries]
-    return [*of_temporaries, *of_state]
+        return [*_advice_on_memory(plan), *of_state, *of_temporaries]
+    return [*_advice_on_memory(plan), *of_temporaries, *of_state]
+
+
+def _advice_on_memory(plan: Plan) -> list[str]:
+    """More of a GPU's memory, if that is enough."""
+    chip = named(plan.device)
+    most = int(0.9 * chip.memory_bytes) if chip else 0  # the rest is for CUDA and its libraries
+    if not plan.memory_bytes < plan.total_bytes <= most:
+        return []
+    return [
+        f"XLA_CLIENT_MEM_FRACTION=0.9 in the environment: {_size(most)} of memory, not "
+        f"{_size(plan.memory_bytes)}"
+    ]
 
 
 def _advice_on_state(

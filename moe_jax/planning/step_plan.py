@@ -57,8 +57,7 @@ class Plan:
         collectives: kind -> the collectives of one step.
         flops: operations of matrix products in one step.
         bytes_accessed: read from and written to memory, in one step.
-        seconds: {"computing", "memory", "sending"}: the least time of each; empty if the rates of
-            the device are unknown.
+        seconds: {"computing", "memory", "sending"}: the least time of each whose rate is known.
         unknown_loops: number of loops of unknown length, whose bodies are counted once.
     """
 
@@ -118,7 +117,7 @@ def plan_step(
         UserError: the step does not compile for a reason other than its size.
     """
     device, devices = mesh.devices.flat[0], mesh.devices.size
-    chip = chip_of(device, devices)
+    chip = chip_of(list(mesh.devices.flat))
     state, batch, rates = abstract_arguments(model, optimizer_config, mesh, shape)
     with jax.set_mesh(mesh):
         step = make_train_step(model, optimizer_config, step_config, mesh, total_steps=1000, seed=0)
@@ -151,6 +150,7 @@ def plan_step(
     sent, accessed = collectives(program, devices), bytes_accessed(program)
     if chip:
         seconds["memory"] = accessed / chip.memory_rate
+    if chip and chip.link_rate:
         seconds["sending"] = sum(c.wire_bytes for c in sent.values()) / chip.link_rate
     return Plan(
         **common,

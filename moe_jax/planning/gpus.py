@@ -4,8 +4,8 @@ import dataclasses
 
 from moe_jax.planning.chips import Chip, named
 
-# A `GpuTargetConfigProto` of XLA. Limits are the same on all GPUs below. XLA chooses algorithms of
-# cuDNN by the latter's version.
+# A `GpuTargetConfigProto` of XLA. What stands here as a number is the same on all GPUs below. XLA
+# uses only those parts of cuDNN that its version has.
 _TARGET = """
 platform_name: "CUDA"
 device_description_str: "{kind}"

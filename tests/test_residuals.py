@@ -94,7 +94,7 @@ def test_the_compiler_does_not_keep_what_is_computed_again():
         grad = jax.jit(jax.grad(lambda p: loss(p, None, batch, jax.random.key(7))))
         return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    assert memory("products") < memory("all") / 2
+    assert memory("products") < 2 / 3 * memory("all")
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -147,7 +147,7 @@ def attend_columns(
         bias_HxC: added to the scores of all rows and queries.
 
     Returns:
-        [V, Q, H, K].
+        [V, Q, H * K].
     """
     scores = jnp.einsum(
         "vqhk,vhkc->vhqc", q_VxQxHxK, kv.key, preferred_element_type=jnp.float32
@@ -158,4 +158,5 @@ def attend_columns(
     scores = jnp.where(mask_VxQxC[:, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores).astype(kv.value.dtype)
     # In this order the product is not transposed; as [V, Q, H, K] it would be.
-    return jnp.matmul(probabilities, kv.value).swapaxes(1, 2)
+    y_VxQxHxK = jnp.matmul(probabilities, kv.value).swapaxes(1, 2)
+    return y_VxQxHxK.reshape(*y_VxQxHxK.shape[:2], -1)

@@ -1,91 +1,25 @@
 """Attention of packed rows, forward and backward, whose memory grows with the length of rows
 and not with its square; its reference is `model.attention`.
 
-On TPUs a kernel. On other devices, and for rows that are too long for the kernel, the loop of
-`blockwise_attention`.
+On TPUs and NVIDIA GPUs a kernel. On other devices, and for shapes that the kernels cannot take, a
+loop over blocks of queries. Each has a module with two functions:
 
-In the kernel, scores stay on the chip: a program holds those of one block of queries with all keys
-of a row, so the softmax needs no second pass. The backward pass computes scores and dropout masks
-again from queries and keys; nothing else is kept. Scores are transposed, keys by queries: sums over
-keys then run along the axis that a TPU adds fastest, and no product transposes scores.
+    forward(form, packed) -> y
+    backward(form, packed, y, dy) -> gradients by q, k, v and the bias
 
-A bias has one number for each distance from key to query. The first row spreads it into tiles of
-scores, which stay on the chip for the rows after it; the last row sums the gradients of tiles.
+Nothing but y is kept for the backward pass, which computes scores and dropout masks again.
 """
 
-import dataclasses
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.kernels import blockwise_attention as blockwise
-from moe_jax.kernels.dropout import is_kept, key_words
-
-# The number of columns in a TPU's tile of an array, and of queries at a time.
-LANES = 128
-# The memory on the chip that a program may always take, and the most that it may take: TPUs v5e and
-# v6e have 128 MiB, and what is left holds arrays of the programs around it.
-LEAST_CHIP_BYTES, MOST_CHIP_BYTES = 16 * 2**20, 100 * 2**20
-_MASKED = float(jnp.finfo(jnp.float32).min)
-_ROWS_OF, _FIRST = ((1,), (1,)), ((0,), (0,))  # contracted axes: a @ b.T, and a.T @ b
-
-
-@dataclasses.dataclass(frozen=True)
-class _Form:
-    """What is fixed for one program: shapes and settings."""
-
-    rows: int
-    queries: int
-    keys: int
-    heads: int
-    width: int
-    dtype: Any
-    causal: bool
-    scale: float
-    rate: float
-    interpret: bool
-
-    @property
-    def heads_at_once(self) -> int:
-        """The smallest divisor of H whose heads fill whole tiles; H if there is none."""
-        fit = (n for n in range(1, self.heads) if self.heads % n == 0)
-        return next((n for n in fit if n * self.width % LANES == 0), self.heads)
-
-    @property
-    def block(self) -> int:
-        """Queries at a time."""
-        return self.queries if self.queries % LANES else LANES
-
-    @property
-    def tile_keys(self) -> int:
-        """Keys of a tile of the bias; its queries are a block."""
-        return self.keys if self.keys % LANES else LANES
-
-    @property
-    def tiles(self) -> int:
-        """How many tiles differ: those on a diagonal of the scores are equal."""
-        return self.queries // self.block + self.keys // self.tile_keys - 1
-
-    @property
-    def window(self) -> int:
-        """How many numbers of the bias a tile is made of, and some more to fill lanes."""
-        return _round_up(self.tile_keys + self.block)
-
-    def chip_bytes(self, biased: bool) -> int:
-        """An upper bound of what a program takes of the memory on the chip."""
-        n, item = self.heads_at_once, self.dtype.itemsize
-        blocks = 4 * (self.queries + self.keys) * n * max(self.width, LANES // n) * item
-        sums = 2 * self.keys * n * self.width * 4
-        if biased:  # and its gradient
-            blocks += 2 * n * 8 * (self.queries + self.keys + 2 * LANES) * 4
-            sums += 2 * n * self.tiles * self.tile_keys * _round_up(self.block) * 4
-        scores = 16 * self.keys * self.block * 4
-        # Blocks twice, because the next ones are read while these are in use.
-        return max(LEAST_CHIP_BYTES, 2 * blocks + sums + scores)
+from moe_jax.kernels import blockwise_attention, gpu_attention, tpu_attention
+from moe_jax.kernels.attention_form import Form, Packed
+from moe_jax.kernels.dropout import key_words
 
 
 def fused_attention(
@@ -102,13 +36,12 @@ def fused_attention(
     dropout_rate: float = 0.0,
     first_head: jax.Array | int = 0,
     all_heads: int | None = None,
-    interpret: bool = False,
+    kept: str = "",
+    interpret: Literal["tpu", "gpu"] | None = None,
 ) -> jax.Array:
     """Multi-head attention of packed rows, as `model.attention.attend` defines it.
 
-    Scores and softmax are float32. The kernel for TPUs is used where all keys of a row fit on the
-    chip, for two heads of width 64: 4,096 tokens do. Lengths that are no multiples of 128 take
-    more.
+    Scores and softmax are float32. What a query gets that sees no key is not defined, but finite.
 
     Args:
         query_segments_RxLq, key_segments_RxLk: int32; a query sees the keys of its segment.
@@ -118,274 +51,58 @@ def fused_attention(
         dropout_rate: dropout of the attention weights, with the mask that `kernels.dropout` draws
             for an array [R, H, L_q, L_k].
         first_head, all_heads: which part of all heads these are, if they are on several devices.
-        interpret: runs the kernel for TPUs, interpreted: for tests on other devices.
+        kept: the name of the result for the policies of `jax.checkpoint`. If they do not keep it,
+            the backward pass computes it again.
+        interpret: runs this platform's kernel, interpreted: for tests on other devices.
 
     Returns:
-        [R, L_q, H, D] in the dtype of `q`.
+        [R, L_q, H * D] in the dtype of `q`.
     """
     rows, queries, heads, width = q_RxLqxHxD.shape
-    keys = k_RxLkxHxD.shape[1]
-    bias = bias_HxS
-    if bias is not None:  # filled up for what the last tile or block reads
-        space = _round_up(queries + keys) + LANES - bias.shape[1]
-        bias = jnp.pad(bias, ((0, 0), (0, space)))[:, None]
-    dtype = q_RxLqxHxD.dtype
-    form = _Form(rows, queries, keys, heads, width, dtype, causal, scale, dropout_rate, interpret)
-    words = jnp.zeros(4, jnp.uint32) if dropout_key is None else key_words(dropout_key)
-    place = jnp.stack([jnp.asarray(first_head, jnp.int32), jnp.int32(all_heads or heads)])
-    numbers = jnp.concatenate([jax.lax.bitcast_convert_type(words, jnp.int32), place])
-    # Heads and their width share one axis, because a TPU pads the last one to 128.
-    flat = (a.reshape(*a.shape[:2], -1) for a in (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD))
-    segments = (query_segments_RxLq[:, None], key_segments_RxLk[:, :, None])
-    return _attend(form, *flat, bias, numbers, *segments).reshape(q_RxLqxHxD.shape)
+    keys, dtype = k_RxLkxHxD.shape[1], q_RxLqxHxD.dtype
+    form = Form(rows, queries, keys, heads, width, dtype, causal, scale, dropout_rate)
+    no_words = jnp.zeros(4, jnp.uint32)
+    packed = Packed(
+        *(a.reshape(*a.shape[:2], -1) for a in (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD)),
+        bias_HxS,
+        no_words if dropout_key is None else key_words(dropout_key),
+        jnp.stack([jnp.asarray(first_head, jnp.int32), jnp.int32(all_heads or heads)]),
+        query_segments_RxLq,
+        key_segments_RxLk,
+    )
+    return _attend((form, kept, interpret), *packed)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, q, k, v, bias, numbers, query_segments, key_segments):
-    (y,) = _call(form, _forward_kernel, (q, k, v), bias, numbers, query_segments, key_segments)
-    return y
+def _attend(settings, *packed):
+    return _run("forward", settings, Packed(*packed))
 
 
-def _forward(form, *args):
-    return _attend(form, *args), args
+def _forward(settings, *packed):
+    y = checkpoint_name(_attend(settings, *packed), settings[1])
+    return y, (packed, y)
 
 
-def _backward(form, args, dy):
-    q, k, v, bias, *rest = args
-    dq, dk, dv, *d_bias = _call(form, _backward_kernel, (q, k, v, dy), bias, *rest)
-    return dq, dk, dv, d_bias[0] if d_bias else None, None, None, None
+def _backward(settings, residuals, dy):
+    packed, y = residuals
+    gradients = _run("backward", settings, Packed(*packed), y, dy)
+    return *gradients, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _call(form: _Form, kernel, arrays, bias, *rest) -> tuple[jax.Array, ...]:
-    """The results of a kernel: on TPUs its own, elsewhere those of a loop."""
-    on_chip, in_loop = partial(_on_chip, form, kernel), partial(_in_loop, form)
-    if form.interpret:
-        return on_chip(arrays, bias, *rest)
-    if form.chip_bytes(bias is not None) > MOST_CHIP_BYTES:
-        return in_loop(arrays, bias, *rest)
-    return jax.lax.platform_dependent(arrays, bias, *rest, tpu=on_chip, default=in_loop)
-
-
-def _in_loop(form: _Form, arrays, bias, numbers, query_segments, key_segments):
-    """Runs the pass of `blockwise_attention` for (q, k, v) or (q, k, v, dy)."""
-    q, k, v, *dy = (a.reshape(*a.shape[:2], form.heads, form.width) for a in arrays)
-    bias = None if bias is None else bias[:, 0]
-    rows = blockwise.Rows(q, k, v, bias, query_segments[:, 0], key_segments[:, :, 0])
-    words = jax.lax.bitcast_convert_type(numbers[:4], jnp.uint32)
-    settings = (blockwise.Dropout(form.rate, words, *numbers[4:]), form.causal, form.scale)
-    results = blockwise.backward(rows, *dy, *settings) if dy else blockwise.forward(rows, *settings)
-    d_biases = [] if bias is None else [d[:, None] for d in results[3:]]
-    return *(a.reshape(*a.shape[:2], -1) for a in results[:3]), *d_biases
-
-
-def _on_chip(form: _Form, kernel, arrays, bias, numbers, query_segments, key_segments):
-    """Runs a kernel for all blocks of heads and, within each, all rows."""
-    n = form.heads_at_once
-    backward = kernel is _backward_kernel
-
-    def of_row(length: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, length, n * form.width), lambda h, r: (r, 0, h))
-
-    of_query, of_key = of_row(form.queries), of_row(form.keys)
-    biases = [] if bias is None else [bias]
-    of_biases = [pl.BlockSpec((n, 1, b.shape[2]), lambda h, r: (h, 0, 0)) for b in biases]
-    tiles = [pltpu.VMEM((n, form.tiles, form.tile_keys, form.block), jnp.float32) for _ in biases]
-    inputs = [numbers, query_segments, key_segments, *biases, *arrays]
-    in_specs = [
-        pl.BlockSpec(memory_space=pltpu.SMEM),
-        pl.BlockSpec((1, 1, form.queries), lambda h, r: (r, 0, 0)),
-        pl.BlockSpec((1, form.keys, 1), lambda h, r: (r, 0, 0)),
-        *of_biases,
-        of_query, of_key, of_key,
-    ]  # fmt: skip
-    results, out_specs, scratch = arrays[:1], [of_query], tiles
-    if backward:
-        in_specs.append(of_query)
-        results = [*arrays[:3], *biases]
-        out_specs = [of_query, of_key, of_key, *of_biases]
-        scratch = [pltpu.VMEM((form.keys, n * form.width), jnp.float32)] * 2 + 2 * tiles
-    scores = form.rows * form.heads * form.queries * form.keys
-    call = pl.pallas_call(
-        partial(kernel, form, bool(biases)),
-        grid=(form.heads // n, form.rows),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results],
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=form.chip_bytes(bool(biases)),
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=(10 if backward else 4) * scores * form.width,
-            transcendentals=scores,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*inputs, *results)),
-        ),
-        interpret=form.interpret,
-        name="attention_backward" if backward else "attention",
-    )
-    return tuple(call(*inputs))
-
-
-def _forward_kernel(form: _Form, biased: bool, numbers, query_segments, key_segments, *refs):
-    bias, (q, k, v, y, *tiles) = refs[:biased], refs[biased:]
-    if biased:
-        pl.when(pl.program_id(1) == 0)(partial(_spread, form, bias[0], tiles[0]))
-
-    def block(queries, places, seen, kept):
-        results = []
-        for head in range(form.heads_at_once):
-            own = slice(head * form.width, (head + 1) * form.width)
-            bias_KxQ = _read(tiles[0], head, places) if biased else None
-            weights = _weights(form, q[0, queries, own], k[0, :, own], seen, bias_KxQ)
-            if form.rate:
-                weights = jnp.where(kept(head), weights / (1.0 - form.rate), 0.0)
-            results.append(_dot(v[0, :, own], weights.astype(form.dtype), _FIRST))
-        y[0, queries] = _side_by_side(results, form.dtype)
-
-    _for_blocks(form, numbers, query_segments, key_segments, block)
-
-
-def _backward_kernel(form: _Form, biased: bool, numbers, query_segments, key_segments, *refs):
-    bias, (q, k, v, dy, dq, dk, dv, *refs) = refs[:biased], refs[biased:]
-    d_bias, (dk_sum, dv_sum, *tiles) = refs[:biased], refs[biased:]
-    dk_sum[...] = jnp.zeros_like(dk_sum)
-    dv_sum[...] = jnp.zeros_like(dv_sum)
-    if biased:  # its gradient is summed over rows, which come one after the other
-
-        @pl.when(pl.program_id(1) == 0)
-        def _():
-            _spread(form, bias[0], tiles[0])
-            tiles[1][...] = jnp.zeros_like(tiles[1])
-
-    def block(queries, places, seen, kept):
-        results = []
-        for head in range(form.heads_at_once):
-            own = slice(head * form.width, (head + 1) * form.width)
-            q_QxD, k_KxD, dy_QxD = q[0, queries, own], k[0, :, own], dy[0, queries, own]
-            bias_KxQ = _read(tiles[0], head, places) if biased else None
-            weights = _weights(form, q_QxD, k_KxD, seen, bias_KxQ)
-            dropped, d_weights = weights, _dot(v[0, :, own], dy_QxD, _ROWS_OF)
-            if form.rate:
-                keep = kept(head)
-                dropped = jnp.where(keep, weights / (1.0 - form.rate), 0.0)
-                d_weights = jnp.where(keep, d_weights / (1.0 - form.rate), 0.0)
-            dv_sum[:, own] += _dot(dropped.astype(form.dtype), dy_QxD)
-            mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
-            d_scores = jnp.where(seen, weights * (d_weights - mean), 0.0)
-            if biased:
-                _add_to(tiles[1], head, places, d_scores)
-            d_scores = d_scores.astype(form.dtype)
-            results.append(_dot(k_KxD, d_scores, _FIRST) * form.scale)
-            dk_sum[:, own] += _dot(d_scores, q_QxD) * form.scale
-        dq[0, queries] = _side_by_side(results, form.dtype)
-
-    _for_blocks(form, numbers, query_segments, key_segments, block)
-    dk[0] = dk_sum[...].astype(form.dtype)
-    dv[0] = dv_sum[...].astype(form.dtype)
-    if biased:
-        last = pl.program_id(1) == form.rows - 1
-        pl.when(last)(partial(_collapse, form, tiles[1], d_bias[0]))
-
-
-def _for_blocks(form: _Form, numbers, query_segments, key_segments, function) -> None:
-    """Calls a function for each block of queries, with their place in the row, the places of their
-    tiles of the bias, which keys they see (bool [K, Q]), and a function from a head to its dropout
-    mask [K, Q]."""
-    shape = (form.keys, form.block)
-    # Read here: an interpreted program's index is not known inside a loop.
-    head_block, row = pl.program_id(0), pl.program_id(1)
-    *words, first_head, all_heads = (numbers[i] for i in range(6))
-    words = [word.astype(jnp.uint32) for word in words]
-
-    def one(number, _):
-        first = pl.multiple_of(number * form.block, form.block)
-        queries = pl.ds(first, form.block)
-        query = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        key = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        seen = key_segments[0] == query_segments[0, :, queries]
-        if form.causal:
-            seen &= key <= query
-
-        def kept(head):
-            head = row * all_heads + first_head + head_block * form.heads_at_once + head
-            index = (head * form.queries + query) * form.keys + key  # in [R, H, L_q, L_k]
-            return is_kept(index.astype(jnp.uint32), words, form.rate)
-
-        across = form.keys // form.tile_keys
-        function(queries, [number + across - 1 - i for i in range(across)], seen, kept)
-        return 0
-
-    jax.lax.fori_loop(0, form.queries // form.block, one, 0)
-
-
-def _spread(form: _Form, bias, tiles) -> None:
-    """Fills the tiles of the bias: row k of a tile is its window, moved by k."""
-
-    def one(tile, _):
-        window = pl.ds(pl.multiple_of(tile * LANES, LANES), form.window)
-        for head in range(form.heads_at_once):
-            x = pltpu.roll(bias[head, :, window], (1 - form.tile_keys) % form.window, 1)
-            while len(x) < form.tile_keys:
-                x = jnp.concatenate([x, pltpu.roll(x, len(x), 1)], axis=0)
-            tiles[head, tile] = x[: form.tile_keys, : form.block]
-        return 0
-
-    jax.lax.fori_loop(0, form.tiles, one, 0)
-
-
-def _collapse(form: _Form, tiles, d_bias) -> None:
-    """Sums tiles along their diagonals, the transpose of `_spread`."""
-    d_bias[...] = jnp.zeros_like(d_bias)
-    rows = 2 ** (form.tile_keys - 1).bit_length()
-
-    def one(tile, _):
-        window = pl.ds(pl.multiple_of(tile * LANES, LANES), form.window)
-        for head in range(form.heads_at_once):
-            space = ((0, rows - form.tile_keys), (0, form.window - form.block))
-            x = jnp.pad(tiles[head, tile], space)
-            while len(x) > 1:
-                half = len(x) // 2
-                x = x[:half] + pltpu.roll(x[half:], form.window - half, 1)
-            d_bias[head, :, window] += pltpu.roll(x, form.tile_keys - 1, 1)
-        return 0
-
-    jax.lax.fori_loop(0, form.tiles, one, 0)
-
-
-def _read(tiles, head: int, places: list[jax.Array]) -> jax.Array:
-    """The bias of a block of queries: [K, Q]."""
-    return jnp.concatenate([tiles[head, place] for place in places], axis=0)
-
-
-def _add_to(tiles, head: int, places: list[jax.Array], x_KxQ: jax.Array) -> None:
-    size = tiles.shape[2]
-    for i, place in enumerate(places):
-        tiles[head, place] += x_KxQ[i * size : (i + 1) * size]
-
-
-def _weights(form: _Form, q_QxD, k_KxD, seen, bias) -> jax.Array:
-    """The softmax over keys, before dropout: float32 [K, Q]."""
-    scores = _dot(k_KxD, q_QxD, _ROWS_OF) * form.scale
-    if bias is not None:
-        scores += bias
-    scores = jnp.where(seen, scores, _MASKED)
-    powers = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
-    return powers * (1.0 / jnp.sum(powers, axis=0, keepdims=True))
-
-
-def _side_by_side(parts_DxQ: list[jax.Array], dtype) -> jax.Array:
-    """The results of some heads: [Q, heads * D]."""
-    return jnp.concatenate(parts_DxQ, axis=0).T.astype(dtype)
-
-
-def _round_up(number: int) -> int:
-    """The next multiple of `LANES`."""
-    return -(-number // LANES) * LANES
-
-
-def _dot(a: jax.Array, b: jax.Array, axes=((1,), (0,))) -> jax.Array:
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
+def _run(which: str, settings, packed: Packed, *args):
+    """Runs one of the two functions of a module, chosen by platform and shape."""
+    form, _, interpret = settings
+    modules = {"tpu": tpu_attention, "gpu": gpu_attention}
+    if interpret:
+        return getattr(modules[interpret], which)(form, packed, *args, interpret=True)
+    biased = packed.bias_HxS is not None
+    choices = {
+        {"gpu": "cuda"}.get(name, name): partial(getattr(module, which), form)
+        for name, module in modules.items()
+        if module.takes(form, biased)
+    }
+    loop = partial(getattr(blockwise_attention, which), form)
+    return jax.lax.platform_dependent(packed, *args, **choices, default=loop)

@@ -112,7 +112,8 @@ def attend_fused(
     dropout_key: jax.Array | None = None,
     **settings: Any,
 ) -> jax.Array:
-    """`attend` by `kernels.attention`, where `bias_HxS` is explained.
+    """`attend` by `kernels.attention`, which explains the arguments; heads are one axis of the
+    result: [R, L_q, H * D].
 
     Heads may be spread over the mesh axis `model`. The partitioner cannot split a kernel, so this
     does it, by all axes that no `shard_map` outside has split.

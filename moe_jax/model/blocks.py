@@ -9,20 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.kernels.activations import ACTIVATIONS
 from moe_jax.kernels.diagonals import from_diagonals
 from moe_jax.kernels.dropout import Dropout
 from moe_jax.kernels.linear import linear
 from moe_jax.model.attention import Visible, attend, attend_by_rows, attend_fused
 from moe_jax.model.config import ModelConfig
-
-# Activation functions by their name in `Family.activation`.
-ACTIVATIONS = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
-
 
 # The name of what layers keep if `ModelConfig.kept_activations` is `products`: results of matrix
 # products, from which the backward pass computes norms, activations and dropout again.
@@ -121,7 +113,7 @@ class Attention(nn.Module):
         return KeyValue(*self._heads(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias))
 
     def attend(self, q, kv: KeyValue, visible: Visible, bias_HxS=None, deterministic: bool = True):
-        """The result of every head: [R, L_q, H, K].
+        """The results of all heads: [R, L_q, H * K].
 
         Args:
             bias_HxS: added to the scores, by the distance from key to query: S = L_q + L_k - 1
@@ -132,18 +124,18 @@ class Attention(nn.Module):
         settings = {"scale": c.attention_scale, "dropout_rate": rate}
         settings["dropout_key"] = self.make_rng("dropout") if rate else None
         if c.attention == "fused" and not deterministic:
-            return attend_fused(q, kv.key, kv.value, visible, bias_HxS=bias_HxS, **settings)
+            settings |= {"bias_HxS": bias_HxS, "kept": KEPT}
+            return attend_fused(q, kv.key, kv.value, visible, **settings)
         if bias_HxS is not None:
             settings["bias"] = from_diagonals(bias_HxS, q.shape[1], kv.key.shape[1])[None]
         rows = 0 if deterministic else c.attention_rows
-        if not 0 < rows < q.shape[0]:
-            return attend(q, kv.key, kv.value, visible.mask(), **settings)
-        return attend_by_rows(rows, q, kv.key, kv.value, visible.mask(), **settings)
+        run = partial(attend_by_rows, rows) if 0 < rows < q.shape[0] else attend
+        y = run(q, kv.key, kv.value, visible.mask(), **settings)
+        return _kept(y.reshape(*y.shape[:2], -1))
 
-    def output(self, y_RxLxHxK: jax.Array) -> jax.Array:
-        """Projects the heads' results back to [R, L, D]."""
-        y = _kept(y_RxLxHxK.reshape(*y_RxLxHxK.shape[:2], -1))
-        return linear(y, self.out_kernel) + self.out_bias
+    def output(self, y_RxLxHK: jax.Array) -> jax.Array:
+        """Projects the results of all heads to [R, L, D]."""
+        return linear(y_RxLxHK, self.out_kernel) + self.out_bias
 
     def _heads(self, y_RxLxNxHK: jax.Array) -> list[jax.Array]:
         """N arrays [R, L, H, K]."""
@@ -272,15 +264,15 @@ class DecoderLayer(_Layer):
         del deterministic  # nothing is dropped here
         return self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
 
-    def middle(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True):
+    def middle(self, x_RxLxD, y_RxLxHK, deterministic: bool = True):
         """From the result of self-attention: (x, query of cross-attention)."""
-        y = self.self_attention.output(y_RxLxHxK)
+        y = self.self_attention.output(y_RxLxHK)
         x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
         return x, self.cross_attention.project_query(self.before(self.cross_attention_norm, x))
 
-    def end(self, x_RxLxD, y_RxLxHxK, deterministic: bool = True) -> jax.Array:
+    def end(self, x_RxLxD, y_RxLxHK, deterministic: bool = True) -> jax.Array:
         """From the result of cross-attention: the layer's output [R, L, D]."""
-        y = self.cross_attention.output(y_RxLxHxK)
+        y = self.cross_attention.output(y_RxLxHK)
         x = self.after(self.cross_attention_norm, x_RxLxD, y, deterministic)
         y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
         return self.after(self.feed_forward_norm, x, y, deterministic)

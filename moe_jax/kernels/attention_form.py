@@ -1,0 +1,74 @@
+"""What all forms of `attention` read: the settings of one program, and its arrays."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is fixed for one program: shapes and settings, as `attention.fused_attention` has them.
+
+    Attributes:
+        queries, keys: the lengths L_q and L_k.
+        width: D, of one head.
+        rate: of dropout.
+    """
+
+    rows: int
+    queries: int
+    keys: int
+    heads: int
+    width: int
+    dtype: Any
+    causal: bool
+    scale: float
+    rate: float
+
+    @property
+    def distances(self) -> int:
+        """How many distances from a key to a query there are: S."""
+        return self.queries + self.keys - 1
+
+    def products(self, count: int) -> int:
+        """Floating-point operations of so many products of all queries with all keys."""
+        return 2 * count * self.rows * self.heads * self.queries * self.keys * self.width
+
+
+class Packed(NamedTuple):
+    """The arrays. Heads and their width are one axis, because a TPU pads the last one to 128.
+
+    Attributes:
+        bias_HxS: float32, or None.
+        dropout_words_4: uint32, those of `kernels.dropout.key_words`.
+        heads_2: int32, the number of the first of these heads among all heads, and of all heads.
+        query_segments_RxLq, key_segments_RxLk: int32; a query sees the keys of its segment.
+    """
+
+    q_RxLqxHD: jax.Array
+    k_RxLkxHD: jax.Array
+    v_RxLkxHD: jax.Array
+    bias_HxS: jax.Array | None
+    dropout_words_4: jax.Array
+    heads_2: jax.Array
+    query_segments_RxLq: jax.Array
+    key_segments_RxLk: jax.Array
+
+
+def padded(x: jax.Array, sizes: dict[int, int], fill: int = 0) -> jax.Array:
+    """x, with axes filled up at their end: axis -> its new size."""
+    widths = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def sums_by_head(form: Form, y: jax.Array, dy: jax.Array) -> jax.Array:
+    """What the gradient of a softmax subtracts: the sum over keys of weights times their gradients
+    is the product of the result with its gradient (FlashAttention, arXiv 2205.14135, appendix B.4).
+
+    Returns:
+        float32 [R, L_q, H].
+    """
+    product = y.astype(jnp.float32) * dy.astype(jnp.float32)
+    return product.reshape(*y.shape[:2], form.heads, form.width).sum(-1)

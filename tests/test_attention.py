@@ -65,6 +65,14 @@ def by_place(bias_HxS: jax.Array, queries: int, keys: int) -> jax.Array:
     return bias_HxS[:, distance + keys - 1][None]
 
 
+def projected(q, k, v) -> tuple[jax.Array, ...]:
+    """One array for self-attention, two for cross-attention."""
+    q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    if q.shape == k.shape:
+        return (jnp.stack([q, k, v], 2),)
+    return q[:, :, None], jnp.stack([k, v], 2)
+
+
 def with_gradients(function, arrays, dy):
     y, pull_back = jax.vjp(function, *arrays)
     return y, pull_back(dy)
@@ -73,8 +81,8 @@ def with_gradients(function, arrays, dy):
 def fused(interpret, query_segments, key_segments, causal, bias, rate, scale=0.3):
     def run(q, k, v, b):
         return fused_attention(
-            q, k, v, query_segments, key_segments, b if bias else None, KEY if rate else None,
-            causal=causal, scale=scale, dropout_rate=rate, interpret=interpret,
+            projected(q, k, v), query_segments, key_segments, b if bias else None, KEY if rate else None,
+            heads=q.shape[2], causal=causal, scale=scale, dropout_rate=rate, interpret=interpret,
         ).reshape(q.shape)  # fmt: skip
 
     return jax.jit(partial(with_gradients, run))
@@ -162,8 +170,9 @@ def test_groups_side_by_side_have_masks_of_their_own(interpret):
 
     def fused_group(q, bias, key):
         def run(q, bias):
-            settings = {"scale": 0.3, "dropout_rate": 0.5, "interpret": interpret}
-            y = fused_attention(q, k, v, segments, segments, bias, key, **settings)
+            settings = {"heads": H, "scale": 0.3, "dropout_rate": 0.5, "interpret": interpret}
+            arrays = projected(q, k, v)
+            y = fused_attention(arrays, segments, segments, bias, key, **settings)
             return y.reshape(q.shape)
 
         return with_gradients(run, (q, bias), dy)
@@ -191,7 +200,7 @@ def test_heads_spread_over_devices(interpret):
     def run(q, k, v, b):
         visible = Visible(segments, segments, causal=True)
         return attend_fused(
-            q, k, v, visible, bias_HxS=b, scale=0.3, dropout_rate=0.5, dropout_key=KEY,
+            projected(q, k, v), visible, heads=H, bias_HxS=b, scale=0.3, dropout_rate=0.5, dropout_key=KEY,
             interpret=interpret,
         ).reshape(q.shape)  # fmt: skip
 
@@ -226,7 +235,7 @@ def test_memory_grows_with_length_and_not_with_its_square(interpret, biased):
         segments = jnp.ones((R, length), jnp.int32)
         (*arrays, _), dy = inputs(length, length)
         dy = dy.reshape(R, length, H * D)
-        settings = {"scale": 0.3, "dropout_rate": 0.1, "interpret": interpret}
+        settings = {"heads": H, "scale": 0.3, "dropout_rate": 0.1, "interpret": interpret}
 
         def run(q, k, v, table):
             bias = None
@@ -234,7 +243,7 @@ def test_memory_grows_with_length_and_not_with_its_square(interpret, biased):
                 distances, half = jnp.arange(1 - length, length), len(table) // 2
                 sizes = {"buckets": len(table), "max_distance": 4 * half}
                 bias = table[relative_buckets(distances, bidirectional=True, **sizes)].T
-            return fused_attention(q, k, v, segments, segments, bias, KEY, **settings)
+            return fused_attention(projected(q, k, v), segments, segments, bias, KEY, **settings)
 
         table = jnp.zeros((8, H)) if biased else None
         jaxpr = jax.make_jaxpr(partial(with_gradients, run))((*arrays, table), dy).jaxpr
@@ -259,8 +268,8 @@ def test_each_platform_runs_its_own_form(platform):
     segments = jnp.ones((R, length), jnp.int32)
 
     def run(q, k, v, dy):
-        function = partial(fused_attention, scale=0.3, dropout_rate=0.1, dropout_key=KEY)
-        call = lambda q, k, v: function(q, k, v, segments, segments)  # noqa: E731
+        function = partial(fused_attention, heads=H, scale=0.3, dropout_rate=0.1, dropout_key=KEY)
+        call = lambda *qkv: function(projected(*qkv), segments, segments)  # noqa: E731
         return with_gradients(call, (q, k, v), dy)
 
     text = jax.jit(run).trace(*arrays, dy).lower(lowering_platforms=(platform,)).as_text()
@@ -277,7 +286,8 @@ def test_products_are_counted(interpret):
     segments = jnp.ones((R, 16), jnp.int32), jnp.ones((R, 24), jnp.int32)
 
     def run(q, k, v):
-        return fused_attention(q, k, v, *segments, scale=0.3, interpret=interpret)
+        settings = {"heads": H, "scale": 0.3, "interpret": interpret}
+        return fused_attention(projected(q, k, v), *segments, **settings)
 
     one = 2 * R * H * 16 * 24 * D
     assert flops(run, q, k, v) == 2 * one
@@ -298,16 +308,16 @@ mesh = make_mesh(MeshConfig(data=1, model=2), devices[:2])
 def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
-def run(q, k, v, bias, segments, words):
+def run(qkv, bias, segments, words):
     visible, key = Visible(segments, segments, True), jax.random.wrap_key_data(words, impl="rbg")
     settings = {"bias_HxS": bias, "dropout_rate": 0.1, "dropout_key": key}
-    y = attend_fused(q, k, v, visible, scale=0.1, **settings)
+    y = attend_fused((qkv,), visible, heads=4, scale=0.1, **settings)
     return y.astype(jnp.float32).sum()
 
-x, bias = array(2, 384, 4, 64), array(4, 767, dtype=jnp.float32)
+qkv, bias = array(2, 384, 3, 256), array(4, 767, dtype=jnp.float32)
 others = array(2, 384, dtype=jnp.int32), array(4, dtype=jnp.uint32)
 with jax.set_mesh(mesh):
-    compiled = jax.jit(jax.grad(run, (0, 1, 2, 3))).lower(x, x, x, bias, *others).compile()
+    compiled = jax.jit(jax.grad(run, (0, 1))).lower(qkv, bias, *others).compile()
 assert "tpu_custom_call" in compiled.as_text()
 """
     done = subprocess.run(

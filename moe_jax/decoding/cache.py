@@ -18,9 +18,18 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.decoding.rows import Params, Places, RowModel, by_expert, input_block, step_block
-from moe_jax.model.blocks import DecoderLayer, KeyValue, run_decoder_layer
+from moe_jax.model.attention import split_heads
+from moe_jax.model.blocks import DecoderLayer, run_decoder_layer
 
-# For each layer, keys [V, H, K, C] and values [V, H, C, K]; column C = position * beams + beam.
+
+class KeyValue(NamedTuple):
+    """Keys [V, H, K, C] and values [V, H, C, K]."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+# For each layer; column C = position * beams + beam.
 Cache = tuple[KeyValue, ...]
 
 
@@ -29,7 +38,7 @@ class _Layer(NamedTuple):
 
     params_S: list[Params]
     places: Places
-    cross: KeyValue  # [V, H, K, L_in], [V, H, L_in, K]
+    cross: KeyValue  # C = L_in
     cross_mask: jax.Array  # [V, 1, L_in]
 
 
@@ -65,7 +74,7 @@ class CachedDecoder:
         layer = _Layer(params_S, places, None, places.enter(segments)[:, None] > 0)
         block = input_block(encoded.shape[1])
         kv = self._apply(layer, "cross_key_value", places.enter(encoded), block=block)
-        return layer._replace(cross=_columns(kv))
+        return layer._replace(cross=_columns(*split_heads((kv,), self._layer.config.heads)))
 
     def cache(self) -> Cache:
         """An empty cache."""
@@ -110,14 +119,16 @@ class CachedDecoder:
             enter = layer.places.enter
             seen = seen_RxQxC if seen_RxQxC.shape[0] == 1 else enter(seen_RxQxC)
 
-            def read_past(q, kv, keys=keys, values=values, seen=seen):
-                kv = _columns(kv)
+            def read_past(qkv, keys=keys, values=values, seen=seen):
+                q, *kv = split_heads((qkv,), model.config.heads)
+                kv = _columns(*kv)
                 keys = jax.lax.dynamic_update_slice_in_dim(keys, kv.key, index * beams, 3)
                 values = jax.lax.dynamic_update_slice_in_dim(values, kv.value, index * beams, 2)
                 new.append(KeyValue(keys, values))
                 return attend_columns(q, new[-1], seen, scale, bias_HxC)
 
             def read_input(q, layer=layer):
+                (q,) = split_heads((q,), model.config.heads)
                 return attend_columns(q, layer.cross, layer.cross_mask, scale)
 
             y = run_decoder_layer(
@@ -128,9 +139,8 @@ class CachedDecoder:
         return model.call(lambda m: m.logits(hidden, self._kernel)), tuple(new)
 
 
-def _columns(kv: KeyValue) -> KeyValue:
-    """Keys and values [V, L, H, K] -> [V, H, K, L] and [V, H, L, K]."""
-    return KeyValue(kv.key.transpose(0, 2, 3, 1), kv.value.transpose(0, 2, 1, 3))
+def _columns(key_VxLxHxK: jax.Array, value_VxLxHxK: jax.Array) -> KeyValue:
+    return KeyValue(key_VxLxHxK.transpose(0, 2, 3, 1), value_VxLxHxK.transpose(0, 2, 1, 3))
 
 
 def attend_columns(

@@ -5,7 +5,7 @@ On TPUs and NVIDIA GPUs a kernel. On other devices, and for shapes that the kern
 loop over blocks of queries. Each has a module with two functions:
 
     forward(form, packed) -> y
-    backward(form, packed, y, dy) -> gradients by q, k, v and the bias
+    backward(form, packed, y, dy) -> gradients by `packed.projected` and the bias
 
 Nothing but y is kept for the backward pass, which computes scores and dropout masks again.
 """
@@ -23,14 +23,13 @@ from moe_jax.kernels.dropout import key_words
 
 
 def fused_attention(
-    q_RxLqxHxD: jax.Array,
-    k_RxLkxHxD: jax.Array,
-    v_RxLkxHxD: jax.Array,
+    projected: tuple[jax.Array, ...],
     query_segments_RxLq: jax.Array,
     key_segments_RxLk: jax.Array,
     bias_HxS: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     *,
+    heads: int,
     causal: bool = False,
     scale: float,
     dropout_rate: float = 0.0,
@@ -44,6 +43,8 @@ def fused_attention(
     Scores and softmax are float32. What a query gets that sees no key is not defined, but finite.
 
     Args:
+        projected: queries, keys and values in one array, [R, L, 3, H * D], or queries
+            [R, L_q, 1, H * D], and keys and values [R, L_k, 2, H * D].
         query_segments_RxLq, key_segments_RxLk: int32; a query sees the keys of its segment.
         bias_HxS: float32 numbers, S = L_q + L_k - 1, one of which is added to the score of a query
             and a key: that at `query - key + L_k - 1`.
@@ -56,14 +57,14 @@ def fused_attention(
         interpret: runs this platform's kernel, interpreted: for tests on other devices.
 
     Returns:
-        [R, L_q, H * D] in the dtype of `q`.
+        [R, L_q, H * D] in their dtype.
     """
-    rows, queries, heads, width = q_RxLqxHxD.shape
-    keys, dtype = k_RxLkxHxD.shape[1], q_RxLqxHxD.dtype
-    form = Form(rows, queries, keys, heads, width, dtype, causal, scale, dropout_rate)
+    rows, queries, _, columns = projected[0].shape
+    keys, dtype = projected[-1].shape[1], projected[0].dtype
+    form = Form(rows, queries, keys, heads, columns // heads, dtype, causal, scale, dropout_rate)
     no_words = jnp.zeros(4, jnp.uint32)
     packed = Packed(
-        *(a.reshape(*a.shape[:2], -1) for a in (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD)),
+        projected,
         bias_HxS,
         no_words if dropout_key is None else key_words(dropout_key),
         jnp.stack([jnp.asarray(first_head, jnp.int32), jnp.int32(all_heads or heads)]),

@@ -38,23 +38,33 @@ class Form:
 
 
 class Packed(NamedTuple):
-    """The arrays. Heads and their width are one axis, because a TPU pads the last one to 128.
+    """The arrays.
 
     Attributes:
+        projected: queries, keys and values, as in `attention.fused_attention`.
         bias_HxS: float32, or None.
         dropout_words_4: uint32, those of `kernels.dropout.key_words`.
         heads_2: int32, the number of the first of these heads among all heads, and of all heads.
         query_segments_RxLq, key_segments_RxLk: int32; a query sees the keys of its segment.
     """
 
-    q_RxLqxHD: jax.Array
-    k_RxLkxHD: jax.Array
-    v_RxLkxHD: jax.Array
+    projected: tuple[jax.Array, ...]
     bias_HxS: jax.Array | None
     dropout_words_4: jax.Array
     heads_2: jax.Array
     query_segments_RxLq: jax.Array
     key_segments_RxLk: jax.Array
+
+    def split(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, each [R, L, H * D]: a TPU would pad D to 128."""
+        q, k, v = (x[:, :, n] for x in self.projected for n in range(x.shape[2]))
+        return q, k, v
+
+    def joined(self, dq: jax.Array, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, ...]:
+        """Gradients by `projected`, the inverse of `split`."""
+        if len(self.projected) == 1:
+            return (jnp.stack([dq, dk, dv], axis=2),)
+        return dq[:, :, None], jnp.stack([dk, dv], axis=2)
 
 
 def padded(x: jax.Array, sizes: dict[int, int], fill: int = 0) -> jax.Array:

@@ -29,7 +29,7 @@ def forward(form: Form, packed: Packed) -> jax.Array:
 
 
 def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array):
-    """Gradients by q, k, v and the bias."""
+    """Gradients by `packed.projected` and the bias."""
     rows = _Rows.of(form, packed)
     sums_RxLqxH = sums_by_head(form, y, dy)
 
@@ -54,7 +54,7 @@ def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array):
     if d_bias is not None:
         d_bias = d_bias[:, : form.distances]
     dk, dv = (d.reshape(*d.shape[:2], -1).astype(form.dtype) for d in (dk, dv))
-    return _joined(dq, form), dk, dv, d_bias
+    return packed.joined(_joined(dq, form), dk, dv), d_bias
 
 
 class _Rows(NamedTuple):
@@ -71,7 +71,7 @@ class _Rows(NamedTuple):
         bias = packed.bias_HxS
         if bias is not None:
             bias = padded(bias, {1: form.queries + BLOCK + form.keys})
-        return cls(*(_heads(x, form) for x in packed[:3]), bias, packed)
+        return cls(*(_heads(x, form) for x in packed.split()), bias, packed)
 
 
 def _heads(x_RxLxHD: jax.Array, form: Form) -> jax.Array:
@@ -130,7 +130,7 @@ def _weights(form: Form, rows: _Rows, block: _Block):
     first_head, all_heads = rows.others.heads_2
     head = row * all_heads + first_head + head
     number = ((head * form.queries + query) * form.keys + key).astype(jnp.uint32)
-    return weights, seen, is_kept(number, rows.others.dropout_words_4, form.rate)
+    return weights, seen, is_kept([number], rows.others.dropout_words_4, form.rate)
 
 
 def _window(bias_HxN: jax.Array, block: _Block, keys: int) -> jax.Array:

@@ -21,8 +21,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
         rate: in [0, 1).
         key: a typed PRNG key of any kind.
     """
-    number = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
-    keep = is_kept(number, key_words(key), rate)
+    columns = x.shape[-1] if x.ndim else 1
+    row = columns * jax.lax.iota(jnp.uint32, x.size // columns)
+    column = jax.lax.iota(jnp.uint32, columns)
+    keep = is_kept((row[:, None], column), key_words(key), rate).reshape(x.shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
@@ -42,14 +44,21 @@ def key_words(key: jax.Array) -> jax.Array:
     return jnp.resize(jax.random.key_data(key).ravel(), 4)
 
 
-def is_kept(number: jax.Array, words: Sequence[jax.Array] | jax.Array, rate: float) -> jax.Array:
-    """bool of the shape of `number`: False with probability `rate`.
+def is_kept(
+    numbers: Sequence[jax.Array], words: Sequence[jax.Array] | jax.Array, rate: float
+) -> jax.Array:
+    """bool: False with probability `rate`.
 
     Args:
-        number: uint32, the index of each element.
+        numbers: uint32, of shapes that broadcast; their sum is the index of each element. They are
+            added to the key one by one, because XLA would compute the indices of all elements
+            before a loop over layers, and read them from memory in each layer.
         words: those of `key_words`.
     """
-    bits = _mix(_mix(number ^ words[0]) ^ words[1])
+    number = words[0]
+    for addend in numbers:
+        number = number + addend
+    bits = _mix(_mix(number) ^ words[1])
     bits = _mix(bits ^ words[2]) ^ words[3]
     return bits >= jnp.uint32(round(rate * 2**32))
 

@@ -7,7 +7,7 @@ the bias, which sums tiles of scores along diagonals of tiles, where distances a
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,35 +37,47 @@ def takes(form: Form, biased: bool) -> bool:
 def forward(form: Form, packed: Packed, *, interpret: bool = False) -> jax.Array:
     """The result: [R, L_q, H * D]."""
     x = _Arrays.of(form, packed)
-    (y,) = _call(form, _forward_kernel, x.keys_of.shape[1], x, [x.q], 2, interpret)
+    size = (form.rows, x.queries.shape[1], form.heads * form.width)
+    like_y = jax.ShapeDtypeStruct(size, form.dtype)
+    (y,) = _call(form, _forward_kernel, x.keys_of.shape[1], x, [like_y], 2, interpret)
     return y[:, : form.queries]
 
 
 def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array, *, interpret: bool = False):
-    """Gradients by q, k, v and the bias."""
+    """Gradients by `packed.projected` and the bias."""
     x = _Arrays.of(form, packed)
-    filled = {1: x.q.shape[1]}
+    filled = {1: x.queries.shape[1]}
     sums = padded(sums_by_head(form, y, dy), filled).swapaxes(1, 2)
     x = x._replace(dy=padded(dy, filled), sums=sums)
     # Products that several kernels compute count once.
-    dq, log_sums = _call(form, _query_kernel, x.keys_of.shape[1], x, [x.q, sums], 2, interpret)
+    results = [x.queries, sums]
+    dq, log_sums = _call(form, _query_kernel, x.keys_of.shape[1], x, results, 2, interpret)
     x = x._replace(log_sums=log_sums)
-    dk, dv = _call(form, _key_kernel, x.queries_of.shape[1], x, [x.k, x.v], 3, interpret)
+    # In self-attention, the gradients by keys and values go into the array of those by queries.
+    together = len(packed.projected) == 1
+    x = x._replace(written=dq if together else None)
+    (dkv,) = _call(form, _key_kernel, x.queries_of.shape[1], x, [x.keys], 3, interpret)
     d_bias = None if x.bias is None else _bias_gradient(form, x, interpret)
-    return dq[:, : form.queries], dk[:, : form.keys], dv[:, : form.keys], d_bias
+    gradients = zip((dkv,) if together else (dq, dkv), packed.projected, strict=True)
+    return tuple(d[:, : p.shape[1]].reshape(p.shape) for d, p in gradients), d_bias
 
 
 class _Arrays(NamedTuple):
-    """What kernels read: `Packed`, filled up to whole blocks, and in the backward pass three more.
-    In a kernel, these are references to one row and head, or to all rows and one head.
+    """What kernels read: `Packed`, filled up to whole blocks, and some more in the backward pass.
+    In a kernel, these are references to one row, or to all rows, of one head where there is an axis
+    of heads.
 
     Attributes:
         query_segments, key_segments: what is filled up is in no segment.
         keys_of: [R, blocks of queries, 2], the first and the end of the blocks of keys to read.
         queries_of: the same for blocks of keys.
-        bias: [H, ...]; that of a query and a key is at `query - key + L_k - 1`, with L_k as in `k`.
+        queries, keys: the arrays with queries, and with keys and values, which may be the same:
+            [R, L, N * H * D].
+        bias: [H, ...]; that of a query and a key is at `query - key + L_k - 1`, with L_k as in `keys`.
+        dy: [R, L_q, H * D].
         sums: [R, H, L_q], what the gradient of a softmax subtracts.
         log_sums: [R, H, L_q], logarithms of the sums of a softmax.
+        written: the array that a kernel adds its results to.
     """
 
     words: jax.Array
@@ -74,13 +86,13 @@ class _Arrays(NamedTuple):
     key_segments: jax.Array
     keys_of: jax.Array
     queries_of: jax.Array
+    queries: jax.Array
+    keys: jax.Array
     bias: jax.Array | None
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
     dy: jax.Array | None = None
     sums: jax.Array | None = None
     log_sums: jax.Array | None = None
+    written: jax.Array | None = None
 
     @classmethod
     def of(cls, form: Form, packed: Packed) -> "_Arrays":
@@ -88,33 +100,29 @@ class _Arrays(NamedTuple):
         queries, keys = (-(-length // size) * size for length in (form.queries, form.keys))
         at_query = padded(packed.query_segments_RxLq, {1: queries}, -1)
         at_key = padded(packed.key_segments_RxLk, {1: keys}, -2)
+        flat = [x.reshape(*x.shape[:2], -1) for x in packed.projected]
         bias = packed.bias_HxS
         if bias is not None:
             bias = jnp.pad(bias, ((0, 0), (keys - form.keys, queries - form.queries + 1)))
         return cls(
             packed.dropout_words_4, packed.heads_2, at_query, at_key,
-            *_blocks_to_read(at_query, at_key, size, form.causal), bias,
-            *(padded(a, {1: n}) for a, n in zip(packed[:3], (queries, keys, keys), strict=True)),
+            *_blocks_to_read(at_query, at_key, size, form.causal),
+            padded(flat[0], {1: queries}), padded(flat[-1], {1: keys}), bias,
         )  # fmt: skip
 
-    def specs(self, form: Form, rows: int) -> "_Arrays":
-        """One head of one row or of all, for a grid (block, head, row)."""
+    def specs(self, rows: int) -> "_Arrays":
+        """One row or all, for a grid (block, head, row)."""
+        whole = {"words", "heads", "bias"}
+        return _Arrays(**{
+            name: None if x is None else _spec(x.shape[0] if name in whole else rows, x)
+            for name, x in self._asdict().items()
+        })  # fmt: skip
 
-        def of_row(*shape: int) -> pl.BlockSpec:
-            return pl.BlockSpec((rows, *shape), lambda _, h, r: (r, *(0 for _ in shape)))
 
-        def of_head(x: jax.Array) -> pl.BlockSpec:
-            return pl.BlockSpec((rows, x.shape[1], form.width), lambda _, h, r: (r, 0, h))
-
-        numbers = [pl.BlockSpec(x.shape, lambda *_: (0,)) for x in self[:2]]
-        by_row = [of_row(*x.shape[1:]) for x in self[2:6]]
-        bias = None
-        if self.bias is not None:
-            bias = pl.BlockSpec((1, self.bias.shape[1]), lambda _, h, r: (h, 0))
-        by_head = [None if x is None else of_head(x) for x in (self.q, self.k, self.v, self.dy)]
-        sums = pl.BlockSpec((rows, 1, self.q.shape[1]), lambda _, h, r: (r, h, 0))
-        by_query = [None if x is None else sums for x in self[11:]]
-        return _Arrays(*numbers, *by_row, bias, *by_head, *by_query)
+def _spec(rows: int, x) -> pl.BlockSpec:
+    """Some rows of an array; kernels pick their head and their block."""
+    row = (lambda r: r) if rows < x.shape[0] else (lambda r: 0)
+    return pl.BlockSpec((rows, *x.shape[1:]), lambda _, h, r: (row(r), *(0 for _ in x.shape[1:])))
 
 
 def _block_size(form: Form) -> int:
@@ -149,54 +157,88 @@ def _call(form: Form, kernel, blocks: int, x: _Arrays, results, products: int, i
     """Runs a kernel for all blocks of every row and head.
 
     Args:
-        results: arrays like the results.
+        results: what has the shapes and dtypes of the results.
     """
-    specs = x.specs(form, 1)
-    by_array = {id(a): s for a, s in zip(x, specs, strict=True)}
+    aliases = {} if x.written is None else {len(jax.tree.leaves(x)) - 1: 0}
     return pl.pallas_call(
         partial(kernel, form),
         grid=(blocks, form.heads, form.rows),
-        in_specs=[specs],
-        out_specs=[by_array[id(a)] for a in results],
-        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results],
-        compiler_params=_settings(),
-        cost_estimate=_cost(form, x, products),
+        in_specs=[x.specs(1)],
+        out_specs=[_spec(1, result) for result in results],
+        out_shape=[jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results],
+        input_output_aliases=aliases,
         interpret=interpret,
         name=kernel.__name__.strip("_"),
+        **_settings(form, x, products),
     )(x)
 
 
-def _settings():
-    return triton.CompilerParams(num_warps=4, num_stages=2)
-
-
-def _cost(form: Form, x: _Arrays, products: int) -> pl.CostEstimate:
-    scores = form.rows * form.heads * form.queries * form.keys
-    read = sum(a.size * a.dtype.itemsize for a in x if a is not None)
-    return pl.CostEstimate(
-        flops=form.products(products), transcendentals=scores, bytes_accessed=read
+def _settings(form: Form, x: _Arrays, products: int) -> dict[str, Any]:
+    cost = pl.CostEstimate(
+        flops=form.products(products),
+        transcendentals=form.rows * form.heads * form.queries * form.keys,
+        bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(x)),
     )
+    return {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=2), "cost_estimate": cost}
+
+
+class _Head(NamedTuple):
+    """Which head a program works on. Made at its begin: an interpreted program does not know its
+    place in the grid inside a loop."""
+
+    row: int | jax.Array  # where `_Arrays` has it
+    head: jax.Array
+    number: jax.Array  # among the heads of all rows and devices
+
+    @classmethod
+    def of(cls, x: _Arrays) -> "_Head":
+        row, head = pl.program_id(2), pl.program_id(1)
+        return cls(0, head, row * x.heads[1] + x.heads[0] + head)
+
+    def columns(self, form: Form, n: int = 0):
+        """Where an array [L, N * H * D] has this head."""
+        return pl.ds((n * form.heads + self.head) * form.width, form.width)
 
 
 class _Block(NamedTuple):
     """Some queries or keys of a head."""
 
+    place: Any  # slice of a row
     first: jax.Array
     x: jax.Array  # [block, D]
     segments: jax.Array  # [block]
 
 
-def _block(x, segments, number, size: int, row=0) -> _Block:
+def _queries(form: Form, x: _Arrays, at: _Head, number) -> _Block:
+    size = _block_size(form)
     place = pl.ds(number * size, size)
-    return _Block(number * size, x[row, place, :], segments[row, place])
+    q = x.queries[at.row, place, at.columns(form)]
+    return _Block(place, number * size, q, x.query_segments[at.row, place])
 
 
-def _scores(form: Form, x: _Arrays, q: _Block, k: _Block):
+def _keys(form: Form, x: _Arrays, at: _Head, number) -> _Block:
+    size = _block_size(form)
+    place = pl.ds(number * size, size)
+    k = x.keys[at.row, place, at.columns(form, _key_and_value(form, x)[0])]
+    return _Block(place, number * size, k, x.key_segments[at.row, place])
+
+
+def _values(form: Form, x: _Arrays, at: _Head, k: _Block) -> jax.Array:
+    return x.keys[at.row, k.place, at.columns(form, _key_and_value(form, x)[1])]
+
+
+def _key_and_value(form: Form, x: _Arrays) -> tuple[int, int]:
+    """Which of the N arrays in `x.keys` they are: the last two."""
+    count = x.keys.shape[2] // (form.heads * form.width)
+    return count - 2, count - 1
+
+
+def _scores(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block):
     """(float32 scores, which of them are seen), both [queries, keys]."""
     query, key = _places(q, k)
     scores = _dot(q.x, k.x, _ROWS_OF) * form.scale
     if x.bias is not None:
-        scores += x.bias[0, query - key + x.k.shape[1] - 1]
+        scores += x.bias[at.head, query - key + x.keys.shape[1] - 1]
     seen = q.segments[:, None] == k.segments[None, :]
     if form.causal:
         seen &= key <= query
@@ -209,135 +251,116 @@ def _places(q: _Block, k: _Block) -> tuple[jax.Array, jax.Array]:
     return q.first + query, k.first + key
 
 
-def _head(x: _Arrays, row) -> jax.Array:
-    """The number of a row's head among those of all rows. Not for loops: an interpreted program does
-    not know its index there."""
-    return row * x.heads[1] + x.heads[0] + pl.program_id(1)
-
-
-def _dropped(form: Form, x: _Arrays, q: _Block, k: _Block, head, *weights: jax.Array):
+def _dropped(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, *weights: jax.Array):
     """The weights, or their gradients, after dropout."""
     if not form.rate:
         return weights
     query, key = _places(q, k)
-    number = (head * form.queries + query) * form.keys + key  # in [R, H, L_q, L_k]
-    kept = is_kept(number.astype(jnp.uint32), [x.words[i] for i in range(4)], form.rate)
+    number = (at.number * form.queries + query) * form.keys + key  # in [R, H, L_q, L_k]
+    kept = is_kept([number.astype(jnp.uint32)], [x.words[i] for i in range(4)], form.rate)
     return tuple(jnp.where(kept, w / (1.0 - form.rate), 0.0) for w in weights)
 
 
+def _add_weights(total, most, scores):
+    """Adds scores to a softmax: (new sum, new maximum, weights, factor of all before)."""
+    highest = jnp.maximum(most, scores.max(1))
+    weights, factor = jnp.exp(scores - highest[:, None]), jnp.exp(most - highest)
+    return factor * total + weights.sum(1), highest, weights, factor
+
+
 def _forward_kernel(form: Form, x: _Arrays, y) -> None:
-    size, number = _block_size(form), pl.program_id(0)
-    head = _head(x, pl.program_id(2))
-    q = _block(x.q, x.query_segments, number, size)
+    number, at = pl.program_id(0), _Head.of(x)
+    q = _queries(form, x, at, number)
 
     def read(number, sums):
         y, total, most = sums
-        k = _block(x.k, x.key_segments, number, size)
-        scores, _ = _scores(form, x, q, k)
-        highest = jnp.maximum(most, scores.max(1))
-        weights = jnp.exp(scores - highest[:, None])
-        correction = jnp.exp(most - highest)
-        total = correction * total + weights.sum(1)
-        (weights,) = _dropped(form, x, q, k, head, weights)
-        values = x.v[0, pl.ds(k.first, size), :]
-        y = correction[:, None] * y + _dot(weights.astype(form.dtype), values)
-        return y, total, highest
+        k = _keys(form, x, at, number)
+        scores, _ = _scores(form, x, at, q, k)
+        total, most, weights, factor = _add_weights(total, most, scores)
+        (weights,) = _dropped(form, x, at, q, k, weights)
+        values = _values(form, x, at, k)
+        return factor[:, None] * y + _dot(weights.astype(form.dtype), values), total, most
 
-    nothing = jnp.zeros(size, jnp.float32)
-    sums = (jnp.zeros(q.x.shape, jnp.float32), nothing, nothing + _MASKED)
+    sums = (jnp.zeros(q.x.shape, jnp.float32), *_no_weights(q))
     y_QxD, total, _ = jax.lax.fori_loop(*_bounds(x.keys_of, number), read, sums)
-    y[0, pl.ds(q.first, size), :] = (y_QxD / _not_zero(total)[:, None]).astype(form.dtype)
+    y[0, q.place, at.columns(form)] = (y_QxD / _not_zero(total)[:, None]).astype(form.dtype)
 
 
 def _query_kernel(form: Form, x: _Arrays, dq, log_sums) -> None:
-    size, number = _block_size(form), pl.program_id(0)
-    head = _head(x, pl.program_id(2))
-    q = _block(x.q, x.query_segments, number, size)
-    own = pl.ds(q.first, size)
-    dy, sums = x.dy[0, own, :], x.sums[0, 0, own]
-    bounds = _bounds(x.keys_of, number)
+    number, at = pl.program_id(0), _Head.of(x)
+    q, bounds = _queries(form, x, at, number), _bounds(x.keys_of, number)
 
     def add(number, sums):
-        total, most = sums
-        scores, _ = _scores(form, x, q, _block(x.k, x.key_segments, number, size))
-        highest = jnp.maximum(most, scores.max(1))
-        weights = jnp.exp(scores - highest[:, None])
-        return jnp.exp(most - highest) * total + weights.sum(1), highest
+        scores, _ = _scores(form, x, at, q, _keys(form, x, at, number))
+        return _add_weights(*sums, scores)[:2]
 
-    nothing = jnp.zeros(size, jnp.float32)
-    total, most = jax.lax.fori_loop(*bounds, add, (nothing, nothing + _MASKED))
+    total, most = jax.lax.fori_loop(*bounds, add, _no_weights(q))
     logs = most + jnp.log(_not_zero(total))
-    log_sums[0, 0, own] = logs
+    log_sums[0, at.head, q.place] = logs
+    read = x.dy[0, q.place, at.columns(form)], x.sums[0, at.head, q.place], logs
 
-    def read(number, dq):
-        k = _block(x.k, x.key_segments, number, size)
-        _, d_scores = _gradients(form, x, q, k, head, dy, sums, logs)
+    def sum_up(number, dq):
+        k = _keys(form, x, at, number)
+        _, d_scores = _gradients(form, x, at, q, k, *read)
         return dq + _dot(d_scores.astype(form.dtype), k.x)
 
-    dq_QxD = jax.lax.fori_loop(*bounds, read, jnp.zeros(q.x.shape, jnp.float32))
-    dq[0, own, :] = (form.scale * dq_QxD).astype(form.dtype)
+    dq_QxD = jax.lax.fori_loop(*bounds, sum_up, jnp.zeros(q.x.shape, jnp.float32))
+    dq[0, q.place, at.columns(form)] = (form.scale * dq_QxD).astype(form.dtype)
 
 
-def _key_kernel(form: Form, x: _Arrays, dk, dv) -> None:
-    size, number = _block_size(form), pl.program_id(0)
-    head = _head(x, pl.program_id(2))
-    k = _block(x.k, x.key_segments, number, size)
+def _key_kernel(form: Form, x: _Arrays, dkv) -> None:
+    number, at = pl.program_id(0), _Head.of(x)
+    k = _keys(form, x, at, number)
 
-    def read(number, gradients):
+    def sum_up(number, gradients):
         dk, dv = gradients
-        q = _block(x.q, x.query_segments, number, size)
-        place = pl.ds(q.first, size)
-        dy, sums, logs = x.dy[0, place, :], x.sums[0, 0, place], x.log_sums[0, 0, place]
-        weights, d_scores = _gradients(form, x, q, k, head, dy, sums, logs)
-        dv += _dot(weights.astype(form.dtype), dy, _FIRST)
+        q = _queries(form, x, at, number)
+        read = _read_gradients(form, x, at, q)
+        weights, d_scores = _gradients(form, x, at, q, k, *read)
+        dv += _dot(weights.astype(form.dtype), read[0], _FIRST)
         dk += _dot(d_scores.astype(form.dtype), q.x, _FIRST)
         return dk, dv
 
     nothing = jnp.zeros(k.x.shape, jnp.float32)
-    dk_KxD, dv_KxD = jax.lax.fori_loop(*_bounds(x.queries_of, number), read, (nothing, nothing))
-    own = pl.ds(k.first, size)
-    dk[0, own, :] = (form.scale * dk_KxD).astype(form.dtype)
-    dv[0, own, :] = dv_KxD.astype(form.dtype)
+    dk, dv = jax.lax.fori_loop(*_bounds(x.queries_of, number), sum_up, (nothing, nothing))
+    for n, d in zip(_key_and_value(form, x), (form.scale * dk, dv), strict=True):
+        dkv[0, k.place, at.columns(form, n)] = d.astype(form.dtype)
 
 
 def _bias_gradient(form: Form, x: _Arrays, interpret: bool) -> jax.Array:
     size = _block_size(form)
     count = x.keys_of.shape[1] + x.queries_of.shape[1] - 1
+    x = x._replace(written=None)
     tiles = pl.pallas_call(
         partial(_bias_kernel, form),
         grid=(count, form.heads, 1),
-        in_specs=[x.specs(form, form.rows)],
+        in_specs=[x.specs(form.rows)],
         out_specs=pl.BlockSpec((1, 1, size, size), lambda t, h, r: (h, t, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((form.heads, count, size, size), jnp.float32),
-        compiler_params=_settings(),
-        cost_estimate=_cost(form, x, 0),
         interpret=interpret,
         name="bias_kernel",
+        **_settings(form, x, 0),
     )(x)
     # Tile t has distances from t * size on, and as many of tile t + 1.
     windows = jnp.pad(sum_diagonals(tiles), ((0, 0), (0, 0), (0, 1)))
     near, far = jnp.split(windows, 2, axis=-1)
     d_bias = jnp.pad(near, ((0, 0), (0, 1), (0, 0))) + jnp.pad(far, ((0, 0), (1, 0), (0, 0)))
-    first = x.k.shape[1] - form.keys
+    first = x.keys.shape[1] - form.keys
     return d_bias.reshape(form.heads, -1)[:, first : first + form.distances]
 
 
 def _bias_kernel(form: Form, x: _Arrays, tile) -> None:
-    size = _block_size(form)
-    across, down = x.k.shape[1] // size, x.q.shape[1] // size
+    first_row, size = _Head.of(x), _block_size(form)
+    across, down = x.keys.shape[1] // size, x.queries.shape[1] // size
     ahead = pl.program_id(0) - (across - 1)  # of the block of keys is that of queries
     first, end = jnp.maximum(0, -ahead), jnp.minimum(across, down - ahead)
-    first_head = _head(x, 0)
 
     def of_row(row, tile):
-        head = first_head + row * x.heads[1]
+        at = first_row._replace(row=row, number=first_row.number + row * x.heads[1])
 
         def add(number, tile):
-            q = _block(x.q, x.query_segments, number + ahead, size, row)
-            k = _block(x.k, x.key_segments, number, size, row)
-            place = pl.ds(q.first, size)
-            dy, sums, logs = x.dy[row, place, :], x.sums[row, 0, place], x.log_sums[row, 0, place]
-            return tile + _gradients(form, x, q, k, head, dy, sums, logs, row)[1]
+            q, k = _queries(form, x, at, number + ahead), _keys(form, x, at, number)
+            return tile + _gradients(form, x, at, q, k, *_read_gradients(form, x, at, q))[1]
 
         return jax.lax.fori_loop(first, end, add, tile)
 
@@ -345,21 +368,29 @@ def _bias_kernel(form: Form, x: _Arrays, tile) -> None:
     tile[0, 0] = jax.lax.fori_loop(0, form.rows, of_row, nothing)
 
 
-def _gradients(form: Form, x: _Arrays, q, k, head, dy, sums, log_sums, at=0):
-    """(weights after dropout, gradient of scores), both [queries, keys].
+def _read_gradients(form: Form, x: _Arrays, at: _Head, q: _Block):
+    """The parts of `dy`, `sums` and `log_sums` of some queries."""
+    dy = x.dy[at.row, q.place, at.columns(form)]
+    return dy, x.sums[at.row, at.head, q.place], x.log_sums[at.row, at.head, q.place]
 
-    Args:
-        at: where in `x` the row is.
-    """
-    scores, seen = _scores(form, x, q, k)
+
+def _gradients(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, dy, sums, log_sums):
+    """(weights after dropout, gradients of scores), both [queries, keys]."""
+    scores, seen = _scores(form, x, at, q, k)
     weights = jnp.exp(scores - log_sums[:, None])
-    d_weights = _dot(dy, x.v[at, pl.ds(k.first, len(k.segments)), :], _ROWS_OF)
-    dropped, d_weights = _dropped(form, x, q, k, head, weights, d_weights)
+    d_weights = _dot(dy, _values(form, x, at, k), _ROWS_OF)
+    dropped, d_weights = _dropped(form, x, at, q, k, weights, d_weights)
     return dropped, jnp.where(seen, weights * (d_weights - sums[:, None]), 0.0)
 
 
 def _bounds(blocks, number) -> tuple[jax.Array, jax.Array]:
     return blocks[0, number, 0], blocks[0, number, 1]
+
+
+def _no_weights(q: _Block) -> tuple[jax.Array, jax.Array]:
+    """The sum and the maximum of a softmax of nothing."""
+    nothing = jnp.zeros(q.segments.shape, jnp.float32)
+    return nothing, nothing + _MASKED
 
 
 def _not_zero(sums: jax.Array) -> jax.Array:

@@ -79,15 +79,15 @@ def takes(form: Form, biased: bool) -> bool:
 
 def forward(form: Form, packed: Packed, *, interpret: bool = False) -> jax.Array:
     """The result: [R, L_q, H * D]."""
-    (y,) = _call(form, _forward_kernel, packed, packed[:3], interpret)
+    (y,) = _call(form, _forward_kernel, packed, packed.split(), interpret)
     return y
 
 
 def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array, *, interpret: bool = False):
-    """Gradients by q, k, v and the bias."""
+    """Gradients by `packed.projected` and the bias."""
     del y  # the softmax is computed again
-    dq, dk, dv, *d_bias = _call(form, _backward_kernel, packed, (*packed[:3], dy), interpret)
-    return dq, dk, dv, d_bias[0][:, 0, : form.distances] if d_bias else None
+    dq, dk, dv, *d_bias = _call(form, _backward_kernel, packed, (*packed.split(), dy), interpret)
+    return packed.joined(dq, dk, dv), d_bias[0][:, 0, : form.distances] if d_bias else None
 
 
 def _call(form: Form, kernel, packed: Packed, arrays, interpret: bool) -> list[jax.Array]:
@@ -227,7 +227,7 @@ def _for_blocks(form: _Tiled, numbers, query_segments, key_segments, function) -
         def kept(head):
             head = row * all_heads + first_head + head_block * form.heads_at_once + head
             index = (head * form.queries + query) * form.keys + key  # in [R, H, L_q, L_k]
-            return is_kept(index.astype(jnp.uint32), words, form.rate)
+            return is_kept([index.astype(jnp.uint32)], words, form.rate)
 
         across = form.keys // form.tile_keys
         function(queries, [number + across - 1 - i for i in range(across)], seen, kept)

@@ -13,6 +13,17 @@ from moe_jax.kernels.dropout import dropout
 from moe_jax.kernels.softmax_attention import softmax_attention
 
 
+# Queries, keys and values: ([R, L, 3, H * D],) of self-attention; ([R, L_q, 1, H * D],
+# [R, L_k, 2, H * D]) of cross-attention. As one array, they need not be copied apart for a kernel.
+Projected = tuple[jax.Array, ...]
+
+
+def split_heads(projected: Projected, heads: int) -> list[jax.Array]:
+    """Queries, keys and values, each [R, L, H, D]."""
+    parts = [x[:, :, n] for x in projected for n in range(x.shape[2])]
+    return [x.reshape(*x.shape[:2], heads, -1) for x in parts]
+
+
 class Visible(NamedTuple):
     """Which keys a query sees: those of its segment and, if `causal`, none after it."""
 
@@ -103,37 +114,35 @@ def attend_by_rows(
 
 
 def attend_fused(
-    q_RxLqxHxD: jax.Array,
-    k_RxLkxHxD: jax.Array,
-    v_RxLkxHxD: jax.Array,
+    projected: Projected,
     visible: Visible,
     *,
+    heads: int,
     bias_HxS: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     **settings: Any,
 ) -> jax.Array:
-    """`attend` by `kernels.attention`, which explains the arguments; heads are one axis of the
-    result: [R, L_q, H * D].
+    """`attend` by `kernels.attention`, which explains the arguments: [R, L_q, H * D].
 
     Heads may be spread over the mesh axis `model`. The partitioner cannot split a kernel, so this
     does it, by all axes that no `shard_map` outside has split.
     """
     segments = (visible.query_segments_RxLq, visible.key_segments_RxLk)
-    args = (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, *segments, bias_HxS, dropout_key)
-    settings |= {"causal": visible.causal, "all_heads": q_RxLqxHxD.shape[2]}
+    args = (projected, *segments, bias_HxS, dropout_key)
+    settings |= {"causal": visible.causal, "all_heads": heads}
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return fused_attention(*args, **settings)
+        return fused_attention(*args, heads=heads, **settings)
+    own_heads = heads // mesh.shape["model"]
 
-    def of_heads(q, *args):
-        first = jax.lax.axis_index("model") * q.shape[2]
-        return fused_attention(q, *args, first_head=first, **settings)
+    def of_heads(*args):
+        first = jax.lax.axis_index("model") * own_heads
+        return fused_attention(*args, heads=own_heads, first_head=first, **settings)
 
-    heads = P(None, None, "model")
     return jax.shard_map(
         of_heads,
-        in_specs=(heads, heads, heads, P(), P(), P("model"), P()),
-        out_specs=heads,
+        in_specs=(P(None, None, None, "model"), P(), P(), P("model"), P()),
+        out_specs=P(None, None, "model"),
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,
     )(*args)

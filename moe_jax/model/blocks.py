@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,19 +13,19 @@ from moe_jax.kernels.activations import ACTIVATIONS
 from moe_jax.kernels.diagonals import from_diagonals
 from moe_jax.kernels.dropout import Dropout
 from moe_jax.kernels.linear import linear
-from moe_jax.model.attention import Visible, attend, attend_by_rows, attend_fused
+from moe_jax.model.attention import (
+    Projected,
+    Visible,
+    attend,
+    attend_by_rows,
+    attend_fused,
+    split_heads,
+)
 from moe_jax.model.config import ModelConfig
 
 # The name of what layers keep if `ModelConfig.kept_activations` is `products`: results of matrix
 # products, from which the backward pass computes norms, activations and dropout again.
 KEPT = "kept"
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one attention, each [R, L, H, D]."""
-
-    key: jax.Array
-    value: jax.Array
 
 
 def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]):
@@ -99,23 +99,25 @@ class Attention(nn.Module):
         self.out_kernel = _weights(self, "out_kernel", (HK, D), ("heads", "embed"), c.init_std)
         self.out_bias = _bias(self, "out_bias", (D,), ("norm",))
 
-    def project(self, x_RxLxD: jax.Array) -> tuple[jax.Array, KeyValue]:
-        """Query, and key with value, of self-attention."""
-        q, k, v = self._heads(linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias)
-        return q, KeyValue(k, v)
+    def project(self, x_RxLxD: jax.Array) -> jax.Array:
+        """Query, key and value of self-attention: [R, L, 3, H * K]."""
+        return _kept(linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias)
 
     def project_query(self, x_RxLxD: jax.Array) -> jax.Array:
-        """Query of cross-attention."""
-        return self._heads(linear(x_RxLxD, self.q_kernel) + self.q_bias)[0]
+        """Query of cross-attention: [R, L, 1, H * K]."""
+        return _kept(linear(x_RxLxD, self.q_kernel) + self.q_bias)
 
-    def project_key_value(self, encoded_RxLxD: jax.Array) -> KeyValue:
-        """Key and value of cross-attention."""
-        return KeyValue(*self._heads(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias))
+    def project_key_value(self, encoded_RxLxD: jax.Array) -> jax.Array:
+        """Key and value of cross-attention: [R, L, 2, H * K]."""
+        return _kept(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias)
 
-    def attend(self, q, kv: KeyValue, visible: Visible, bias_HxS=None, deterministic: bool = True):
+    def attend(
+        self, projected: Projected, visible: Visible, bias_HxS=None, deterministic: bool = True
+    ) -> jax.Array:
         """The results of all heads: [R, L_q, H * K].
 
         Args:
+            projected: query, key and value in one array, or the query and the other two.
             bias_HxS: added to the scores, by the distance from key to query: S = L_q + L_k - 1
                 numbers, from the first query with the last key to the last query with the first.
         """
@@ -124,26 +126,19 @@ class Attention(nn.Module):
         settings = {"scale": c.attention_scale, "dropout_rate": rate}
         settings["dropout_key"] = self.make_rng("dropout") if rate else None
         if c.attention == "fused" and not deterministic:
-            settings |= {"bias_HxS": bias_HxS, "kept": KEPT}
-            return attend_fused(q, kv.key, kv.value, visible, **settings)
+            settings |= {"heads": c.heads, "bias_HxS": bias_HxS, "kept": KEPT}
+            return attend_fused(projected, visible, **settings)
+        q, k, v = split_heads(projected, c.heads)
         if bias_HxS is not None:
-            settings["bias"] = from_diagonals(bias_HxS, q.shape[1], kv.key.shape[1])[None]
+            settings["bias"] = from_diagonals(bias_HxS, q.shape[1], k.shape[1])[None]
         rows = 0 if deterministic else c.attention_rows
         run = partial(attend_by_rows, rows) if 0 < rows < q.shape[0] else attend
-        y = run(q, kv.key, kv.value, visible.mask(), **settings)
+        y = run(q, k, v, visible.mask(), **settings)
         return _kept(y.reshape(*y.shape[:2], -1))
 
     def output(self, y_RxLxHK: jax.Array) -> jax.Array:
         """Projects the results of all heads to [R, L, D]."""
         return linear(y_RxLxHK, self.out_kernel) + self.out_bias
-
-    def _heads(self, y_RxLxNxHK: jax.Array) -> list[jax.Array]:
-        """N arrays [R, L, H, K]."""
-        # Kept before heads and their width are two axes, of which a TPU pads the last one to 128;
-        # and as one array: for N arrays, a TPU copies more.
-        y = _kept(y_RxLxNxHK)
-        y = y.reshape(*y.shape[:3], self.config.heads, self.config.head_dim)
-        return [y[:, :, n] for n in range(y.shape[2])]
 
 
 class FeedForward(nn.Module):
@@ -193,8 +188,8 @@ class EncoderLayer(_Layer):
     def __call__(self, x_RxLxD, segments_RxL, bias_HxS, deterministic: bool = True) -> jax.Array:
         """[R, L, D] -> [R, L, D]; a token sees its segment; `bias_HxS` as in `attend`."""
         visible = Visible(segments_RxL, segments_RxL)
-        q, kv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
-        y = self.self_attention.attend(q, kv, visible, bias_HxS, deterministic)
+        qkv = self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
+        y = self.self_attention.attend((qkv,), visible, bias_HxS, deterministic)
         y = self.self_attention.output(y)
         x = self.after(self.self_attention_norm, x_RxLxD, y, deterministic)
         y = self.feed_forward(self.before(self.feed_forward_norm, x), deterministic)
@@ -204,7 +199,7 @@ class EncoderLayer(_Layer):
 def run_decoder_layer(
     part: Callable[..., Any],
     x_RxLxD: jax.Array,
-    read_past: Callable[[jax.Array, KeyValue], jax.Array],
+    read_past: Callable[[jax.Array], jax.Array],
     read_input: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """Runs a decoder layer, with the reading of keys and the use of weights left to the caller.
@@ -212,11 +207,10 @@ def run_decoder_layer(
     Args:
         part: (`start`, `middle` or `end`, its arguments) -> the result of this method of
             `DecoderLayer`.
-        read_past: (query, new keys and values) -> the result of self-attention.
+        read_past: query, key and value -> the result of self-attention.
         read_input: query -> the result of cross-attention.
     """
-    q, kv = part("start", x_RxLxD)
-    x, q = part("middle", x_RxLxD, read_past(q, kv))
+    x, q = part("middle", x_RxLxD, read_past(part("start", x_RxLxD)))
     return part("end", x, read_input(q))
 
 
@@ -247,20 +241,21 @@ class DecoderLayer(_Layer):
         def part(name: str, *xs: jax.Array):
             return getattr(self, name)(*xs, deterministic)
 
-        def read_past(q, kv):
-            return self.self_attention.attend(q, kv, past, bias_HxS, deterministic)
+        def read_past(qkv):
+            return self.self_attention.attend((qkv,), past, bias_HxS, deterministic)
 
         def read_input(q):
-            return self.cross_attention.attend(q, cross, whole_input, None, deterministic)
+            return self.cross_attention.attend((q, cross), whole_input, None, deterministic)
 
         return run_decoder_layer(part, x_RxLxD, read_past, read_input)
 
-    def cross_key_value(self, encoded_RxLinxD: jax.Array) -> KeyValue:
-        """Key and value of cross-attention, computed once per input and read at every step."""
+    def cross_key_value(self, encoded_RxLinxD: jax.Array) -> jax.Array:
+        """Key and value of cross-attention, computed once per input and read at every step:
+        [R, L_in, 2, H * K]."""
         return self.cross_attention.project_key_value(encoded_RxLinxD)
 
-    def start(self, x_RxLxD, deterministic: bool = True) -> tuple[jax.Array, KeyValue]:
-        """Query, and key with value, of self-attention."""
+    def start(self, x_RxLxD, deterministic: bool = True) -> jax.Array:
+        """Query, key and value of self-attention: [R, L, 3, H * K]."""
         del deterministic  # nothing is dropped here
         return self.self_attention.project(self.before(self.self_attention_norm, x_RxLxD))
 

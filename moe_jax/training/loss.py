@@ -10,13 +10,19 @@ import jax.numpy as jnp
 MOST_LOGITS = 2**28
 
 
-def token_losses(logits: jax.Array, targets: jax.Array, label_smoothing: float) -> jax.Array:
+def token_losses(
+    logits: jax.Array,
+    targets: jax.Array,
+    label_smoothing: float,
+    mean_logits: jax.Array | None = None,
+) -> jax.Array:
     """Cross-entropy against targets smoothed by a uniform distribution over the vocabulary.
 
     Args:
         logits: float32 [..., V].
         targets: int [...].
         label_smoothing: probability mass spread evenly over all V entries.
+        mean_logits: float32 [...], their means over V, if these are known already.
 
     Returns:
         float32 [...], nats.
@@ -25,7 +31,8 @@ def token_losses(logits: jax.Array, targets: jax.Array, label_smoothing: float) 
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = log_z - (1.0 - label_smoothing) * target_logits
     if label_smoothing:
-        loss = loss - label_smoothing * jnp.mean(logits, axis=-1)
+        mean_logits = jnp.mean(logits, axis=-1) if mean_logits is None else mean_logits
+        loss = loss - label_smoothing * mean_logits
     return loss
 
 
@@ -77,11 +84,14 @@ def _in_parts(hidden, kernel, targets, weights, label_smoothing, multiple, diffe
     """The loss and its gradients by hidden and kernel (None if not `differentiate`)."""
     vocabulary, tokens = kernel.shape[1], targets.size
     kernel_DxC = jnp.pad(kernel.astype(hidden.dtype), ((0, 0), (0, -vocabulary % multiple)))
+    # The means of logits are a product with the mean of the kernel, and need no pass over logits.
+    mean_D = jnp.sum(kernel_DxC, axis=1, dtype=jnp.float32) / vocabulary
 
     def one(hidden_TxD, targets_T, weights_T):
         logits_TxC = jnp.dot(hidden_TxD, kernel_DxC, preferred_element_type=jnp.float32)
         logits_TxV = logits_TxC[:, :vocabulary]
-        losses_T = token_losses(logits_TxV, targets_T, label_smoothing)
+        mean_T = jnp.sum(hidden_TxD.astype(jnp.float32) * mean_D, axis=1)
+        losses_T = token_losses(logits_TxV, targets_T, label_smoothing, mean_T)
         loss = jnp.sum(jnp.where(weights_T > 0, weights_T * losses_T, 0.0))
         if not differentiate:
             return None, (loss, None)

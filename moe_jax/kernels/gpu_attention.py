@@ -25,7 +25,7 @@ except ImportError:  # JAX plans to remove it
 LEAST_BLOCK, MOST_BLOCK = 16, 64  # queries or keys of a block: a power of two
 WIDTHS = (16, 32, 64, 128)  # of a head
 _MASKED = float(jnp.finfo(jnp.float32).min)
-_ROWS_OF, _FIRST = ((1,), (1,)), ((0,), (0,))  # contracted axes: a @ b.T, and a.T @ b
+_ROWS_OF = ((1,), (1,))  # contracted axes: a @ b.T
 
 
 def takes(form: Form, biased: bool) -> bool:
@@ -179,7 +179,10 @@ def _settings(form: Form, x: _Arrays, products: int) -> dict[str, Any]:
         transcendentals=form.rows * form.heads * form.queries * form.keys,
         bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(x)),
     )
-    return {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=2), "cost_estimate": cost}
+    # With 4 warps, heads of width 128 need more registers than a thread has.
+    warps = 4 if form.width <= 64 else 8
+    params = triton.CompilerParams(num_warps=warps, num_stages=2)
+    return {"compiler_params": params, "cost_estimate": cost}
 
 
 class _Head(NamedTuple):
@@ -233,29 +236,34 @@ def _key_and_value(form: Form, x: _Arrays) -> tuple[int, int]:
     return count - 2, count - 1
 
 
-def _scores(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block):
-    """(float32 scores, which of them are seen), both [queries, keys]."""
-    query, key = _places(q, k)
-    scores = _dot(q.x, k.x, _ROWS_OF) * form.scale
+def _scores(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, axis: int = 0):
+    """(float32 scores, which of them are seen).
+
+    Args:
+        axis: that of queries, of both results; the other one is that of keys.
+    """
+    query, key = _places(q, k, axis)
+    scores = _dot(*((k.x, q.x) if axis else (q.x, k.x)), _ROWS_OF) * form.scale
     if x.bias is not None:
         scores += x.bias[at.head, query - key + x.keys.shape[1] - 1]
-    seen = q.segments[:, None] == k.segments[None, :]
+    seen = jnp.expand_dims(q.segments, 1 - axis) == jnp.expand_dims(k.segments, axis)
     if form.causal:
         seen &= key <= query
     return jnp.where(seen, scores, _MASKED), seen
 
 
-def _places(q: _Block, k: _Block) -> tuple[jax.Array, jax.Array]:
-    shape = (len(q.segments), len(k.segments))
-    query, key = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+def _places(q: _Block, k: _Block, axis: int) -> tuple[jax.Array, jax.Array]:
+    lengths = len(q.segments), len(k.segments)
+    shape = lengths[::-1] if axis else lengths
+    query, key = (jax.lax.broadcasted_iota(jnp.int32, shape, a) for a in (axis, 1 - axis))
     return q.first + query, k.first + key
 
 
-def _dropped(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, *weights: jax.Array):
+def _dropped(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, axis: int, *weights):
     """The weights, or their gradients, after dropout."""
     if not form.rate:
         return weights
-    query, key = _places(q, k)
+    query, key = _places(q, k, axis)
     number = (at.number * form.queries + query) * form.keys + key  # in [R, H, L_q, L_k]
     kept = is_kept([number.astype(jnp.uint32)], [x.words[i] for i in range(4)], form.rate)
     return tuple(jnp.where(kept, w / (1.0 - form.rate), 0.0) for w in weights)
@@ -277,7 +285,7 @@ def _forward_kernel(form: Form, x: _Arrays, y) -> None:
         k = _keys(form, x, at, number)
         scores, _ = _scores(form, x, at, q, k)
         total, most, weights, factor = _add_weights(total, most, scores)
-        (weights,) = _dropped(form, x, at, q, k, weights)
+        (weights,) = _dropped(form, x, at, q, k, 0, weights)
         values = _values(form, x, at, k)
         return factor[:, None] * y + _dot(weights.astype(form.dtype), values), total, most
 
@@ -316,9 +324,10 @@ def _key_kernel(form: Form, x: _Arrays, dkv) -> None:
         dk, dv = gradients
         q = _queries(form, x, at, number)
         read = _read_gradients(form, x, at, q)
-        weights, d_scores = _gradients(form, x, at, q, k, *read)
-        dv += _dot(weights.astype(form.dtype), read[0], _FIRST)
-        dk += _dot(d_scores.astype(form.dtype), q.x, _FIRST)
+        # Keys by queries: so no product transposes what was just computed.
+        weights, d_scores = _gradients(form, x, at, q, k, *read, axis=1)
+        dv += _dot(weights.astype(form.dtype), read[0])
+        dk += _dot(d_scores.astype(form.dtype), q.x)
         return dk, dv
 
     nothing = jnp.zeros(k.x.shape, jnp.float32)
@@ -374,13 +383,14 @@ def _read_gradients(form: Form, x: _Arrays, at: _Head, q: _Block):
     return dy, x.sums[at.row, at.head, q.place], x.log_sums[at.row, at.head, q.place]
 
 
-def _gradients(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, dy, sums, log_sums):
-    """(weights after dropout, gradients of scores), both [queries, keys]."""
-    scores, seen = _scores(form, x, at, q, k)
-    weights = jnp.exp(scores - log_sums[:, None])
-    d_weights = _dot(dy, _values(form, x, at, k), _ROWS_OF)
-    dropped, d_weights = _dropped(form, x, at, q, k, weights, d_weights)
-    return dropped, jnp.where(seen, weights * (d_weights - sums[:, None]), 0.0)
+def _gradients(form: Form, x: _Arrays, at: _Head, q, k, dy, sums, log_sums, axis: int = 0):
+    """(weights after dropout, gradients of scores); `axis` as in `_scores`."""
+    scores, seen = _scores(form, x, at, q, k, axis)
+    sums, log_sums = (jnp.expand_dims(x, 1 - axis) for x in (sums, log_sums))
+    weights, values = jnp.exp(scores - log_sums), _values(form, x, at, k)
+    d_weights = _dot(*((values, dy) if axis else (dy, values)), _ROWS_OF)
+    dropped, d_weights = _dropped(form, x, at, q, k, axis, weights, d_weights)
+    return dropped, jnp.where(seen, weights * (d_weights - sums), 0.0)
 
 
 def _bounds(blocks, number) -> tuple[jax.Array, jax.Array]:

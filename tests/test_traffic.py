@@ -245,6 +245,12 @@ ENTRY %main (stack: f32[12,100], i: s32[], a: bf16[40,30], b: bf16[30,20]) -> f3
         'custom_call_target="__gpu$xla.gpu.triton"',
         2 * (40 * 30 + 30 * 20 + 40 * 20) + 7,
     ),
+    # One operand twice, and one that becomes the result.
+    (
+        "%y = bf16[40,20]{1,0} custom-call(%a, %a, %b, %stack), "
+        'custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{}: (3, {})}',
+        2 * (40 * 30 + 30 * 20 + 40 * 20),
+    ),
     # Rows are read, added to and written where they are.
     (
         "ROOT %y = f32[50,10]{1,0} fusion(%sum, %rows, %values), kind=kInput, calls=%add_rows",

@@ -11,7 +11,7 @@ def flops(function: Any, *args: Any) -> float:
     """Floating-point operations of all matrix products in one call, on one device.
 
     A loop's body counts once per iteration (in a `while_loop`, whose length is unknown, once).
-    Operations that rematerialisation repeats count again. Inside `shard_map`, shapes are one
+    Operations that rematerialisation repeats count again, and those of a kernel are its estimate. Inside `shard_map`, shapes are one
     device's; axes left to the partitioner are divided by the size of the mesh axis `model`.
 
     Args:
@@ -34,7 +34,8 @@ def _of_jaxpr(jaxpr: Any) -> float:
                 model = equation.params["mesh"].shape.get("model", 1)
                 total += _of_jaxpr(equation.params["jaxpr"]) / model
             case "pallas_call":
-                total += equation.params["cost_estimate"].flops
+                cost = equation.params["cost_estimate"]
+                total += cost.flops if cost else 0.0
             case _:
                 for inner in jaxprs_in_params(equation.params):
                     total += _of_jaxpr(inner)

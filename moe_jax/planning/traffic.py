@@ -132,7 +132,9 @@ def _moved(program: Program, instruction: Instruction, operands: list[str]) -> i
             return _moved_by_fusion(program, instruction, operands)
         case "custom-call":
             target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
-            return 0 if target in _MARKS else read + written - _scratch_bytes(target, result)
+            if target in _MARKS:
+                return 0
+            return _read_by_call(instruction, operands) + written - _scratch_bytes(target, result)
         case "dynamic-slice" | "slice" | "gather":
             return written + _at_most(operands[0], type_bytes(result))
         case "dynamic-update-slice":
@@ -140,6 +142,18 @@ def _moved(program: Program, instruction: Instruction, operands: list[str]) -> i
         case "scatter":  # reads the updates, reads what they change, and writes it
             return 3 * _at_most(operands[0], type_bytes(operands[2]))
     return read + written
+
+
+def _read_by_call(call: Instruction, operands: list[str]) -> int:
+    """Bytes that a custom call reads: an operand given twice once, and none that it only adds to,
+    which is its result."""
+    changed = re.findall(r"\{[\d, ]*\}: \((\d+), ", call.text)  # output_to_operand_aliasing
+    read = {
+        name: type_bytes(operand, main_memory=True)
+        for number, (name, operand) in enumerate(zip(call.operands, operands, strict=True))
+        if str(number) not in changed
+    }
+    return sum(read.values())
 
 
 def _scratch_bytes(target: str, result: str) -> int:

@@ -260,6 +260,8 @@ def test_memory_grows_with_length_and_not_with_its_square(interpret, biased):
     assert 4 * largest(256) <= largest(1024) < 4.5 * largest(256)
 
 
+# JAX 0.11 and newer warn that they will lose Triton.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
 def test_each_platform_runs_its_own_form(platform):
     length = 3 * BLOCK
@@ -332,7 +334,6 @@ with jax.set_mesh(mesh):
 assert kernel in compiled.as_text()
 """
     done = subprocess.run(
-        # JAX 0.11 and newer warn that they will lose Triton.
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", program,
          topology, kernel], cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip

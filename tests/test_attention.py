@@ -274,7 +274,11 @@ def test_each_platform_runs_its_own_form(platform):
         call = lambda *qkv: function(projected(*qkv), segments, segments)  # noqa: E731
         return with_gradients(call, (q, k, v), dy)
 
-    text = jax.jit(run).trace(*arrays, dy).lower(lowering_platforms=(platform,)).as_text()
+    # Newer versions of JAX ask which GPU it is.
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu if platform == "cuda" else None)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(run).trace(*arrays, dy).lower(lowering_platforms=(platform,)).as_text()
     assert ("tpu_custom_call" in text) == (platform == "tpu")
     assert ("xla.gpu.triton" in text) == (platform == "cuda")
     assert (f"{BLOCK}x{length}xf32" in text) == (platform == "rocm")  # scores of a block

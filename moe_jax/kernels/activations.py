@@ -1,8 +1,8 @@
 """Activation functions that keep only their input for the backward pass, and compute in float32.
 
-JAX's exact GELU goes through `erfc`, which XLA computes in two ways at once and then selects from;
-its intermediate results in bfloat16 end XLA's fusions, so that a GPU writes them to memory. `erf`
-has one formula, as in PyTorch.
+JAX's exact GELU goes through `erfc`, for which XLA computes two formulas and selects one, and which it
+splits in bfloat16, so that a GPU writes what is between to memory. `erf` has one formula; PyTorch
+computes GELU by it, too.
 """
 
 from collections.abc import Callable

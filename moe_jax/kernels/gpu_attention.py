@@ -64,8 +64,7 @@ def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array, *, interpr
 
 class _Arrays(NamedTuple):
     """What kernels read: `Packed`, filled up to whole blocks, and some more in the backward pass.
-    In a kernel, these are references to one row, or to all rows, of one head where there is an axis
-    of heads.
+    In a kernel, these are references to one row or to all.
 
     Attributes:
         query_segments, key_segments: what is filled up is in no segment.

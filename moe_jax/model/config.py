@@ -56,13 +56,13 @@ class ModelConfig(Configuration):
         vocabulary_multiple: the loss widens the matrix of logits to a multiple of this, in memory
             only. GPUs multiply multiples of 128 faster.
         attention: how attention is computed in training: `plain`; or `fused`, whose memory grows
-            with the length of rows and not with its square: on TPUs by a kernel that keeps the
-            scores on the chip, elsewhere in a loop over blocks of queries.
+            with the length of rows and not with its square: on TPUs and NVIDIA GPUs by kernels that
+            keep the scores on the chip, elsewhere in a loop over blocks of queries.
         attention_rows: rows whose plain attention is computed at once in training, 0 for all. With
             few, a TPU keeps the scores on the chip, and the backward pass computes them again.
         unroll_layers: layers per iteration of the loop over layers; all of them is fastest on CPU.
         kept_activations: what a layer keeps for its backward pass, which computes the rest again:
-            `all`; `products` (the inputs of matrix products and norms: a fifth of the memory, and
+            `all`; `products` (the inputs of matrix products and norms: a quarter of the memory, and
             no product of weights is repeated); `inputs` (of whole layers).
     """
 

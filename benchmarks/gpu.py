@@ -152,7 +152,9 @@ def small_steps(report: Report, args: argparse.Namespace) -> None:
 def attention(report: Report, args: argparse.Namespace) -> None:
     """The dense step with fused attention, against plain attention."""
     size, rows, lengths = DENSE["bart_large"][args.scale]
-    steps = {how: Training(build(size, 1, **FAST | {"attention": how})) for how in ("plain", "fused")}
+    steps = {
+        how: Training(build(size, 1, **FAST | {"attention": how})) for how in ("plain", "fused")
+    }
     batch = steps["plain"].put(random_batch(steps["plain"].model, 1, rows, lengths))
     seconds = report.times(
         {how: partial(step.run, batch) for how, step in steps.items()}, args.rounds,

@@ -81,8 +81,9 @@ def with_gradients(function, arrays, dy):
 def fused(interpret, query_segments, key_segments, causal, bias, rate, scale=0.3):
     def run(q, k, v, b):
         return fused_attention(
-            projected(q, k, v), query_segments, key_segments, b if bias else None, KEY if rate else None,
-            heads=q.shape[2], causal=causal, scale=scale, dropout_rate=rate, interpret=interpret,
+            projected(q, k, v), query_segments, key_segments, b if bias else None,
+            KEY if rate else None, heads=q.shape[2], causal=causal, scale=scale,
+            dropout_rate=rate, interpret=interpret,
         ).reshape(q.shape)  # fmt: skip
 
     return jax.jit(partial(with_gradients, run))
@@ -122,8 +123,8 @@ def test_self_attention_is_the_plain_one(causal, bias, rate, interpret):
 # JAX's own attention mixes bfloat16 and float32.
 @jax.numpy_dtype_promotion("standard")
 def test_cross_attention_in_bfloat16_with_several_blocks(rate, interpret):
-    """Several blocks of queries and of heads. No key has the segment of some queries: what these get
-    is not defined, and nothing may depend on it."""
+    """Several blocks of queries and of heads. No key has the segment of some queries: what these
+    get is not defined, and nothing may depend on it."""
     queries, keys = packed(256, [[100, 256], [30, 90, 200]]), packed(24, [[7, 24], [9, 20]])
     arrays, dy = inputs(256, 24, jnp.bfloat16, width=64)
     seen = Visible(queries, keys).mask().any(-1)[:, 0, :, None, None]
@@ -200,8 +201,8 @@ def test_heads_spread_over_devices(interpret):
     def run(q, k, v, b):
         visible = Visible(segments, segments, causal=True)
         return attend_fused(
-            projected(q, k, v), visible, heads=H, bias_HxS=b, scale=0.3, dropout_rate=0.5, dropout_key=KEY,
-            interpret=interpret,
+            projected(q, k, v), visible, heads=H, bias_HxS=b, scale=0.3, dropout_rate=0.5,
+            dropout_key=KEY, interpret=interpret,
         ).reshape(q.shape)  # fmt: skip
 
     with jax.set_mesh(mesh):

@@ -1,8 +1,8 @@
 """Activation functions that keep only their input for the backward pass, and compute in float32.
 
-JAX's exact GELU goes through `erfc`, for which XLA computes two formulas and selects one, and which it
-splits in bfloat16, so that a GPU writes what is between to memory. `erf` has one formula; PyTorch
-computes GELU by it, too.
+JAX's exact GELU goes through `erfc`. XLA computes it by two formulas and selects one, and splits it
+in bfloat16, so that a GPU writes what is between to memory. `erf` has one formula; PyTorch computes
+GELU by it, too.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """The kernels of `attention` for NVIDIA GPUs, in Triton: FlashAttention 2 (arXiv 2307.08691).
 
-A program holds a block of queries and reads keys block by block, with a softmax that is corrected as
-it goes; or it holds a block of keys and reads queries. It reads no blocks of other segments or, in
-causal rows, of later keys. Gradients by queries and by keys have a kernel each, and so has that by
-the bias, which sums tiles of scores along diagonals of tiles, where distances are the same.
+A program holds a block of queries and reads keys block by block, with a softmax that is corrected
+as it goes; or it holds a block of keys and reads queries. It reads no blocks of other segments or,
+in causal rows, of later keys. Gradients by queries and by keys have a kernel each, and so has that
+by the bias, which sums tiles of scores along diagonals of tiles, where distances are the same.
 """
 
 from functools import partial
@@ -37,8 +37,8 @@ def takes(form: Form, biased: bool) -> bool:
 def forward(form: Form, packed: Packed, *, interpret: bool = False) -> jax.Array:
     """The result: [R, L_q, H * D]."""
     x = _Arrays.of(form, packed)
-    size = (form.rows, x.queries.shape[1], form.heads * form.width)
-    like_y = jax.ShapeDtypeStruct(size, form.dtype)
+    shape = (form.rows, x.queries.shape[1], form.heads * form.width)
+    like_y = jax.ShapeDtypeStruct(shape, form.dtype)
     (y,) = _call(form, _forward_kernel, x.keys_of.shape[1], x, [like_y], 2, interpret)
     return y[:, : form.queries]
 
@@ -72,7 +72,7 @@ class _Arrays(NamedTuple):
         queries_of: the same for blocks of keys.
         queries, keys: the arrays with queries, and with keys and values, which may be the same:
             [R, L, N * H * D].
-        bias: [H, ...]; that of a query and a key is at `query - key + L_k - 1`, with L_k as in `keys`.
+        bias: [H, ...]; that of a query and a key is at `query - key + L_k - 1`, L_k as in `keys`.
         dy: [R, L_q, H * D].
         sums: [R, H, L_q], what the gradient of a softmax subtracts.
         log_sums: [R, H, L_q], logarithms of the sums of a softmax.
@@ -130,8 +130,8 @@ def _block_size(form: Form) -> int:
 
 
 def _blocks_to_read(at_query, at_key, size: int, causal: bool) -> tuple[jax.Array, jax.Array]:
-    """`keys_of` and `queries_of`: blocks whose ranges of segments overlap. Segments ascend in packed
-    rows, and padding, 0, comes last."""
+    """`keys_of` and `queries_of`: blocks whose ranges of segments overlap. Segments ascend in a
+    packed row, and padding, 0, comes last."""
 
     def ranges(segments):
         blocks = segments.reshape(len(segments), -1, size)
@@ -178,8 +178,7 @@ def _settings(form: Form, x: _Arrays, products: int) -> dict[str, Any]:
         transcendentals=form.rows * form.heads * form.queries * form.keys,
         bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(x)),
     )
-    # With 4 warps, heads of width 128 need more registers than a thread has.
-    warps = 4 if form.width <= 64 else 8
+    warps = 4 if form.width <= 64 else 8  # with 4, a width of 128 needs too many registers
     params = triton.CompilerParams(num_warps=warps, num_stages=2)
     return {"compiler_params": params, "cost_estimate": cost}
 
@@ -210,19 +209,20 @@ class _Block(NamedTuple):
     x: jax.Array  # [block, D]
     segments: jax.Array  # [block]
 
+    @classmethod
+    def of(cls, form: Form, at: _Head, number, x, segments, n: int = 0) -> "_Block":
+        size = _block_size(form)
+        place = pl.ds(number * size, size)
+        x = x[at.row, place, at.columns(form, n)]
+        return cls(place, number * size, x, segments[at.row, place])
+
 
 def _queries(form: Form, x: _Arrays, at: _Head, number) -> _Block:
-    size = _block_size(form)
-    place = pl.ds(number * size, size)
-    q = x.queries[at.row, place, at.columns(form)]
-    return _Block(place, number * size, q, x.query_segments[at.row, place])
+    return _Block.of(form, at, number, x.queries, x.query_segments)
 
 
 def _keys(form: Form, x: _Arrays, at: _Head, number) -> _Block:
-    size = _block_size(form)
-    place = pl.ds(number * size, size)
-    k = x.keys[at.row, place, at.columns(form, _key_and_value(form, x)[0])]
-    return _Block(place, number * size, k, x.key_segments[at.row, place])
+    return _Block.of(form, at, number, x.keys, x.key_segments, _key_and_value(form, x)[0])
 
 
 def _values(form: Form, x: _Arrays, at: _Head, k: _Block) -> jax.Array:
@@ -277,7 +277,7 @@ def _add_weights(total, most, scores):
 
 def _forward_kernel(form: Form, x: _Arrays, y) -> None:
     number, at = pl.program_id(0), _Head.of(x)
-    q = _queries(form, x, at, number)
+    q, bounds = _queries(form, x, at, number), [x.keys_of[0, number, i] for i in (0, 1)]
 
     def read(number, sums):
         y, total, most = sums
@@ -289,13 +289,13 @@ def _forward_kernel(form: Form, x: _Arrays, y) -> None:
         return factor[:, None] * y + _dot(weights.astype(form.dtype), values), total, most
 
     sums = (jnp.zeros(q.x.shape, jnp.float32), *_no_weights(q))
-    y_QxD, total, _ = jax.lax.fori_loop(*_bounds(x.keys_of, number), read, sums)
+    y_QxD, total, _ = jax.lax.fori_loop(*bounds, read, sums)
     y[0, q.place, at.columns(form)] = (y_QxD / _not_zero(total)[:, None]).astype(form.dtype)
 
 
 def _query_kernel(form: Form, x: _Arrays, dq, log_sums) -> None:
     number, at = pl.program_id(0), _Head.of(x)
-    q, bounds = _queries(form, x, at, number), _bounds(x.keys_of, number)
+    q, bounds = _queries(form, x, at, number), [x.keys_of[0, number, i] for i in (0, 1)]
 
     def add(number, sums):
         scores, _ = _scores(form, x, at, q, _keys(form, x, at, number))
@@ -317,7 +317,7 @@ def _query_kernel(form: Form, x: _Arrays, dq, log_sums) -> None:
 
 def _key_kernel(form: Form, x: _Arrays, dkv) -> None:
     number, at = pl.program_id(0), _Head.of(x)
-    k = _keys(form, x, at, number)
+    k, bounds = _keys(form, x, at, number), [x.queries_of[0, number, i] for i in (0, 1)]
 
     def sum_up(number, gradients):
         dk, dv = gradients
@@ -330,7 +330,7 @@ def _key_kernel(form: Form, x: _Arrays, dkv) -> None:
         return dk, dv
 
     nothing = jnp.zeros(k.x.shape, jnp.float32)
-    dk, dv = jax.lax.fori_loop(*_bounds(x.queries_of, number), sum_up, (nothing, nothing))
+    dk, dv = jax.lax.fori_loop(*bounds, sum_up, (nothing, nothing))
     for n, d in zip(_key_and_value(form, x), (form.scale * dk, dv), strict=True):
         dkv[0, k.place, at.columns(form, n)] = d.astype(form.dtype)
 
@@ -390,10 +390,6 @@ def _gradients(form: Form, x: _Arrays, at: _Head, q, k, dy, sums, log_sums, axis
     d_weights = _dot(*((values, dy) if axis else (dy, values)), _ROWS_OF)
     dropped, d_weights = _dropped(form, x, at, q, k, axis, weights, d_weights)
     return dropped, jnp.where(seen, weights * (d_weights - sums), 0.0)
-
-
-def _bounds(blocks, number) -> tuple[jax.Array, jax.Array]:
-    return blocks[0, number, 0], blocks[0, number, 1]
 
 
 def _no_weights(q: _Block) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,6 @@ from moe_jax.kernels.attention import fused_attention
 from moe_jax.kernels.dropout import dropout
 from moe_jax.kernels.softmax_attention import softmax_attention
 
-
 # Queries, keys and values: ([R, L, 3, H * D],) of self-attention; ([R, L_q, 1, H * D],
 # [R, L_k, 2, H * D]) of cross-attention. As one array, they need not be copied apart for a kernel.
 Projected = tuple[jax.Array, ...]

@@ -11,8 +11,9 @@ def flops(function: Any, *args: Any) -> float:
     """Floating-point operations of all matrix products in one call, on one device.
 
     A loop's body counts once per iteration (in a `while_loop`, whose length is unknown, once).
-    Operations that rematerialisation repeats count again, and those of a kernel are its estimate. Inside `shard_map`, shapes are one
-    device's; axes left to the partitioner are divided by the size of the mesh axis `model`.
+    Operations that rematerialisation repeats count again, and those of a kernel are its estimate.
+    Inside `shard_map`, shapes are one device's; axes left to the partitioner are divided by the
+    size of the mesh axis `model`.
 
     Args:
         args: arrays or `jax.ShapeDtypeStruct`s.

@@ -60,7 +60,7 @@ def some_plan(**changes):
         "state_bytes": 12 * 2**30, "unpadded_state_bytes": 12 * 2**30,
         "temporary_bytes": 2 * 2**30, "compiled": True, "collectives": {}, "flops": 1e12,
         "bytes_accessed": 10**10, "seconds": {"computing": 0.01, "memory": 0.02, "sending": 0.0},
-        "unknown_loops": 0,
+        "operations": 100, "unknown_loops": 0,
     }  # fmt: skip
     return Plan(**fields | changes)
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.planning.flops import flops
 from moe_jax.planning.hlo import Program, tuple_parts, type_bytes
-from moe_jax.planning.traffic import bytes_accessed, collectives
+from moe_jax.planning.traffic import accesses, collectives
 
 # ------------------------------------------------------------------------------ text, by hand
 
@@ -132,7 +132,7 @@ ENTRY main {
 }
 """
     )
-    assert bytes_accessed(program) == 400 + 0 + 800
+    assert accesses(program) == (400 + 0 + 800, 2)
 
 
 def test_known_trip_counts_win_and_unknown_ones_are_told():
@@ -272,7 +272,7 @@ ENTRY %main (stack: f32[12,100], i: s32[], a: bf16[40,30], b: bf16[30,20]) -> f3
     ),
 ])  # fmt: skip
 def test_bytes_accessed_of_a_gpu_program(line, size):
-    assert bytes_accessed(Program(GPU.replace("LINE", line))) == size
+    assert accesses(Program(GPU.replace("LINE", line))).bytes == size
 
 
 def test_an_asynchronous_computation_is_counted_once():
@@ -325,7 +325,7 @@ def test_collectives_over_an_axis_of_a_compiled_program():
 def test_bytes_accessed_without_loops_are_what_the_compiler_counts():
     program = compiled(lambda x, w, v: jnp.tanh(x @ w) @ v, (64, 128), (128, 256), (256, 32))
     wanted = program.cost_analysis()["bytes accessed"]
-    assert bytes_accessed(Program(program.as_text())) == pytest.approx(wanted, rel=0.05)
+    assert accesses(Program(program.as_text())).bytes == pytest.approx(wanted, rel=0.05)
 
 
 def test_bytes_accessed_of_a_loop_are_those_of_its_slices():
@@ -336,7 +336,7 @@ def test_bytes_accessed_of_a_loop_are_those_of_its_slices():
 
     program = compiled(function, (1, 256), (10, 256, 256))
     matrices = 10 * 256 * 256 * 4
-    actual = bytes_accessed(Program(program.as_text()))
+    actual = accesses(Program(program.as_text())).bytes
     # A slice may be copied before it is multiplied with: read, written, read.
     assert matrices <= actual <= 3.2 * matrices
     # The compiler counts the loop's body once.
@@ -372,7 +372,7 @@ import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from moe_jax.planning.devices import topology_devices
 from moe_jax.planning.hlo import Program
-from moe_jax.planning.traffic import bytes_accessed, collectives
+from moe_jax.planning.traffic import accesses, collectives
 
 mesh = jax.make_mesh((8,), ("x",), devices=topology_devices("h100:8"))
 psum = jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=P("x"), out_specs=P())
@@ -390,10 +390,10 @@ def layers(x, w):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x * w), None), x, w)[0]
 
 print(json.dumps({
-    "product": bytes_accessed(compiled(lambda a, b: a @ b, (4096, 4096), (4096, 4096))),
-    "softmax": bytes_accessed(compiled(lambda x: jax.nn.softmax(x, -1), (8192, 4096))),
-    "rows": bytes_accessed(compiled(rows, (50000, 1024), (2048, 1024), dtype=jnp.float32)),
-    "loop": bytes_accessed(compiled(layers, (1024, 1024), (12, 1024, 1024))),
+    "product": accesses(compiled(lambda a, b: a @ b, (4096, 4096), (4096, 4096))).bytes,
+    "softmax": accesses(compiled(lambda x: jax.nn.softmax(x, -1), (8192, 4096))).bytes,
+    "rows": accesses(compiled(rows, (50000, 1024), (2048, 1024), dtype=jnp.float32)).bytes,
+    "loop": accesses(compiled(layers, (1024, 1024), (12, 1024, 1024))).bytes,
     "sum": [vars(c) for c in collectives(
         compiled(psum, (8, 1024, 1024), dtype=jnp.float32, spec=P("x")), 8).values()],
 }))

@@ -35,6 +35,8 @@ def table(plan: Plan, mesh: Mesh) -> str:
     if plan.bytes_accessed is not None:
         note = _at_peak(plan, "memory")
         lines.append(_line("memory accessed", _size(plan.bytes_accessed), note))
+        note = "started one after the other"
+        lines.append(_line("operations", f"{plan.operations:,}", note))
     if plan.collectives:
         sent = _size(sum(c.wire_bytes for c in plan.collectives.values()))
         lines.append(_line("sent to others", sent, _at_peak(plan, "sending")))

@@ -17,7 +17,7 @@ from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.planning.chips import chip_of
 from moe_jax.planning.flops import flops
 from moe_jax.planning.hlo import Program
-from moe_jax.planning.traffic import Collectives, bytes_accessed, collectives
+from moe_jax.planning.traffic import Collectives, accesses, collectives
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import (
     PRNG,
@@ -57,6 +57,7 @@ class Plan:
         collectives: kind -> the collectives of one step.
         flops: operations of matrix products in one step.
         bytes_accessed: read from and written to memory, in one step.
+        operations: which do so, one after the other: the kernels of a GPU.
         seconds: {"computing", "memory", "sending"}: the least time of each whose rate is known.
         unknown_loops: number of loops of unknown length, whose bodies are counted once.
     """
@@ -72,6 +73,7 @@ class Plan:
     collectives: dict[str, Collectives]
     flops: float
     bytes_accessed: int | None
+    operations: int | None
     seconds: dict[str, float]
     unknown_loops: int
 
@@ -123,7 +125,7 @@ def plan_step(
         step = make_train_step(model, optimizer_config, step_config, mesh, total_steps=1000, seed=0)
         products = flops(step, state, batch, rates)
         try:
-            compiled = step.lower(state, batch, rates).compile()
+            compiled = _compile(step.lower(state, batch, rates))
         except jax.errors.JaxRuntimeError as e:
             compiled, error = None, str(e)
     common = {
@@ -139,17 +141,17 @@ def plan_step(
         temporary_bytes, memory_bytes = _read_error(error)
         return Plan(
             **common, memory_bytes=memory_bytes, state_bytes=_state_bytes(state, mesh),
-            temporary_bytes=temporary_bytes, collectives={}, bytes_accessed=None, seconds=seconds,
-            unknown_loops=0,
+            temporary_bytes=temporary_bytes, collectives={}, bytes_accessed=None, operations=None,
+            seconds=seconds, unknown_loops=0,
         )  # fmt: skip
     memory = compiled.memory_analysis()
     state_bytes = memory.argument_size_in_bytes - local_bytes((batch, rates))
     # Results that reuse the memory of an argument take no new memory.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     program = Program(compiled.as_text())
-    sent, accessed = collectives(program, devices), bytes_accessed(program)
+    sent, accessed = collectives(program, devices), accesses(program)
     if chip:
-        seconds["memory"] = accessed / chip.memory_rate
+        seconds["memory"] = accessed.bytes / chip.memory_rate
     if chip and chip.link_rate:
         seconds["sending"] = sum(c.wire_bytes for c in sent.values()) / chip.link_rate
     return Plan(
@@ -158,10 +160,22 @@ def plan_step(
         state_bytes=state_bytes,
         temporary_bytes=local_bytes((batch, rates)) + memory.temp_size_in_bytes + results,
         collectives=sent,
-        bytes_accessed=accessed,
+        bytes_accessed=accessed.bytes,
+        operations=accessed.operations,
         seconds=seconds,
         unknown_loops=len(program.unknown_loops),
     )
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The compiled step. Without a GPU to try them on, XLA knows no tiles for some small products
+    in Triton; cuBLAS computes all products then."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "tile sizes" not in str(e):
+            raise
+    return lowered.compile({"xla_gpu_enable_triton_gemm": False})
 
 
 def abstract_arguments(

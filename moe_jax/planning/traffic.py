@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from moe_jax.planning.hlo import Instruction, Program, tuple_parts, type_bytes
 
@@ -97,14 +98,26 @@ def _group_size(collective: Instruction, devices: int) -> int:
     return devices
 
 
-def bytes_accessed(program: Program) -> int:
-    """Bytes that instructions read from a device's memory and write to it.
+class Accesses(NamedTuple):
+    """What one run of a program does with a device's memory.
+
+    Attributes:
+        bytes: read and written.
+        operations: number of instructions that do so, one after the other.
+    """
+
+    bytes: int
+    operations: int
+
+
+def accesses(program: Program) -> Accesses:
+    """What instructions read from a device's memory and write to it.
 
     A loop's body counts once per iteration. If a slice is read from or written into a large array,
     only the slice counts. Arrays that the compiler keeps on the chip (memory spaces other than 0)
     do not count. Hits in hardware caches are not known here and count as memory accesses.
     """
-    total = 0
+    total = count = 0
     types = {
         name: {i.name: i.type for i in instructions}
         for name, instructions in program.computations.items()
@@ -112,8 +125,10 @@ def bytes_accessed(program: Program) -> int:
     for name, instruction, times in program.instructions():
         if name not in program.fused:
             operands = [types[name].get(operand, "") for operand in instruction.operands]
-            total += times * _moved(program, instruction, operands)
-    return total
+            moved = _moved(program, instruction, operands)
+            total += times * moved
+            count += times * (moved > 0)
+    return Accesses(total, count)
 
 
 def _moved(program: Program, instruction: Instruction, operands: list[str]) -> int:

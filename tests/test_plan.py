@@ -287,10 +287,13 @@ def test_a_topology(tmp_path):
     assert actual["least_seconds"] > 0
 
 
-@pytest.mark.skipif(
+needs_cuda = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
     reason="JAX's plugin for CUDA is not installed",
 )
+
+
+@needs_cuda
 def test_gpus_that_do_not_exist(tmp_path):
     """Weights are exchanged and gathered as between as many CPU devices."""
     plans = {}
@@ -313,3 +316,18 @@ def test_gpus_that_do_not_exist(tmp_path):
         assert gpus["collectives"][kind]["bytes"] == pytest.approx(expected, rel=0.01)
     assert gpus["seconds"].keys() == {"computing", "memory", "sending"}
     assert gpus["unknown_loops"] == 0
+
+
+@needs_cuda
+def test_products_for_which_xla_has_no_tiles(tmp_path):
+    """48 tokens by a width of 64: an error of the compiler, with Triton's products."""
+    path = tmp_path / "plan.json"
+    result = command(
+        "--topology=h100:1", VOCABULARY, f"--json={path}", "--gin.ModelConfig.dtype=bfloat16",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 24}", "--gin.BATCH_SIZE=16",
+        "--gin.DataConfig.rows_per_group=2", "--gin.StepConfig.groups_at_once=1",
+        "--gin.ModelConfig.experts=4", "--gin.RouterConfig.selection=gumbel_softmax_st",
+        "--gin.RouterConfig.experts_per_layer=1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(path.read_text())["operations"] > 1000

@@ -9,12 +9,26 @@ from jax.flatten_util import ravel_pytree
 Params = Any
 
 
-def add_noise(params: Params, key: jax.Array, scale: float) -> Params:
-    """Adds independent Gaussian noise of standard deviation `scale` to every parameter."""
+def copy_expert(params: Params, experts: int, noise: float, key: jax.Array) -> Params:
+    """Copies of a single expert, which differ by Gaussian noise of standard deviation `noise`.
+
+    Args:
+        params: arrays [layer, 1, ...].
+
+    Returns:
+        Arrays [layer, experts, ...].
+    """
+    if not noise:
+        return jax.tree.map(lambda p: jnp.broadcast_to(p, (len(p), experts, *p.shape[2:])), params)
+    # One draw for all parameters of a copy compiles faster than many; one copy after the other
+    # takes less memory, because every device draws all numbers.
     flat, unravel = ravel_pytree(params)
-    # One draw for all parameters compiles faster than many. Under jit, `flat` takes no memory.
-    noise = unravel(jax.random.normal(key, flat.shape, flat.dtype))
-    return jax.tree.map(lambda p, n: p + scale * n, params, noise)
+
+    def copy(key: jax.Array) -> Params:
+        return unravel(flat + noise * jax.random.normal(key, flat.shape, flat.dtype))
+
+    copies = jax.lax.map(copy, jax.random.split(key, experts))
+    return jax.tree.map(lambda p: jnp.moveaxis(p[:, :, 0], 0, 1), copies)
 
 
 def gather(backbone: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from moe_jax.core.sharding import MESH_AXES, MeshConfig, group_shards, make_mesh
 from moe_jax.model.task_moe import TaskMoE
 from moe_jax.planning.chips import named
-from moe_jax.planning.step_plan import BatchShape, Plan, abstract_state, local_bytes
-from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.planning.step_plan import BatchShape, Plan, local_bytes
+from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.step import abstract_state
 
 # A change that saves a smaller share than this is not advised.
 WORTHWHILE = 0.05
@@ -123,11 +124,11 @@ def _advice_on_state(
     }  # fmt: skip
     result = []
     for name, (config, where) in changes.items():
-        size = padded * local_bytes(abstract_state(model, config, where))
+        size = padded * local_bytes(abstract_state(model, make_optimizer(config), where))
         if size < (1 - WORTHWHILE) * plan.state_bytes:
             result.append(f"{name}: about {_size(size)} of state, not {_size(plan.state_bytes)}")
     if plan.state_bytes > plan.memory_bytes / 2:
-        leaves = jax.tree.leaves(abstract_state(model, optimizer_config, mesh))
+        leaves = jax.tree.leaves(abstract_state(model, make_optimizer(optimizer_config), mesh))
         whole = padded * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         enough = math.ceil(2 * whole / plan.memory_bytes)
         result.append(

@@ -5,7 +5,6 @@ import math
 import re
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -13,20 +12,13 @@ from jax.sharding import Mesh
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import by_group, replicated
 from moe_jax.data.batch import INPUTS, TARGETS
-from moe_jax.model.task_moe import TaskMoE, init_params
+from moe_jax.model.task_moe import TaskMoE
 from moe_jax.planning.chips import chip_of
 from moe_jax.planning.flops import flops
 from moe_jax.planning.hlo import Program
 from moe_jax.planning.traffic import Collectives, accesses, collectives
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import (
-    PRNG,
-    StepConfig,
-    TrainState,
-    init_state,
-    make_train_step,
-    state_shardings,
-)
+from moe_jax.training.step import StepConfig, TrainState, abstract_state, make_train_step
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -192,21 +184,7 @@ def abstract_arguments(
     batch["task_id"] = ints(shape.groups)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     rates = dict.fromkeys(optimizer_config.learning_rates, rate)
-    return abstract_state(model, optimizer_config, mesh), batch, rates
-
-
-def abstract_state(model: TaskMoE, optimizer_config: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """The state: shapes with shardings, no values."""
-    optimizer = make_optimizer(optimizer_config)
-
-    def init() -> TrainState:
-        return init_state(init_params(model, jax.random.key(0, impl=PRNG)), optimizer)
-
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        nn.meta.unbox(jax.eval_shape(init)),
-        state_shardings(model, optimizer, mesh),
-    )
+    return abstract_state(model, make_optimizer(optimizer_config), mesh), batch, rates
 
 
 def local_bytes(tree: Any) -> int:

@@ -1,5 +1,6 @@
 """Parameters before the first step."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.data.representations import read_representations
+from moe_jax.model.experts import Params
 from moe_jax.model.router import router_class
 from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.runs.config import RunConfig
@@ -23,14 +25,26 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
     2. The backbone from INITIAL_CHECKPOINT_PATH, if given.
     3. Router and representations from ROUTER_CHECKPOINT_PATH, if given.
     4. Representations from RunConfig.representations_path, if given, and a router that fits them.
+
+    Args:
+        sharding: of all parameters, or a prefix of their tree.
     """
     key = jax.random.key(run.seed, impl=PRNG)
-    params = jax.jit(lambda k: nn.meta.unbox(init_params(model, k)), out_shardings=sharding)(key)
+    shapes = nn.meta.unbox(jax.eval_shape(partial(init_params, model), key))
+    sharding = jax.tree.broadcast(sharding, shapes)
+    parts = set(shapes) - ({"backbone"} if run.initial_checkpoint_path else set())
+
+    def fresh(key: jax.Array) -> Params:
+        params = nn.meta.unbox(init_params(model, key))
+        return {part: params[part] for part in parts}
+
+    params = jax.jit(fresh, out_shardings={part: sharding[part] for part in parts})(key)
     if run.initial_checkpoint_path:
         loaded, _ = load_params(run.initial_checkpoint_path)
         params["backbone"] = fit_backbone(
-            split_layers(loaded["backbone"], model.config), params["backbone"],
+            split_layers(loaded["backbone"], model.config), shapes["backbone"],
             model.config.expert_noise, jax.random.fold_in(key, 1), run.initial_checkpoint_path,
+            sharding["backbone"],
         )  # fmt: skip
     if run.router_checkpoint_path and model.routed:
         loaded, meta = load_params(run.router_checkpoint_path)

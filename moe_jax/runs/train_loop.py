@@ -34,7 +34,12 @@ from moe_jax.runs.profiling import Steps, Trace
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer, schedule
-from moe_jax.training.step import init_state, make_train_step, state_shardings
+from moe_jax.training.step import (
+    abstract_state,
+    init_state,
+    make_train_step,
+    state_shardings,
+)
 
 LONG_S = 10.0  # a step that compiles for longer is said
 
@@ -67,8 +72,6 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
     mixture = mixtures[data.mixture_or_task_name]
     if lead:
         say_ignored(data, mixture)
-    if run.initial_checkpoint_path and lead:
-        check_vocabulary(run.initial_checkpoint_path, mixture)
     tasks = tasks_to_train(mixture)
     task_ids = {name: i for i, name in enumerate(tasks)}
     model = build_model(config.model, config.router, mixture.vocabulary.size, len(tasks))
@@ -78,15 +81,21 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         names = run.eval_mixtures or (mixture.name,)
         dev = DevScores(config, [mixtures[name] for name in names], model, task_ids, mesh)
         optimizer = make_optimizer(optimizer_config)
-        sharding = state_shardings(model, optimizer, mesh)
 
         # ------------------------------------------------------------ state: own checkpoint first
-        params = initial_params(model, run, tasks, sharding.params)
         checkpoints = scope.enter_context(Checkpoints(model_dir, run.keep_checkpoints))
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding)(params)
         start, rows, parts = 0, [], []
-        found = checkpoints.restore_latest(state)
-        if found is not None:
+        found = checkpoints.restore_latest(abstract_state(model, optimizer, mesh))
+        if found is None:
+            if run.initial_checkpoint_path and lead:
+                check_vocabulary(run.initial_checkpoint_path, mixture)
+            sharding = state_shardings(model, optimizer, mesh)
+            begin = jax.jit(
+                lambda params: init_state(params, optimizer), out_shardings=sharding,
+                donate_argnums=0,
+            )  # fmt: skip
+            state = begin(initial_params(model, run, tasks, sharding.params))
+        else:
             state, meta = found
             if meta["tasks"] != tasks:
                 raise UserError(f"{model_dir} was trained on another task table")

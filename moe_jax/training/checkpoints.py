@@ -169,7 +169,7 @@ class Checkpoints:
         """Restores the latest whole checkpoint; those that are damaged are set aside, and said.
 
         Args:
-            like: a state of the wanted shapes and shardings.
+            like: a state of the wanted shapes and shardings; its values, if any, are not read.
 
         Returns:
             (state, meta data); None where there is no checkpoint.
@@ -216,8 +216,8 @@ class Checkpoints:
             params=ocp.args.StandardRestore(abstract.params),
             optimizer=ocp.args.StandardRestore(abstract.opt_state),
         )
-        state = TrainState(like.step + step, items["params"], items["optimizer"])
-        return state, meta
+        done = jax.device_put(np.int32(step), like.step.sharding)
+        return TrainState(done, items["params"], items["optimizer"]), meta
 
     def _restore(self, step: int, **items: Any) -> Any:
         place = self.directory / str(step)

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.experts import Params, add_noise
+from moe_jax.model.experts import Params, copy_expert
 from moe_jax.model.task_moe import parameter_shapes
 
 
@@ -55,37 +55,46 @@ def split_layers(backbone: Params, config: ModelConfig) -> Params:
 
 
 def fit_backbone(
-    backbone: Params, like: Params, noise: float, key: jax.Array, source: Any
+    backbone: Params,
+    like: Params,
+    noise: float,
+    key: jax.Array,
+    source: Any,
+    sharding: Any = None,
 ) -> Params:
-    """A loaded backbone in the shape of `like`. A single expert is copied to all experts, plus
-    noise.
+    """A loaded backbone in the shape of `like`, on the devices. A single expert is copied to all
+    experts, plus noise.
+
+    Args:
+        like: arrays, or only their shapes.
+        sharding: of the result, if it is sharded. It does not cut the axis of experts.
 
     Raises:
         UserError: the architecture differs, or the number of experts is neither one nor E.
     """
-    filled = False
+    experts = {side: _experts(like, side) for side in ("encoder", "decoder")}
+    single = {side for side, count in experts.items() if _experts(backbone, side) == 1 < count}
 
-    def fill(path, leaf, wanted):
-        nonlocal filled
-        # [layer, expert, ...]: only the number of experts may differ.
-        routed = "routed" in (p.key for p in path)
-        if routed and leaf.shape[1] == 1 < wanted.shape[1]:
-            filled = True
-            return np.broadcast_to(leaf, (leaf.shape[0], wanted.shape[1], *leaf.shape[2:]))
-        return leaf
-
-    if jax.tree.structure(backbone) == jax.tree.structure(like):
-        backbone = jax.tree_util.tree_map_with_path(fill, backbone, like)
-    check_shapes(parameter_shapes(backbone), parameter_shapes(like), source)
-    if filled and noise:
-        for side in ("encoder", "decoder"):
-            key = jax.random.fold_in(key, 0)
+    def filled(backbone: Params, key: jax.Array) -> Params:
+        result = {**backbone}
+        for i, side in enumerate(sorted(single)):
             layers = backbone[side]["layers"]
-            if "routed" in layers:
-                layers["routed"] = add_noise(
-                    jax.tree.map(jax.numpy.asarray, layers["routed"]), key, noise
-                )
-    return backbone
+            own = jax.random.fold_in(key, i)
+            layers = {**layers, "routed": copy_expert(layers["routed"], experts[side], noise, own)}
+            result[side] = {**backbone[side], "layers": layers}
+        return result
+
+    shapes = parameter_shapes(jax.eval_shape(filled, backbone, key))
+    check_shapes(shapes, parameter_shapes(like), source)
+    # Every device gets its shards of one expert, and makes those of all copies from them.
+    backbone = jax.device_put(backbone, sharding)
+    return jax.jit(filled, out_shardings=sharding)(backbone, key) if single else backbone
+
+
+def _experts(backbone: Params, side: str) -> int:
+    """How many experts the routed layers of a side have; 0 without such layers."""
+    routed = backbone.get(side, {}).get("layers", {}).get("routed")
+    return jax.tree.leaves(routed)[0].shape[1] if routed else 0
 
 
 def fit_table(params: Params, like: Params, found: list[str], tasks: list[str], source: Any):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,17 +66,28 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
-def state_shardings(
+def abstract_state(
     model: TaskMoE, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The sharding of every array of a state. Moments have the shardings of their parameters.
+    """A state of shapes with shardings, without values. Moments have the shardings of their
+    parameters.
 
     A state must always have these shardings, so that the step is compiled only once.
     """
     boxed = jax.eval_shape(
         lambda: init_state(init_params(model, jax.random.key(0, impl=PRNG)), optimizer)
     )
-    return shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        nn.meta.unbox(boxed), shardings(boxed, mesh),
+    )  # fmt: skip
+
+
+def state_shardings(
+    model: TaskMoE, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The sharding of every array of a state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
 
 
 def loss_and_metrics(

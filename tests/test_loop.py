@@ -6,6 +6,7 @@ import threading
 from itertools import groupby
 
 import jax
+import pytest
 from test_checkpoints import META, same, state
 from toy_run import bindings, flags_of, start
 
@@ -54,6 +55,47 @@ try:
 finally:
     print(json.dumps(events))
 """
+
+
+# Runs moe_jax.train; prints the bytes of the state before the first step, and of all other arrays.
+WEIGHING = """
+import json, runpy
+import jax
+from moe_jax.runs import train_loop
+
+make = train_loop.make_train_step
+
+
+def weighing(*args):
+    step, weights = make(*args), []
+
+    def run(state, batch, rates):
+        if not weights:
+            own = {id(a): a.nbytes for a in jax.tree.leaves(state)}
+            given = {id(a) for a in jax.tree.leaves((batch, rates))}
+            rest = [a.nbytes for a in jax.live_arrays() if id(a) not in own.keys() | given]
+            weights.extend((sum(own.values()), sum(rest)))
+            print(json.dumps(weights), flush=True)
+        return step(state, batch, rates)
+
+    return run
+
+
+train_loop.make_train_step = weighing
+runpy.run_module("moe_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("steps", [2, 3], ids=["first", "resumed"])
+def test_nothing_but_the_state_is_on_the_devices(tmp_path_factory, steps):
+    """Neither its initial parameters nor another state that a checkpoint was read into."""
+    run = tmp_path_factory.getbasetemp() / "weighed"
+    settings = {"TRAIN_STEPS": steps, "CHECKPOINT_PERIOD": 1}
+    process = start("train", flags_of(bindings(run, **settings)), code=WEIGHING)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    state_bytes, others = json.loads(out.splitlines()[0])
+    assert others < 0.1 * state_bytes
 
 
 def test_metrics_are_read_one_step_late_and_nothing_else_is(tmp_path):

@@ -20,7 +20,7 @@ from jax.extend.core import jaxprs_in_params
 
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
-from moe_jax.kernels import tpu_attention
+from moe_jax.kernels import gpu_attention, tpu_attention
 from moe_jax.kernels.attention import fused_attention
 from moe_jax.kernels.attention_form import Form
 from moe_jax.kernels.blockwise_attention import BLOCK
@@ -40,8 +40,7 @@ from moe_jax.training.grouped_loss import group_loss
 ROOT = Path(__file__).resolve().parent.parent
 R, H, D = 2, 4, 8
 KEY = jax.random.key(5, impl="rbg")
-FORMS = ["tpu", "gpu", None]
-forms = pytest.mark.parametrize("interpret", FORMS, ids=["tpu", "gpu", "loop"])
+forms = pytest.mark.parametrize("interpret", ["tpu", "cuda", None], ids=["tpu", "cuda", "loop"])
 
 
 def inputs(queries: int, keys: int, dtype=jnp.float32, heads=H, width=D, seed=0):
@@ -151,10 +150,10 @@ def test_cross_attention_in_bfloat16_with_several_blocks(rate, interpret):
     ("tpu", 40, 256),
     ("tpu", 256, 40),
     ("tpu", 1, 1),
-    ("gpu", 131, 131),  # three blocks of queries and of keys, the last ones filled up
-    ("gpu", 40, 256),
-    ("gpu", 256, 40),
-    ("gpu", 2, 3),
+    ("cuda", 131, 131),  # three blocks of queries and of keys, the last ones filled up
+    ("cuda", 40, 256),
+    ("cuda", 256, 40),
+    ("cuda", 2, 3),
 ])  # fmt: skip
 def test_blocks_and_tiles_of_any_size(interpret, queries, keys):
     at_query, at_key = (packed(n, [[n // 2, n], [n]]) for n in (queries, keys))
@@ -193,13 +192,15 @@ def test_groups_side_by_side_have_masks_of_their_own(interpret):
 
 
 @forms
-def test_heads_spread_over_devices(interpret):
+@pytest.mark.parametrize("keys", [8, 5], ids=["self", "cross"])
+def test_heads_spread_over_devices(interpret, keys):
     mesh = make_mesh(MeshConfig(data=1, model=2), jax.devices()[:2])
-    segments = packed(8, [[3, 8], [8]])
-    arrays, dy = inputs(8, 8)
+    segments, at_key = packed(8, [[3, 8], [8]]), packed(keys, [[2, keys], [keys]])
+    arrays, dy = inputs(8, keys)
+    causal = keys == 8
 
     def run(q, k, v, b):
-        visible = Visible(segments, segments, causal=True)
+        visible = Visible(segments, at_key, causal)
         return attend_fused(
             projected(q, k, v), visible, heads=H, bias_HxS=b, scale=0.3, dropout_rate=0.5,
             dropout_key=KEY, interpret=interpret,
@@ -207,7 +208,16 @@ def test_heads_spread_over_devices(interpret):
 
     with jax.set_mesh(mesh):
         spread = jax.jit(partial(with_gradients, run))(arrays, dy)
-    assert_near(spread, plain(segments, segments, True, True, 0.5)(arrays, dy), 1e-5)
+    assert_near(spread, plain(segments, at_key, causal, True, 0.5)(arrays, dy), 1e-5)
+
+
+def test_heads_that_do_not_spread_evenly():
+    segments, arrays = jnp.ones((R, 8), jnp.int32), (jnp.ones((R, 8, 3, 3 * 16)),)
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(data=1, model=2), jax.devices()[:2])),
+        pytest.raises(UserError, match=r"heads 3 is no multiple of MeshConfig\.model 2"),
+    ):
+        attend_fused(arrays, Visible(segments, segments), heads=3, scale=0.3)
 
 
 def test_a_model_learns_the_same():
@@ -351,6 +361,29 @@ def test_rows_too_long_for_the_chip_are_read_in_the_loop():
         return tpu_attention.takes(form, bias)
 
     assert has_kernel(6144, False) and has_kernel(4096, True) and not has_kernel(6144, True)
+
+
+@pytest.mark.parametrize("dtype, width, kernel", [
+    ("bfloat16", 64, True), ("bfloat16", 128, True), ("float32", 64, True),
+    ("float32", 128, False), ("bfloat16", 24, False), ("bfloat16", 256, False),
+])  # fmt: skip
+def test_heads_that_a_gpu_takes(dtype, width, kernel):
+    form = Form(1, 8, 8, 2, width, jnp.dtype(dtype), False, 0.1, 0.0)
+    assert gpu_attention.takes(form, biased=True) == kernel
+
+
+def test_blocks_that_a_gpu_reads():
+    """Two blocks of queries of segments 1 and 2, and one of padding and nothing."""
+    at_query = jnp.asarray([[1, 1, 1, 2, 0, -1]])
+    at_key = jnp.asarray([[1, 1, 2, 2, 3, 0]])
+    keys_of, queries_of = gpu_attention._blocks_to_read(at_query, at_key, 2, causal=False)
+    np.testing.assert_array_equal(keys_of, [[[0, 1], [0, 2], [2, 3]]])
+    np.testing.assert_array_equal(queries_of, [[[0, 2], [1, 2], [2, 3]]])
+    keys_of, queries_of = gpu_attention._blocks_to_read(at_query, at_query, 2, causal=True)
+    np.testing.assert_array_equal(keys_of, [[[0, 1], [0, 2], [2, 3]]])
+    np.testing.assert_array_equal(queries_of, [[[0, 2], [1, 2], [2, 3]]])
+    nothing = gpu_attention._blocks_to_read(at_query, jnp.full((1, 6), 4), 2, causal=False)
+    np.testing.assert_array_equal(nothing[0], [[[0, 0]] * 3])
 
 
 def test_rows_at_a_time_are_for_plain_attention():

@@ -43,6 +43,11 @@ def test_blocks_of_a_mask_are_uniform():
     assert ((counts - expected) ** 2 / expected).sum() < 255 + 5 * np.sqrt(2 * 255)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1, 2, 3)])
+def test_any_shape(shape):
+    assert dropout(jnp.ones(shape), 0.5, jax.random.key(0)).shape == shape
+
+
 def test_bfloat16_stays():
     assert dropout(jnp.ones(4, jnp.bfloat16), 0.1, jax.random.key(0)).dtype == jnp.bfloat16
 

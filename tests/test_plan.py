@@ -16,7 +16,7 @@ from toy_run import tiny_model
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.planning import step_plan
-from moe_jax.planning.chips import CHIPS, chip_of
+from moe_jax.planning.chips import CHIPS, FRACTIONS, chip_of
 from moe_jax.planning.devices import plan_devices
 from moe_jax.planning.report import advice, table
 from moe_jax.planning.step_plan import BatchShape, Plan, plan_step
@@ -52,6 +52,20 @@ def test_matrix_products_of_a_step():
     _, _, plan = planned(count=1, experts=1)
     tokens = SHAPE.groups * SHAPE.rows * (SHAPE.inputs + SHAPE.targets)
     assert 2 * tokens * plan.parameters < plan.flops < 12 * tokens * plan.parameters
+
+
+@pytest.mark.parametrize("attention", ["plain", "fused"])
+def test_products_are_divided_among_the_devices_of_a_layer(attention):
+    _, _, one = planned(count=1, attention=attention)
+    _, _, two = planned(MeshConfig(data=1, model=2), 2, attention=attention)
+    assert two.flops == pytest.approx(one.flops / 2, rel=0.01)
+
+
+@pytest.fixture
+def default_memory(monkeypatch):
+    """Without what the developer's environment says of a GPU's memory."""
+    for name in FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
 
 
 def some_plan(**changes):
@@ -132,19 +146,23 @@ class Gpu:
         self.process_index = process_index
 
 
-def test_the_share_of_a_gpus_memory_that_jax_takes(monkeypatch):
+def test_the_share_of_a_gpus_memory_that_jax_takes(monkeypatch, default_memory):
     whole = 84_942_979_072
-    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.delenv(name, raising=False)
     assert chip_of([Gpu()]).memory_bytes == whole * 3 // 4
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
-    assert chip_of([Gpu()]).memory_bytes == whole // 2
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "half")
-    with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION is 'half'"):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # new and old name
+        monkeypatch.setenv(name, ".5")
+        assert chip_of([Gpu()]).memory_bytes == whole // 2
+        monkeypatch.setenv(name, "half")
+        with pytest.raises(UserError, match=f"{name} is 'half'"):
+            chip_of([Gpu()])
+        monkeypatch.delenv(name)
+    for name in FRACTIONS:
+        monkeypatch.setenv(name, ".5")
+    with pytest.raises(UserError, match="are both set"):
         chip_of([Gpu()])
 
 
-def test_advice_to_take_more_of_a_gpus_memory(monkeypatch):
+def test_advice_to_take_more_of_a_gpus_memory(default_memory):
     """Where it is enough: 64 GiB are 81 % of an H100's memory, 72 GiB are 91 %."""
     model, mesh, _ = planned(MeshConfig(data=1, fsdp=8))
     plan = some_plan(device=Gpu.device_kind, memory_bytes=chip_of([Gpu()]).memory_bytes)
@@ -294,7 +312,7 @@ needs_cuda = pytest.mark.skipif(
 
 
 @needs_cuda
-def test_gpus_that_do_not_exist(tmp_path):
+def test_gpus_that_do_not_exist(tmp_path, default_memory):
     """Weights are exchanged and gathered as between as many CPU devices."""
     plans = {}
     for where in ("--topology=h100:4", "--devices=4"):

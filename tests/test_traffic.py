@@ -251,6 +251,11 @@ ENTRY %main (stack: f32[12,100], i: s32[], a: bf16[40,30], b: bf16[30,20]) -> f3
         'custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{}: (3, {})}',
         2 * (40 * 30 + 30 * 20 + 40 * 20),
     ),
+    (
+        "%y = (f32[12,100]{1,0}, s8[7]{0}) custom-call(%a, %b, %stack), "
+        'custom_call_target="__cublas$lt$matmul", output_to_operand_aliasing={{0}: (2, {})}',
+        2 * (40 * 30 + 30 * 20) + 2 * 4 * 12 * 100,
+    ),
     # Rows are read, added to and written where they are.
     (
         "ROOT %y = f32[50,10]{1,0} fusion(%sum, %rows, %values), kind=kInput, calls=%add_rows",

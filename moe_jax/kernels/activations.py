@@ -1,4 +1,5 @@
-"""Activation functions that keep only their input for the backward pass, and compute in float32.
+"""Activation functions that compute in float32 and keep only their input for the backward pass;
+`relu` needs neither, and keeps a mask.
 
 JAX's exact GELU goes through `erfc`. XLA computes it by two formulas and selects one, and splits it
 in bfloat16, so that a GPU writes what is between to memory. `erf` has one formula; PyTorch computes

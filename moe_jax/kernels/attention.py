@@ -7,7 +7,8 @@ loop over blocks of queries. Each has a module with two functions:
     forward(form, packed) -> y
     backward(form, packed, y, dy) -> gradients by `packed.projected` and the bias
 
-Nothing but y is kept for the backward pass, which computes scores and dropout masks again.
+Beside its arguments, only y is kept for the backward pass, which computes scores and dropout masks
+again.
 """
 
 from functools import partial
@@ -36,7 +37,7 @@ def fused_attention(
     first_head: jax.Array | int = 0,
     all_heads: int | None = None,
     kept: str = "",
-    interpret: Literal["tpu", "gpu"] | None = None,
+    interpret: Literal["tpu", "cuda"] | None = None,
 ) -> jax.Array:
     """Multi-head attention of packed rows, as `model.attention.attend` defines it.
 
@@ -96,13 +97,13 @@ _attend.defvjp(_forward, _backward)
 def _run(which: str, settings, packed: Packed, *args):
     """Runs one of the two functions of a module, chosen by platform and shape."""
     form, _, interpret = settings
-    modules = {"tpu": tpu_attention, "gpu": gpu_attention}
+    modules = {"tpu": tpu_attention, "cuda": gpu_attention}
     if interpret:
         return getattr(modules[interpret], which)(form, packed, *args, interpret=True)
     biased = packed.bias_HxS is not None
     choices = {
-        {"gpu": "cuda"}.get(name, name): partial(getattr(module, which), form)
-        for name, module in modules.items()
+        platform: partial(getattr(module, which), form)
+        for platform, module in modules.items()
         if module.takes(form, biased)
     }
     loop = partial(getattr(blockwise_attention, which), form)

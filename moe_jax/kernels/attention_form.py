@@ -1,10 +1,14 @@
-"""What all forms of `attention` read: the settings of one program, and its arrays."""
+"""What all forms of `attention` share: settings, arrays, and small functions."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+MASKED = float(jnp.finfo(jnp.float32).min)  # the score of a key that is not seen
+# Axes that `dot` sums over: a @ b, a @ b.T and a.T @ b.
+PLAIN, BY_ROWS, BY_COLUMNS = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Packed(NamedTuple):
         projected: queries, keys and values, as in `attention.fused_attention`.
         bias_HxS: float32, or None.
         dropout_words_4: uint32, those of `kernels.dropout.key_words`.
-        heads_2: int32, the number of the first of these heads among all heads, and of all heads.
+        heads_2: int32 [number of the first of these heads, number of all heads].
         query_segments_RxLq, key_segments_RxLk: int32; a query sees the keys of its segment.
     """
 
@@ -65,6 +69,20 @@ class Packed(NamedTuple):
         if len(self.projected) == 1:
             return (jnp.stack([dq, dk, dv], axis=2),)
         return dq[:, :, None], jnp.stack([dk, dv], axis=2)
+
+
+def dot(a: jax.Array, b: jax.Array, axes=PLAIN) -> jax.Array:
+    """The product of two matrices, summed in float32."""
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
+
+
+def weight_number(form: Form, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """uint32, the number of a weight in an array [R, H, L_q, L_k] of all heads, for `is_kept`.
+
+    Args:
+        head: its number among the heads of all rows, `row * H + head`.
+    """
+    return ((head * form.queries + query) * form.keys + key).astype(jnp.uint32)
 
 
 def padded(x: jax.Array, sizes: dict[int, int], fill: int = 0) -> jax.Array:

@@ -9,7 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.attention_form import Form, Packed, padded, sums_by_head
+from moe_jax.kernels.attention_form import (
+    MASKED,
+    Form,
+    Packed,
+    padded,
+    sums_by_head,
+    weight_number,
+)
 from moe_jax.kernels.diagonals import from_diagonals, sum_diagonals
 from moe_jax.kernels.dropout import is_kept
 
@@ -124,12 +131,12 @@ def _weights(form: Form, rows: _Rows, block: _Block):
     seen = block.segments[:, None, :, None] == at_key[:, None, None, :]
     if form.causal:
         seen = seen & (key <= query)
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min))
+    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED))
     if not form.rate:
         return weights, seen, None
     first_head, all_heads = rows.others.heads_2
     head = row * all_heads + first_head + head
-    number = ((head * form.queries + query) * form.keys + key).astype(jnp.uint32)
+    number = weight_number(form, head, query, key)
     return weights, seen, is_kept([number], rows.others.dropout_words_4, form.rate)
 
 

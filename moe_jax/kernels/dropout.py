@@ -1,5 +1,6 @@
 """Dropout whose mask is a hash of each element's index: as cheap as a multiplication."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,8 +22,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
         rate: in [0, 1).
         key: a typed PRNG key of any kind.
     """
-    columns = x.shape[-1] if x.ndim else 1
-    row = columns * jax.lax.iota(jnp.uint32, x.size // columns)
+    *rows, columns = x.shape or (1,)
+    row = columns * jax.lax.iota(jnp.uint32, math.prod(rows))
     column = jax.lax.iota(jnp.uint32, columns)
     keep = is_kept((row[:, None], column), key_words(key), rate).reshape(x.shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -3,9 +3,10 @@
 A program holds a block of queries and reads keys block by block, with a softmax that is corrected
 as it goes; or it holds a block of keys and reads queries. It reads no blocks of other segments or,
 in causal rows, of later keys. Gradients by queries and by keys have a kernel each, and so has that
-by the bias, which sums tiles of scores along diagonals of tiles, where distances are the same.
+by the bias, which sums gradients of scores along diagonals of blocks, where distances are the same.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from moe_jax.kernels.attention_form import Form, Packed, padded, sums_by_head
+from moe_jax.kernels.attention_form import (
+    BY_ROWS,
+    MASKED,
+    Form,
+    Packed,
+    dot,
+    padded,
+    sums_by_head,
+    weight_number,
+)
 from moe_jax.kernels.diagonals import sum_diagonals
 from moe_jax.kernels.dropout import is_kept
 
@@ -24,14 +34,14 @@ except ImportError:  # JAX plans to remove it
 
 LEAST_BLOCK, MOST_BLOCK = 16, 64  # queries or keys of a block: a power of two
 WIDTHS = (16, 32, 64, 128)  # of a head
-_MASKED = float(jnp.finfo(jnp.float32).min)
-_ROWS_OF = ((1,), (1,))  # contracted axes: a @ b.T
+MOST_WIDTH_BYTES = 256  # with more, blocks do not fit the shared memory of small GPUs
 
 
 def takes(form: Form, biased: bool) -> bool:
     """Whether the kernels are for heads of this width."""
     del biased
-    return triton is not None and form.width in WIDTHS
+    fits = form.width * form.dtype.itemsize <= MOST_WIDTH_BYTES
+    return triton is not None and form.width in WIDTHS and fits
 
 
 def forward(form: Form, packed: Packed, *, interpret: bool = False) -> jax.Array:
@@ -168,15 +178,16 @@ def _call(form: Form, kernel, blocks: int, x: _Arrays, results, products: int, i
         input_output_aliases=aliases,
         interpret=interpret,
         name=kernel.__name__.strip("_"),
-        **_settings(form, x, products),
+        **_settings(form, x, results, products),
     )(x)
 
 
-def _settings(form: Form, x: _Arrays, products: int) -> dict[str, Any]:
+def _settings(form: Form, x: _Arrays, results, products: int) -> dict[str, Any]:
+    arrays = {id(a): a for a in (*jax.tree.leaves(x._replace(written=None)), *results)}
     cost = pl.CostEstimate(
         flops=form.products(products),
         transcendentals=form.rows * form.heads * form.queries * form.keys,
-        bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(x)),
+        bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays.values()),
     )
     warps = 4 if form.width <= 64 else 8  # with 4, a width of 128 needs too many registers
     params = triton.CompilerParams(num_warps=warps, num_stages=2)
@@ -242,13 +253,13 @@ def _scores(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, axis: int =
         axis: that of queries, of both results; the other one is that of keys.
     """
     query, key = _places(q, k, axis)
-    scores = _dot(*((k.x, q.x) if axis else (q.x, k.x)), _ROWS_OF) * form.scale
+    scores = dot(*((k.x, q.x) if axis else (q.x, k.x)), BY_ROWS) * form.scale
     if x.bias is not None:
         scores += x.bias[at.head, query - key + x.keys.shape[1] - 1]
     seen = jnp.expand_dims(q.segments, 1 - axis) == jnp.expand_dims(k.segments, axis)
     if form.causal:
         seen &= key <= query
-    return jnp.where(seen, scores, _MASKED), seen
+    return jnp.where(seen, scores, MASKED), seen
 
 
 def _places(q: _Block, k: _Block, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -263,8 +274,8 @@ def _dropped(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, axis: int,
     if not form.rate:
         return weights
     query, key = _places(q, k, axis)
-    number = (at.number * form.queries + query) * form.keys + key  # in [R, H, L_q, L_k]
-    kept = is_kept([number.astype(jnp.uint32)], [x.words[i] for i in range(4)], form.rate)
+    number = weight_number(form, at.number, query, key)
+    kept = is_kept([number], [x.words[i] for i in range(4)], form.rate)
     return tuple(jnp.where(kept, w / (1.0 - form.rate), 0.0) for w in weights)
 
 
@@ -286,7 +297,7 @@ def _forward_kernel(form: Form, x: _Arrays, y) -> None:
         total, most, weights, factor = _add_weights(total, most, scores)
         (weights,) = _dropped(form, x, at, q, k, 0, weights)
         values = _values(form, x, at, k)
-        return factor[:, None] * y + _dot(weights.astype(form.dtype), values), total, most
+        return factor[:, None] * y + dot(weights.astype(form.dtype), values), total, most
 
     sums = (jnp.zeros(q.x.shape, jnp.float32), *_no_weights(q))
     y_QxD, total, _ = jax.lax.fori_loop(*bounds, read, sums)
@@ -309,7 +320,7 @@ def _query_kernel(form: Form, x: _Arrays, dq, log_sums) -> None:
     def sum_up(number, dq):
         k = _keys(form, x, at, number)
         _, d_scores = _gradients(form, x, at, q, k, *read)
-        return dq + _dot(d_scores.astype(form.dtype), k.x)
+        return dq + dot(d_scores.astype(form.dtype), k.x)
 
     dq_QxD = jax.lax.fori_loop(*bounds, sum_up, jnp.zeros(q.x.shape, jnp.float32))
     dq[0, q.place, at.columns(form)] = (form.scale * dq_QxD).astype(form.dtype)
@@ -325,8 +336,8 @@ def _key_kernel(form: Form, x: _Arrays, dkv) -> None:
         read = _read_gradients(form, x, at, q)
         # Keys by queries: so no product transposes what was just computed.
         weights, d_scores = _gradients(form, x, at, q, k, *read, axis=1)
-        dv += _dot(weights.astype(form.dtype), read[0])
-        dk += _dot(d_scores.astype(form.dtype), q.x)
+        dv += dot(weights.astype(form.dtype), read[0])
+        dk += dot(d_scores.astype(form.dtype), q.x)
         return dk, dv
 
     nothing = jnp.zeros(k.x.shape, jnp.float32)
@@ -338,16 +349,17 @@ def _key_kernel(form: Form, x: _Arrays, dkv) -> None:
 def _bias_gradient(form: Form, x: _Arrays, interpret: bool) -> jax.Array:
     size = _block_size(form)
     count = x.keys_of.shape[1] + x.queries_of.shape[1] - 1
+    like_tiles = jax.ShapeDtypeStruct((form.heads, count, size, size), jnp.float32)
     x = x._replace(written=None)
     tiles = pl.pallas_call(
         partial(_bias_kernel, form),
         grid=(count, form.heads, 1),
         in_specs=[x.specs(form.rows)],
         out_specs=pl.BlockSpec((1, 1, size, size), lambda t, h, r: (h, t, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((form.heads, count, size, size), jnp.float32),
+        out_shape=like_tiles,
         interpret=interpret,
         name="bias_kernel",
-        **_settings(form, x, 0),
+        **_settings(form, x, [like_tiles], 0),
     )(x)
     # Tile t has distances from t * size on, and as many of tile t + 1.
     windows = jnp.pad(sum_diagonals(tiles), ((0, 0), (0, 0), (0, 1)))
@@ -370,7 +382,12 @@ def _bias_kernel(form: Form, x: _Arrays, tile) -> None:
             q, k = _queries(form, x, at, number + ahead), _keys(form, x, at, number)
             return tile + _gradients(form, x, at, q, k, *_read_gradients(form, x, at, q))[1]
 
-        return jax.lax.fori_loop(first, end, add, tile)
+        def add_if_seen(number, tile):
+            first, end = (x.keys_of[row, number + ahead, i] for i in (0, 1))
+            seen = (first <= number) & (number < end)
+            return jax.lax.cond(seen, partial(add, number), lambda tile: tile, tile)
+
+        return jax.lax.fori_loop(first, end, add_if_seen, tile)
 
     nothing = jnp.zeros((size, size), jnp.float32)
     tile[0, 0] = jax.lax.fori_loop(0, form.rows, of_row, nothing)
@@ -387,7 +404,7 @@ def _gradients(form: Form, x: _Arrays, at: _Head, q, k, dy, sums, log_sums, axis
     scores, seen = _scores(form, x, at, q, k, axis)
     sums, log_sums = (jnp.expand_dims(x, 1 - axis) for x in (sums, log_sums))
     weights, values = jnp.exp(scores - log_sums), _values(form, x, at, k)
-    d_weights = _dot(*((values, dy) if axis else (dy, values)), _ROWS_OF)
+    d_weights = dot(*((values, dy) if axis else (dy, values)), BY_ROWS)
     dropped, d_weights = _dropped(form, x, at, q, k, axis, weights, d_weights)
     return dropped, jnp.where(seen, weights * (d_weights - sums), 0.0)
 
@@ -395,13 +412,9 @@ def _gradients(form: Form, x: _Arrays, at: _Head, q, k, dy, sums, log_sums, axis
 def _no_weights(q: _Block) -> tuple[jax.Array, jax.Array]:
     """The sum and the maximum of a softmax of nothing."""
     nothing = jnp.zeros(q.segments.shape, jnp.float32)
-    return nothing, nothing + _MASKED
+    return nothing, nothing + MASKED
 
 
 def _not_zero(sums: jax.Array) -> jax.Array:
     """Sums of a softmax; 1 where nothing was read."""
     return jnp.where(sums > 0, sums, 1.0)
-
-
-def _dot(a: jax.Array, b: jax.Array, axes=((1,), (0,))) -> jax.Array:
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)

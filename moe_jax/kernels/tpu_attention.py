@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.kernels.attention_form import Form, Packed, padded
+from moe_jax.kernels.attention_form import (
+    BY_COLUMNS,
+    BY_ROWS,
+    MASKED,
+    Form,
+    Packed,
+    dot,
+    padded,
+    weight_number,
+)
 from moe_jax.kernels.dropout import is_kept
 
 # The number of columns in a TPU's tile of an array, and of queries at a time.
@@ -24,8 +33,6 @@ LANES = 128
 # The memory on the chip that a program may always take, and the most that it may take: TPUs v5e and
 # v6e have 128 MiB, and what is left holds arrays of the programs around it.
 LEAST_CHIP_BYTES, MOST_CHIP_BYTES = 16 * 2**20, 100 * 2**20
-_MASKED = float(jnp.finfo(jnp.float32).min)
-_ROWS_OF, _FIRST = ((1,), (1,)), ((0,), (0,))  # contracted axes: a @ b.T, and a.T @ b
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +164,7 @@ def _forward_kernel(form: _Tiled, biased: bool, numbers, query_segments, key_seg
             weights = _weights(form, q[0, queries, own], k[0, :, own], seen, bias_KxQ)
             if form.rate:
                 weights = jnp.where(kept(head), weights / (1.0 - form.rate), 0.0)
-            results.append(_dot(v[0, :, own], weights.astype(form.dtype), _FIRST))
+            results.append(dot(v[0, :, own], weights.astype(form.dtype), BY_COLUMNS))
         y[0, queries] = _side_by_side(results, form.dtype)
 
     _for_blocks(form, numbers, query_segments, key_segments, block)
@@ -182,19 +189,19 @@ def _backward_kernel(form: _Tiled, biased: bool, numbers, query_segments, key_se
             q_QxD, k_KxD, dy_QxD = q[0, queries, own], k[0, :, own], dy[0, queries, own]
             bias_KxQ = _read(tiles[0], head, places) if biased else None
             weights = _weights(form, q_QxD, k_KxD, seen, bias_KxQ)
-            dropped, d_weights = weights, _dot(v[0, :, own], dy_QxD, _ROWS_OF)
+            dropped, d_weights = weights, dot(v[0, :, own], dy_QxD, BY_ROWS)
             if form.rate:
                 keep = kept(head)
                 dropped = jnp.where(keep, weights / (1.0 - form.rate), 0.0)
                 d_weights = jnp.where(keep, d_weights / (1.0 - form.rate), 0.0)
-            dv_sum[:, own] += _dot(dropped.astype(form.dtype), dy_QxD)
+            dv_sum[:, own] += dot(dropped.astype(form.dtype), dy_QxD)
             mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
             d_scores = jnp.where(seen, weights * (d_weights - mean), 0.0)
             if biased:
                 _add_to(tiles[1], head, places, d_scores)
             d_scores = d_scores.astype(form.dtype)
-            results.append(_dot(k_KxD, d_scores, _FIRST) * form.scale)
-            dk_sum[:, own] += _dot(d_scores, q_QxD) * form.scale
+            results.append(dot(k_KxD, d_scores, BY_COLUMNS) * form.scale)
+            dk_sum[:, own] += dot(d_scores, q_QxD) * form.scale
         dq[0, queries] = _side_by_side(results, form.dtype)
 
     _for_blocks(form, numbers, query_segments, key_segments, block)
@@ -226,8 +233,7 @@ def _for_blocks(form: _Tiled, numbers, query_segments, key_segments, function) -
 
         def kept(head):
             head = row * all_heads + first_head + head_block * form.heads_at_once + head
-            index = (head * form.queries + query) * form.keys + key  # in [R, H, L_q, L_k]
-            return is_kept([index.astype(jnp.uint32)], words, form.rate)
+            return is_kept([weight_number(form, head, query, key)], words, form.rate)
 
         across = form.keys // form.tile_keys
         function(queries, [number + across - 1 - i for i in range(across)], seen, kept)
@@ -283,10 +289,10 @@ def _add_to(tiles, head: int, places: list[jax.Array], x_KxQ: jax.Array) -> None
 
 def _weights(form: _Tiled, q_QxD, k_KxD, seen, bias) -> jax.Array:
     """The softmax over keys, before dropout: float32 [K, Q]."""
-    scores = _dot(k_KxD, q_QxD, _ROWS_OF) * form.scale
+    scores = dot(k_KxD, q_QxD, BY_ROWS) * form.scale
     if bias is not None:
         scores += bias
-    scores = jnp.where(seen, scores, _MASKED)
+    scores = jnp.where(seen, scores, MASKED)
     powers = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
     return powers * (1.0 / jnp.sum(powers, axis=0, keepdims=True))
 
@@ -299,7 +305,3 @@ def _side_by_side(parts_DxQ: list[jax.Array], dtype) -> jax.Array:
 def _round_up(number: int) -> int:
     """The next multiple of `LANES`."""
     return -(-number // LANES) * LANES
-
-
-def _dot(a: jax.Array, b: jax.Array, axes=((1,), (0,))) -> jax.Array:
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.core.errors import UserError
 from moe_jax.kernels.attention import fused_attention
 from moe_jax.kernels.dropout import dropout
 from moe_jax.kernels.softmax_attention import softmax_attention
@@ -125,6 +126,9 @@ def attend_fused(
 
     Heads may be spread over the mesh axis `model`. The partitioner cannot split a kernel, so this
     does it, by all axes that no `shard_map` outside has split.
+
+    Raises:
+        UserError: `heads` is no multiple of the size of that axis.
     """
     segments = (visible.query_segments_RxLq, visible.key_segments_RxLk)
     args = (projected, *segments, bias_HxS, dropout_key)
@@ -132,7 +136,12 @@ def attend_fused(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return fused_attention(*args, heads=heads, **settings)
-    own_heads = heads // mesh.shape["model"]
+    own_heads, rest = divmod(heads, mesh.shape["model"])
+    if rest:
+        raise UserError(
+            f"ModelConfig.attention 'fused' needs as many heads on each device: ModelConfig.heads "
+            f"{heads} is no multiple of MeshConfig.model {mesh.shape['model']}"
+        )
 
     def of_heads(*args):
         first = jax.lax.axis_index("model") * own_heads

@@ -48,6 +48,8 @@ CHIPS = (
     Chip("NVIDIA H100 80GB HBM3", 989e12, 84_942_979_072, 3352.32e9, 450e9, _NVIDIA + "h100"),
     Chip("NVIDIA H200", 989e12, 151_397_597_184, 4800e9, 450e9, _NVIDIA + "h200"),
 )
+# The share of a GPU's memory that JAX takes, in the environment: the variable's new and old name.
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 # One core of a server: two AVX-512 units at 3 GHz, float32. An order of magnitude, not a published
 # figure.
 CORE_FLOPS, CORE_MEMORY_RATE = 192e9, 20e9
@@ -82,6 +84,11 @@ def chip_of(devices: Sequence[jax.Device]) -> Chip | None:
     )
 
 
+def fraction_variable() -> str:
+    """The environment variable that says which share of a GPU's memory JAX takes."""
+    return next((name for name in FRACTIONS if name in os.environ), FRACTIONS[0])
+
+
 def named(kind: str) -> Chip | None:
     """The chip with the longest name that `kind` starts with; None if there is none."""
     chips = [chip for chip in CHIPS if kind.startswith(chip.kind)]
@@ -90,13 +97,14 @@ def named(kind: str) -> Chip | None:
 
 def _memory_fraction() -> float:
     """The share of a GPU's memory that JAX takes."""
-    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # new and old name
-        if text := os.environ.get(name):
-            try:
-                fraction = float(text)
-            except ValueError:
-                fraction = 0.0
-            if not 0 < fraction < math.inf:
-                raise UserError(f"{name} is {text!r}; it must be a share of memory, such as 0.9")
-            return fraction
-    return 0.75
+    if all(name in os.environ for name in FRACTIONS):
+        raise UserError(f"{' and '.join(FRACTIONS)} are both set, which JAX refuses: unset one")
+    name = fraction_variable()
+    text = os.environ.get(name) or "0.75"
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction < math.inf:
+        raise UserError(f"{name} is {text!r}; it must be a share of memory, such as 0.9")
+    return fraction

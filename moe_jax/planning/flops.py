@@ -18,28 +18,33 @@ def flops(function: Any, *args: Any) -> float:
     Args:
         args: arrays or `jax.ShapeDtypeStruct`s.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    model = jax.sharding.get_abstract_mesh().shape.get("model", 1)
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, model)
 
 
-def _of_jaxpr(jaxpr: Any) -> float:
+def _of_jaxpr(jaxpr: Any, devices: int) -> float:
+    """Operations of one device, where each product is spread over so many."""
     total = 0.0
     for equation in jaxpr.eqns:
         match equation.primitive.name:
             case "dot_general":
-                total += _of_product(equation)
+                total += _of_product(equation) / devices
             case "scan":
-                total += equation.params["length"] * _of_jaxpr(equation.params["jaxpr"].jaxpr)
+                body = equation.params["jaxpr"].jaxpr
+                total += equation.params["length"] * _of_jaxpr(body, devices)
             case "cond":
-                total += max(_of_jaxpr(branch.jaxpr) for branch in equation.params["branches"])
+                branches = equation.params["branches"]
+                total += max(_of_jaxpr(branch.jaxpr, devices) for branch in branches)
             case "shard_map":
                 model = equation.params["mesh"].shape.get("model", 1)
-                total += _of_jaxpr(equation.params["jaxpr"]) / model
+                split = "model" in equation.params["newly_manual_axes"]  # shapes are one device's
+                total += _of_jaxpr(equation.params["jaxpr"], 1 if split else model)
             case "pallas_call":
                 cost = equation.params["cost_estimate"]
                 total += cost.flops if cost else 0.0
             case _:
                 for inner in jaxprs_in_params(equation.params):
-                    total += _of_jaxpr(inner)
+                    total += _of_jaxpr(inner, devices)
     return total
 
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from moe_jax.core.sharding import MESH_AXES, MeshConfig, group_shards, make_mesh
 from moe_jax.model.task_moe import TaskMoE
-from moe_jax.planning.chips import named
+from moe_jax.planning.chips import fraction_variable, named
 from moe_jax.planning.step_plan import BatchShape, Plan, local_bytes
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import abstract_state
@@ -101,7 +101,7 @@ def _advice_on_memory(plan: Plan) -> list[str]:
     if not plan.memory_bytes < plan.total_bytes <= most:
         return []
     return [
-        f"XLA_CLIENT_MEM_FRACTION=0.9 in the environment: {_size(most)} of memory, not "
+        f"{fraction_variable()}=0.9 in the environment: {_size(most)} of memory, not "
         f"{_size(plan.memory_bytes)}"
     ]
 

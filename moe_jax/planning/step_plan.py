@@ -44,12 +44,13 @@ class Plan:
         unpadded_state_bytes: the same without padding. A TPU pads an array's last two axes to
             multiples of 8 and 128.
         temporary_bytes: the peak of all other memory during a step.
-        compiled: False if the compiler stopped because the step does not fit. Then collectives and
-            bytes accessed are unknown.
+        compiled: False if the compiler stopped because the step does not fit. Then collectives,
+            bytes accessed and operations are unknown.
         collectives: kind -> the collectives of one step.
         flops: operations of matrix products in one step.
         bytes_accessed: read from and written to memory, in one step.
-        operations: which do so, one after the other: the kernels of a GPU.
+        operations: number of those that read or write memory, started one after the other; on a
+            GPU, its kernels.
         seconds: {"computing", "memory", "sending"}: the least time of each whose rate is known.
         unknown_loops: number of loops of unknown length, whose bodies are counted once.
     """

@@ -115,7 +115,8 @@ def accesses(program: Program) -> Accesses:
 
     A loop's body counts once per iteration. If a slice is read from or written into a large array,
     only the slice counts. Arrays that the compiler keeps on the chip (memory spaces other than 0)
-    do not count. Hits in hardware caches are not known here and count as memory accesses.
+    do not count. Hits in hardware caches are not known here and count as memory accesses; so do all
+    of a kernel's arrays, though it may use parts.
     """
     total = count = 0
     types = {
@@ -160,9 +161,11 @@ def _moved(program: Program, instruction: Instruction, operands: list[str]) -> i
 
 
 def _read_by_call(call: Instruction, operands: list[str]) -> int:
-    """Bytes that a custom call reads: an operand given twice once, and none that it only adds to,
-    which is its result."""
+    """Bytes that a custom call reads: of an operand that is given twice once, and of one that
+    becomes its result none, except by cuBLAS, which adds to it."""
     changed = re.findall(r"\{[\d, ]*\}: \((\d+), ", call.text)  # output_to_operand_aliasing
+    if call.attribute(r'custom_call_target="(__cublas)'):
+        changed = []
     read = {
         name: type_bytes(operand, main_memory=True)
         for number, (name, operand) in enumerate(zip(call.operands, operands, strict=True))

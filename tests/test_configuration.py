@@ -173,6 +173,8 @@ def test_nonsense_is_refused(cls, values, message):
     (["ModelConfig.experts = 3", "RouterConfig.selection = 'top_k'",
       "RouterConfig.experts_per_layer = 5"],
      "RouterConfig.experts_per_layer is 5, but ModelConfig.experts 3"),
+    (["ModelConfig.experts = 1", "OptimizerConfig.alternate_every = 2"],
+     "OptimizerConfig.alternate_every is set, but the model has no router"),
     (["ModelConfig.max_positions = 20", "TASK_FEATURE_LENGTHS = {'inputs': 64, 'targets': 8}"],
      "ModelConfig.max_positions is 20, but there are inputs of 64 tokens"),
     (["ModelConfig.max_positions = 20", "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 64}"],

@@ -10,8 +10,9 @@ from toy_run import tiny_model
 
 from moe_jax.core.errors import UserError
 from moe_jax.model.task_moe import shapes_of
+from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.penalties import expert_distance, penalty, route_entropy, route_load
-from moe_jax.training.step import StepConfig
+from moe_jax.training.step import StepConfig, check_step
 
 # Joined matrices: (axis after layer and expert, number of matrices), separate in PyTorch.
 SIDE_BY_SIDE = {"qkv_kernel": (1, 3), "qkv_bias": (0, 3), "kv_kernel": (1, 2), "kv_bias": (0, 2)}
@@ -132,7 +133,4 @@ def test_penalty_reads_the_routes_of_the_batch_at_their_temperature():
 
 def test_routes_that_nobody_chooses_are_refused():
     with pytest.raises(UserError, match=r"route_load is for routes .* selection 'average'"):
-        penalty(
-            tiny_model(selection="average"), {}, jnp.zeros(1, jnp.int32), jnp.int32(0),
-            StepConfig(route_load=1.0),
-        )  # fmt: skip
+        check_step(tiny_model(selection="average"), OptimizerConfig(), StepConfig(route_load=1.0))

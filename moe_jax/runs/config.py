@@ -29,8 +29,9 @@ from moe_jax.data.modules import DEFAULT_TASK_MODULES, full_name
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.model.config import ModelConfig, RouterConfig
+from moe_jax.model.task_moe import TaskMoE
 from moe_jax.training.optimizer import OptimizerConfig
-from moe_jax.training.step import StepConfig
+from moe_jax.training.step import StepConfig, check_step
 
 # Every command starts from these; gin files and flags set the macros (T5X's names).
 BASE_BINDINGS = f"""
@@ -294,6 +295,7 @@ class Config(Configuration):
                 f"{model.experts}"
             )
         model.check_lengths(**self.data.lengths)
+        check_step(TaskMoE(model, self.router, 1), self.optimizer, self.step)
         _check_decoding(self.decoding, self.data)
 
     def check_groups(self, mesh: Mesh) -> None:

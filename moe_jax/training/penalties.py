@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core.errors import UserError
 from moe_jax.model.experts import Params
 from moe_jax.model.selection import temperature_at
 from moe_jax.model.task_moe import TaskMoE
@@ -79,20 +78,11 @@ def penalty(
 
     Terms of routes use the router's softmax at the temperature of `step`, without noise and before
     experts are selected, because the entropy of a hard route is constant.
-
-    Raises:
-        UserError: a term of routes, with a selection that does not use the router.
     """
     terms = {}
     if config.expert_distance:
         terms["expert_distance"] = expert_distance(params["backbone"])
     if config.route_entropy or config.route_load:
-        if not model.selection.learned:
-            name = "route_entropy" if config.route_entropy else "route_load"
-            raise UserError(
-                f"StepConfig.{name} is for routes that the router chooses, not for selection "
-                f"'{model.selection.name}'"
-            )
         logits_TxNxE = model.new_router().apply(
             {"params": params["router"]}, params["representations"]
         )

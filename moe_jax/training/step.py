@@ -172,6 +172,40 @@ def gradients(
     return {**grads, **zeros}, metrics, slots
 
 
+def check_step(model: TaskMoE, optimizer_config: OptimizerConfig, config: StepConfig) -> None:
+    """Raises a UserError for settings that contradict one another: alternation without a router,
+    lazy experts with a setting that moves all of them, a term of routes that no router chooses."""
+    if optimizer_config.alternate_every and not model.routed:
+        raise UserError("OptimizerConfig.alternate_every is set, but the model has no router")
+    lazy = _gathers(model, optimizer_config) and optimizer_config.lazy
+    for name, value in _moving_all(optimizer_config, config).items():
+        if lazy and value:
+            raise UserError(
+                f"{name} moves every expert, OptimizerConfig.lazy only those in use: take one of"
+                " them"
+            )
+    for name in ("route_entropy", "route_load"):
+        if getattr(config, name) and model.routed and not model.selection.learned:
+            raise UserError(
+                f"StepConfig.{name} is for routes that the router chooses, not for selection "
+                f"'{model.selection.name}'"
+            )
+
+
+def _gathers(model: TaskMoE, optimizer_config: OptimizerConfig) -> bool:
+    """Whether groups take some experts each, and these are trained."""
+    some = model.routed and model.experts_per_layer < model.config.experts
+    return some and "backbone" not in optimizer_config.frozen
+
+
+def _moving_all(optimizer_config: OptimizerConfig, config: StepConfig) -> dict[str, float]:
+    """Settings that, if they are not 0, move experts that no group uses."""
+    return {
+        "StepConfig.expert_distance": config.expert_distance,
+        "OptimizerConfig.shared_gradient": optimizer_config.shared_gradient,
+    }
+
+
 def step_function(
     model: TaskMoE,
     optimizer_config: OptimizerConfig,
@@ -186,25 +220,12 @@ def step_function(
     compile the step again. All randomness comes from `seed` and the step, so resuming is exact.
 
     Raises:
-        UserError: alternation without a router; or lazy experts with a penalty that changes all
-            experts.
+        UserError: see `check_step`.
     """
-    if optimizer_config.alternate_every and not model.routed:
-        raise UserError("OptimizerConfig.alternate_every is set, but the model has no router")
-    gathers = model.routed and model.experts_per_layer < model.config.experts
-    gathers = gathers and "backbone" not in optimizer_config.frozen
-    lazy = gathers and optimizer_config.lazy
-    shared = optimizer_config.shared_gradient
-    moves_all = {
-        "StepConfig.expert_distance": config.expert_distance,
-        "OptimizerConfig.shared_gradient": shared,
-    }
-    for name, value in moves_all.items():
-        if lazy and value:
-            raise UserError(
-                f"{name} moves every expert, OptimizerConfig.lazy only those in use: take one of"
-                " them"
-            )
+    check_step(model, optimizer_config, config)
+    gathers = _gathers(model, optimizer_config)
+    lazy, shared = gathers and optimizer_config.lazy, optimizer_config.shared_gradient
+    moves_all = any(_moving_all(optimizer_config, config).values())
     optimizer = make_optimizer(optimizer_config)
 
     def train_step(state: TrainState, batch: Batch, learning_rates: dict[str, jax.Array]):
@@ -214,7 +235,7 @@ def step_function(
         grads, metrics, slots = gradients(
             model, state.params, batch, step=state.step, key=key, config=config, mesh=mesh,
             frozen=optimizer_config.frozen,
-            in_slots=lazy or (gathers and few and not any(moves_all.values())),
+            in_slots=lazy or (gathers and few and not moves_all),
         )  # fmt: skip
         if shared:
             grads = share(grads, shared)

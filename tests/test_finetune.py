@@ -37,7 +37,7 @@ from moe_jax.unseen import adaptation as program
 from moe_jax.unseen.adaptation import Grid, search
 from moe_jax.unseen.samples import Sample
 from moe_jax.unseen.side_by_side import starting_params
-from moe_jax.unseen.starts import FROZEN, LEAST, Start
+from moe_jax.unseen.starts import FROZEN, MIN_ROUTE_WEIGHT, Start
 
 MODEL = tiny_model(temperature=2.0, temperature_rate=0.1, exploration_epsilon=0.5)
 RUN = Run(MODEL, tiny_params(MODEL), {"a": 0, "b": 1, "c": 2}, step=7)
@@ -164,7 +164,7 @@ def test_a_merged_route_is_fitted_to_the_few_examples():
         steps: start_of(**settings, route_steps=steps).own(["a", "b", "c"], GROUPS)["route"]
         for steps in (0, 1, 20)
     }
-    route[0] = route[0] + LEAST
+    route[0] = route[0] + MIN_ROUTE_WEIGHT
     logits = {steps: np.log(np.float64(found)) for steps, found in route.items()}
     for i, group in enumerate(GROUPS):
         before, once, after = (logits[steps][i] for steps in (0, 1, 20))

@@ -112,7 +112,7 @@ def test_rows_are_laid_out_as_in_moe_jax(model):
     everything = [
         len(example.inputs)
         for name in mixture.names
-        for example in mixture.task(name).records("test").__getitems__(range(20))
+        for example in mixture.task(name).records("test").take(range(20))
     ]
     assert max(everything) > LENGTHS["inputs"] > min(everything)
 

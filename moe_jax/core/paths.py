@@ -90,7 +90,7 @@ def put(path: Path, data: bytes) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a directory and all that is below it, or an object and all whose names go on."""
+    """Removes a directory. In a bucket: the object of this name and all below it."""
     if in_bucket(path):
         path.rmtree(missing_ok=True)
     else:

@@ -111,9 +111,9 @@ class Records(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.__getitems__([index])[0]
+        return self.take([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+    def take(self, indices: Sequence[int]) -> list[Example]:
         """Examples at `indices`."""
         with self._named_errors():
             # One by one, because the source's own `__getitems__` starts threads and takes ten times
@@ -171,7 +171,7 @@ class PreparedTask:
         metrics: 'module:function' of each metric of (targets, predictions).
         score_metrics: the same, of (targets, scores).
         postprocess: 'module:function' or None.
-        dataset: of which it is a prompt; '' where it is none.
+        dataset: name of the dataset that this task is one prompt of; '' if none.
         seqio: how SeqIO scores it; None where the functions named above do, without SeqIO.
     """
 

@@ -28,7 +28,7 @@ def call_metric(
     Raises:
         UserError: it fails, or returns anything but finite numbers by name.
     """
-    found = called(metric_name(task, function), function, targets, values)
+    found = call_user_function(metric_name(task, function), function, targets, values)
     return numbers(task, function, found)
 
 
@@ -73,7 +73,7 @@ def call_postprocess(
     if function is None:
         return text
     who = f"task {task!r}: postprocess_fn {name_of(function)}"
-    value = called(who, function, text, **arguments)
+    value = call_user_function(who, function, text, **arguments)
     try:
         return to_json(value)
     except (TypeError, ValueError) as e:
@@ -124,7 +124,7 @@ def metric_name(task: str, metric: Callable[..., Any]) -> str:
     return f"task {task!r}: metric {name_of(metric)}"
 
 
-def called(who: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+def call_user_function(who: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     """What a user's function returns.
 
     Args:

@@ -109,7 +109,7 @@ def _publish_directory(source: Path, target: paths.Path) -> None:
 
 
 def _same_checksums(one: paths.Path, other: paths.Path) -> bool:
-    """Whether two directories hold the same, by what they say themselves."""
+    """Whether both directories have the same checksums.json."""
     if not checksums.is_sealed(other):
         return False
     return files.read_bytes(one / checksums.FILE) == files.read_bytes(other / checksums.FILE)

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.data.batch import Batch
 from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import Vocabulary
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ import numpy as np
 
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.data import packing
+from moe_jax.data.batch import Batch
 from moe_jax.data.cache import PreparedMixture, PreparedTask, Records
 from moe_jax.data.example import Example
-from moe_jax.data.packing import Batch, Plan
+from moe_jax.data.packing import Plan
 from moe_jax.data.vocabulary import Vocabulary
 
 MIXING = ("examples", "equal", "temperature", "seqio")
@@ -77,7 +78,7 @@ class TaskRows:
     def group(self, number: int, rows: int) -> Batch:
         """Arrays [rows, L] of group `number` of this task. It may extend into the next epoch."""
         indices = [self.examples(row) for row in range(number * rows, (number + 1) * rows)]
-        examples = iter(self._records.__getitems__(np.concatenate(indices)))
+        examples = iter(self._records.take(np.concatenate(indices)))
         grouped = [[next(examples) for _ in row] for row in indices]
         return packing.build(grouped, self._lengths, self._vocabulary, self._shape)
 
@@ -384,7 +385,7 @@ def eval_batches(
     records, indices = prepared.records(split), evenly_spaced(prepared, split, limit)
     for start in range(0, len(indices), rows):
         part = indices[start : start + rows]
-        examples = records.__getitems__(part)
+        examples = records.take(part)
         padded = [[example] for example in examples] + [[]] * (rows - len(examples))
         arrays: dict[str, Any] = packing.build(padded, lengths, mixture.vocabulary)
         batch = {name: array[None] for name, array in arrays.items()}

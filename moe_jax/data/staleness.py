@@ -12,7 +12,7 @@ from pathlib import Path
 from moe_jax.core import checksums
 from moe_jax.core.checksums import digest
 
-State = tuple[str, str]  # of sizes and times, which are quick to look at; of contents
+State = tuple[str, str]  # (digest of sizes and times, digest of contents)
 
 
 def exists(path: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_jax.data import registry
 from moe_jax.data.cache import SPEC, PreparedTask
-from moe_jax.data.calls import add, call_postprocess, called, metric_name, numbers
+from moe_jax.data.calls import add, call_postprocess, call_user_function, metric_name, numbers
 from moe_jax.data.example import Example
 from moe_jax.data.registry import seqio
 from moe_jax.data.seqio_tokenizers import SeqioTokenizers
@@ -76,7 +76,9 @@ class BySeqio:
                 case _:
                     scores = np.array([line["aux"]["scores"] for line in lines], np.float32)
                     output = (_padded(tokens, self._pad_id), {"scores": scores})
-            values = called(metric_name(name, own), self._computed, metric, rows, output)
+            values = call_user_function(
+                metric_name(name, own), self._computed, metric, rows, output
+            )
             add(found, name, own, numbers(name, own, values))
         return found
 

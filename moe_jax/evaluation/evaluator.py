@@ -171,8 +171,8 @@ class Evaluator:
         routes_TxNxE: jax.Array | np.ndarray | None,
         task_id: int | np.ndarray,
     ) -> tuple[Callable[[Sequence[int]], np.ndarray], Score]:
-        """(the rows of `routes_TxNxE` of a batch's examples by their numbers, `log_likelihoods`
-        with them).
+        """Returns (function from example numbers to rows of the route table, function that scores a
+        batch under those routes).
 
         Args:
             task_id: as in `task`.

@@ -52,8 +52,7 @@ def slot_count(model: TaskMoE, groups: int) -> int:
 
 
 def with_slots(backbone: Params, count: int) -> Params:
-    """The form of gradients in slots: the backbone, with zeros in `count` slots for the experts of
-    every layer."""
+    """The form of gradients in slots: the backbone, zeros for `count` experts per routed layer."""
     result = backbone
     for side, stack in routed(backbone):
         slots = jax.tree.map(lambda a: jnp.zeros((a.shape[0], count, *a.shape[2:]), a.dtype), stack)

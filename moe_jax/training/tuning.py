@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax.data.batch import Batch
 from moe_jax.kernels import memory
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE
-from moe_jax.training.grouped_loss import Batch
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import StepConfig, init_state, make_train_step, state_shardings
 

@@ -67,42 +67,42 @@ class Learners:
 
     def __init__(
         self,
-        whole: FewShotConfig,
+        config: FewShotConfig,
         mesh: Mesh,
         vocabulary: Vocabulary,
         widths: Mapping[str, tuple[int, int]],
         samples: int,
     ):
-        self._whole, self._mesh, self._vocabulary = whole, mesh, vocabulary
-        self._runs = samples * len(whole.finetune.learning_rates)
-        self._tokens = max(whole.finetune.batch_sizes) * max(map(sum, widths.values()))
+        self._config, self._mesh, self._vocabulary = config, mesh, vocabulary
+        self._runs = samples * len(config.finetune.learning_rates)
+        self._tokens = max(config.finetune.batch_sizes) * max(map(sum, widths.values()))
         self._of: dict[tuple, Learner] = {}
 
     def of(self, start: Start) -> Learner:
         """That of the start's form: its model and what is frozen."""
-        frozen = tuple(dict.fromkeys((*self._whole.optimizer.frozen, *FROZEN[start.tune])))
+        frozen = tuple(dict.fromkeys((*self._config.optimizer.frozen, *FROZEN[start.tune])))
         form = (start.model, frozen)
         if form not in self._of:
             self._of[form] = self._new(start, frozen)
         return self._of[form]
 
     def _new(self, start: Start, frozen: tuple[str, ...]) -> Learner:
-        whole, model, devices = self._whole, start.model, self._mesh.devices.size
-        c, config = model.config, whole.finetune
+        config, model, devices = self._config, start.model, self._mesh.devices.size
+        c, few = model.config, config.finetune
         width = (c.encoder_layers + c.decoder_layers) * (12 * c.d_model + 3 * c.d_ff)
-        each = config.runs_at_once or runs_per_device(
-            start.run.params, self._tokens, width + c.vocabulary_size, len(config.batch_sizes),
+        each = few.runs_at_once or runs_per_device(
+            start.run.params, self._tokens, width + c.vocabulary_size, len(few.batch_sizes),
             self._mesh.devices.flat[0],
         )  # fmt: skip
-        optimizer = dataclasses.replace(whole.optimizer, frozen=frozen)
+        optimizer = dataclasses.replace(config.optimizer, frozen=frozen)
         evaluator = Evaluator(
-            model, self._vocabulary, whole.data.lengths, whole.run.eval_batch_rows, self._mesh,
-            whole.decoding,
+            model, self._vocabulary, config.data.lengths, config.run.eval_batch_rows, self._mesh,
+            config.decoding,
         )  # fmt: skip
         runner = SideBySide(
-            model, optimizer, whole.step, self._mesh, steps=config.steps,
+            model, optimizer, config.step, self._mesh, steps=few.steps,
             runs=min(each, -(-self._runs // devices)) * devices, rows=evaluator.rows,
-            length=evaluator.length, decoding=whole.decoding, ids=evaluator.ids,
+            length=evaluator.length, decoding=config.decoding, ids=evaluator.ids,
         )  # fmt: skip
         searched = "representations" if "backbone" in frozen else "backbone"
         return Learner(runner, evaluator, searched, optimizer.learning_rates)
@@ -218,40 +218,40 @@ def _score_alone(
     return found.metric, found.score
 
 
-def adapt_all(whole: FewShotConfig) -> None:
+def adapt_all(config: FewShotConfig) -> None:
     """Adapts every starting point to every task, and writes the average relative gain."""
-    whole.run.require("model_dir")
-    with processes.lock(whole.run.model_dir):
-        _adapt_all(whole)
+    config.run.require("model_dir")
+    with processes.lock(config.run.model_dir):
+        _adapt_all(config)
 
 
-def _adapt_all(whole: FewShotConfig) -> None:
+def _adapt_all(config: FewShotConfig) -> None:
     # ---------------------------------------------------------------- configuration
-    run, config = whole.run, whole.finetune
+    run, few = config.run, config.finetune
     model_dir = paths.parse(run.model_dir)
-    directory.check_config(model_dir, whole)
-    first, *others = dict.fromkeys(config.adapted.values())
-    mixture = prepare_mixtures(whole.data, run=first)[whole.data.mixture_or_task_name]
+    directory.check_config(model_dir, config)
+    first, *others = dict.fromkeys(few.adapted.values())
+    mixture = prepare_mixtures(config.data, run=first)[config.data.mixture_or_task_name]
     for other in others:
         check_vocabulary(other, mixture)
     # Before the work, not in the middle of it.
-    check_file(config, mixture.names)
+    check_file(few, mixture.names)
     try_functions(mixture, mixture.names, "test")
-    directory.write_config(model_dir, whole)
+    directory.write_config(model_dir, config)
     directory.write_origin(model_dir)
     rows = _read_rows(model_dir / RUNS)
     done = {tuple(row[k] for k in KEY) for row in rows}
-    grid = [Grid(rate, size) for size in config.batch_sizes for rate in config.learning_rates]
-    samples = [Sample(*pair) for pair in itertools.product(mixture.names, config.seeds)]
-    data = FewShotData(mixture, samples, whole)
+    grid = [Grid(rate, size) for size in few.batch_sizes for rate in few.learning_rates]
+    samples = [Sample(*pair) for pair in itertools.product(mixture.names, few.seeds)]
+    data = FewShotData(mixture, samples, config)
     # ---------------------------------------------------------------- runs
     device_per_core()
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     with jax.set_mesh(mesh):
-        learners = Learners(whole, mesh, mixture.vocabulary, data.widths, len(samples))
-        total = len(samples) * len(grid) * len(config.adapted)
+        learners = Learners(config, mesh, mixture.vocabulary, data.widths, len(samples))
+        total = len(samples) * len(grid) * len(few.adapted)
         bar = progress(total=total, initial=len(done), desc="few-shot", unit="run")
-        for start in read_starts(config, mixture.vocabulary.size, run.seed, mesh):
+        for start in read_starts(few, mixture.vocabulary.size, run.seed, mesh):
             todo = {
                 s: left
                 for s in samples
@@ -265,18 +265,18 @@ def _adapt_all(whole: FewShotConfig) -> None:
                 [sample.task for sample in todo],
                 [data.first_batch(sample, NEAREST_ROWS) for sample in todo],
             )
-            each = max(1, learner.runner.runs // len(config.learning_rates))
+            each = max(1, learner.runner.runs // len(few.learning_rates))
             for at in _alike(list(todo), data.widths, each):
                 found = search(
                     learner, start, {name: tree[at] for name, tree in own.items()},
-                    dict(list(todo.items())[i] for i in at), data, config.test_examples,
+                    dict(list(todo.items())[i] for i in at), data, few.test_examples,
                 )  # fmt: skip
                 files.append_jsonl(model_dir / RUNS, found)
                 rows += found
                 bar.update(len(found))
         bar.close()
     # ---------------------------------------------------------------- results
-    if not {"untrained", "dense"} <= set(config.adapted):
+    if not {"untrained", "dense"} <= set(few.adapted):
         return  # gains are over both
     found_gains = gains.relative_gains(rows)
     gains.write(model_dir, found_gains)

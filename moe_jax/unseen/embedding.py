@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import GROUP_AXES, by_group, global_array, group_shards, replicated
+from moe_jax.data.batch import INPUTS, TARGETS, Batch
 from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.packing import Batch
 from moe_jax.data.pipeline import eval_batches, task_batches
-from moe_jax.evaluation.evaluator import INPUTS, TARGETS, length_bucket
+from moe_jax.evaluation.evaluator import length_bucket
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE

@@ -201,7 +201,7 @@ def represent(config: Config, settings: RepresentConfig) -> None:
 def _inputs(task: PreparedTask, split: str, limit: int | None) -> list[str]:
     """Texts of a task's inputs."""
     chosen = evenly_spaced(task, split, limit)
-    return [example.inputs_text for example in task.records(split).__getitems__(chosen)]
+    return [example.inputs_text for example in task.records(split).take(chosen)]
 
 
 def _embeddings(

@@ -32,10 +32,10 @@ class Sample(NamedTuple):
 class FewShotData:
     """The examples of all samples, as arrays of few shapes."""
 
-    def __init__(self, mixture: PreparedMixture, samples: Sequence[Sample], whole: FewShotConfig):
+    def __init__(self, mixture: PreparedMixture, samples: Sequence[Sample], config: FewShotConfig):
         self.mixture = mixture
-        self._lengths = dict(whole.data.lengths)
-        self._steps = whole.finetune.steps
+        self._lengths = dict(config.data.lengths)
+        self._steps = config.finetune.steps
         self.widths = few_widths(self._needed(samples))
         self._most = max(mixture.task(s.task).examples(s.train) for s in samples)
         self.read = functools.lru_cache(1024)(self._read)
@@ -135,8 +135,8 @@ class FewShotData:
 
 
 def few_widths(needed: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Widths (inputs, targets) that hold what each task needs, few of them, since each compiles:
-    of no task's row is more than half left empty."""
+    """Widths (inputs, targets) that hold what each task needs, few of them, since each compiles.
+    What a task needs is at least half of its widths."""
     classes: list[tuple[tuple[int, int], list[str]]] = []
     for task in sorted(needed, key=lambda task: -sum(needed[task])):  # the least of a class is last
         joined = [(tuple(map(max, width, needed[task])), n) for n, (width, _) in enumerate(classes)]

@@ -36,7 +36,7 @@ FROZEN = {
     "free_route": ("backbone", "router"),
     "merged": (),
 }
-LEAST = 1e-3  # the weight that a route's fit starts from where a training task has none
+MIN_ROUTE_WEIGHT = 1e-3  # the weight that a route's fit starts from where a training task has none
 
 
 class Start:
@@ -213,7 +213,7 @@ class Start:
                     updates, moments = optimizer.update(jax.grad(loss)(logits_NxE), moments)
                 return (optax.apply_updates(logits_NxE, updates), moments), None
 
-            logits_NxE = jnp.log(route_NxE + LEAST)
+            logits_NxE = jnp.log(route_NxE + MIN_ROUTE_WEIGHT)
             first = (logits_NxE, optimizer.init(logits_NxE))
             (logits_NxE, _), _ = jax.lax.scan(step, first, None, self.config.route_steps)
             return jax.nn.softmax(logits_NxE)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import flax.linen as nn
@@ -114,6 +115,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_group(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose leading axis is groups."""
     return NamedSharding(mesh, P(GROUP_AXES))
+
+
+def over_groups(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`function` as each device applies it to its own parts of the arguments: `jax.shard_map` over
+    `GROUP_AXES`. The axis `model` is left to the partitioner.
+
+    Args:
+        in_specs, out_specs: the `PartitionSpec`s of arguments and results.
+    """
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(GROUP_AXES),
+        check_vma=False,
+    )  # fmt: skip
 
 
 def part_of_groups(mesh: Mesh) -> tuple[int, int]:

@@ -15,8 +15,7 @@ from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
 from moe_jax.model.experts import Params
-from moe_jax.model.selection import temperature_at
-from moe_jax.model.task_moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, soft_routes
 
 
 def without_each(route_NxE: np.ndarray, preference_NxE: np.ndarray) -> np.ndarray:
@@ -52,9 +51,7 @@ def preferences(model: TaskMoE, params: Params, step: int) -> np.ndarray:
     shape = (params["representations"].shape[0], model.layers, model.config.experts)
     if not model.selection.learned:
         return np.full(shape, 1 / model.config.experts, np.float32)
-    router = {"params": params["router"]}
-    logits_TxNxE = model.new_router().apply(router, params["representations"])
-    return np.asarray(jax.nn.softmax(logits_TxNxE / temperature_at(model.router_config, step)))
+    return np.asarray(soft_routes(model, params, step))
 
 
 def disabling(

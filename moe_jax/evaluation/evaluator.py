@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.progress import progress
-from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, replicated
+from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, over_groups, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.example import Example
@@ -87,10 +87,7 @@ class Evaluator:
         def local(backbone, routes, batch, row):
             return function(RowModel(self.model, backbone, routes), batch, row)
 
-        spread = jax.shard_map(
-            local, mesh=mesh, in_specs=(P(), spread_routes, rows, rows), out_specs=rows,
-            axis_names=set(GROUP_AXES), check_vma=False,
-        )  # fmt: skip
+        spread = over_groups(local, mesh, (P(), spread_routes, rows, rows), rows)
         cut = Placement.of(parameter_shardings(self.model, mesh)["backbone"], "float32")
 
         def call(backbone, routes, batch, row):
@@ -170,19 +167,27 @@ class Evaluator:
         params: Params,
         routes_TxNxE: jax.Array | np.ndarray | None,
         task_id: int | np.ndarray,
-    ) -> tuple[Callable[[Sequence[int]], np.ndarray], Score]:
-        """Returns (function from example numbers to rows of the route table, function that scores a
-        batch under those routes).
+    ) -> tuple[Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]], Score]:
+        """Functions of the numbers of a batch's examples.
 
         Args:
             task_id: as in `task`.
+
+        Returns:
+            (numbers -> (int [R] their rows of the route table, int32 [R] the numbers), where empty
+            rows take those of the first example; function that scores a batch under these routes).
         """
-        row_of = partial(rows_of, np.asarray(task_id), self.rows)
+        row = np.asarray(task_id)
+
+        def filled(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+            empty = [numbers[0]] * (self.rows - len(numbers))
+            numbers_R = np.array([*numbers, *empty], np.int32)
+            return row[numbers_R] if row.ndim else np.full(self.rows, row), numbers_R
 
         def score(batch: Batch, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-            return self.log_likelihoods(params, routes_TxNxE, row_of(numbers), batch)
+            return self.log_likelihoods(params, routes_TxNxE, filled(numbers)[0], batch)
 
-        return row_of, score
+        return filled, score
 
     def task(
         self,
@@ -206,7 +211,7 @@ class Evaluator:
         """
         task = mixture.task(name)
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
-        row_of, score = self.by_number(params, routes, task_id)
+        filled, score = self.by_number(params, routes, task_id)
         decodes = not task.outputs.isdisjoint(("prediction", "prediction_with_aux"))
         lines: dict[int, dict[str, Any]] = {}
         found: dict[int, Example] = {}
@@ -217,7 +222,8 @@ class Evaluator:
         )
         for arrays, examples in _by_length(batches, self.rows):
             numbers = [index for index, _ in examples]
-            for (index, example), row in zip(examples, row_of(numbers), strict=False):
+            rows_R, numbers_R = filled(numbers)
+            for (index, example), row in zip(examples, rows_R, strict=False):
                 lines[index] = {
                     "task": name,
                     "split": split,
@@ -228,9 +234,7 @@ class Evaluator:
                 }
             found |= dict(examples)
             if decodes and not all(example.choices for _, example in examples):
-                row_ids = np.zeros(self.rows, np.int32)
-                row_ids[: len(examples)] = numbers
-                answers = self.tokens(params, routes, row_of(numbers), arrays, row_ids)
+                answers = self.tokens(params, routes, rows_R, arrays, numbers_R)
                 for (index, _), row in zip(examples, answers, strict=False):
                     tokens[index], texts[index] = row, self.vocabulary.decode(row.tolist())
             if likelihoods or "score" in task.outputs:
@@ -288,16 +292,6 @@ class Evaluator:
             for name in bar
             for table, row in (tables[name],)
         ]
-
-
-def rows_of(row: np.ndarray, rows: int, numbers: Sequence[int]) -> np.ndarray:
-    """The rows of a table that the examples of a batch of `rows` take, `row` or one of its own.
-
-    What fills up the batch takes that of the first example.
-    """
-    if row.ndim == 0:
-        return np.full(rows, row)
-    return row[[*numbers, *[numbers[0]] * (rows - len(numbers))]]
 
 
 def length_bucket(length: int, longest: int) -> int:

@@ -36,20 +36,19 @@ def inferences(
     Raises:
         UserError: no such split.
     """
-    row_of, score = evaluator.by_number(params, routes_TxNxE, task_id)
+    filled, score = evaluator.by_number(params, routes_TxNxE, task_id)
     batches = eval_batches(mixture, task, split, lengths=evaluator.lengths, rows=evaluator.rows)
     for batch, examples in batches:
         arrays = {name: batch[name][0] for name in (*INPUTS, *TARGETS)}
-        row_ids = np.zeros(evaluator.rows, np.int32)
         numbers = [index for index, _ in examples]
-        row_ids[: len(examples)] = numbers
         answers: dict[int, dict[str, Any]] = {index: {} for index in numbers}
         if mode == "score":
             sums_R, _ = score(arrays, numbers)
             for answer, total in zip(answers.values(), sums_R, strict=False):
                 answer["score"] = float(total)
         else:
-            texts = evaluator.predict(params, routes_TxNxE, row_of(numbers), arrays, row_ids)
+            rows_R, numbers_R = filled(numbers)
+            texts = evaluator.predict(params, routes_TxNxE, rows_R, arrays, numbers_R)
             for answer, text in zip(answers.values(), texts, strict=False):
                 answer["prediction"] = text
         if mode == "predict_with_aux":

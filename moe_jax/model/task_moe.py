@@ -230,6 +230,18 @@ def routes_of(
     return model.apply({"params": params}, step, key, method="task_routes")
 
 
+def route_logits(model: TaskMoE, params: Params) -> jax.Array:
+    """The router's logits of every row of the task table: float32 [T, N, E]."""
+    router = {"params": params["router"]}
+    return model.new_router().apply(router, params["representations"])
+
+
+def soft_routes(model: TaskMoE, params: Params, step: jax.Array | int) -> jax.Array:
+    """The softmax of `route_logits` at the temperature of `step`: no noise, no selection."""
+    logits_TxNxE = route_logits(model, params)
+    return jax.nn.softmax(logits_TxNxE / temperature_at(model.router_config, step))
+
+
 @cache
 def parameter_shardings(model: TaskMoE, mesh: Mesh) -> Params:
     """NamedSharding of every parameter."""

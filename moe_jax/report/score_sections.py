@@ -1,6 +1,5 @@
 """Sections of the report on runs, scores, training and single tasks."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -213,7 +212,7 @@ def losses(runs: Sequence[Run]) -> Section:
             "mean score during training": (run.eval, "mean_score"),
         }
         for quantity, (lines, key) in sources.items():
-            points = [(line["step"], line[key]) for line in lines if _is_number(line.get(key))]
+            points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
                 steps, values = map(list, zip(*points, strict=True))
                 every = curves.setdefault(quantity, {r.name: ([], []) for r in runs})
@@ -306,7 +305,3 @@ def tasks(
 def _short(text: Any) -> str:
     text = str(text)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

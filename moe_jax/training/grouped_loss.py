@@ -27,6 +27,7 @@ from moe_jax.core.sharding import (
     GROUP_AXES,
     SHARD_AXES,
     group_shards,
+    over_groups,
     size_of,
 )
 from moe_jax.data.batch import Batch, of_rows
@@ -126,14 +127,10 @@ def _forward(grouping, into, weights, backbone, batch, index, slots, scale, key)
     groups = P(GROUP_AXES)
     local = partial(_local_gradients, grouping, placement)
     if group_shards(mesh) > 1:  # else plain: runs side by side are mapped and spread around it
-        local = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(parts, groups, groups, P(), Slots(P(), P(), P()) if slots else P(), P(), P()),
-            out_specs=(P(), parts if grouping.backbone_free else P(), groups),
-            axis_names=set(GROUP_AXES),
-            check_vma=False,
-        )
+        of_slots = Slots(P(), P(), P()) if slots else P()
+        in_specs = (parts, groups, groups, P(), of_slots, P(), P())
+        out_specs = (P(), parts if grouping.backbone_free else P(), groups)
+        local = over_groups(local, mesh, in_specs, out_specs)
     loss, *gradients = local(backbone, weights, batch, index, slots, scale, key)
     return loss, gradients
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.model.experts import Params
-from moe_jax.model.selection import temperature_at
-from moe_jax.model.task_moe import TaskMoE
+from moe_jax.model.task_moe import TaskMoE, soft_routes
 
 # The axis along which an array joins several matrices, by the prefix of its name.
 _PARTS = {"q_": -2, "kv_": -2, "qkv_": -2, "in_": -2}
@@ -83,11 +82,7 @@ def penalty(
     if config.expert_distance:
         terms["expert_distance"] = expert_distance(params["backbone"])
     if config.route_entropy or config.route_load:
-        logits_TxNxE = model.new_router().apply(
-            {"params": params["router"]}, params["representations"]
-        )
-        soft_TxNxE = jax.nn.softmax(logits_TxNxE / temperature_at(model.router_config, step))
-        soft_GxNxE = soft_TxNxE[task_id_G]
+        soft_GxNxE = soft_routes(model, params, step)[task_id_G]
         if config.route_entropy:
             terms["route_entropy"] = route_entropy(soft_GxNxE)
         if config.route_load:

@@ -12,7 +12,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import GROUP_AXES, by_group, global_array, group_shards, replicated
+from moe_jax.core.sharding import (
+    GROUP_AXES,
+    by_group,
+    global_array,
+    group_shards,
+    over_groups,
+    replicated,
+)
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import eval_batches, task_batches
@@ -216,10 +223,7 @@ def _over_devices(
     def local(backbone, batch):
         return jax.lax.psum(function(backbone, batch), GROUP_AXES)
 
-    spread = jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), P(GROUP_AXES)), out_specs=P(),
-        axis_names=set(GROUP_AXES), check_vma=False,
-    )  # fmt: skip
+    spread = over_groups(local, mesh, (P(), P(GROUP_AXES)), P())
     return jax.jit(spread, out_shardings=replicated(mesh))
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from moe_jax.data.batch import INPUTS, of_rows
 from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.calls import call_postprocess, task_metrics
 from moe_jax.data.example import Example
 from moe_jax.data.pipeline import eval_batches, example_order
+from moe_jax.evaluation.functions import apply_functions
 from moe_jax.runs.config import FewShotConfig
 
 
@@ -122,16 +122,14 @@ class FewShotData:
         self, task: str, split: str, limit: int | None, tokens_xL: np.ndarray
     ) -> tuple[str, float]:
         """(name, value) of a task's first metric for the decoded answers to a split."""
-        prepared = self.mixture.task(task)
-        postprocess = prepared.postprocess_fn()
-        _, examples = self.read(task, split, limit)
-        texts = [self.mixture.vocabulary.decode(row) for row in tokens_xL.tolist()]
-        texts = [call_postprocess(task, postprocess, text, is_target=False) for text in texts]
-        rows = [
-            {"references": example.references, "prediction": text}
-            for (_, example), text in zip(examples, texts, strict=False)
-        ]
-        return next(iter(task_metrics(prepared, rows).items()))
+        vocabulary, examples = self.mixture.vocabulary, dict(self.read(task, split, limit)[1])
+        lines = {index: {"references": example.references} for index, example in examples.items()}
+        tokens = dict(zip(examples, tokens_xL, strict=False))
+        texts = {index: vocabulary.decode(row.tolist()) for index, row in tokens.items()}
+        metrics = apply_functions(
+            self.mixture.task(task), vocabulary, examples, lines, texts, tokens
+        )
+        return next(iter(metrics.items()))
 
 
 def few_widths(needed: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.core.sharding import GROUP_AXES, MeshConfig, make_mesh
+from moe_jax.core.sharding import GROUP_AXES, MeshConfig, make_mesh, over_groups
 from moe_jax.data.batch import INPUTS
 from moe_jax.decoding.rows import RowModel, experts_per_row, one_task_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
@@ -187,11 +187,8 @@ class SideBySide:
         def local(shared, trained, runs):
             return self._map(partial(one, shared, trained), runs)
 
-        spread = jax.shard_map(
-            local, mesh=self._by_run.mesh, in_specs=(P(), self._by_run.spec, self._by_run.spec),
-            out_specs=self._by_run.spec, axis_names=set(GROUP_AXES), check_vma=False,
-        )  # fmt: skip
-        return jax.jit(spread)
+        runs = self._by_run.spec
+        return jax.jit(over_groups(local, self._by_run.mesh, (P(), runs, runs), runs))
 
     def _put(self, runs: Any) -> Any:
         return jax.device_put(runs, self._by_run)

@@ -13,12 +13,12 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.core.sharding import GROUP_AXES, replicated
+from moe_jax.core.sharding import GROUP_AXES, over_groups, replicated
 from moe_jax.data.representations import read_representations
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params, gather, merge
 from moe_jax.model.selection import temperature_at
-from moe_jax.model.task_moe import TaskMoE, routes_of
+from moe_jax.model.task_moe import TaskMoE, route_logits, routes_of
 from moe_jax.runs import directory
 from moe_jax.runs.config import FinetuneConfig
 from moe_jax.runs.initial import initial_params
@@ -98,8 +98,8 @@ class Start:
         if self.tune == "merged":
             return {"route": self.fitted(self._routes(rows_SxK), examples)}
         if self.tune == "free_route":
-            router = {"params": self.run.params["router"]}
-            logits_SxNxE = self._trained.new_router().apply(router, jnp.asarray(rows_SxK))
+            params = {**self.run.params, "representations": jnp.asarray(rows_SxK)}
+            logits_SxNxE = route_logits(self._trained, params)
             rows_SxK = np.asarray(logits_SxNxE).reshape(len(tasks), -1)
         return {"representations": rows_SxK[:, None]}
 
@@ -171,12 +171,7 @@ class Start:
             return jax.lax.map(lambda x: one(shared["backbone"], *x), (routes, groups))
 
         by_sample = P(GROUP_AXES)
-        return jax.jit(
-            jax.shard_map(
-                local, mesh=self._mesh, in_specs=(P(), by_sample, by_sample),
-                out_specs=by_sample, axis_names=set(GROUP_AXES), check_vma=False,
-            )
-        )  # fmt: skip
+        return jax.jit(over_groups(local, self._mesh, (P(), by_sample, by_sample), by_sample))
 
     @functools.cached_property
     def _losses(self):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+from toy import prepare
 from toy_run import pack_rows, random_backbone, tiny_model
 
 from moe_jax.core.errors import UserError
@@ -16,7 +17,6 @@ from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.calls import task_metrics
 from moe_jax.data.modules import load_module
 from moe_jax.data.pipeline import eval_batches
-from moe_jax.data.prepared import prepare
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.evaluation.choices import choice_likelihoods

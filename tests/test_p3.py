@@ -48,7 +48,7 @@ out = {{
     "rates": rates("p3_t0_train", many),
     "hints": [hint(name) for name in ("p3_held_out_coreference", "p3_imdb_Writer", "p3_t0_trian")],
 }}
-from moe_jax.data.prepared import prepare
+from toy import prepare
 from moe_jax.data.vocabulary import VocabularyConfig
 prepare(cache, {NAMES!r}, {MODULE!r}, VocabularyConfig(kind="bytes"),
         environment={{"P3_DIR": str(root)}})

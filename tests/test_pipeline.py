@@ -191,25 +191,6 @@ def test_processes_share_the_batches_of_one(train):
         _batches(train, 1, part=(0, 3))
 
 
-def test_worker_processes_give_the_same_batches():
-    script = """
-        import itertools, numpy as np
-        from absl import flags
-        from toy import toy_mixtures
-        from moe_jax.data.pipeline import train_batches
-        if __name__ == "__main__":
-            flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which a binary has parsed
-            train = toy_mixtures(CACHE)[0]
-            settings = {"lengths": {"inputs": 48, "targets": 24}, "groups": 4, "rows": 2}
-            one, two = (train_batches(train, workers=workers, **settings) for workers in (0, 2))
-            for a, b in itertools.islice(zip(one, two), 6):
-                for name in a:
-                    np.testing.assert_array_equal(a[name], b[name])
-            print("same")
-    """
-    assert _run(script).splitlines()[-1] == "same"
-
-
 def test_no_tensorflow_in_a_process_that_reads_a_prepared_cache():
     script = """
         import sys

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import NAMES, TASKS
+from toy import NAMES, TASKS, prepare
 
 from moe_jax import prepare as program
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
-from moe_jax.data import cache, vocabulary
-from moe_jax.data import prepared as prepare
+from moe_jax.data import cache, prepared, vocabulary
 from moe_jax.data.cache import Request
+from moe_jax.data.prepared import ensure_prepared
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.runs.config import DataConfig
 
@@ -56,9 +56,9 @@ seqio.MixtureRegistry.add("own", [("own_a", 1), ("own_b", 3)])
 def children(monkeypatch) -> list[Request]:
     """The requests for which a child process was started."""
     started = []
-    run = prepare._run_child
+    run = prepared._run_child
     monkeypatch.setattr(
-        prepare, "_run_child", lambda *args: (started.append(args[1]), run(*args))[1]
+        prepared, "_run_child", lambda *args: (started.append(args[1]), run(*args))[1]
     )
     return started
 
@@ -71,7 +71,7 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
         (tmp_path / f"{name}.tsv").write_text(f"1{name}\tone\n2{name}\ttwo\n")
     cache_dir = tmp_path / "cache"
     monkeypatch.chdir(tmp_path)
-    get = functools.partial(prepare.ensure_prepared, cache_dir, "own", "own_tasks.py", BYTES)
+    get = functools.partial(ensure_prepared, cache_dir, "own", "own_tasks.py", BYTES)
 
     # Killed in the second task: the first is complete, the second absent.
     (tmp_path / "kill").touch()
@@ -122,7 +122,7 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
 
 
 def test_what_is_damaged_is_prepared_again(tmp_path, children, capsys):
-    get = functools.partial(prepare.ensure_prepared, tmp_path, "toy_unseen", TASKS, BYTES)
+    get = functools.partial(ensure_prepared, tmp_path, "toy_unseen", TASKS, BYTES)
     whole = get()["toy_unseen"]
     task = whole.tasks[0]
     for path in (task.directory / "train.lengths.npy", whole.vocabulary_dir / "vocabulary.json"):
@@ -140,7 +140,7 @@ def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
     actual = []
 
     def get():
-        actual.append(prepare.ensure_prepared(tmp_path, "toy_unseen", TASKS, BYTES)["toy_unseen"])
+        actual.append(ensure_prepared(tmp_path, "toy_unseen", TASKS, BYTES)["toy_unseen"])
 
     threads = [threading.Thread(target=get) for _ in range(3)]
     for thread in threads:
@@ -152,7 +152,7 @@ def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
 
 def test_a_mistake_in_the_child_is_one_line_here(tmp_path, capfd):
     with pytest.raises(UserError, match=r"'toy_trian'.*did you mean 'toy_train'"):
-        prepare.ensure_prepared(tmp_path, "toy_trian", TASKS, BYTES)
+        ensure_prepared(tmp_path, "toy_trian", TASKS, BYTES)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -160,17 +160,17 @@ def test_a_mistake_in_the_child_is_one_line_here(tmp_path, capfd):
 
 
 def test_splits_and_names(tmp_path, capsys):
-    mixtures = prepare.prepare(tmp_path, NAMES, TASKS, BYTES, splits=["train", "fewshot_13_train"])
+    mixtures = prepare(tmp_path, NAMES, TASKS, BYTES, splits=["train", "fewshot_13_train"])
     assert [tuple(t.splits) for m in mixtures.values() for t in m.tasks] == [
         ("train",),
         ("train",),
         ("train", "fewshot_13_train"),
     ]
     assert "prepared 3 tasks, 188 examples" in capsys.readouterr().err
-    prepare.prepare(tmp_path, NAMES, TASKS, BYTES, splits=["train", "fewshot_13_train"])
+    prepare(tmp_path, NAMES, TASKS, BYTES, splits=["train", "fewshot_13_train"])
     assert "prepared" not in capsys.readouterr().err
     with pytest.raises(UserError, match="'toy_copy' has none of the splits dev; it has train"):
-        prepare.prepare(tmp_path, NAMES, TASKS, BYTES, splits=["dev"])
+        prepare(tmp_path, NAMES, TASKS, BYTES, splits=["dev"])
 
 
 def test_modules_of_other_tasks_do_not_count(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_modules_of_other_tasks_do_not_count(tmp_path, monkeypatch):
         "seqio.MixtureRegistry.add('other_mix', [('toy_train', 1), ('toy_reverse', 1)])\n"
     )
     modules = [TASKS, str(other)]
-    prepare.prepare(tmp_path, ["toy_unseen", "other_mix"], modules, BYTES)
+    prepare(tmp_path, ["toy_unseen", "other_mix"], modules, BYTES)
     stored = {
         name: files.read_json(path)
         for name in ("toy_unseen", "other_mix")
@@ -210,7 +210,7 @@ def test_vocabularies(tmp_path):
 
     def prepared(**config):
         config = VocabularyConfig(**config)
-        return prepare.prepare(tmp_path / "cache", "toy_train", TASKS, config)["toy_train"]
+        return prepare(tmp_path / "cache", "toy_train", TASKS, config)["toy_train"]
 
     trained = prepared(size=300)
     assert 259 < trained.vocabulary.size <= 300
@@ -281,7 +281,7 @@ def test_mistakes_are_one_line_and_leave_no_task(tmp_path, request, options, con
     name = "".join(c if c.isalnum() else "_" for c in name)
     _register(name, **options)
     with pytest.raises(UserError, match=message.format(name)) as caught:
-        prepare.prepare(tmp_path, name, [], config)
+        prepare(tmp_path, name, [], config)
     assert "\n" not in str(caught.value)
     assert not [p for p in tmp_path.glob("tasks/**/*") if p.is_file()]
     assert not list(tmp_path.glob("mixtures/*"))
@@ -292,7 +292,7 @@ def test_large_splits_are_several_shards(tmp_path, monkeypatch):
 
     monkeypatch.setattr(materialise, "SHARD_BYTES", 200)
     _register("many_shards", texts=[f"text {i}" for i in range(40)])
-    task = prepare.prepare(tmp_path, "many_shards", [], BYTES)["many_shards"].tasks[0]
+    task = prepare(tmp_path, "many_shards", [], BYTES)["many_shards"].tasks[0]
     shards = task.splits["train"].shards
     assert len(shards) > 3
     assert shards[1][0] == f"train-00001-of-{len(shards):05d}.array_record"
@@ -307,10 +307,10 @@ def test_large_splits_are_several_shards(tmp_path, monkeypatch):
 def test_no_permission_is_one_line(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write"):
-        prepare.prepare(tmp_path / "cache", "toy_train", TASKS, BYTES)
+        prepare(tmp_path / "cache", "toy_train", TASKS, BYTES)
 
 
 def test_a_file_in_place_of_the_cache_is_one_line(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        prepare.prepare(Path(tmp_path / "cache"), "toy_train", TASKS, BYTES)
+        prepare(Path(tmp_path / "cache"), "toy_train", TASKS, BYTES)

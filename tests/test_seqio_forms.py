@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow_datasets as tfds
+from toy import prepare
 from toy_run import bindings, flags_of, start
 
 from moe_jax import eval as eval_program
 from moe_jax import infer as infer_program
 from moe_jax import tasks
 from moe_jax.data.example import Example
-from moe_jax.data.prepared import prepare
 from moe_jax.data.vocabulary import VocabularyConfig, train_sentencepiece
 from moe_jax.runs import flags
 from moe_jax.runs.config import Config, DataConfig

@@ -124,8 +124,8 @@ CHECK = """
 import contextlib, io, json, sys
 from moe_jax import tasks
 from moe_jax.core.errors import UserError
-from moe_jax.data.prepared import prepare
 from moe_jax.data.vocabulary import VocabularyConfig
+from toy import prepare
 module, names, unprepared = json.loads(sys.argv[1])
 found = {}
 for name in names:
@@ -198,7 +198,7 @@ def test_check_and_prepare_say_the_same(module):
     arguments = json.dumps([str(module), names, list(UNPREPARED)])
     done = subprocess.run(
         [sys.executable, "-c", CHECK, arguments], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": f"{module.parent}:{ROOT}"},
+        env=os.environ | {"PYTHONPATH": f"{module.parent}:{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip
     found, said = json.loads(done.stdout.splitlines()[-1])
     assert said == UNPREPARED

@@ -5,14 +5,26 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from moe_jax.data.cache import PreparedMixture
-from moe_jax.data.prepared import ensure_prepared
+from moe_jax.core import processes
+from moe_jax.data.cache import PreparedMixture, Request
+from moe_jax.data.prepared import ensure_prepared, look_up
 from moe_jax.data.vocabulary import VocabularyConfig
 
 TASKS = str(Path(__file__).with_name("toy_tasks.py"))
 VOCABULARY = VocabularyConfig(size=400)
 NAMES = ("toy_train", "toy_unseen")
+
+
+def prepare(cache_dir: str | Path, *what: Any, **more: Any) -> dict[str, PreparedMixture]:
+    """`ensure_prepared` without a child process: this one imports TensorFlow."""
+    from moe_jax.data.materialise import materialise
+
+    request = Request.make(*what, **more)
+    with processes.lock(cache_dir, wait=True):
+        materialise(Path(cache_dir), request)
+    return look_up(cache_dir, request)
 
 
 @functools.cache

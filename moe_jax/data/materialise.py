@@ -40,7 +40,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
     """Brings `cache_dir`, whose lock the caller holds, up to `request`.
 
     Raises:
-        UserError: see `moe_jax.prepare.prepare`.
+        UserError: see `moe_jax.data.prepared.ensure_prepared`.
     """
     start = time.perf_counter()
     registry.set_environment(request.environment)

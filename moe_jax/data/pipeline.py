@@ -7,9 +7,10 @@ together read the same batches as one.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -24,23 +25,6 @@ from moe_jax.data.vocabulary import Vocabulary
 
 MIXING = ("examples", "equal", "temperature", "seqio")
 _PERIOD = 1024  # number of groups scheduled at a time
-T = TypeVar("T")
-
-
-class _Recent(Generic[T]):
-    """Caches the last two values of a function of an integer. Threads may compute a value twice."""
-
-    def __init__(self, function: Callable[[int], T]):
-        self._function = function
-        self._values: dict[int, T] = {}
-
-    def __call__(self, key: int) -> T:
-        values = self._values
-        if key not in values:
-            # A new dictionary: other threads may be reading the old one.
-            values = dict([*list(values.items())[-1:], (key, self._function(key))])
-            self._values = values
-        return values[key]
 
 
 class TaskRows:
@@ -63,7 +47,7 @@ class TaskRows:
         self._lengths, self._shape = lengths, shape
         self._vocabulary = vocabulary
         self._seed = (seed, _number(f"{task.name}/{split}"))
-        self._epoch = _Recent(self._shuffled)
+        self._epoch = functools.lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> tuple[Plan, np.ndarray]:
         return self.plan.shuffled(np.random.default_rng([*self._seed, epoch]))
@@ -95,7 +79,7 @@ class Schedule:
         self._shares_T = np.asarray(shares, np.float64) / np.sum(shares)
         self._seed = (seed, _number("schedule"))
         self._phases_T = np.random.default_rng(self._seed).random(len(self._shares_T))
-        self._period = _Recent(self._arranged)
+        self._period = functools.lru_cache(2)(self._arranged)
 
     def _counts(self, period: int) -> np.ndarray:
         """int64 [T], number of groups of each task before a period."""
@@ -219,7 +203,6 @@ def train_batches(
     tasks: Sequence[str] | None = None,
     threads: int = 2,
     prefetch: int = 4,
-    workers: int = 0,
 ) -> grain.IterDataset:
     """Endless training batches of single-task groups.
 
@@ -245,7 +228,6 @@ def train_batches(
         tasks: only these tasks of the mixture.
         threads, prefetch: number of threads that make batches, and of batches kept ready; 0 threads
             for none.
-        workers: number of processes to use in place of threads.
 
     Returns:
         A Grain data set of dictionaries of int32 arrays: those of `packing.build` as [G, R, L], and
@@ -297,15 +279,8 @@ def train_batches(
         lanes.append(Lane(streams, ids, Schedule(shares, seed), in_group))
         weights.append(sum(shares) / in_group)
     source = TrainBatches(lanes, Schedule(weights, seed), groups=groups, earlier=earlier, part=part)
-    options = grain.ReadOptions(
-        num_threads=0 if workers else threads, prefetch_buffer_size=max(prefetch, threads)
-    )
-    data = grain.MapDataset.source(source).to_iter_dataset(options)
-    if workers:
-        data = data.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        )
-    return data
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
+    return grain.MapDataset.source(source).to_iter_dataset(options)
 
 
 def task_batches(

@@ -13,29 +13,6 @@ from moe_jax.data.cache import PreparedMixture, Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
 
-def prepare(
-    cache_dir: str | os.PathLike,
-    names: str | Sequence[str],
-    task_modules: str | Sequence[str],
-    vocabulary: VocabularyConfig,
-    splits: Sequence[str] | None = None,
-    environment: Mapping[str, str] | None = None,
-    lengths: Mapping[str, int] | None = None,
-) -> dict[str, PreparedMixture]:
-    """Materialises mixtures in this process, importing TensorFlow; see `ensure_prepared`.
-
-    Tasks are written one by one, each completely or not at all. After a kill, the next call
-    continues with the missing tasks. Tasks in the cache are not written again.
-    """
-    from moe_jax.data.materialise import materialise  # imports TensorFlow
-
-    request = Request.make(names, task_modules, vocabulary, splits, environment, lengths)
-    with processes.lock(cache_dir, wait=True):
-        materialise(mirror.fetch(cache_dir, request), request)
-        mirror.publish(cache_dir, request)
-    return _found(cache_dir, request)
-
-
 def ensure_prepared(
     cache_dir: str | os.PathLike,
     names: str | Sequence[str],
@@ -75,7 +52,10 @@ def ensure_prepared(
             if None in found.values():
                 _run_child(cache_dir, request, lock)
                 mirror.publish(cache_dir, request)
-                found = _found(cache_dir, request)
+                found = look_up(cache_dir, request)
+    for name, mixture in found.items():
+        if mixture is None:
+            raise UserError(f"the sources of {name!r} changed while they were being prepared")
     return found
 
 
@@ -85,14 +65,6 @@ def look_up(
     """The mixtures of a request as far as they are in the cache; see `cache.find`."""
     here = mirror.fetch(cache_dir, request)
     return {name: cache.find(here, request, name, quiet) for name in request.names}
-
-
-def _found(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
-    found = look_up(cache_dir, request)
-    for name, mixture in found.items():
-        if mixture is None:
-            raise UserError(f"the sources of {name!r} changed while they were being prepared")
-    return found
 
 
 def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int | None) -> None:

@@ -161,9 +161,11 @@ class Window:
 
     def __init__(self, rows: Sequence[dict[str, float]] = ()):
         self._waiting: list[dict[str, jax.Array]] = []
+        self._restart(rows)
+
+    def _restart(self, rows: Sequence[dict[str, float]] = ()) -> None:
         self._rows: list[dict[str, float]] = list(rows)
         self._start = time.perf_counter()
-        self.last: dict[str, float] = {}
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Adds a step's metrics without waiting for the device."""
@@ -172,8 +174,8 @@ class Window:
             self._read()
 
     def _read(self) -> None:
-        self.last = {k: float(v) for k, v in jax.device_get(self._waiting.pop(0)).items()}
-        self._rows.append(self.last)
+        metrics = jax.device_get(self._waiting.pop(0))
+        self._rows.append({name: float(value) for name, value in metrics.items()})
 
     def rows(self) -> list[dict[str, float]]:
         """The metrics of every step since the last line."""
@@ -195,5 +197,5 @@ class Window:
         tokens = sum(row["target_tokens"] for row in rows)
         line["time/step_s"] = seconds / len(rows)
         line["time/target_tokens_per_s"] = tokens / seconds
-        self.__init__()
+        self._restart()
         return line

@@ -1,6 +1,7 @@
 """Task representations: embeddings against second implementations, files, whole commands."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -298,6 +299,20 @@ def test_description_command(dense, tmp_path):
     # So `toy_reverse` lies on the side of `toy_copy`.
     copy, reverse, total = found.rows_TxK
     assert np.linalg.norm(reverse - copy) < np.linalg.norm(reverse - total)
+
+
+@pytest.mark.parametrize("kind", ["description", "request"])
+def test_words_need_no_model(dense, tmp_path, kind):
+    """A mixture of experts without a checkpoint gives the file that a dense run gives."""
+    mixture = tmp_path / "mixture"
+    shutil.copytree(dense, mixture, ignore=shutil.ignore_patterns("checkpoints"))
+    found = []
+    for model_dir, experts in ((dense, 1), (mixture, 2)):
+        path = tmp_path / f"{experts}.npz"
+        call(model_dir, kind=kind, ModelConfig__experts=experts, output=str(path))
+        found.append(Representations.read(path))
+    np.testing.assert_array_equal(found[0].rows_TxK, found[1].rows_TxK)
+    assert found[0].settings == found[1].settings
 
 
 def test_request_command(dense, tmp_path):

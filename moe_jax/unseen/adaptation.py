@@ -266,10 +266,11 @@ def _adapt_all(config: FewShotConfig) -> None:
                 [data.first_batch(sample, NEAREST_ROWS) for sample in todo],
             )
             each = max(1, learner.runner.runs // len(few.learning_rates))
+            runs_of = list(todo.items())
             for at in _alike(list(todo), data.widths, each):
                 found = search(
                     learner, start, {name: tree[at] for name, tree in own.items()},
-                    dict(list(todo.items())[i] for i in at), data, few.test_examples,
+                    dict(runs_of[i] for i in at), data, few.test_examples,
                 )  # fmt: skip
                 files.append_jsonl(model_dir / RUNS, found)
                 rows += found

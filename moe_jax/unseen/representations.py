@@ -133,17 +133,17 @@ def represent(config: Config, settings: RepresentConfig) -> None:
         )
     earlier = Representations.read(pca_from) if pca_from else None
     found = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
-    vocabulary = found[data.mixture_or_task_name].vocabulary
-    run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
-    if run.model.routed:
-        raise UserError(
-            f"{run_config.model_dir} is a mixture of experts: the encoder would differ from task"
-            " to task, and a new task would have none; give a dense model's MODEL_DIR"
-        )
+    trained = found[data.mixture_or_task_name]
     made_with: dict[str, Any] = {"kind": kind}
     if kind != "description":
         made_with |= {"split": split, "examples": settings.examples}
     if kind not in _WORDS:
+        run = load_run(run_config.model_dir, config.model, config.router, trained.vocabulary.size)
+        if run.model.routed:
+            raise UserError(
+                f"{run_config.model_dir} is a mixture of experts: the encoder would differ from"
+                " task to task, and a new task would have none; give a dense model's MODEL_DIR"
+            )
         made_with |= {
             "backbone": _fingerprint(run.params["backbone"]),
             "lengths": dict(data.lengths),
@@ -164,7 +164,6 @@ def represent(config: Config, settings: RepresentConfig) -> None:
     places = {name: mixture for mixture in reversed(found.values()) for name in mixture.names}
     names = sorted(places)
     tasks = [places[name].task(name) for name in names]
-    trained = found[data.mixture_or_task_name]
     parts = paths.parse(f"{output}.parts")
     if kind == "description":
         raw_TxD = Descriptions(trained.tasks).vectors(tasks)

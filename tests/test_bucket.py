@@ -15,9 +15,9 @@ from moe_jax.core import checksums, files, leases, paths
 from moe_jax.core.errors import UserError
 from moe_jax.core.processes import lock
 from moe_jax.data import mirror
-from moe_jax.data.cache import Request
 from moe_jax.data.prepared import look_up
 from moe_jax.data.representations import read_representations
+from moe_jax.data.request import Request
 from moe_jax.runs import flags
 from moe_jax.training.checkpoints import Checkpoints, load_params
 from moe_jax.training.logs import MetricsLog

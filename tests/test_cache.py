@@ -13,8 +13,8 @@ from toy import NAMES, TASKS, VOCABULARY, toy_cache, toy_mixtures
 
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache, staleness
-from moe_jax.data.cache import Request
 from moe_jax.data.example import Example
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
 

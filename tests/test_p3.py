@@ -14,7 +14,7 @@ import pytest
 from moe_jax.builtin_tasks import p3_data as data
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache
-from moe_jax.data.cache import Request
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,8 @@ from toy import toy_cache, toy_mixtures
 from moe_jax.core.errors import UserError
 from moe_jax.data import pipeline
 from moe_jax.data.packing import padding_share
-from moe_jax.data.pipeline import Schedule, TaskRows, eval_batches, train_batches
+from moe_jax.data.pipeline import TaskRows, eval_batches, train_batches
+from moe_jax.data.schedule import Schedule
 
 LENGTHS = {"inputs": 48, "targets": 24}
 KEYS_IN = {"inputs", "input_segments", "input_positions"}

@@ -13,8 +13,8 @@ from moe_jax import prepare as program
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache, prepared, vocabulary
-from moe_jax.data.cache import Request
 from moe_jax.data.prepared import ensure_prepared
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.runs.config import DataConfig
 

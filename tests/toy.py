@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.core import processes
-from moe_jax.data.cache import PreparedMixture, Request
+from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.prepared import ensure_prepared, look_up
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
 TASKS = str(Path(__file__).with_name("toy_tasks.py"))

@@ -27,74 +27,11 @@ from moe_jax.core.errors import UserError, nearest, say
 from moe_jax.data import staleness
 from moe_jax.data.example import Example
 from moe_jax.data.modules import resolve
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import FILE as VOCABULARY_FILE
-from moe_jax.data.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
+from moe_jax.data.vocabulary import Vocabulary, load_vocabulary
 
-FORMAT = 4  # version of the cache's files; a change makes all caches stale
 SPEC = "spec.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to prepare: every choice of the user. Serves as the key of the cache.
-
-    Attributes:
-        names: mixtures or tasks.
-        task_modules: dotted names or .py files that register them.
-        vocabulary: how they are tokenised.
-        splits: the splits to prepare; None for all splits of a task.
-        lengths: what preprocessors get as `sequence_length`. Tasks that do not read it are the same
-            for all lengths.
-        environment: variables to set before the modules are imported.
-    """
-
-    names: tuple[str, ...]
-    task_modules: tuple[str, ...]
-    vocabulary: VocabularyConfig
-    splits: tuple[str, ...] | None = None
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    lengths: Mapping[str, int] | None = None
-
-    @classmethod
-    def make(
-        cls,
-        names: str | Sequence[str],
-        task_modules: str | Sequence[str],
-        vocabulary: VocabularyConfig,
-        splits: Sequence[str] | None = None,
-        environment: Mapping[str, str] | None = None,
-        lengths: Mapping[str, int] | None = None,
-    ) -> "Request":
-        """Makes a request with absolute paths and the vocabulary's training mixture filled in."""
-        names = (names,) if isinstance(names, str) else tuple(names)
-        modules = (task_modules,) if isinstance(task_modules, str) else task_modules
-        if vocabulary.path:
-            vocabulary = dataclasses.replace(vocabulary, path=os.path.abspath(vocabulary.path))
-        elif vocabulary.kind == "sentencepiece" and not vocabulary.trained_on:
-            vocabulary = dataclasses.replace(vocabulary, trained_on=names[0])
-        return cls(
-            names,
-            tuple(os.path.abspath(m) if m.endswith(".py") else m for m in modules),
-            vocabulary,
-            None if splits is None else tuple(splits),
-            dict(environment or {}),
-            None if lengths is None else dict(lengths),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Request":
-        return cls.make(**{**value, "vocabulary": VocabularyConfig(**value["vocabulary"])})
-
-    def path(self, cache_dir: str | os.PathLike, name: str) -> Path:
-        """File of the prepared mixture `name`, which is one of `names`.
-
-        One for all lengths: the file says for which it is, where a task reads them.
-        """
-        key = digest({**self.to_json(), "names": name, "lengths": None, "format": FORMAT})
-        return paths.parse(cache_dir) / "mixtures" / f"{name}-{key}.json"
 
 
 class Records(Sequence[Example]):

@@ -27,10 +27,10 @@ from moe_jax.core import checksums, files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.data import cache, modules, registry, staleness, task_functions
-from moe_jax.data.cache import Request
 from moe_jax.data.example import Example
 from moe_jax.data.materialise_vocabulary import is_replaced, is_whole, prepare_vocabulary
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
+from moe_jax.data.request import FORMAT, Request
 from moe_jax.data.sources import source_files
 
 SHARD_BYTES = 1 << 27
@@ -60,7 +60,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
     lengths = {n: request.lengths if registry.reads_lengths(t) else None for n, t in tasks.items()}
     directories = {
         name: f"tasks/{name}/"
-        + cache.digest([vocabulary_id, splits[name], sources.digest(task), lengths[name]])
+        + checksums.digest([vocabulary_id, splits[name], sources.digest(task), lengths[name]])
         for name, task in tasks.items()
     }
     waiting = [name for name in tasks if not is_whole(cache_dir / directories[name])]
@@ -73,7 +73,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
                 task = registry.with_vocabulary(task, tokeniser)
             with files.new_directory(cache_dir / directories[name]) as directory:
                 spec = _write_task(directory, task, splits[name], lengths[name], sources, bar)
-                spec |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
+                spec |= {"vocabulary": vocabulary_id, "format": FORMAT}
                 spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
                 spec["description"] = sources.descriptions.get(name, "")
                 spec["dataset"] = sources.datasets.get(name, "")
@@ -92,7 +92,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
         mixture["environment"] = registry.environment(behind, sources.modules)
         read = [lengths[task.name] for task in members]
         mixture["lengths"] = next(filter(None, read), None)
-        mixture |= {"vocabulary": vocabulary_id, "format": cache.FORMAT}
+        mixture |= {"vocabulary": vocabulary_id, "format": FORMAT}
         cache.write_mixture(request.path(cache_dir, name), mixture)
     if waiting:
         seconds = time.perf_counter() - start
@@ -149,7 +149,7 @@ class _Sources:
         paths = self.files([task.name])
         contents = [(os.path.basename(path.rstrip("/")), self._content(path)) for path in paths]
         environment = registry.environment([task.name], self.modules)
-        return cache.digest([cache.FORMAT, environment, contents])
+        return checksums.digest([FORMAT, environment, contents])
 
 
 # ---- tasks ----

@@ -11,9 +11,9 @@ from typing import Any
 from moe_jax.core import checksums, files
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
-from moe_jax.data import cache, registry, vocabulary
-from moe_jax.data.cache import Request
+from moe_jax.data import registry, vocabulary
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
+from moe_jax.data.request import Request
 from moe_jax.data.seqio_tokenizers import SeqioTokenizers
 
 
@@ -43,7 +43,7 @@ def prepare_vocabulary(
             [digest(task), request.lengths if registry.reads_lengths(task) else None]
             for task in trainers
         ]
-        name = cache.digest([config.size, config.extra_ids, config.trained_on, digests])
+        name = checksums.digest([config.size, config.extra_ids, config.trained_on, digests])
         if not is_whole(parent / name):
             print(f"training a vocabulary on {config.trained_on!r}", file=sys.stderr)
             model = vocabulary.train_sentencepiece(_texts(trainers, request.lengths), config.size)

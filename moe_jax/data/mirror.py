@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_jax.core import checksums, files, paths, processes
 from moe_jax.core.errors import UserError, say
-from moe_jax.data.cache import Request
+from moe_jax.data.request import Request
 
 _THREADS = 8  # they wait for the network most of the time
 

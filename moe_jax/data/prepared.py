@@ -9,7 +9,8 @@ from pathlib import Path
 from moe_jax.core import files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.data import cache, mirror, modules
-from moe_jax.data.cache import PreparedMixture, Request
+from moe_jax.data.cache import PreparedMixture
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from moe_jax.core.errors import UserError, say
 from moe_jax.data import mirror, vocabulary
-from moe_jax.data.cache import PreparedMixture, Request
+from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.prepared import ensure_prepared, look_up
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.runs import directory
 from moe_jax.runs.config import DataConfig

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.core import files, paths
+from moe_jax.core.checksums import digest
 from moe_jax.core.configuration import (
     Configuration,
     Examples,
@@ -26,7 +27,7 @@ from moe_jax.core.configuration import (
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import make_mesh, replicated
-from moe_jax.data.cache import PreparedMixture, PreparedTask, digest
+from moe_jax.data.cache import PreparedMixture, PreparedTask
 from moe_jax.data.pipeline import evenly_spaced
 from moe_jax.data.representations import Representations, fit, unit_length
 from moe_jax.model.experts import Params

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -130,6 +131,43 @@ def test_the_lock_of_another_machine_is_free_when_it_is_no_longer_renewed(
     with lock(top, wait):
         assert f"process {os.getpid()}" in files.read_text(f"{top}/.lock")
     assert "waiting for process 1 on elsewhere" in capsys.readouterr().err
+
+
+def test_a_lock_is_renewed_again_after_its_store_was_out_of_reach(top, monkeypatch):
+    """The answer to a write is lost, and then the connection in the read that looks after it."""
+    open_store = leases.tensorstore.KvStore.open
+    calls = []
+
+    class Store:
+        def __init__(self, *arguments):
+            self._store = open_store(*arguments).result()
+
+        def result(self):
+            return self
+
+        def write(self, *arguments, **named):
+            done = self._store.write(*arguments, **named)
+            done.result()
+            calls.append("write")
+            if calls.count("write") == 2:  # the first takes the lock
+                raise ValueError("UNAVAILABLE: no answer")
+            return done
+
+        def read(self, *arguments):
+            calls.append("read")
+            if calls.count("read") == 2:
+                raise OSError("no route to host")
+            return self._store.read(*arguments)
+
+    monkeypatch.setattr(leases.tensorstore, "KvStore", Store)
+    Store.open = Store
+    monkeypatch.setattr(leases, "RENEWAL", 0.1)
+    with lock(top):
+        end = time.monotonic() + 20
+        while calls.count("write") < 6 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert calls[:8] == ["read", "write", "write", "write", "read", "write", "read", "write"]
+    assert not paths.parse(f"{top}/.lock").exists()
 
 
 # ------------------------------------------------------------------------------ checkpoints

@@ -97,14 +97,14 @@ class _Lease:
         while not self._done.wait(RENEWAL):
             try:
                 generation = self._write(self._mine, self._generation)
+                if not generation:
+                    found = self._store.read(self._path.name).result()
+                    if found.value.decode(errors="replace") != self._mine:
+                        say(f"error: {self._path.parent} was taken over by another process")
+                        os._exit(1)
+                    generation = found.stamp.generation  # the answer to a write of ours was lost
             except (ValueError, OSError):  # no connection for now
                 continue
-            if not generation:
-                found = self._store.read(self._path.name).result()
-                if found.value.decode(errors="replace") != self._mine:
-                    say(f"error: {self._path.parent} was taken over by another process")
-                    os._exit(1)
-                generation = found.stamp.generation  # the answer to a write of ours was lost
             self._generation = generation
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from moe_jax import metrics
 from moe_jax.core.errors import UserError, first_line
+from moe_jax.data import declared
 from moe_jax.data.modules import DEFAULT_TASK_MODULES, give
 
 LENGTHS = {"inputs": 512, "targets": 64}  # of features, unless others are given
@@ -96,7 +97,7 @@ def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     from moe_jax.data.registry import seqio
 
     groups: dict[tuple[str, str], list[str]] = {}
-    categories = _categories(modules)
+    categories = declared.ontology(modules)
     for name in sorted(seqio.TaskRegistry.names()):
         groups.setdefault(categories.get(name, ("no category", "")), []).append(name)
     if args.category is not None:
@@ -119,17 +120,6 @@ def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     print(f"{sum(map(len, groups.values()))} tasks")
 
 
-def _categories(modules: Sequence[ModuleType]) -> dict[str, tuple[str, str]]:
-    """Task -> (category, subcategory), from the modules' ONTOLOGY."""
-    return {
-        name: (category, subcategory)
-        for module in modules
-        for category, groups in getattr(module, "ONTOLOGY", {}).items()
-        for subcategory, names in groups.items()
-        for name in names
-    }
-
-
 def _short(splits: Sequence[str]) -> str:
     """`train validation test`, with the few-shot splits of all seeds summarised as one word."""
     plain = [split for split in splits if not split.startswith("fewshot_")]
@@ -148,9 +138,9 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     if task.name != args.name:
         print(f"{args.name}: a mixture of {len(tasks)} tasks, of which the first is shown below")
         print("".join(f"  {task.name}\n" for task in tasks))
-    category = _categories(modules).get(task.name, ("none",))
+    category = declared.ontology(modules).get(task.name, ("none",))
     print(f"{task.name}\n  category: {' / '.join(filter(None, category))}")
-    if description := registry.descriptions(modules).get(task.name):
+    if description := declared.descriptions(modules).get(task.name):
         print(f"  asks for: {description}")
     print(f"  splits:   {', '.join(task.splits)}")
     split = args.split or ("train" if "train" in task.splits else next(iter(task.splits), ""))

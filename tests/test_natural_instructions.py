@@ -144,13 +144,13 @@ def test_metrics_by_hand():
 def test_tasks_through_seqio(root):
     code = """
         import json, seqio
-        from moe_jax.data import registry, task_functions
+        from moe_jax.data import declared, registry, task_functions
         modules = registry.load_task_modules(["moe_jax.builtin_tasks.natural_instructions"])
         from moe_jax.builtin_tasks import natural_instructions as ni
         out = {"mixtures": {n: [t.name for t in registry.find_tasks(n, modules)]
                             for n in seqio.MixtureRegistry.names()},
                "ontology": ni.ONTOLOGY, "listed": ni.LISTED,
-               "described": registry.descriptions(modules)}
+               "described": declared.descriptions(modules)}
         task = seqio.TaskRegistry.get("ni_task002_unseen_words")
         rows = [row for _, part in registry.read(task, ["test"]) for row in part]
         out["count"], row = len(rows), rows[3]

@@ -10,7 +10,7 @@ import seqio
 import tensorflow as tf
 
 from moe_jax.core.errors import UserError
-from moe_jax.data import registry, task_functions
+from moe_jax.data import declared, registry, task_functions
 from moe_jax.data.modules import resolve
 from moe_jax.metrics import exact_match
 
@@ -232,14 +232,47 @@ def test_choices_and_questions_of_a_row():
 
 def test_descriptions_are_sentences_by_name():
     module = ModuleType("mine")
-    assert registry.descriptions([module, module]) == {}
+    assert declared.descriptions([module, module]) == {}
     other = ModuleType("other")
     module.DESCRIPTIONS, other.DESCRIPTIONS = {"a": "Add.", "b": "Copy."}, {"b": "Reverse."}
-    assert registry.descriptions([module, other]) == {"a": "Add.", "b": "Reverse."}
+    assert declared.descriptions([module, other]) == {"a": "Add.", "b": "Reverse."}
     for wrong, message in ((["a"], "must be {task name: sentence}"), ({"a": 1}, r"\['a'\] is 1")):
         other.DESCRIPTIONS = wrong
         with pytest.raises(UserError, match=f"other: DESCRIPTIONS ?{message}"):
-            registry.descriptions([module, other])
+            declared.descriptions([module, other])
+
+
+def test_ontology_and_prompts_by_task():
+    module, other = ModuleType("mine"), ModuleType("other")
+    assert declared.ontology([module]) == declared.prompts([module]) == {}
+    module.ONTOLOGY = {"qa": {"yes": ["a", "b"], "": ("c",)}, "none": {}}
+    other.ONTOLOGY = {"other": {"x": ["b"]}}
+    module.PROMPTS, other.PROMPTS = {"imdb": ["a", "b"]}, {"rte": ["c"]}
+    modules = [module, other]
+    of = declared.ontology(modules)
+    assert of == {"a": ("qa", "yes"), "b": ("other", "x"), "c": ("qa", "")}
+    assert declared.prompts(modules) == {"a": "imdb", "b": "imdb", "c": "rte"}
+
+
+@pytest.mark.parametrize(("name", "wrong", "message"), [
+    ("ONTOLOGY", ["a"], r"ONTOLOGY is \['a'\]; ONTOLOGY must be {category: {subcategory: "),
+    ("ONTOLOGY", {"qa": ["a"]}, r"ONTOLOGY\['qa'\] is \['a'\]; ONTOLOGY must be {category: "),
+    ("ONTOLOGY", {"qa": {"x": "a"}}, r"ONTOLOGY\['qa'\]\['x'\] is 'a'; ONTOLOGY must be "),
+    ("ONTOLOGY", {"qa": {"x": [1]}}, r"ONTOLOGY\['qa'\]\['x'\] is \[1\]; ONTOLOGY must be "),
+    ("ONTOLOGY", {1: {}}, r"ONTOLOGY is {1: {}}; ONTOLOGY must be "),
+    ("PROMPTS", {"imdb": "a"}, r"PROMPTS\['imdb'\] is 'a'; PROMPTS must be {dataset: "),
+    ("PROMPTS", None, r"PROMPTS is None; PROMPTS must be {dataset: "),
+    ("ENVIRONMENT", "DIR", r"ENVIRONMENT is 'DIR'; it must be \(\"VARIABLE\", ...\)"),
+    ("ENVIRONMENT", {"DIR": "a"}, r"ENVIRONMENT is {'DIR': 'a'}; it must be"),
+    ("ENVIRONMENT", 3, "ENVIRONMENT is 3; it must be"),
+])  # fmt: skip
+def test_what_a_module_declares_is_checked(name, wrong, message):
+    module = ModuleType("mine")
+    setattr(module, name, wrong)
+    read = {"ONTOLOGY": declared.ontology, "PROMPTS": declared.prompts,
+            "ENVIRONMENT": lambda modules: registry.environment(["a"], modules)}  # fmt: skip
+    with pytest.raises(UserError, match=f"^mine: {message}"):
+        read[name]([module])
 
 
 def test_modules_own_their_tasks_and_files(tmp_path):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from moe_jax.core import checksums, files, processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
-from moe_jax.data import cache, modules, registry, staleness, task_functions
+from moe_jax.data import cache, declared, modules, registry, staleness, task_functions
 from moe_jax.data.example import Example
 from moe_jax.data.materialise_vocabulary import is_replaced, is_whole, prepare_vocabulary
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
@@ -74,9 +74,9 @@ def materialise(cache_dir: Path, request: Request) -> None:
             with files.new_directory(cache_dir / directories[name]) as directory:
                 spec = _write_task(directory, task, splits[name], lengths[name], sources, bar)
                 spec |= {"vocabulary": vocabulary_id, "format": FORMAT}
-                spec["category"], spec["subcategory"] = sources.categories.get(name, ("", ""))
+                spec["category"], spec["subcategory"] = sources.ontology.get(name, ("", ""))
                 spec["description"] = sources.descriptions.get(name, "")
-                spec["dataset"] = sources.datasets.get(name, "")
+                spec["dataset"] = sources.prompts.get(name, "")
                 files.write_json(directory / cache.SPEC, spec)
                 checksums.seal(directory)
             examples += sum(split["examples"] for split in spec["splits"].values())
@@ -117,17 +117,9 @@ class _Sources:
         self.modules = modules
         self._code = {module.__name__: source_files(module) for module in modules}
         self._content = functools.cache(staleness.content)
-        self.ontology = {}
-        self.categories = {}
-        self.descriptions = registry.descriptions(modules)
-        self.datasets = {}
-        for module in modules:
-            for dataset, names in getattr(module, "PROMPTS", {}).items():
-                self.datasets |= dict.fromkeys(names, dataset)
-            for category, groups in getattr(module, "ONTOLOGY", {}).items():
-                for subcategory, names in groups.items():
-                    self.ontology.setdefault(category, {}).setdefault(subcategory, []).extend(names)
-                    self.categories |= dict.fromkeys(names, (category, subcategory))
+        self.ontology = declared.ontology(modules)
+        self.descriptions = declared.descriptions(modules)
+        self.prompts = declared.prompts(modules)
 
     def files(self, names: Sequence[str]) -> list[str]:
         """Files and directories that decide what the tasks or mixtures `names` hold, sorted."""
@@ -135,7 +127,7 @@ class _Sources:
         for name in names:
             for module in registry.owners(name, self.modules):
                 found.update(self._code[module.__name__])
-                for variable in getattr(module, "ENVIRONMENT", ()):
+                for variable in declared.variables(module):
                     if path := os.environ.get(variable):
                         # Of a directory, a module may say itself which files a task reads.
                         alone = os.path.isdir(path) and hasattr(module, "data_files")
@@ -257,10 +249,9 @@ def _mixture(
         counts[task] = {split: facts["examples"] for split, facts in splits.items()}
     rates = registry.rates(name, counts)
     ontology: dict[str, dict[str, list[str]]] = {}
-    for category, groups in sources.ontology.items():
-        for subcategory, names in groups.items():
-            if kept := [n for n in names if n in directories]:
-                ontology.setdefault(category, {})[subcategory] = kept
+    for task, (category, subcategory) in sources.ontology.items():
+        if task in directories:
+            ontology.setdefault(category, {}).setdefault(subcategory, []).append(task)
     return {
         "name": name,
         "tasks": [{"name": n, "rate": rates[n], "dir": d} for n, d in directories.items()],

@@ -1,14 +1,7 @@
 """Reads SeqIO's registry: task modules, tasks, mixtures and their examples as NumPy arrays.
 
 Importing this module imports SeqIO and TensorFlow (5 s and 1 GB). `prepare` and `tasks` do so, a
-training process does not. A task module registers tasks when imported, and may define
-
-    ONTOLOGY = {category: {subcategory: [task names]}}
-    DESCRIPTIONS = {task name: sentence}      what a task asks for, from which it can be routed
-    PROMPTS = {dataset: [task names]}         tasks that are one dataset in other words
-    ENVIRONMENT = ("VARIABLE", ...)           variables it reads
-    data_files(task_name) -> [paths]          local files or directories that a task reads
-    missing_hint(name) -> str | None          why a name is not registered
+training process does not.
 
 Metric and postprocess functions belong in a module without TensorFlow, because evaluation imports
 it.
@@ -29,7 +22,7 @@ from absl import logging
 
 from moe_jax.core.errors import UserError, first_line, nearest
 from moe_jax.core.files import to_json
-from moe_jax.data import staleness
+from moe_jax.data import declared, staleness
 from moe_jax.data.modules import load_module, quiet, resolve
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -68,26 +61,6 @@ def load_task_modules(names: Sequence[str], named_by: str | os.PathLike = "") ->
             raise
         _owners.update(dict.fromkeys(_registered() - before, modules[-1]))
     return modules
-
-
-def descriptions(modules: Sequence[ModuleType]) -> dict[str, str]:
-    """Task -> what it asks for, from the modules' DESCRIPTIONS.
-
-    Raises:
-        UserError: they are not sentences by name.
-    """
-    found = {}
-    for module in modules:
-        given = getattr(module, "DESCRIPTIONS", {})
-        if not isinstance(given, Mapping):
-            raise UserError(f"{module.__name__}: DESCRIPTIONS must be {{task name: sentence}}")
-        for name, text in given.items():
-            if not (isinstance(name, str) and isinstance(text, str)):
-                raise UserError(
-                    f"{module.__name__}: DESCRIPTIONS[{name!r}] is {text!r}, not a sentence"
-                )
-        found |= given
-    return found
 
 
 def _registered() -> set[str]:
@@ -160,10 +133,13 @@ def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:
 
 
 def environment(names: Sequence[str], modules: Sequence[ModuleType]) -> dict[str, str | None]:
-    """Environment variables that the modules of tasks or mixtures read, with their values."""
-    read = [module for name in names for module in owners(name, modules)]
-    variables = {name for module in read for name in getattr(module, "ENVIRONMENT", ())}
-    return {name: os.environ.get(name) for name in sorted(variables)}
+    """Environment variables that the modules of tasks or mixtures read, with their values.
+
+    Raises:
+        UserError: see `declared.variables`.
+    """
+    read = {name for task in names for m in owners(task, modules) for name in declared.variables(m)}
+    return {name: os.environ.get(name) for name in sorted(read)}
 
 
 def set_environment(variables: Mapping[str, str | None]) -> None:

@@ -29,7 +29,7 @@ def test_routes_without_an_expert_by_hand():
 
 
 @pytest.mark.parametrize("selection", ["softmax", "argmax"])
-def test_losses_are_those_of_a_router_that_cannot_choose_the_expert(selection):
+def test_losses_are_those_of_a_router_that_cannot_choose_the_expert(selection, capsys):
     """With free routes the representations are the route logits; -inf there is an expert off."""
     mixture = toy_mixtures()[0]
     tasks, layers, experts = len(mixture.names), 2, 3
@@ -44,6 +44,7 @@ def test_losses_are_those_of_a_router_that_cannot_choose_the_expert(selection):
         placed = jax.device_put(params, parameter_shardings(model, mesh))
         evaluator = Evaluator(model, mixture.vocabulary, LENGTHS, 4, mesh)
         found = disabling(evaluator, placed, 0, mixture, ids, "validation", 6)
+    assert "\r" not in capsys.readouterr().err  # of a bar, where nobody watches a terminal
 
     assert list(found["tasks"]) == list(mixture.names)
     apply = jax.jit(lambda params, batch: model.apply({"params": params}, batch)[0])

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from moe_jax.core.progress import progress
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
@@ -85,9 +85,10 @@ def disabling(
     preference_TxNxE = preferences(model, params, step)
     tasks = {}
     names = tasks_with_split(mixture, split)
-    bar = tqdm(names, desc=f"disabling experts, {split}", unit="task", leave=False)
-    bar.disable = jax.process_index() != 0
-    for name in bar:
+    for name in progress(
+        names, desc=f"disabling experts, {split}", unit="task", leave=False,
+        disable=jax.process_index() != 0,
+    ):  # fmt: skip
         route_NxE = routes_TxNxE[task_ids[name]]
         off_NxExNxE = without_each(route_NxE, preference_TxNxE[task_ids[name]])
         masked_MxNxE = np.concatenate([route_NxE[None], off_NxExNxE.reshape(-1, *route_NxE.shape)])

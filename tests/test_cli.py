@@ -178,6 +178,27 @@ def test_a_directory_in_which_another_process_works(tmp_path):
             )
 
 
+FAILING = """
+import jax.numpy as jnp
+from moe_jax.runs import flags
+from moe_jax.runs.config import RunConfig
+
+
+def main(run):
+    {fails}
+
+
+flags.run(main, RunConfig)
+"""
+
+
+def test_a_device_whose_memory_is_too_small_is_one_line():
+    """More bytes than a process can address."""
+    line = one_error_line(start("", [], code=FAILING.format(fails="jnp.zeros(1 << 60, jnp.int8)")))
+    assert line.startswith("error: out of device memory (RESOURCE_EXHAUSTED: ")
+    assert "StepConfig.groups_at_once=1" in line and "`moe_jax plan`" in line
+
+
 # ------------------------------------------------------------------------------ help
 
 COMMANDS = {

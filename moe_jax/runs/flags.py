@@ -61,6 +61,10 @@ _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this proc
 _IMPORT = re.compile(r"^(import\s+)(\S+)", re.MULTILINE)
 # What Python's parser raises; the last two at thousands of brackets.
 _NO_LITERAL = (SyntaxError, ValueError, MemoryError, RecursionError)
+_LESS_MEMORY = (
+    "try StepConfig.groups_at_once=1, ModelConfig.kept_activations='products' or more"
+    " MeshConfig.fsdp; `moe_jax plan` tells what fits"
+)
 _peers: peers.Peers | None = None  # the processes that this one works with
 
 
@@ -120,6 +124,10 @@ def _one_line_at_the_end() -> Iterator[None]:
         _leave(str(error))
         fail(error)
     except Exception as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
+            error = UserError(f"out of device memory ({first_line(e)}); {_LESS_MEMORY}")
+            _leave(str(error))
+            fail(error)
         if _peers is None:
             raise
         _leave(f"{type(e).__name__}: {first_line(e)}")

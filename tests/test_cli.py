@@ -69,6 +69,22 @@ def test_gin_files_that_import_built_in_tasks_by_their_former_name(tmp_path, mon
     assert build(DataConfig).environment == {"CROSSFIT_DIR": "/gym"}
 
 
+@pytest.mark.parametrize("value", [
+    "['{0}', '{1}']", "('{0}', '{1}')  # two", "(\n    '{0}',  # one\n    '{1}',\n)",
+    "[\n    '{0}',\n    '{1}']",
+])  # fmt: skip
+def test_extensions_of_one_line_or_many(value, tmp_path):
+    names = [tmp_path / f"{name}.py" for name in "ab"]
+    for name in names:
+        name.write_text("")
+    text = f"EXTENSIONS = ('none.py',)\nEXTENSIONS = {value.format(*names)}\nSEED = 3\n"
+    (tmp_path / "a.gin").write_text(text)
+    parse(files=["a.gin"], paths=[tmp_path])
+    run = build(RunConfig)
+    assert list(run.extensions) == [str(name) for name in names]
+    assert run.seed == 3
+
+
 # ------------------------------------------------------------------------------ bad input
 
 

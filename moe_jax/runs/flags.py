@@ -59,6 +59,7 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes.")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
 _IMPORT = re.compile(r"^(import\s+)(\S+)", re.MULTILINE)
+_EXTENSIONS = r"^EXTENSIONS\s*=\s*(\([^)]*\)|\[[^\]]*\]|.+)"  # brackets may span lines
 # What Python's parser raises; the last two at thousands of brackets.
 _NO_LITERAL = (SyntaxError, ValueError, MemoryError, RecursionError)
 _LESS_MEMORY = (
@@ -252,7 +253,8 @@ def _load_extensions(texts: Sequence[tuple[object, str]]) -> None:
 
 def _extensions(texts: Sequence[tuple[object, str]]) -> Sequence[str]:
     """The modules of the last binding of EXTENSIONS."""
-    assignments = re.findall(r"^EXTENSIONS\s*=\s*(.+)$", "\n".join(text for _, text in texts), re.M)
+    everything = "\n".join(text for _, text in texts)
+    assignments = re.findall(_EXTENSIONS, everything, re.MULTILINE)
     if not assignments:
         return []
     try:

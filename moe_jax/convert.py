@@ -20,13 +20,12 @@ T5X goes on from.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from moe_jax.core.errors import UserError
+from moe_jax.core.ending import one_line
 from moe_jax.data import vocabulary
 from moe_jax.data.modules import give, load_module
 from moe_jax.interop.hf_read import from_hf
@@ -35,8 +34,8 @@ from moe_jax.interop.t5x_read import from_t5x
 from moe_jax.interop.t5x_run import write_run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line and converts; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, converts, and says what was made."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_jax.convert",
         description=__doc__,
@@ -83,28 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to training processes
     names = list(filter(None, args.modules.split(","))) if "modules" in args else []
     give(names, "--modules")
-    try:
-        for name in names:
-            load_module(name)
-        if args.command == "to-hf":
-            flags = {"average": args.average, "approximate": args.approximate}
-            print(to_hf(args.checkpoint, args.out, args.task, **flags))
-        elif args.command == "to-t5x":
-            print(write_run(args.checkpoint, args.out))
+    for name in names:
+        load_module(name)
+    if args.command == "to-hf":
+        flags = {"average": args.average, "approximate": args.approximate}
+        print(to_hf(args.checkpoint, args.out, args.task, **flags))
+    elif args.command == "to-t5x":
+        print(write_run(args.checkpoint, args.out))
+    else:
+        if args.command == "from-hf":
+            config, note = from_hf(args.source, args.out), ""
         else:
-            if args.command == "from-hf":
-                config, note = from_hf(args.source, args.out), ""
-            else:
-                config = from_t5x(args.source, args.out, args.sentencepiece)
-                known = (Path(args.out) / vocabulary.DIRECTORY).is_dir()
-                note = "" if known else "; no tokenizer: train needs a VocabularyConfig"
-            print(f"{args.out}: {config.architecture}, d_model {config.d_model},"
-                  f" {config.encoder_layers} + {config.decoder_layers} layers{note}")  # fmt: skip
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+            config = from_t5x(args.source, args.out, args.sentencepiece)
+            known = (Path(args.out) / vocabulary.DIRECTORY).is_dir()
+            note = "" if known else "; no tokenizer: train needs a VocabularyConfig"
+        print(f"{args.out}: {config.architecture}, d_model {config.d_model},"
+              f" {config.encoder_layers} + {config.decoder_layers} layers{note}")  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line():
+        main()

@@ -11,7 +11,6 @@ Exit status 1 means that the command line is wrong or, for `check`, that a task 
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import metrics
+from moe_jax.core.ending import one_line
 from moe_jax.core.errors import UserError, first_line
 from moe_jax.data import declared
 from moe_jax.data.modules import DEFAULT_TASK_MODULES, give
@@ -33,12 +33,7 @@ Row = dict[str, Any]  # one example of a SeqIO task, as NumPy
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
-    try:
-        args.command(args, _load_modules(args.task_modules))
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except BrokenPipeError:  # the reader of a pipe stopped, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    args.command(args, _load_modules(args.task_modules))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -347,4 +342,5 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line():
+        main()

@@ -218,14 +218,14 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_checkpoints import META, Checkpoints, UserError, state
-from moe_jax.runs import flags
+from moe_jax.core import ending
 checkpoints = Checkpoints(Path(sys.argv[2]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
 try:
     checkpoints.save(state(6), META)
     checkpoints.wait()
 except UserError as e:
-    flags.fail(e)
+    ending.fail(e)
 """
 
 

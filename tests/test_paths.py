@@ -119,13 +119,10 @@ def test_an_argument(main, arguments, tmp_path, monkeypatch, capsys):
     (tmp_path / "routes.json").write_text(
         '{"step": 1, "experts": 1, "layers": ["encoder.0"], "tasks": {"a": {"route": [[1.0]]}}}'
     )
-    try:
-        code = main(arguments)
-    except SystemExit as e:  # whose line Python prints
-        code = e.code
-    said = capsys.readouterr().err.strip() or code
     url = URL if URL in " ".join(arguments) else BUCKET
-    assert code and url in said and "\n" not in said
+    with pytest.raises(UserError, match=url) as error:
+        main(arguments)
+    assert "\n" not in str(error.value) and not capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["routes.json"]
 
 

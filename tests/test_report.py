@@ -439,8 +439,8 @@ def test_command_line(tmp_path):
 def test_bad_arguments_end_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert main([*arguments, "--output", "out"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and len(captured.err.splitlines()) == 1
-    assert message in captured.err
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        main([*arguments, "--output", "out"])
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
     assert not (tmp_path / "out").exists()

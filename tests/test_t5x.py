@@ -17,6 +17,7 @@ from t5x_layout import arrays_of, nested, write_t5x
 
 from moe_jax import convert
 from moe_jax.core import files
+from moe_jax.core.errors import UserError
 from moe_jax.data.vocabulary import load_vocabulary
 from moe_jax.interop import hf_weights as weights
 from moe_jax.interop import t5x_read
@@ -84,7 +85,7 @@ def test_same_as_from_hugging_face(name, layout, dtype, tmp_path, monkeypatch, c
     write_t5x(tmp_path / "checkpoint_7", arrays_of(tensors), layout)
     from_hf(str(source), tmp_path / "theirs")
     argv = ["from-t5x", str(tmp_path / "checkpoint_7"), str(tmp_path / "ours")]
-    assert convert.main(argv) == 0
+    convert.main(argv)
     said = capsys.readouterr().out
     assert f": {name}, d_model 8, 2 + 1 layers" in said and "no tokenizer" in said
     assert_same_run(tmp_path / "ours", tmp_path / "theirs")
@@ -113,7 +114,7 @@ def test_a_model_of_transformers(name, tied, tmp_path):
     write_t5x(tmp_path / "checkpoint_7", arrays_of(tensors))
     from_hf(str(source), tmp_path / "theirs")
     argv = ["from-t5x", str(tmp_path / "checkpoint_7"), str(tmp_path / "ours")]
-    assert convert.main([*argv, "--sentencepiece", str(DATA / "spiece.model")]) == 0
+    convert.main([*argv, "--sentencepiece", str(DATA / "spiece.model")])
     assert_same_run(tmp_path / "ours", tmp_path / "theirs")
     for path in (tmp_path / "theirs" / "vocabulary").iterdir():
         ours = tmp_path / "ours" / "vocabulary" / path.name
@@ -206,11 +207,12 @@ def test_sizes_are_read_from_shapes(architecture, name):
 
 def fails(capsys, source, out, *flags) -> str:
     """The command's error; checks that it is one line and that no files are left."""
-    assert convert.main(["from-t5x", str(source), str(out), *map(str, flags)]) == 1
+    with pytest.raises(UserError) as error:
+        convert.main(["from-t5x", str(source), str(out), *map(str, flags)])
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    assert not captured.err and "\n" not in str(error.value)
     assert not captured.out and not out.exists() and not list(out.parent.glob(".*.new"))
-    return captured.err
+    return str(error.value)
 
 
 NORM = "decoder/decoder_norm/scale"
@@ -301,10 +303,10 @@ def test_damaged_files_are_named(tmp_path, capsys):
     assert "tokens, the model 272" in fails(capsys, source, out, *model)
     out.mkdir()
     (out / "file").touch()
-    assert convert.main(["from-t5x", str(source), str(out)]) == 1
-    assert "exists" in capsys.readouterr().err
+    with pytest.raises(UserError, match="exists"):
+        convert.main(["from-t5x", str(source), str(out)])
     (out / "file").unlink()
-    assert convert.main(["from-t5x", str(source), str(out)]) == 0  # it is whole again
+    convert.main(["from-t5x", str(source), str(out)])  # it is whole again
 
 
 def test_damaged_databases_are_named(tmp_path, capsys):

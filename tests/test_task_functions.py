@@ -133,8 +133,8 @@ for name in names:
         with contextlib.redirect_stdout(io.StringIO()):
             tasks.main(["check", name, "--task_modules", module])
         found[name] = None
-    except SystemExit as e:
-        found[name] = e.code
+    except UserError as e:
+        found[name] = f"error: {e}"
 said = {}
 for name in unprepared:
     try:

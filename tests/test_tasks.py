@@ -83,14 +83,15 @@ seqio.MixtureRegistry.add("t_mix", ["t_good", "t_no_metric", "t_nan"], default_r
 RUN = """
 import contextlib, io, json, sys
 from moe_jax import tasks
+from moe_jax.core.errors import UserError
 out = []
 for arguments in json.loads(sys.argv[1]):
     stdout, code = io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(stdout):
             tasks.main(arguments)
-    except SystemExit as e:
-        code = e.code
+    except UserError as e:
+        code = f"error: {e}"
     out.append((stdout.getvalue(), code))
 print(json.dumps(out))
 """

@@ -52,6 +52,14 @@ def call(command: Sequence[str], env: Mapping[str, str] | None = None, keep: Seq
         os.close(write)
 
 
+def ending(code: int) -> str:
+    """How a child ended that did not do its work, from its exit code."""
+    if code >= 0:
+        return f"failed with exit code {code}: see above"
+    killed = "; the kernel does so when memory is full" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{killed}"
+
+
 def end_with_parent() -> None:
     """Lets this process, if `call` started it, be killed when its parent ends."""
     pipe = os.environ.pop(_PARENT, None)

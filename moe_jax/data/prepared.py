@@ -94,4 +94,4 @@ def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int | None)
             raise UserError(error.read_text(encoding="utf-8"))
         if code != 0:
             names = ", ".join(request.names)
-            raise UserError(f"preparing {names} failed: see above (exit {code})")
+            raise UserError(f"preparing {names} {processes.ending(code)}")

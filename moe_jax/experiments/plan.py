@@ -404,7 +404,7 @@ class Plan:
         arguments = [*flags.process_flags(), *self._arguments(file, bindings)]
         code = processes.call([sys.executable, "-m", f"moe_jax.{module}", *arguments])
         if code:
-            raise UserError(f"moe_jax.{module} failed with exit code {code}: see above")
+            raise UserError(f"moe_jax.{module} {processes.ending(code)}")
 
     def _config(self, file: str, bindings: Bindings, cls: type = Config) -> Any:
         return flags.stage_config(cls, [self.settings.model, file], self._given | bindings)

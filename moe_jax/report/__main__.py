@@ -1,19 +1,15 @@
 """`python -m moe_jax.report --run NAME=DIR [--run NAME=DIR ...] --output DIR`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
-from functools import partial
 
-from moe_jax.core import outages
+from moe_jax.core.ending import one_line
 from moe_jax.core.errors import UserError
 from moe_jax.report import build
-from moe_jax.runs.flags import end
-from moe_jax.runs.stopping import EXIT_CODE
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Builds the report and prints its findings; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Builds the report and prints its findings."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_jax.report",
         description="Writes one self-contained HTML page with the scores and routes of runs.",
@@ -39,28 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--permutations", type=int, default=1000, help="shuffled controls (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    try:
-        runs = {}
-        for text in args.run:
-            name, equals, path = text.partition("=")
-            if not (name and equals and path):
-                raise UserError(f"--run {text!r}: expected NAME=DIR")
-            if name in runs:
-                raise UserError(f"--run {text!r}: the name {name!r} is taken")
-            runs[name] = path
-        if args.permutations < 1:
-            raise UserError(f"--permutations is {args.permutations}, expected 1 or more")
-        made = build.report(
-            args.output, runs, args.finetune, args.model, args.single, args.permutations
-        )
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_CODE if outages.is_on() else 1
+    runs = {}
+    for text in args.run:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--run {text!r}: expected NAME=DIR")
+        if name in runs:
+            raise UserError(f"--run {text!r}: the name {name!r} is taken")
+        runs[name] = path
+    if args.permutations < 1:
+        raise UserError(f"--permutations is {args.permutations}, expected 1 or more")
+    made = build.report(
+        args.output, runs, args.finetune, args.model, args.single, args.permutations
+    )
     print("\n".join(made.findings))
     print(f"report: {made.page}")
-    return 0
 
 
 if __name__ == "__main__":
-    outages.end_command(partial(end, code=EXIT_CODE))
-    sys.exit(main())
+    with one_line():
+        main()

@@ -6,28 +6,24 @@ A VALUE that is not a gin literal is a string, so paths need no quotes.
 """
 
 import ast
-import contextlib
-import io
 import os
 import re
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, NoReturn
+from typing import Any
 
 import gin
 import jax
 from absl import app, flags, logging
 from jax._src.clusters import ClusterEnv
 
-from moe_jax.core import files, outages, paths, peers, processes
+from moe_jax.core import ending, files, paths, peers, processes
 from moe_jax.core.errors import UserError, first_line, nearest, shown
 from moe_jax.data import modules
 from moe_jax.kernels import memory
-from moe_jax.runs import configurables, directory, help, stopping
+from moe_jax.runs import configurables, directory, help
 from moe_jax.runs.config import BASE_BINDINGS
 
 GIN_CONFIGS = Path(__file__).resolve().parents[1] / "gin_configs"
@@ -62,11 +58,6 @@ _IMPORT = re.compile(r"^(import\s+)(\S+)", re.MULTILINE)
 _EXTENSIONS = r"^EXTENSIONS\s*=\s*(\([^)]*\)|\[[^\]]*\]|.+)"  # brackets may span lines
 # What Python's parser raises; the last two at thousands of brackets.
 _NO_LITERAL = (SyntaxError, ValueError, MemoryError, RecursionError)
-_LESS_MEMORY = (
-    "try StepConfig.groups_at_once=1, ModelConfig.kept_activations='products' or more"
-    " MeshConfig.fsdp; `moe_jax plan` tells what fits"
-)
-_peers: peers.Peers | None = None  # the processes that this one works with
 
 
 def run(
@@ -75,8 +66,7 @@ def run(
 ) -> None:  # fmt: skip
     """Parses flags and gin, calls `main(config, settings)`, and ends the process.
 
-    A `UserError` or gin error ends in one line on standard error and exit code 1; SIGTERM, SIGINT
-    and a bucket that is out of reach in one line and `stopping.EXIT_CODE`.
+    Whatever stops it ends in one line on standard error: see `ending.one_line`.
 
     Args:
         config: the dataclass of the run's configuration, made from gin's bindings.
@@ -88,9 +78,7 @@ def run(
 
     def start(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)
-        outages.end_command(_end_together)
-        with _one_line_at_the_end():
-            stopping.install()
+        with ending.one_line():
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
             parse_gin(_GIN_FILE.value, _GIN_BINDINGS.value, _GIN_SEARCH_PATHS.value, from_model_dir)
@@ -105,47 +93,6 @@ def run(
         print(_help(config, settings))
         return
     app.run(start, argv=rewrite_gin_flags(sys.argv))
-
-
-@contextlib.contextmanager
-def _one_line_at_the_end() -> Iterator[None]:
-    """Context of a command: ends the process, and tells the processes that work with it why."""
-    try:
-        yield
-    except stopping.Stopped as e:
-        _leave(None if e.together else str(e))
-        if e.together and _several_processes():
-            jax.distributed.shutdown()  # the others are as far
-        end(str(e), stopping.EXIT_CODE)
-    except UserError as e:
-        _leave(first_line(e))
-        fail(e)
-    except paths.errors() as e:  # no room for what is written without `files`, such as events
-        error = UserError(f"{getattr(e, 'filename', '') or 'cannot write'}: {paths.reason(e)}")
-        _leave(str(error))
-        fail(error)
-    except Exception as e:
-        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
-            error = UserError(f"out of device memory ({first_line(e)}); {_LESS_MEMORY}")
-            _leave(str(error))
-            fail(error)
-        if _peers is None:
-            raise
-        _leave(f"{type(e).__name__}: {first_line(e)}")
-        # JAX would wait for the others, and then end with a dump.
-        end(traceback.format_exc().rstrip(), 1)
-    _leave(None)
-
-
-def _end_together(line: str) -> NoReturn:
-    """Ends the process, which the same command may bring further; the others are told why."""
-    _leave(line)
-    end(line, stopping.EXIT_CODE)
-
-
-def _leave(why: str | None) -> None:
-    if _peers is not None:
-        _peers.leave(why)
 
 
 def _help(config: type, settings: type | None) -> str:
@@ -163,25 +110,6 @@ def _help(config: type, settings: type | None) -> str:
             *help.settings(config),
         ]
     )
-
-
-def fail(error: Exception) -> NoReturn:
-    """Ends the process: one line on standard error, exit code 1; 75 while a bucket is out of
-    reach."""
-    # Gin appends where a configurable was called from; the first line is ours.
-    end(f"error: {first_line(error)}", stopping.EXIT_CODE if outages.is_on() else 1)
-
-
-def end(line: str, code: int) -> NoReturn:
-    """Ends the process: one line on standard error."""
-    # Threads of a failed save print as well: they may finish a line; later ones are dropped.
-    stderr, sys.stderr = sys.stderr, io.StringIO()
-    time.sleep(0.1)
-    print(line, file=stderr)
-    for stream in (sys.stdout, stderr):
-        stream.flush()
-    # Not `sys.exit`: those threads would go on.
-    os._exit(code)
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
@@ -386,10 +314,6 @@ def _explain(error: Exception) -> str:
     return message
 
 
-def _several_processes() -> bool:
-    return _MULTIPROCESS.value or _MULTIPROCESS_TPU.value
-
-
 def _start_jax() -> None:
     memory.run_in_main_thread()
     if _COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -414,9 +338,8 @@ def _start_jax() -> None:
 
 def _meet(address: str, count: int, index: int) -> None:
     """Waits for the other processes, and connects JAX with theirs."""
-    global _peers
-    own = peers.Peers(address, count, index, lambda line: end(line, stopping.EXIT_CODE))
+    own = peers.Peers(address, count, index, lambda line: ending.end(line, ending.AGAIN))
     own.meet()
     peers.hold_back_libraries()
-    _peers = own
+    ending.tell(own)
     jax.distributed.initialize(address, count, index)

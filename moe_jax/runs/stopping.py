@@ -1,12 +1,8 @@
-"""SIGTERM and SIGINT: a command that is asked to stop saves what it has, and says so in one line.
-
-A command stops at once, but in training, where it stops after the step at hand: `after_a_step`.
-"""
+"""SIGTERM and SIGINT in training, which stops after the step at hand and saves what it has."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-EXIT_CODE = 75  # "try again later", as sysexits.h has it
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal has asked this process to stop.
-
-    Attributes:
-        together: all processes stop, after the same step, and everything is saved.
-    """
-
-    def __init__(self, words: str, together: bool = False):
-        super().__init__(words)
-        self.together = together
-
-
-def stop_now(number: int, _frame) -> NoReturn:
-    """A handler of signals: raises `Stopped`."""
-    raise Stopped(
-        f"stopped by {signal.Signals(number).name}; the same command goes on from what is saved"
-    )
-
-
-def install() -> None:
-    """Lets both signals stop this process at once."""
-    for number in SIGNALS:
-        signal.signal(number, stop_now)
+from moe_jax.core.ending import SIGNALS, Stopped, stop_now
 
 
 class Stop:

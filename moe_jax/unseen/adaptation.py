@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.core import files, paths, processes
+from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import MeshConfig, device_per_core, make_mesh
 from moe_jax.data.vocabulary import Vocabulary
@@ -219,7 +220,13 @@ def _score_alone(
 
 
 def adapt_all(config: FewShotConfig) -> None:
-    """Adapts every starting point to every task, and writes the average relative gain."""
+    """Adapts every starting point to every task, and writes the average relative gain.
+
+    Raises:
+        UserError: this is one of several processes; or see the parts of the configuration.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        raise UserError("finetune runs in one process, on all its local devices")
     config.run.require("model_dir")
     with processes.lock(config.run.model_dir):
         _adapt_all(config)

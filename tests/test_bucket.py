@@ -19,7 +19,7 @@ from moe_jax.data import mirror
 from moe_jax.data.prepared import look_up
 from moe_jax.data.representations import read_representations
 from moe_jax.data.request import Request
-from moe_jax.runs import flags
+from moe_jax.runs import gin_files
 from moe_jax.training.checkpoints import Checkpoints, load_params
 from moe_jax.training.logs import MetricsLog
 from moe_jax.training.step import TrainState
@@ -64,11 +64,11 @@ def test_a_bucket_that_is_not_there(bucket):
 def test_gin_files_and_representations(top):
     files.write_text(f"{top}/gin/a.gin", "include 'b.gin'\nSEED = 5\n")
     files.write_text(f"{top}/gin/b.gin", "TRAIN_STEPS = 7\n")
-    text = flags._with_includes(flags._find(f"{top}/gin/a.gin", ["."]), ["."])
+    text = gin_files._with_includes(gin_files.find(f"{top}/gin/a.gin", ["."]), ["."])
     assert text.split() == ["TRAIN_STEPS", "=", "7", "SEED", "=", "5"]
-    assert str(flags._find("b.gin", [".", f"{top}/gin"])) == f"{top}/gin/b.gin"
+    assert str(gin_files.find("b.gin", [".", f"{top}/gin"])) == f"{top}/gin/b.gin"
     with pytest.raises(UserError, match=r"no gin file 'c.gin'"):
-        flags._find("c.gin", [f"{top}/gin"])
+        gin_files.find("c.gin", [f"{top}/gin"])
     files.write_json(f"{top}/r.json", {"a": [1.0, 2.0], "b": [3.0, 4.0]})
     np.testing.assert_array_equal(read_representations(f"{top}/r.json", ["b"], 2), [[3, 4]])
 

@@ -12,7 +12,7 @@ from toy_run import bindings, flags_of, start
 from moe_jax.core.errors import UserError
 from moe_jax.core.processes import lock
 from moe_jax.model.config import ModelConfig
-from moe_jax.runs import configurables, flags, help
+from moe_jax.runs import configurables, gin_files, help
 from moe_jax.runs.config import BASE_BINDINGS, Config, DataConfig, FewShotConfig, RunConfig
 from moe_jax.runs.configurables import build
 from moe_jax.training.optimizer import OptimizerConfig
@@ -21,7 +21,7 @@ PROGRAMS = ("prepare", "train", "eval", "infer", "finetune")
 
 
 def parse(*lines, files=(), paths=()):
-    flags.parse_gin(files, lines, [*map(str, paths), str(flags.GIN_CONFIGS)])
+    gin_files.parse(files, lines, [*map(str, paths), str(gin_files.GIN_CONFIGS)])
 
 
 # ------------------------------------------------------------------------------ good input
@@ -38,7 +38,7 @@ def test_later_ones_win(tmp_path):
 
 def test_values_need_no_quotes():
     arguments = ["train", "--gin.MODEL_DIR=/a/b c", "--gin.SEED=3", "--gin.A.b='x'", "--gin_file=f"]
-    assert flags.rewrite_gin_flags(arguments) == [
+    assert gin_files.rewrite_flags(arguments) == [
         "train",
         "--gin_bindings=MODEL_DIR = '/a/b c'",
         "--gin_bindings=SEED = 3",
@@ -50,7 +50,7 @@ def test_values_need_no_quotes():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(flags.GIN_CONFIGS.glob("[mr]*/*.gin")), ids=lambda p: p.stem
+    "path", sorted(gin_files.GIN_CONFIGS.glob("[mr]*/*.gin")), ids=lambda p: p.stem
 )
 def test_every_gin_file_parses(path):
     parse("TASK_FEATURE_LENGTHS = {'inputs': 64, 'targets': 16}", files=[str(path)])
@@ -267,9 +267,9 @@ def test_a_command_without_arguments_says_what_it_needs():
     "@home",
 ])  # fmt: skip
 def test_a_plain_string_needs_no_quotes(value):
-    (flag,) = flags.rewrite_gin_flags([f"--gin.MODEL_DIR={value}"])
+    (flag,) = gin_files.rewrite_flags([f"--gin.MODEL_DIR={value}"])
     if value == "@home":  # a reference, as in gin; quotes make it a string
-        (flag,) = flags.rewrite_gin_flags(["--gin.MODEL_DIR='@home'"])
+        (flag,) = gin_files.rewrite_flags(["--gin.MODEL_DIR='@home'"])
     parse(flag.partition("=")[2])
     assert build(RunConfig).model_dir == value
 

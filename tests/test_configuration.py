@@ -14,7 +14,7 @@ from moe_jax.core.configuration import Configuration, Known, Range, Size, Text, 
 from moe_jax.core.errors import UserError
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.model.config import ModelConfig, RouterConfig
-from moe_jax.runs import configurables, directory, flags
+from moe_jax.runs import configurables, directory, gin_files
 from moe_jax.runs.config import Config, DataConfig, FewShotConfig, FinetuneConfig, RunConfig
 from moe_jax.runs.configurables import build
 from moe_jax.training.optimizer import OptimizerConfig
@@ -188,14 +188,14 @@ def test_nonsense_is_refused(cls, values, message):
     (["SEED = " + "9" * 4000], "RunConfig.seed is 9"),
 ])  # fmt: skip
 def test_relations_and_references(lines, message):
-    flags.parse_gin([], ["TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}", *lines], [])
+    gin_files.parse([], ["TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}", *lines], [])
     with pytest.raises(UserError) as error:
         build(Config)
     assert message in str(error.value).splitlines()[0]
 
 
 def test_relative_positions_have_no_longest_row():
-    flags.parse_gin([], ["ModelConfig.architecture = 't5'", "ModelConfig.max_positions = 20"], [])
+    gin_files.parse([], ["ModelConfig.architecture = 't5'", "ModelConfig.max_positions = 20"], [])
     assert build(Config).data.lengths["inputs"] == 512
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.runs import flags
+from moe_jax.runs import gin_files
 from moe_jax.runs.directory import config_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,19 +53,19 @@ def test_command_resolves(command):
     assert (ROOT / (module.replace(".", "/") + ".py")).is_file() or (
         ROOT / module.replace(".", "/") / "__main__.py"
     ).is_file()
-    arguments = flags.rewrite_gin_flags(words[words.index("-m") + 2 :])
+    arguments = gin_files.rewrite_flags(words[words.index("-m") + 2 :])
     files = [f.partition("=")[2] for f in arguments if f.startswith("--gin_file=")]
     # A command's own parameters (`eval.split`) are known once its module is imported.
     __import__(module if module not in ("moe_jax.report", "moe_jax.tasks") else "moe_jax.train")
     bindings = [f.partition("=")[2] for f in arguments if f.startswith("--gin_bindings=")]
     if files or bindings:
-        flags.parse_gin(files, bindings, [str(flags.GIN_CONFIGS)])
+        gin_files.parse(files, bindings, [str(gin_files.GIN_CONFIGS)])
 
 
 @pytest.mark.parametrize(
     # Those in t5x/ are read by T5X's commands (test_t5x_commands).
     "path",
-    sorted(flags.GIN_CONFIGS.glob("[!t]*/*.gin")),
+    sorted(gin_files.GIN_CONFIGS.glob("[!t]*/*.gin")),
     ids=lambda p: f"{p.parent.name}/{p.name}",
 )
 def test_gin_file_parses(path):
@@ -76,7 +76,7 @@ def test_gin_file_parses(path):
 
     assert moe_jax.experiment
     lengths = "TASK_FEATURE_LENGTHS = {'inputs': 64, 'targets': 16}"
-    flags.parse_gin([str(path)], [lengths], [str(flags.GIN_CONFIGS)])
+    gin_files.parse([str(path)], [lengths], [str(gin_files.GIN_CONFIGS)])
     assert config_lines(build(Config))
 
 

@@ -15,8 +15,8 @@ from moe_jax.experiments.arms import ARMS, with_needed
 from moe_jax.experiments.controls import GIVEN
 from moe_jax.experiments.plan import ExperimentConfig, Plan
 from moe_jax.experiments.stages import fingerprints
+from moe_jax.runs import gin_files
 from moe_jax.runs.config import RunConfig
-from moe_jax.runs.flags import rewrite_gin_flags
 
 QUICKSTART = {
     "model": "models/tiny.gin", "dense": "runs/skills_gym_dense.gin",
@@ -76,7 +76,7 @@ def command_line():
     def given(*arguments):
         absl_flags.FLAGS.unparse_flags()
         absl_flags.FLAGS["gin_bindings"].unparse()
-        absl_flags.FLAGS(rewrite_gin_flags(["experiment", *arguments]))
+        absl_flags.FLAGS(gin_files.rewrite_flags(["experiment", *arguments]))
 
     given()
     yield given
@@ -149,7 +149,7 @@ def test_commands_on_a_run_are_given_the_users_modules(tmp_path, command_line):
     (tmp_path / "one.py").write_text("")
     (tmp_path / "two.py").write_text("")
     for name, file in (("dense", "one.py"), ("stage1", "two.py")):
-        text = Path(plan_module.flags.GIN_CONFIGS, QUICKSTART[name]).read_text()
+        text = Path(gin_files.GIN_CONFIGS, QUICKSTART[name]).read_text()
         text += f"\nEXTENSIONS = ({str(tmp_path / file)!r},)\n"
         (tmp_path / f"{name}.gin").write_text(text)
     command_line(f"--gin.TASK_MODULES={tmp_path}/tasks.py")

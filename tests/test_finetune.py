@@ -28,7 +28,7 @@ from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.data.batch import of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.task_moe import routes_of
-from moe_jax.runs import directory, flags
+from moe_jax.runs import directory, gin_files
 from moe_jax.runs.config import Config, DataConfig, FewShotConfig, FinetuneConfig, RunConfig
 from moe_jax.runs.configurables import build
 from moe_jax.runs.load import Run
@@ -337,7 +337,7 @@ def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path,
         "FinetuneConfig.representation": "file",
         "FinetuneConfig.representations_path": str(tmp_path / "rows.json"),
     }
-    flags.parse_gin([], [f"{name} = {value!r}" for name, value in settings.items()], [])
+    gin_files.parse([], [f"{name} = {value!r}" for name, value in settings.items()], [])
     with pytest.raises(UserError, match=r"no task 'b'; did you mean 'bx'|representation_dim is 8"):
         program.adapt_all(build(FewShotConfig))
     assert [path.name for path in (tmp_path / "few_shot").iterdir()] == [".lock"]

@@ -20,7 +20,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.data.packing import encode_inputs
 from moe_jax.data.vocabulary import ByteVocabulary, read_tokenizers
 from moe_jax.report import inputs
-from moe_jax.runs import configurables, directory, flags
+from moe_jax.runs import configurables, directory, gin_files
 from moe_jax.runs.config import BASE_BINDINGS, Config, DataConfig, RunConfig
 from moe_jax.training.checkpoints import load_params
 
@@ -67,9 +67,9 @@ MACROS = [line.partition(" =")[0] for line in BASE_BINDINGS.splitlines() if line
 
 def built(name, text):
     """Every configuration class with a flag of the command line, by its name."""
-    _, *lines = flags.rewrite_gin_flags(["train", f"--gin.{name}={text}"])
+    _, *lines = gin_files.rewrite_flags(["train", f"--gin.{name}={text}"])
     lines = [line.removeprefix("--gin_bindings=") for line in lines]
-    flags.parse_gin([], [f"DataConfig.lengths = {DATA.lengths}", *lines], [])
+    gin_files.parse([], [f"DataConfig.lengths = {DATA.lengths}", *lines], [])
     return {key: configurables.build(cls) for key, cls in configurables.classes().items()}
 
 
@@ -110,7 +110,7 @@ NO_SETTINGS = [
 
 
 def by_gin(path):
-    flags.parse_gin([], [f"MODEL_DIR = {str(path)!r}"], [], from_model_dir=True)
+    gin_files.parse([], [f"MODEL_DIR = {str(path)!r}"], [], from_model_dir=True)
     return configurables.build(Config)
 
 

@@ -16,7 +16,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.interop.streamed_checkpoint import Promise, save_params
 from moe_jax.model.task_moe import routes_of
-from moe_jax.runs import directory, flags
+from moe_jax.runs import directory, gin_files
 from moe_jax.runs.config import Config
 from moe_jax.runs.configurables import build
 from moe_jax.training.checkpoints import parameter_shapes
@@ -31,7 +31,7 @@ def write_run(model_dir, experts: int, apart: bool = False):
         apart: neither task has the route of the mean representation.
     """
     settings = {"ModelConfig__experts": experts, "RouterConfig__selection": "argmax"}
-    flags.parse_gin([], bindings(model_dir, **settings), [])
+    gin_files.parse([], bindings(model_dir, **settings), [])
     directory.write_config(model_dir, build(Config))
     model = tiny_model(
         tasks=2, experts=experts, max_positions=48, selection="argmax",
@@ -93,7 +93,7 @@ def call(program, model_dir, **settings):
     values = {"MODEL_DIR": str(model_dir)} | {
         name if name.isupper() else f"{prefix}.{name}": value for name, value in settings.items()
     }
-    flags.parse_gin([], [f"{k} = {v!r}" for k, v in values.items()], [], from_model_dir=True)
+    gin_files.parse([], [f"{k} = {v!r}" for k, v in values.items()], [], from_model_dir=True)
     program(build(Config), build(own))
 
 
@@ -287,7 +287,7 @@ def test_a_run_keeps_its_vocabulary_when_its_data_change(own, tmp_path):
         lines = [f"MODEL_DIR = {str(own)!r}", f"CACHE_DIR = {str(cache_dir)!r}",
                  "eval.examples = 4", f"VocabularyConfig.trained_on = {vocabulary!r}",
                  f"TASK_MODULES = {MODULE!r}"]  # fmt: skip
-        flags.parse_gin([], lines, [], from_model_dir=True)
+        gin_files.parse([], lines, [], from_model_dir=True)
         eval_program.evaluate(build(Config), build(eval_program.EvalConfig))
         path = own / "eval" / "toy_train_test" / "predictions.jsonl"
         predictions.append(path.read_text())

@@ -20,7 +20,7 @@ from moe_jax.core.configuration import Place
 from moe_jax.core.errors import UserError
 from moe_jax.core.processes import lock
 from moe_jax.report.__main__ import main as report
-from moe_jax.runs import configurables, flags
+from moe_jax.runs import configurables, gin_files
 from moe_jax.training.checkpoints import Checkpoints, load_params
 from tasks.data_directory import absolute
 
@@ -68,9 +68,9 @@ def test_a_setting(cls, name):
 
 
 FLAGS = {
-    "--gin_file": lambda: flags.parse_gin([URL], [], ["."]),
-    "--gin_search_paths": lambda: flags.parse_gin(["a.gin"], [], [URL]),
-    "MODEL_DIR of a command that reads one": lambda: flags.parse_gin(
+    "--gin_file": lambda: gin_files.parse([URL], [], ["."]),
+    "--gin_search_paths": lambda: gin_files.parse(["a.gin"], [], [URL]),
+    "MODEL_DIR of a command that reads one": lambda: gin_files.parse(
         [], [f"MODEL_DIR = {URL!r}"], ["."], from_model_dir=True
     ),
     "directories of data": lambda: absolute(CROSSFIT_DIR=URL),

@@ -28,7 +28,7 @@ from moe_jax.data.representations import Representations
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.task_moe import routes_of
-from moe_jax.runs import flags
+from moe_jax.runs import gin_files
 from moe_jax.runs.config import Config, DataConfig, RunConfig
 from moe_jax.runs.configurables import build
 from moe_jax.runs.load import read_run
@@ -235,7 +235,7 @@ def call(model_dir, **settings) -> None:
     for name, value in settings.items():
         name = name.replace("__", ".") if name.isupper() or "__" in name else f"represent.{name}"
         lines.append(f"{name} = {value!r}")
-    flags.parse_gin([], lines, [], from_model_dir=True)
+    gin_files.parse([], lines, [], from_model_dir=True)
     representations.represent(build(Config), build(representations.RepresentConfig))
 
 

@@ -7,7 +7,7 @@ import gin
 import pytest
 
 from moe_jax.core.errors import UserError
-from moe_jax.runs import directory, flags
+from moe_jax.runs import directory, gin_files
 from moe_jax.runs.config import Config
 from moe_jax.runs.configurables import build
 
@@ -29,7 +29,7 @@ SETTINGS = [
 
 
 def configs(*lines, files=()):
-    flags.parse_gin(files, lines, [])
+    gin_files.parse(files, lines, [])
     return build(Config)
 
 
@@ -71,7 +71,7 @@ def test_runs_from_when_what_layers_keep_was_called_remat(remat, kept, tmp_path)
     path.write_text(json.dumps({**lines, "ModelConfig.remat": remat}))
     assert directory.read_config(tmp_path).model.kept_activations == kept
     directory.check_config(tmp_path, configs(*SETTINGS))
-    flags.parse_gin([], [f"MODEL_DIR = {str(tmp_path)!r}"], [], from_model_dir=True)
+    gin_files.parse([], [f"MODEL_DIR = {str(tmp_path)!r}"], [], from_model_dir=True)
     assert gin.query_parameter("ModelConfig.kept_activations") == kept
 
 

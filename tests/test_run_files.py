@@ -8,7 +8,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data.modules import resolve
 from moe_jax.report import inputs
-from moe_jax.runs import directory, flags
+from moe_jax.runs import directory, gin_files
 from moe_jax.runs.config import Config, DataConfig, FewShotConfig, RunConfig
 from moe_jax.runs.configurables import build
 from moe_jax.runs.mixtures import prepare_mixtures
@@ -127,7 +127,7 @@ def test_a_run_is_read_and_not_executed(tmp_path, monkeypatch):
     ):
         files.write_json(run / "config.json", lines)
         with pytest.raises(UserError, match=message):
-            flags.parse_gin([], given, [], from_model_dir=True)
+            gin_files.parse([], given, [], from_model_dir=True)
     # What may not be needed is refused where it is.
     for lines in (
         {"DataConfig.task_modules": ["evil.py"]},
@@ -136,19 +136,19 @@ def test_a_run_is_read_and_not_executed(tmp_path, monkeypatch):
     ):  # fmt: skip
         lines["DataConfig.mixture_or_task_name"] = "a"
         files.write_json(run / "config.json", lines)
-        flags.parse_gin([], given, [], from_model_dir=True)
+        gin_files.parse([], given, [], from_model_dir=True)
         with pytest.raises(UserError, match=f"{run} names the .*evil.py.*: if you trust its code"):
             prepare_mixtures(build(Config).data, run=str(run))
     # A config.gin is no longer looked at beside config.json, nor executed without it.
     files.write_json(run / "config.json", {"RunConfig.seed": 3})
     (run / "config.gin").write_text("import evil\nRunConfig.seed = @evil.x()\n")
-    flags.parse_gin([], given, [], from_model_dir=True)
+    gin_files.parse([], given, [], from_model_dir=True)
     (run / "config.json").unlink()
     with pytest.raises(UserError, match="is no plain value"):
-        flags.parse_gin([], given, [], from_model_dir=True)
+        gin_files.parse([], given, [], from_model_dir=True)
     (run / "config.gin").write_text("import evil # = 3\n")
     with pytest.raises(UserError, match="is no setting"):
-        flags.parse_gin([], given, [], from_model_dir=True)
+        gin_files.parse([], given, [], from_model_dir=True)
     assert not proof.exists()
 
 
@@ -167,9 +167,9 @@ def test_what_the_user_gives_is_imported(line, tmp_path, monkeypatch):
     files.write_json(run / "config.json", {"RunConfig.extensions": [stored]})
     given = [f"MODEL_DIR = {str(run)!r}"]
     with pytest.raises(UserError, match="names the module"):
-        flags.parse_gin([], given, [], from_model_dir=True)
+        gin_files.parse([], given, [], from_model_dir=True)
     (tmp_path / "mine.gin").write_text(f"{line}\n")
-    flags.parse_gin([tmp_path / "mine.gin"], given, ["."], from_model_dir=True)
+    gin_files.parse([tmp_path / "mine.gin"], given, ["."], from_model_dir=True)
 
 
 @pytest.mark.parametrize("name", ["subprocess:call", "os:system", "os.path:join", "builtins:exec"])

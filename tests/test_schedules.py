@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.runs import flags
+from moe_jax.runs import gin_files
 from moe_jax.runs.config import Config, FinetuneConfig
 from moe_jax.runs.configurables import build
 from moe_jax.runs.directory import config_lines
@@ -32,9 +32,9 @@ EXPERTS = {
 
 def settings(words):
     """Every setting of a run, and the model."""
-    arguments = flags.rewrite_gin_flags(shlex.split(words))
+    arguments = gin_files.rewrite_flags(shlex.split(words))
     bindings = [argument.partition("=")[2] for argument in arguments]
-    flags.parse_gin(STAGE1, bindings, [str(flags.GIN_CONFIGS)])
+    gin_files.parse(STAGE1, bindings, [str(gin_files.GIN_CONFIGS)])
     config = build(Config)
     return texts(config), build_model(config.model, config.router, 1024, 32)
 
@@ -92,14 +92,14 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_papers_stages(stage):
     files = ["models/bart_base.gin", f"runs/paper_{stage}.gin"]
-    flags.parse_gin(files, [], [str(flags.GIN_CONFIGS)])
+    gin_files.parse(files, [], [str(gin_files.GIN_CONFIGS)])
     actual = texts(build(Config))
     wanted = PAPER | STAGES[stage]
     assert {key: actual[key] for key in wanted} == wanted
 
 
 def test_the_papers_few_shot_grid():
-    flags.parse_gin(["runs/paper_finetune.gin"], [], [str(flags.GIN_CONFIGS)])
+    gin_files.parse(["runs/paper_finetune.gin"], [], [str(gin_files.GIN_CONFIGS)])
     config = build(FinetuneConfig)
     assert (config.steps, config.learning_rates, config.batch_sizes, len(config.seeds)) == (
         1000, (1e-5, 2e-5, 5e-5), (2, 4, 8), 5

@@ -24,7 +24,7 @@ from moe_jax import infer as infer_program
 from moe_jax import tasks
 from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import VocabularyConfig, train_sentencepiece
-from moe_jax.runs import flags
+from moe_jax.runs import gin_files
 from moe_jax.runs.config import Config, DataConfig
 from moe_jax.runs.configurables import build
 from moe_jax.runs.mixtures import prepare_mixtures, say_ignored
@@ -120,7 +120,7 @@ def of_run(model_dir: Path) -> list[str]:
 def answer(model_dir: Path, mode: str, out: Path, *lines: str) -> dict:
     given = [*of_run(model_dir), "infer.split = 'test'", f"infer.mode = {mode!r}",
              f"infer.output = {str(out)!r}", *lines]  # fmt: skip
-    flags.parse_gin([], given, [], from_model_dir=True)
+    gin_files.parse([], given, [], from_model_dir=True)
     infer_program.infer(build(Config), build(infer_program.InferConfig))
     end = f"-{mode}.jsonl-00000-of-00001"
     return {
@@ -131,7 +131,7 @@ def answer(model_dir: Path, mode: str, out: Path, *lines: str) -> dict:
 
 def evaluate(model_dir: Path, *lines: str) -> None:
     given = [*of_run(model_dir), *lines]
-    flags.parse_gin([], given, [], from_model_dir=True)
+    gin_files.parse([], given, [], from_model_dir=True)
     eval_program.evaluate(build(Config), build(eval_program.EvalConfig))
 
 
@@ -166,7 +166,7 @@ def trained(project, tmp_path_factory) -> Trained:
 def pair(project) -> Trained:
     """The tasks with two vocabularies, in this process."""
     with contextlib.chdir(project), contextlib.redirect_stderr(io.StringIO()) as said:
-        flags.parse_gin([], settings(project, "pair", TRAIN_STEPS=2), [])
+        gin_files.parse([], settings(project, "pair", TRAIN_STEPS=2), [])
         train(build(Config))
         run = project / "runs" / "pair"
         evaluate(run)
@@ -265,7 +265,7 @@ def test_task_modules_are_stored_from_the_root(trained, project):
 @pytest.mark.slow
 def test_rates_of_mixtures_in_mixtures(trained, project):
     with contextlib.chdir(project):
-        flags.parse_gin([], of_run(trained.model_dir), [], from_model_dir=True)
+        gin_files.parse([], of_run(trained.model_dir), [], from_model_dir=True)
         mixture = prepare_mixtures(build(Config).data, run=trained.model_dir)["forms"]
     # A fourth of 2 each in `inner`, where all have more than the maximum; 3 and 1.5 share 1.
     want = dict.fromkeys(("standard", "scores", "closures", "lengths"), 0.5)

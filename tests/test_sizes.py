@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, shapes_of
-from moe_jax.runs import flags
+from moe_jax.runs import gin_files
 from moe_jax.runs.configurables import build
 
 # Published models: parameters, vocabulary, and what `transformers` calls the sizes; heads of T5s
@@ -35,7 +35,7 @@ SIZES = {
 
 def count(name: str, experts: int) -> int:
     """Parameters of the backbone that the gin file describes."""
-    flags.parse_gin([f"models/{name}.gin"], [], [str(flags.GIN_CONFIGS)])
+    gin_files.parse([f"models/{name}.gin"], [], [str(gin_files.GIN_CONFIGS)])
     config = build(ModelConfig)
     assert config.experts == 3
     config = dataclasses.replace(config, experts=experts, vocabulary_size=SIZES[name][1])

@@ -24,7 +24,7 @@ from moe_jax.builtin_tasks.skills_table import (
     examples,
 )
 from moe_jax.builtin_tasks.skills_world import world
-from moe_jax.runs import configurables, flags
+from moe_jax.runs import configurables, gin_files
 from moe_jax.runs.config import DataConfig
 from moe_jax.runs.mixtures import prepare_mixtures
 
@@ -216,7 +216,7 @@ def test_worlds_lie_side_by_side_in_the_cache(tmp_path):
             "MIXTURE_OR_TASK_NAME = 'skills_who'",
             f"skills_gym.seed = {seed}",
         ]
-        flags.parse_gin(["runs/skills_gym_dense.gin"], bindings, [str(flags.GIN_CONFIGS)])
+        gin_files.parse(["runs/skills_gym_dense.gin"], bindings, [str(gin_files.GIN_CONFIGS)])
         (mixture,) = prepare_mixtures(configurables.build(DataConfig)).values()
         read = mixture.task("skills_who").records("test")
         rows = split(seed, "skills_who", "test")

@@ -13,7 +13,7 @@ from moe_jax.builtin_tasks import skills_world
 from moe_jax.builtin_tasks.skills_table import SKILLS
 from moe_jax.builtin_tasks.skills_world import world
 from moe_jax.core.errors import UserError
-from moe_jax.runs import configurables, directory, flags
+from moe_jax.runs import configurables, directory, gin_files
 from moe_jax.runs.config import DataConfig
 
 
@@ -86,7 +86,7 @@ def test_gin_settings_are_environment_variables(monkeypatch):
         ([], "0", "0"),
         (["skills_gym.seed = 3", "skills_gym.descriptions = True"], "3", "1"),
     ):
-        flags.parse_gin(files, bindings, [str(flags.GIN_CONFIGS)])
+        gin_files.parse(files, bindings, [str(gin_files.GIN_CONFIGS)])
         data = configurables.build(DataConfig)
         assert data.environment == {"SKILLS_GYM_SEED": seed, "SKILLS_GYM_DESCRIPTIONS": described}
         assert directory.config_lines(data)["DataConfig.environment"] == data.environment

@@ -19,7 +19,8 @@ import jax
 from moe_jax.core import paths, processes
 from moe_jax.core.errors import UserError
 from moe_jax.experiments.arms import DENSE, ROUTED
-from moe_jax.experiments.plan import ExperimentConfig, Plan
+from moe_jax.experiments.config import ExperimentConfig
+from moe_jax.experiments.plan import Plan
 from moe_jax.experiments.results import RESULTS, text_tables, write_results
 from moe_jax.experiments.stages import clock, run_stages
 from moe_jax.report.build import report

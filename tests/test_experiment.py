@@ -12,8 +12,9 @@ from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedTask
 from moe_jax.experiments import plan as plan_module
 from moe_jax.experiments.arms import ARMS, with_needed
+from moe_jax.experiments.config import ExperimentConfig
 from moe_jax.experiments.controls import GIVEN
-from moe_jax.experiments.plan import ExperimentConfig, Plan
+from moe_jax.experiments.plan import Plan
 from moe_jax.experiments.stages import fingerprints
 from moe_jax.runs import gin_files
 from moe_jax.runs.config import RunConfig

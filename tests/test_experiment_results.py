@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from moe_jax.core import files
-from moe_jax.experiments.plan import ExperimentConfig, Plan
+from moe_jax.experiments.config import ExperimentConfig
+from moe_jax.experiments.plan import Plan
 from moe_jax.experiments.results import RESULTS, text_tables, write_results
 from moe_jax.report import build
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.decoding.rows import Params, Places, RowModel, by_expert, input_block, step_block
+from moe_jax.kernels.attention_form import MASKED
 from moe_jax.model.attention import split_heads
 from moe_jax.model.blocks import DecoderLayer, run_decoder_layer
 
@@ -165,7 +166,7 @@ def attend_columns(
     scores = scores * scale
     if bias_HxC is not None:
         scores = scores + bias_HxC[None, :, None]
-    scores = jnp.where(mask_VxQxC[:, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask_VxQxC[:, None], scores, MASKED)
     probabilities = jax.nn.softmax(scores).astype(kv.value.dtype)
     # In this order the product is not transposed; as [V, Q, H, K] it would be.
     y_VxQxHxK = jnp.matmul(probabilities, kv.value).swapaxes(1, 2)

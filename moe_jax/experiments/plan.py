@@ -10,9 +10,7 @@ from typing import Any
 
 from moe_jax import __version__
 from moe_jax.core import files, processes
-from moe_jax.core.configuration import (
-    Configuration,
-)
+from moe_jax.core.configuration import Configuration
 from moe_jax.core.errors import UserError
 from moe_jax.data import modules
 from moe_jax.data.cache import PreparedMixture

@@ -1,6 +1,7 @@
 """What all forms of `attention` share: settings, arrays, and small functions."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,16 +60,16 @@ class Packed(NamedTuple):
     query_segments_RxLq: jax.Array
     key_segments_RxLk: jax.Array
 
-    def split(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, each [R, L, H * D]: a TPU would pad D to 128."""
-        q, k, v = (x[:, :, n] for x in self.projected for n in range(x.shape[2]))
-        return q, k, v
-
     def joined(self, dq: jax.Array, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, ...]:
         """Gradients by `projected`, the inverse of `split`."""
         if len(self.projected) == 1:
             return (jnp.stack([dq, dk, dv], axis=2),)
         return dq[:, :, None], jnp.stack([dk, dv], axis=2)
+
+
+def split(projected: Sequence[jax.Array]) -> list[jax.Array]:
+    """The N arrays [R, L, H * D] in each array [R, L, N, H * D]: queries, keys and values."""
+    return [x[:, :, n] for x in projected for n in range(x.shape[2])]
 
 
 def dot(a: jax.Array, b: jax.Array, axes=PLAIN) -> jax.Array:
@@ -91,12 +92,21 @@ def padded(x: jax.Array, sizes: dict[int, int], fill: int = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=fill)
 
 
-def sums_by_head(form: Form, y: jax.Array, dy: jax.Array) -> jax.Array:
+def heads_apart(form: Form, x_RxLxHD: jax.Array) -> jax.Array:
+    """[R, L, H * D] -> [R, L, H, D]."""
+    return x_RxLxHD.reshape(*x_RxLxHD.shape[:2], form.heads, form.width)
+
+
+def softmax_sums(y_RxLxHxD: jax.Array, dy_RxLxHxD: jax.Array) -> jax.Array:
     """What the gradient of a softmax subtracts: the sum over keys of weights times their gradients
     is the product of the result with its gradient (FlashAttention, arXiv 2205.14135, appendix B.4).
 
     Returns:
-        float32 [R, L_q, H].
+        float32 [R, L, H].
     """
-    product = y.astype(jnp.float32) * dy.astype(jnp.float32)
-    return product.reshape(*y.shape[:2], form.heads, form.width).sum(-1)
+    return jnp.sum(dy_RxLxHxD.astype(jnp.float32) * y_RxLxHxD.astype(jnp.float32), axis=-1)
+
+
+def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`einsum`, summed in float32."""
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)

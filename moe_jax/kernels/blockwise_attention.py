@@ -13,8 +13,11 @@ from moe_jax.kernels.attention_form import (
     MASKED,
     Form,
     Packed,
+    heads_apart,
     padded,
-    sums_by_head,
+    product,
+    softmax_sums,
+    split,
     weight_number,
 )
 from moe_jax.kernels.diagonals import from_diagonals, sum_diagonals
@@ -38,25 +41,25 @@ def forward(form: Form, packed: Packed) -> jax.Array:
 def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array):
     """Gradients by `packed.projected` and the bias."""
     rows = _Rows.of(form, packed)
-    sums_RxLqxH = sums_by_head(form, y, dy)
+    sums_RxLqxH = softmax_sums(heads_apart(form, y), heads_apart(form, dy))
 
     def one(sums, block_dy):
         (dk, dv, d_bias), (block, dy, own_sums) = sums, block_dy
         weights, seen, kept = _weights(form, rows, block)
-        d_weights = _dropped(_product("rqhd,rkhd->rhqk", dy, rows.v), kept, form.rate)
+        d_weights = _dropped(product("rqhd,rkhd->rhqk", dy, rows.v), kept, form.rate)
         dropped = _dropped(weights, kept, form.rate).astype(form.dtype)
-        dv += _product("rhqk,rqhd->rkhd", dropped, dy)
+        dv += product("rhqk,rqhd->rkhd", dropped, dy)
         mean = own_sums.swapaxes(1, 2)[..., None]
         d_scores = jnp.where(seen, weights * (d_weights - mean), 0.0)
         if d_bias is not None:
             d_window = _window(d_bias, block, form.keys) + sum_diagonals(d_scores.sum(0))
             d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, d_window, block.first, 1)
         d_products = (form.scale * d_scores).astype(form.dtype)
-        dk += _product("rhqk,rqhd->rkhd", d_products, block.q)
+        dk += product("rhqk,rqhd->rkhd", d_products, block.q)
         return (dk, dv, d_bias), jnp.einsum("rhqk,rkhd->rqhd", d_products, rows.k)
 
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (rows.k, rows.v, rows.bias))
-    blocks = (_blocks(rows), _cut(_heads(dy, form)), _cut(sums_RxLqxH))
+    blocks = (_blocks(rows), _cut(heads_apart(form, dy)), _cut(sums_RxLqxH))
     (dk, dv, d_bias), dq = jax.lax.scan(one, nothing, blocks)
     if d_bias is not None:
         d_bias = d_bias[:, : form.distances]
@@ -78,11 +81,7 @@ class _Rows(NamedTuple):
         bias = packed.bias_HxS
         if bias is not None:
             bias = padded(bias, {1: form.queries + BLOCK + form.keys})
-        return cls(*(_heads(x, form) for x in packed.split()), bias, packed)
-
-
-def _heads(x_RxLxHD: jax.Array, form: Form) -> jax.Array:
-    return x_RxLxHD.reshape(*x_RxLxHD.shape[:2], form.heads, form.width)
+        return cls(*(heads_apart(form, x) for x in split(packed.projected)), bias, packed)
 
 
 class _Block(NamedTuple):
@@ -119,7 +118,7 @@ def _joined(blocks: jax.Array, form: Form) -> jax.Array:
 def _weights(form: Form, rows: _Rows, block: _Block):
     """(softmax over keys before dropout, float32 [R, H, Q, K]; which keys are seen; which weights
     are kept, or None without dropout)."""
-    scores = _product("rqhd,rkhd->rhqk", block.q, rows.k) * form.scale
+    scores = product("rqhd,rkhd->rhqk", block.q, rows.k) * form.scale
     if rows.bias is not None:
         window = _window(rows.bias, block, form.keys)
         scores += from_diagonals(window, block.q.shape[1], form.keys)
@@ -147,7 +146,3 @@ def _window(bias_HxN: jax.Array, block: _Block, keys: int) -> jax.Array:
 
 def _dropped(x: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:
     return x if kept is None else jnp.where(kept, x / (1.0 - rate), 0.0)
-
-
-def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)

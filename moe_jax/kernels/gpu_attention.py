@@ -20,8 +20,9 @@ from moe_jax.kernels.attention_form import (
     Form,
     Packed,
     dot,
+    heads_apart,
     padded,
-    sums_by_head,
+    softmax_sums,
     weight_number,
 )
 from moe_jax.kernels.diagonals import sum_diagonals
@@ -57,7 +58,8 @@ def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array, *, interpr
     """Gradients by `packed.projected` and the bias."""
     x = _Arrays.of(form, packed)
     filled = {1: x.queries.shape[1]}
-    sums = padded(sums_by_head(form, y, dy), filled).swapaxes(1, 2)
+    sums = softmax_sums(heads_apart(form, y), heads_apart(form, dy))
+    sums = padded(sums, filled).swapaxes(1, 2)
     x = x._replace(dy=padded(dy, filled), sums=sums)
     # Products that several kernels compute count once.
     results = [x.queries, sums]

@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels.attention_form import MASKED, product, softmax_sums
+
 
 def softmax_attention(
     q_RxLqxHxD: jax.Array,
@@ -17,9 +19,8 @@ def softmax_attention(
     """`jax.nn.dot_product_attention`, with a faster gradient.
 
     The gradient of a softmax needs, for each query, the sum over keys of weights times their
-    gradients. It is also the product of the query's result with its gradient, a sum over D numbers
-    (FlashAttention, arXiv 2205.14135, appendix B.4). XLA's sum over keys took an eighth of a step
-    of short rows on CPU (`docs/performance.md`).
+    gradients. `softmax_sums` has it as a sum over D numbers; XLA's sum over keys took an eighth of
+    a step of short rows on CPU (`docs/performance.md`).
 
     Args:
         mask: bool, broadcastable to [R, H, L_q, L_k]; True means visible.
@@ -37,11 +38,11 @@ def _attend(scale, q, k, v, mask, bias):
 
 
 def _forward(scale, q, k, v, mask, bias):
-    scores = scale * _product("rqhd,rkhd->rhqk", q, k)
+    scores = scale * product("rqhd,rkhd->rhqk", q, k)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask, scores, MASKED)
     weights = jax.nn.softmax(scores)
     y = jnp.einsum("rhqk,rkhd->rqhd", weights.astype(v.dtype), v)
     return y, (q, k, v, mask, bias, weights, y)
@@ -49,8 +50,8 @@ def _forward(scale, q, k, v, mask, bias):
 
 def _backward(scale, kept, dy):
     q, k, v, mask, bias, weights, y = kept
-    sums_RxLqxH = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
-    d_weights = _product("rqhd,rkhd->rhqk", dy, v)
+    sums_RxLqxH = softmax_sums(y, dy)
+    d_weights = product("rqhd,rkhd->rhqk", dy, v)
     d_scores = weights * (d_weights - sums_RxLqxH.swapaxes(1, 2)[..., None])
     if mask is not None:  # a query that sees nothing has equal weights, but no gradient
         d_scores = jnp.where(mask, d_scores, 0.0)
@@ -62,10 +63,6 @@ def _backward(scale, kept, dy):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
 def _sum_to(x: jax.Array, like: jax.Array) -> jax.Array:

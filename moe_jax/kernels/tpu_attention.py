@@ -24,6 +24,7 @@ from moe_jax.kernels.attention_form import (
     Packed,
     dot,
     padded,
+    split,
     weight_number,
 )
 from moe_jax.kernels.dropout import is_kept
@@ -86,14 +87,16 @@ def takes(form: Form, biased: bool) -> bool:
 
 def forward(form: Form, packed: Packed, *, interpret: bool = False) -> jax.Array:
     """The result: [R, L_q, H * D]."""
-    (y,) = _call(form, _forward_kernel, packed, packed.split(), interpret)
+    (y,) = _call(form, _forward_kernel, packed, split(packed.projected), interpret)
     return y
 
 
 def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array, *, interpret: bool = False):
     """Gradients by `packed.projected` and the bias."""
     del y  # the softmax is computed again
-    dq, dk, dv, *d_bias = _call(form, _backward_kernel, packed, (*packed.split(), dy), interpret)
+    dq, dk, dv, *d_bias = _call(
+        form, _backward_kernel, packed, (*split(packed.projected), dy), interpret
+    )
     return packed.joined(dq, dk, dv), d_bias[0][:, 0, : form.distances] if d_bias else None
 
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.errors import UserError
 from moe_jax.kernels.attention import fused_attention
+from moe_jax.kernels.attention_form import MASKED, split
 from moe_jax.kernels.dropout import dropout
 from moe_jax.kernels.softmax_attention import softmax_attention
 
@@ -20,8 +21,7 @@ Projected = tuple[jax.Array, ...]
 
 def split_heads(projected: Projected, heads: int) -> list[jax.Array]:
     """Queries, keys and values, each [R, L, H, D]."""
-    parts = [x[:, :, n] for x in projected for n in range(x.shape[2])]
-    return [x.reshape(*x.shape[:2], heads, -1) for x in parts]
+    return [x.reshape(*x.shape[:2], heads, -1) for x in split(projected)]
 
 
 class Visible(NamedTuple):
@@ -80,7 +80,7 @@ def attend(
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask, scores, MASKED)
     probabilities = jax.nn.softmax(scores).astype(q_RxLqxHxD.dtype)
     probabilities = dropout(probabilities, dropout_rate, dropout_key)
     return jnp.einsum("rhqk,rkhd->rqhd", probabilities, v_RxLkxHxD)

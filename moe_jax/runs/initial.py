@@ -55,9 +55,9 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
         params["representations"] = table_TxK
         if not run.router_checkpoint_path:
             router = router_class(model.router_config.kind)
-            fresh = jax.tree.map(np.asarray, params["router"])
+            drawn = jax.tree.map(np.asarray, params["router"])
             # Hosts may round differently, and all must start alike.
             params["router"] = multihost_utils.broadcast_one_to_all(
-                router.fitted(fresh, table_TxK, run.seed)
+                router.fitted(drawn, table_TxK, run.seed)
             )
     return jax.device_put(params, sharding)

@@ -34,12 +34,7 @@ from moe_jax.runs.profiling import Steps, Trace
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer, schedule
-from moe_jax.training.step import (
-    abstract_state,
-    init_state,
-    make_train_step,
-    state_shardings,
-)
+from moe_jax.training.step import abstract_state, init_state, make_train_step
 
 LONG_S = 10.0  # a step that compiles for longer is said
 
@@ -85,11 +80,12 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         # ------------------------------------------------------------ state: own checkpoint first
         checkpoints = scope.enter_context(Checkpoints(model_dir, run.keep_checkpoints))
         start, rows, parts = 0, [], []
-        found = checkpoints.restore_latest(abstract_state(model, optimizer, mesh))
+        like = abstract_state(model, optimizer, mesh)
+        found = checkpoints.restore_latest(like)
         if found is None:
             if run.initial_checkpoint_path and lead:
                 check_vocabulary(run.initial_checkpoint_path, mixture)
-            sharding = state_shardings(model, optimizer, mesh)
+            sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
             begin = jax.jit(
                 lambda params: init_state(params, optimizer), out_shardings=sharding,
                 donate_argnums=0,

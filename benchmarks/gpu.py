@@ -9,8 +9,9 @@ soon as it is there, and no case begins after the time limit (150 s with --quick
 multiplications (three times those of the forward pass; attention and logits counted,
 recomputation and dropout not) amount to. `dense_to_torch_<model>` is time over time; PyTorch runs
 under bfloat16 autocast with `torch.compile` and SDPA. `routed_to_dense_E<n>` compares steps with
-8,192 tokens per group. The case `mixture` reads a prepared cache: make it with `python -m
-benchmarks.training --quick`, and copy its directory to the GPU machine.
+8,192 tokens per group. `fused_to_plain_error` is about 1 if fused attention is right (`agreement`).
+The case `mixture` reads a prepared cache: make it with `python -m benchmarks.training --quick`, and
+copy its directory to the GPU machine.
 
 Needs no network, and of the project's dependencies only jax, flax, optax, orbax, torch and
 transformers, and the small wheels absl-py, array-record, gin-config, grain, sentencepiece and
@@ -22,18 +23,23 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 # PyTorch needs memory beside JAX.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from benchmarks import decoding, gym, routing, training
 from benchmarks.common import Report, Training, build, parse, parser, random_batch, run
 from moe_jax.core.errors import UserError, say
 from moe_jax.model.config import ModelConfig
-from moe_jax.training.step import StepConfig
+from moe_jax.model.task_moe import init_params
+from moe_jax.training.grouped_loss import group_loss
+from moe_jax.training.step import PRNG, StepConfig
 
 # What layers keep for the backward pass is chosen for a GPU, as docs/performance.md says.
 FAST = {
@@ -163,6 +169,33 @@ def attention(report: Report, args: argparse.Namespace) -> None:
     report.ratio("fused_to_plain_attention", seconds["fused"] / seconds["plain"])
 
 
+def agreement(report: Report, args: argparse.Namespace) -> None:
+    """How far the gradient of a T5 with fused attention is from that with plain attention in
+    float32, as a share of its norm; and the same of plain attention in bfloat16. Rows hold several
+    examples and padding, attention weights are dropped."""
+    size, length = ("tiny", 32) if args.scale == "tiny" else ("small", 512)
+    batch: dict[str, Any] = random_batch(build(size, 1), 1, 4, (length, length))
+    batch = {name: x[0] for name, x in batch.items()}
+    for side in ("input", "target"):  # three examples, and what is left is padding
+        batch[f"{side}_segments"] = (batch[f"{side}_positions"] * 4 // length + 1) % 4
+
+    def gradient(dtype: str, attention: str):
+        settings = {"attention": attention, "dtype": dtype, "attention_dropout_rate": 0.1}
+        model = build(size, 1, architecture="t5", **settings)
+        params = nn.meta.unbox(init_params(model, jax.random.key(0, impl=PRNG)))["backbone"]
+        loss = partial(group_loss, model, dispatch=None, key=jax.random.key(1, impl=PRNG))
+        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            return jax.jit(jax.grad(lambda params: loss(params, group=batch)))(params)
+
+    exact = gradient("float32", "plain")
+    far = {}
+    for attention in ("plain", "fused"):
+        error = jax.tree.map(jnp.subtract, gradient("bfloat16", attention), exact)
+        far[attention] = float(optax.global_norm(error) / optax.global_norm(exact))
+        report.fact(f"gradient in bfloat16, attention {attention}", error=far[attention])
+    report.ratio("fused_to_plain_error", far["fused"] / far["plain"])
+
+
 def fits(report: Report, args: argparse.Namespace) -> None:
     """The largest powers of two of rows that fit into memory."""
     size, limit = ("tiny", 2) if args.scale == "tiny" else ("bart_large", 256)
@@ -204,6 +237,7 @@ CASES: dict[str, Callable[[Report, argparse.Namespace], object]] = {
     "routed_e3": routed(3),
     "to_torch": to_torch,
     "routed_e24": routed(24),
+    "agreement": agreement,
     "attention": attention,
     "fits": fits,
     "decoding": generation,

@@ -19,7 +19,7 @@ RATIOS = {
     },
     "gpu": {
         "mfu_bart_base", "mfu_bart_large", "routed_to_dense_E3", "routed_to_dense_E24",
-        "fused_to_plain_attention", "side_by_side_to_loop_tiny",
+        "fused_to_plain_attention", "fused_to_plain_error", "side_by_side_to_loop_tiny",
     },
     "groups": {"side_by_side_to_loop_D32_T88_G2"},
     "memory": {"memory_E3_to_dense"},

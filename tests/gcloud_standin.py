@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ON_THE_WAY = ("WAITING_FOR_RESOURCES", "PROVISIONING")  # one look each
@@ -52,13 +53,16 @@ class Cloud:
             home.mkdir(parents=True)
 
     def take_away(self, name: str) -> None:
-        """Kills what runs on the hosts, without notice, and removes their files."""
+        """Kills what runs on the hosts, without notice. All files of a host are gone at once: a
+        command there never finds a part of them."""
         for home in self.homes(name):
-            group = home / "moe_jax" / "job" / "group"
-            if group.exists():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(int(group.read_text()), signal.SIGKILL)
-            shutil.rmtree(home, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=self.directory) as gone:
+                with contextlib.suppress(FileNotFoundError):
+                    home.rename(Path(gone) / home.name)
+                while pids := processes_in(Path(gone)):  # which start more until they are gone
+                    for pid in pids:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
 
     def preempt(self, name: str) -> None:
         self.set_state(name, "SUSPENDED")
@@ -90,6 +94,16 @@ class Cloud:
     def calls(self) -> list[list[str]]:
         lines = (self.directory / "calls.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
+
+
+def processes_in(directory: Path) -> list[int]:
+    """The processes whose working directory is there."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if Path(os.readlink(link)).is_relative_to(directory):
+                found.append(int(link.parent.name))
+    return found
 
 
 def refuse(action: str, message: str) -> int:

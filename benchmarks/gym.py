@@ -10,6 +10,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data.cache import PreparedMixture, digest, read_mixture
 from moe_jax.data.prepared import ensure_prepared
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
 MIXTURE = "crossfit_train"
@@ -47,11 +48,12 @@ def mixture(crossfit_dir: str, cache_dir: str, vocabulary_size: int) -> Prepared
     tokenizer = cache / f"tokenizer-{digest(str(directory.resolve()))}"
     if not (tokenizer / "config.json").exists():
         _train(directory, tokenizer, vocabulary_size)
-    return ensure_prepared(
-        cache, MIXTURE, ("moe_jax.builtin_tasks.crossfit",),
+    request = Request.make(
+        MIXTURE, "moe_jax.builtin_tasks.crossfit",
         VocabularyConfig(kind="tokenizers", path=str(tokenizer)), ("train",),
         {"CROSSFIT_DIR": str(directory.resolve())},
-    )[MIXTURE]  # fmt: skip
+    )  # fmt: skip
+    return ensure_prepared(cache, request)[MIXTURE]
 
 
 def _train(directory: Path, out: Path, size: int) -> None:

@@ -15,6 +15,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.data import modules, registry, vocabulary
 from moe_jax.data.modules import give, load_module, may_call, named_in, resolve
 from moe_jax.data.prepared import ensure_prepared
+from moe_jax.data.request import Request
 from moe_jax.data.sources import mentioned
 
 # A module of tasks, and what it imports, as they lie in a user's directory.
@@ -169,7 +170,7 @@ def test_nothing_is_prepared_by_modules_that_were_not_given(project, change):
     give([TASKS])
     settings = {"task_modules": [TASKS], "vocabulary": VOCABULARY} | change
     with pytest.raises(UserError, match=r"names the \w+ .*stranger\.py.*: if you trust"):
-        ensure_prepared(project / "cache", NAMES[0], **settings)
+        ensure_prepared(project / "cache", Request.make(NAMES[0], **settings))
     assert not (project / "cache" / "tasks").exists()
 
 

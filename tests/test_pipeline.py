@@ -195,10 +195,10 @@ def test_processes_share_the_batches_of_one(train):
 def test_no_tensorflow_in_a_process_that_reads_a_prepared_cache():
     script = """
         import sys
-        from toy import NAMES, TASKS, VOCABULARY
+        from toy import REQUEST
         from moe_jax.data.pipeline import eval_batches, train_batches
         from moe_jax.data.prepared import ensure_prepared
-        train = ensure_prepared(CACHE, NAMES, TASKS, VOCABULARY)["toy_train"]
+        train = ensure_prepared(CACHE, REQUEST)["toy_train"]
         lengths = {"inputs": 48, "targets": 24}
         next(iter(train_batches(train, lengths=lengths, groups=2, rows=2)))
         next(eval_batches(train, "toy_sum", "test", lengths=lengths, rows=2))

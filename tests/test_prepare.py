@@ -71,7 +71,8 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
         (tmp_path / f"{name}.tsv").write_text(f"1{name}\tone\n2{name}\ttwo\n")
     cache_dir = tmp_path / "cache"
     monkeypatch.chdir(tmp_path)
-    get = functools.partial(ensure_prepared, cache_dir, "own", "own_tasks.py", BYTES)
+    request = Request.make("own", "own_tasks.py", BYTES)
+    get = functools.partial(ensure_prepared, cache_dir, request)
 
     # Killed in the second task: the first is complete, the second absent.
     (tmp_path / "kill").touch()
@@ -109,7 +110,6 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
 
     # Code or a declared variable changed: stale. Deleted sources do not matter, because a cache may
     # be copied without them.
-    request = Request.make("own", "own_tasks.py", BYTES)
     assert cache.find(cache_dir, request, "own") is not None
     monkeypatch.setenv("OWN_PREFIX", "x")
     assert cache.find(cache_dir, request, "own") is None
@@ -122,7 +122,7 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
 
 
 def test_what_is_damaged_is_prepared_again(tmp_path, children, capsys):
-    get = functools.partial(ensure_prepared, tmp_path, "toy_unseen", TASKS, BYTES)
+    get = functools.partial(ensure_prepared, tmp_path, Request.make("toy_unseen", TASKS, BYTES))
     whole = get()["toy_unseen"]
     task = whole.tasks[0]
     for path in (task.directory / "train.lengths.npy", whole.vocabulary_dir / "vocabulary.json"):
@@ -137,10 +137,10 @@ def test_what_is_damaged_is_prepared_again(tmp_path, children, capsys):
 
 
 def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
-    actual = []
+    actual, request = [], Request.make("toy_unseen", TASKS, BYTES)
 
     def get():
-        actual.append(ensure_prepared(tmp_path, "toy_unseen", TASKS, BYTES)["toy_unseen"])
+        actual.append(ensure_prepared(tmp_path, request)["toy_unseen"])
 
     threads = [threading.Thread(target=get) for _ in range(3)]
     for thread in threads:
@@ -152,7 +152,7 @@ def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
 
 def test_a_mistake_in_the_child_is_one_line_here(tmp_path, capfd):
     with pytest.raises(UserError, match=r"'toy_trian'.*did you mean 'toy_train'"):
-        ensure_prepared(tmp_path, "toy_trian", TASKS, BYTES)
+        ensure_prepared(tmp_path, Request.make("toy_trian", TASKS, BYTES))
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -14,6 +14,7 @@ from toy_run import ROOT, finish, flags_of, start
 from moe_jax.builtin_tasks import pretraining_data as data
 from moe_jax.core.errors import UserError
 from moe_jax.data.prepared import ensure_prepared
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 
 MODULE = "moe_jax.builtin_tasks.pretraining"
@@ -87,7 +88,8 @@ def prepared(root, tmp_path_factory):
     environment = {data.DATA_DIR: str(root), data.COPIES: "2"}
     more = {"environment": environment, "lengths": {"inputs": 64, "targets": 40}}
     names = ["pretraining_infilling", "pretraining_spans"]
-    return ensure_prepared(cache, names, MODULE, VocabularyConfig("bytes", extra_ids=9), **more)
+    request = Request.make(names, MODULE, VocabularyConfig("bytes", extra_ids=9), **more)
+    return ensure_prepared(cache, request)
 
 
 def test_pieces_fit_into_rows_and_restore_the_text(root, prepared):
@@ -128,11 +130,12 @@ def test_pieces_fit_into_rows_and_restore_the_text(root, prepared):
 
 
 def test_a_vocabulary_without_sentinels_is_named(root, tmp_path):
+    request = Request.make(
+        "pretraining_infilling", MODULE, VocabularyConfig("bytes"),
+        environment={data.DATA_DIR: str(root)}, lengths={"inputs": 64, "targets": 40},
+    )  # fmt: skip
     with pytest.raises(UserError, match=r"a vocabulary with 1 sentinels: --gin.*extra_ids=1"):
-        ensure_prepared(
-            tmp_path, "pretraining_infilling", MODULE, VocabularyConfig("bytes"),
-            environment={data.DATA_DIR: str(root)}, lengths={"inputs": 64, "targets": 40},
-        )  # fmt: skip
+        ensure_prepared(tmp_path, request)
 
 
 def test_an_unset_directory_is_named():

@@ -18,6 +18,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.files import to_json
 from moe_jax.data.calls import call_metric
 from moe_jax.data.prepared import ensure_prepared
+from moe_jax.data.request import Request
 from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.evaluation.functions import try_functions
 
@@ -159,9 +160,8 @@ def module(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(module):
     names = [*GOOD, *BAD, *BAD_LATER, "s_good"]
-    return ensure_prepared(
-        module.parent / "cache", names, str(module), VocabularyConfig(kind="bytes")
-    )
+    request = Request.make(names, str(module), VocabularyConfig(kind="bytes"))
+    return ensure_prepared(module.parent / "cache", request)
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -16,6 +16,7 @@ from moe_jax.data.vocabulary import VocabularyConfig
 TASKS = str(Path(__file__).with_name("toy_tasks.py"))
 VOCABULARY = VocabularyConfig(size=400)
 NAMES = ("toy_train", "toy_unseen")
+REQUEST = Request.make(NAMES, TASKS, VOCABULARY)
 
 
 def prepare(cache_dir: str | Path, *what: Any, **more: Any) -> dict[str, PreparedMixture]:
@@ -33,10 +34,10 @@ def toy_cache() -> Path:
     """Directory of a cache that holds both mixtures."""
     directory = tempfile.mkdtemp(prefix="toy_cache_")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    ensure_prepared(directory, NAMES, TASKS, VOCABULARY)
+    ensure_prepared(directory, REQUEST)
     return Path(directory)
 
 
 def toy_mixtures(cache_dir: Path | None = None) -> tuple[PreparedMixture, PreparedMixture]:
     """`toy_train` and `toy_unseen`; from `cache_dir` if another process has prepared them."""
-    return tuple(ensure_prepared(cache_dir or toy_cache(), NAMES, TASKS, VOCABULARY).values())
+    return tuple(ensure_prepared(cache_dir or toy_cache(), REQUEST).values())

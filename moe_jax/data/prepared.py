@@ -3,7 +3,6 @@
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_jax.core import files, processes
@@ -11,32 +10,16 @@ from moe_jax.core.errors import UserError
 from moe_jax.data import cache, mirror, modules
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.request import Request
-from moe_jax.data.vocabulary import VocabularyConfig
 
 
-def ensure_prepared(
-    cache_dir: str | os.PathLike,
-    names: str | Sequence[str],
-    task_modules: str | Sequence[str],
-    vocabulary: VocabularyConfig,
-    splits: Sequence[str] | None = None,
-    environment: Mapping[str, str] | None = None,
-    lengths: Mapping[str, int] | None = None,
-) -> dict[str, PreparedMixture]:
+def ensure_prepared(cache_dir: str | os.PathLike, request: Request) -> dict[str, PreparedMixture]:
     """Looks mixtures up in the cache; prepares what is missing or stale in one child process.
 
     Args:
         cache_dir: directory of the cache; created if needed. Processes may share it.
-        names: mixtures or tasks. A SentencePiece vocabulary with neither `path` nor `trained_on` is
-            trained on the first one.
-        task_modules: modules that register them: dotted names or .py files.
-        vocabulary: how to tokenise.
-        splits: only these splits; None for all that each task has.
-        environment: variables to set before the task modules are imported.
-        lengths: what preprocessors get as `sequence_length`.
 
     Returns:
-        name -> mixture, in the order of `names`.
+        name -> mixture, in the order of `request.names`.
 
     Raises:
         UserError: unknown mixture (with the nearest names), unknown or empty split, a metric or
@@ -44,7 +27,6 @@ def ensure_prepared(
             unreadable source, no space or permission to write, a child process that died, a module
             that may not be imported (see `modules.give`).
     """
-    request = Request.make(names, task_modules, vocabulary, splits, environment, lengths)
     found = look_up(cache_dir, request)
     if None in found.values():
         with processes.lock(cache_dir, wait=True) as lock:

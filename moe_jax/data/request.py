@@ -44,7 +44,11 @@ class Request:
         environment: Mapping[str, str] | None = None,
         lengths: Mapping[str, int] | None = None,
     ) -> "Request":
-        """Makes a request with absolute paths and the vocabulary's training mixture filled in."""
+        """Makes a request with absolute paths and the vocabulary's training mixture filled in.
+
+        A SentencePiece vocabulary with neither `path` nor `trained_on` is trained on the first of
+        `names`.
+        """
         names = (names,) if isinstance(names, str) else tuple(names)
         modules = (task_modules,) if isinstance(task_modules, str) else task_modules
         if vocabulary.path:

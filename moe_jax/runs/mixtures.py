@@ -26,16 +26,19 @@ def prepare_mixtures(
     if data.mixture_or_task_name is None:
         raise UserError("MIXTURE_OR_TASK_NAME is not set: give --gin.MIXTURE_OR_TASK_NAME=...")
     names = list(dict.fromkeys([data.mixture_or_task_name, *others]))
-    more = {"environment": data.environment, "lengths": data.lengths}
-    config, own = data.vocabulary, None if run is None else run_vocabulary(run)
+    request = Request.make(
+        names, data.task_modules, data.vocabulary, environment=data.environment,
+        lengths=data.lengths,
+    )  # fmt: skip
+    own = None if run is None else run_vocabulary(run)
     if own is not None:
-        request = Request.make(names, data.task_modules, config, **more)
         found = look_up(data.cache_dir, request, quiet=True)
         wanted = _fingerprint(own)
         if all(m is not None and _fingerprint(m.vocabulary_dir) == wanted for m in found.values()):
             return found
-        config = _config_of(own) or config
-    return ensure_prepared(data.cache_dir, names, data.task_modules, config, **more)
+        config = _config_of(own) or request.vocabulary
+        request = dataclasses.replace(request, vocabulary=config)
+    return ensure_prepared(data.cache_dir, request)
 
 
 def trained_mixture(model_dir: str, data: DataConfig) -> PreparedMixture:

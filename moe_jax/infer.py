@@ -184,8 +184,7 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
         for numbered in _batches(lines, rows):
             texts = [text for _, text in numbered]
             filled = [*texts, *[""] * (rows - len(texts))]
-            encoded = encode_inputs(vocabulary, filled, data.lengths["inputs"])
-            arrays = {name: array[0] for name, array in encoded.items()}
+            arrays = encode_inputs(vocabulary, filled, data.lengths["inputs"])
             arrays["input_segments"][len(texts) :] = 0
             if resemblance is not None:
                 table, row_R = resemblance.of_rows(arrays), np.arange(rows)

@@ -51,9 +51,9 @@ def test_losses_are_those_of_a_router_that_cannot_choose_the_expert(selection, c
     table = np.asarray(params["representations"]).reshape(tasks, layers, experts)
     for name in mixture.names[:2]:
         batches = [
-            batch
+            {key: array[None] for key, array in batch.items()} | {"task_id": np.int32([ids[name]])}
             for batch, _ in eval_batches(
-                mixture, name, "validation", lengths=LENGTHS, rows=4, limit=6, task_id=ids[name]
+                mixture, name, "validation", lengths=LENGTHS, rows=4, limit=6
             )
         ]
 

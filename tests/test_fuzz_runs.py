@@ -242,7 +242,7 @@ def test_lines_of_infer(count, tmp_path):
         texts = [text for _, text in found][:50] or [""]
         for vocabulary in vocabularies:
             arrays = encode_inputs(vocabulary, texts, 16)
-            assert {a.shape for a in arrays.values()} == {(1, len(texts), 16)}
+            assert {a.shape for a in arrays.values()} == {(len(texts), 16)}
             assert arrays["inputs"].min() >= 0 and arrays["inputs"].max() < vocabulary.size
             assert (arrays["inputs"] == vocabulary.eos_id).any(-1).all()
         text = rng.choice(texts)

@@ -280,7 +280,7 @@ def test_batches_are_what_transformers_trains_on(own):
     np.testing.assert_array_equal(batch["decoder_inputs"][0, : 2 * n], start * 2)
     np.testing.assert_array_equal(batch["decoder_inputs"][0, 2 * n :], own.pad_id)
     np.testing.assert_array_equal(batch["inputs"][1], own.pad_id)
-    encoded = packing.encode_inputs(own, ["The red cat"], 64)["inputs"][0, 0]
+    encoded = packing.encode_inputs(own, ["The red cat"], 64)["inputs"][0]
     np.testing.assert_array_equal(encoded[: len(inputs)], inputs)
     np.testing.assert_array_equal(encoded[len(inputs) :], own.pad_id)
 

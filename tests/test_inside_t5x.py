@@ -107,7 +107,7 @@ def test_rows_are_laid_out_as_in_moe_jax(model):
         rows = converted(model, name)
         batch, _ = next(eval_batches(mixture, name, "test", lengths=LENGTHS, rows=len(rows)))
         for theirs, ours in FEATURES.items():
-            assert np.array_equal([row[theirs] for row in rows], batch[ours][0]), theirs
+            assert np.array_equal([row[theirs] for row in rows], batch[ours]), theirs
         assert {row[TASK_ID].item() for row in rows} == {task_id}
     everything = [
         len(example.inputs)

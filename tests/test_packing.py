@@ -171,9 +171,9 @@ def test_encode_inputs():
     batch = packing.encode_inputs(VOCABULARY, ["ab", "abcdefgh"], 5)
     a = ord("a") + 3
     want = [[a, a + 1, 1, 0, 0], [a, a + 1, a + 2, a + 3, 1]]
-    assert batch["inputs"].tolist() == [want]
-    assert batch["input_segments"].tolist() == [[[1, 1, 1, 0, 0], [1] * 5]]
-    assert batch["input_positions"].tolist() == [[[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]]
+    assert batch["inputs"].tolist() == want
+    assert batch["input_segments"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert batch["input_positions"].tolist() == [[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]
 
 
 def test_padding_share():

@@ -313,19 +313,16 @@ def test_packing_saves_padding(train):
 def test_evaluation_reads_a_split_once_in_order(train):
     records = train.task("toy_sum").records("test")
     seen = []
-    for batch, examples in eval_batches(
-        train, "toy_sum", "test", lengths=LENGTHS, rows=8, task_id=4
-    ):
-        assert all(batch[k].shape == (1, 8, 48) for k in KEYS_IN)
-        assert all(batch[k].shape == (1, 8, 24) for k in KEYS_OUT)
-        assert batch["task_id"].tolist() == [4]
+    for batch, examples in eval_batches(train, "toy_sum", "test", lengths=LENGTHS, rows=8):
+        assert all(batch[k].shape == (8, 48) for k in KEYS_IN)
+        assert all(batch[k].shape == (8, 24) for k in KEYS_OUT)
         for row, (index, example) in enumerate(examples):
             assert example.references == records[index].references
-            ids = batch["inputs"][0, row]
+            ids = batch["inputs"][row]
             assert train.vocabulary.decode(ids) == records[index].inputs_text
             seen.append(index)
-        assert (batch["input_segments"][0, len(examples) :] == 0).all()
-        assert (batch["target_segments"][0, len(examples) :] == 0).all()
+        assert (batch["input_segments"][len(examples) :] == 0).all()
+        assert (batch["target_segments"][len(examples) :] == 0).all()
     assert seen == list(range(20)) and len(examples) == 4
 
 

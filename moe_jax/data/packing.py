@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.batch import Batch
+from moe_jax.data.batch import INPUTS, Batch
 from moe_jax.data.example import Example
 from moe_jax.data.vocabulary import Vocabulary
 
@@ -243,7 +243,7 @@ def _lay_out(
 
 
 def encode_inputs(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> Batch:
-    """Encodes texts: `inputs`, `input_segments`, `input_positions`, each int32 [1, n, length].
+    """Encodes texts: `inputs`, `input_segments`, `input_positions`, each int32 [n, length].
 
     One text per row, truncated with EOS kept, as in training.
     """
@@ -251,8 +251,7 @@ def encode_inputs(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> 
     rows = [[np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)] for text in texts]
     rows = [[truncate(row[0], length, vocabulary.eos_id)] for row in rows]
     arrays = _lay_out(rows, length, vocabulary.pad_id)
-    names = ("inputs", "input_segments", "input_positions")
-    return {name: array[None] for name, array in zip(names, arrays, strict=True)}
+    return dict(zip(INPUTS, arrays, strict=True))
 
 
 def padding_share(batch: Mapping[str, Any]) -> dict[str, Any]:

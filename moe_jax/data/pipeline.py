@@ -9,7 +9,6 @@ together read the same batches as one.
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -279,7 +278,6 @@ def eval_batches(
     lengths: Mapping[str, int],
     rows: int,
     limit: int | None = None,
-    task_id: int = 0,
 ) -> Iterator[tuple[Batch, list[tuple[int, Example]]]]:
     """One pass over a split in order, one example per row.
 
@@ -289,11 +287,10 @@ def eval_batches(
         rows: R; the last batch is filled up with empty rows (all segments 0).
         limit: at most this many questions (see `PreparedTask.questions`), evenly spaced over the
             split.
-        task_id: written into the batch.
 
     Yields:
-        (batch, examples): int32 arrays [1, R, L] and task_id [1] as in `train_batches`; and for
-        each row that is not empty its index in the split and the example, untruncated.
+        (batch, examples): arrays [R, L] as `packing.build` makes them; and for each row that is not
+        empty its index in the split and the example, untruncated.
 
     Raises:
         UserError: unknown task or split, a damaged cache, rows or limit below 1.
@@ -306,9 +303,7 @@ def eval_batches(
         part = indices[start : start + rows]
         examples = records.take(part)
         padded = [[example] for example in examples] + [[]] * (rows - len(examples))
-        arrays: dict[str, Any] = packing.build(padded, lengths, mixture.vocabulary)
-        batch = {name: array[None] for name, array in arrays.items()}
-        batch["task_id"] = np.array([task_id], np.int32)
+        batch = packing.build(padded, lengths, mixture.vocabulary)
         yield batch, list(zip(part, examples, strict=True))
 
 

@@ -97,10 +97,9 @@ def disabling(
         for batch, examples in eval_batches(
             mixture, name, split, lengths=evaluator.lengths, rows=evaluator.rows, limit=limit
         ):
-            rows = {key: array[0] for key, array in batch.items() if key != "task_id"}
             count += len(examples)
             for u in range(len(distinct_UxNxE)):
-                sum_R, tokens_R = evaluator.log_likelihoods(params, distinct_UxNxE, u, rows)
+                sum_R, tokens_R = evaluator.log_likelihoods(params, distinct_UxNxE, u, batch)
                 sums_U[u] += sum_R.sum(dtype=np.float64)
             tokens += int(tokens_R.sum())
         loss, *without = (-sums_U[where_M] / max(1, tokens)).tolist()

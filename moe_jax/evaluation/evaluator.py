@@ -305,12 +305,11 @@ def length_bucket(length: int, longest: int) -> int:
 def _by_length(
     batches: Iterable[tuple[Batch, list]], rows: int, window: int = 64
 ) -> Iterator[tuple[Batch, list]]:
-    """Batches [R, L] of examples of similar length, sorted within `window` batches [1, R, L]."""
+    """Batches [R, L] of examples of similar length, sorted within `window` batches."""
     batches = iter(batches)
     while taken := list(islice(batches, window)):
         examples = [example for _, of_batch in taken for example in of_batch]
-        names = (*INPUTS, *TARGETS)
-        arrays = {name: np.concatenate([batch[name][0] for batch, _ in taken]) for name in names}
+        arrays = {k: np.concatenate([batch[k] for batch, _ in taken]) for k in taken[0][0]}
         order = np.argsort(np.count_nonzero(arrays["input_segments"], 1), kind="stable")
         # Empty rows come last and fill up the last batch.
         order = np.concatenate([order[-len(examples) :], order[: -len(examples)]])

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe_jax.data.batch import INPUTS, TARGETS
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.evaluation.evaluator import Evaluator
@@ -39,16 +38,15 @@ def inferences(
     filled, score = evaluator.by_number(params, routes_TxNxE, task_id)
     batches = eval_batches(mixture, task, split, lengths=evaluator.lengths, rows=evaluator.rows)
     for batch, examples in batches:
-        arrays = {name: batch[name][0] for name in (*INPUTS, *TARGETS)}
         numbers = [index for index, _ in examples]
         answers: dict[int, dict[str, Any]] = {index: {} for index in numbers}
         if mode == "score":
-            sums_R, _ = score(arrays, numbers)
+            sums_R, _ = score(batch, numbers)
             for answer, total in zip(answers.values(), sums_R, strict=False):
                 answer["score"] = float(total)
         else:
             rows_R, numbers_R = filled(numbers)
-            texts = evaluator.predict(params, routes_TxNxE, rows_R, arrays, numbers_R)
+            texts = evaluator.predict(params, routes_TxNxE, rows_R, batch, numbers_R)
             for answer, text in zip(answers.values(), texts, strict=False):
                 answer["prediction"] = text
         if mode == "predict_with_aux":

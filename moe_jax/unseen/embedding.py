@@ -228,11 +228,10 @@ def _over_devices(
 
 
 def _cut(batch: Batch) -> Batch:
-    """[1, R, L] -> [R, L], inputs no longer than the bucket that holds them."""
+    """The batch [R, L], inputs no longer than the bucket that holds them."""
     longest = int(np.count_nonzero(batch["input_segments"], -1).max())
     bucket = length_bucket(longest, batch["inputs"].shape[-1])
-    cut = {name: batch[name][0, :, :bucket] for name in INPUTS}
-    return cut | {name: batch[name][0] for name in TARGETS}
+    return batch | {name: batch[name][:, :bucket] for name in INPUTS}
 
 
 def _split(batch: Batch, groups: int) -> Batch:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.data.batch import INPUTS, of_rows
+from moe_jax.data.batch import INPUTS
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.example import Example
 from moe_jax.data.pipeline import eval_batches, example_order
@@ -63,12 +63,12 @@ class FewShotData:
             self.mixture, task, split, lengths=self._lengths, rows=max(1, rows), limit=limit
         )
         # More than one where a question has several examples.
-        found, parts = zip(*((of_rows(batch), part) for batch, part in batches), strict=True)
+        found, parts = zip(*batches, strict=True)
         examples = [example for part in parts for example in part]
         width, target_width = self.widths[task]
         arrays = {}
         for name in found[0]:
-            array_nxL = np.concatenate([batch[name][0] for batch in found])[: len(examples)]
+            array_nxL = np.concatenate([batch[name] for batch in found])[: len(examples)]
             arrays[name] = array_nxL[:, : width if name in INPUTS else target_width]
         return arrays, examples
 

@@ -84,7 +84,7 @@ def test_every_field(cls, field):
             continue  # of elements: below
         if isinstance(rule, Known):
             refused(cls, field, "no such name")
-            for name in rule.choices:
+            for name in rule.names:
                 accepted(cls, field, name)
         elif kind in (int, float):
             check_range(cls, field, kind, rule, lambda v: v)

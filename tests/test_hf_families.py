@@ -13,8 +13,8 @@ from moe_jax.interop import hf_families
 from moe_jax.interop.hf_config import read_config, write_config
 from moe_jax.interop.hf_read import from_hf
 from moe_jax.interop.hf_write import to_hf
-from moe_jax.model import family
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.family import FAMILIES
 
 DATA = Path(__file__).with_name("data") / "hf"
 SIZES = {"vocabulary_size": 272, "d_model": 8, "d_ff": 12, "heads": 2}
@@ -23,9 +23,9 @@ SIZES = {"vocabulary_size": 272, "d_model": 8, "d_ff": 12, "heads": 2}
 @pytest.fixture
 def silu(monkeypatch):
     """A T5 with SwiGLU: its family record and its Hugging Face record."""
-    for module in (family, hf_families):
-        monkeypatch.setattr(module, "_FAMILIES", dict(module._FAMILIES))
-    family.register(dataclasses.replace(family.family_of("t5"), name="t5_silu", activation="silu"))
+    t5 = dataclasses.replace(FAMILIES["t5"], name="t5_silu", activation="silu")
+    monkeypatch.setitem(FAMILIES, "t5_silu", t5)
+    monkeypatch.setattr(hf_families, "_FAMILIES", dict(hf_families._FAMILIES))
     plain = hf_families.of_architecture("t5")
     hf_families.register(
         dataclasses.replace(
@@ -101,8 +101,7 @@ def test_models_that_transformers_lacks_are_refused(settings, message):
 
 
 def test_a_family_without_a_record_is_named(monkeypatch):
-    monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
-    family.register(dataclasses.replace(family.family_of("t5"), name="t6"))
+    monkeypatch.setitem(FAMILIES, "t6", dataclasses.replace(FAMILIES["t5"], name="t6"))
     with pytest.raises(UserError, match=r"architecture 't6'; it has bart, .*did you mean 't5'"):
         write_config(ModelConfig(architecture="t6", **SIZES), read_tokenizers(DATA / "t5"))
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from moe_jax.core import paths
@@ -88,23 +88,18 @@ class Place(Text):
         return f"{super().__str__()}, a path of this machine{bucket}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Known:
-    """One of the names that `names` returns when it is asked: of what is registered by then."""
+    """One of the keys of a registry, to which more may be added."""
 
-    names: Callable[[], Iterable[str]]
+    names: Mapping[str, Any]
 
     def allows(self, value: str) -> bool:
         """Whether there is such a name."""
-        return value in self.choices
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """All names."""
-        return tuple(self.names())
+        return value in self.names
 
     def __str__(self) -> str:
-        return f"one of {', '.join(self.choices)}"
+        return f"one of {', '.join(self.names)}"
 
 
 # What several fields are.
@@ -222,7 +217,7 @@ def _choices(hint: Any) -> list[str]:
     if kind is Literal:
         return [str(arg) for arg in args]
     inner = [arg for arg in args if arg is not Ellipsis]
-    own = list(rule.choices) if isinstance(rule, Known) else []
+    own = list(rule.names) if isinstance(rule, Known) else []
     return own + [choice for arg in inner for choice in _choices(arg)]
 
 

@@ -66,7 +66,7 @@ class ExperimentConfig(Configuration, called="experiment"):
     stage2: Setting = ""
     finetune: Setting = ""
     unseen: Setting = ""
-    arms: Annotated[Sequence[Annotated[str, Known(lambda: ARMS)]], Size(1, 100)] = (
+    arms: Annotated[Sequence[Annotated[str, Known(ARMS)]], Size(1, 100)] = (
         DIRECT,
         DENSE,
         ROUTED,

@@ -14,9 +14,9 @@ from moe_jax.core.configuration import (
     Temperature,
 )
 from moe_jax.core.errors import UserError
-from moe_jax.model.family import Family, families, family_of
-from moe_jax.model.router import router_class, routers
-from moe_jax.model.selection import selection_of, selections
+from moe_jax.model.family import FAMILIES, Family
+from moe_jax.model.router import ROUTERS
+from moe_jax.model.selection import SELECTIONS
 
 Width = Annotated[int, Range(1, 2**18)]
 Dropout = Annotated[float, Range(0, 1, below=True)]
@@ -66,7 +66,7 @@ class ModelConfig(Configuration):
             no product of weights is repeated); `inputs` (of whole layers).
     """
 
-    architecture: Annotated[str, Known(families)] = "bart"
+    architecture: Annotated[str, Known(FAMILIES)] = "bart"
     vocabulary_size: Annotated[int, Range(0, INT32)] = 0
     d_model: Width = 768
     d_ff: Width = 3072
@@ -128,7 +128,7 @@ class ModelConfig(Configuration):
     @property
     def family(self) -> Family:
         """How the layers compute."""
-        return family_of(self.architecture)
+        return FAMILIES[self.architecture]
 
     def check_lengths(self, **lengths: int) -> None:
         """Raises a UserError naming a length beyond the positions that the model has learned.
@@ -193,10 +193,10 @@ class RouterConfig(Configuration):
         seed: seed of routes that are random per task.
     """
 
-    kind: Annotated[str, Known(routers)] = "linear"
+    kind: Annotated[str, Known(ROUTERS)] = "linear"
     hidden_dim: Annotated[int, Range(1, 2**16)] = 128
     representation_dim: Annotated[int, Range(1, 2**20)] = 128
-    selection: Annotated[str, Known(selections)] = "softmax"
+    selection: Annotated[str, Known(SELECTIONS)] = "softmax"
     experts_per_layer: Annotated[int, Range(0, 4096)] = 0
     temperature: Temperature = 1.0
     temperature_schedule: Literal["exponential", "linear", "constant"] = "exponential"
@@ -208,7 +208,7 @@ class RouterConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        selection = selection_of(self.selection)
+        selection = SELECTIONS[self.selection]
         if self.experts_per_layer and not selection.gathers:
             raise UserError(
                 f"RouterConfig.selection '{self.selection}' uses every expert; experts_per_layer "
@@ -230,4 +230,4 @@ class RouterConfig(Configuration):
                 "RouterConfig.exploration_route 'uniform' uses every expert, but "
                 f"experts_per_layer is {self.experts_per_layer}; take 'one_hot'"
             )
-        router_class(self.kind).check(self)
+        ROUTERS[self.kind].check(self)

@@ -45,23 +45,13 @@ class Family:
     scale_tied_logits: bool
 
 
-_FAMILIES: dict[str, Family] = {}
+FAMILIES: dict[str, Family] = {}  # by name
 
 
 def register(family: Family) -> Family:
     """Registers a family by its name; replaces an earlier one of the same name."""
-    _FAMILIES[family.name] = family
+    FAMILIES[family.name] = family
     return family
-
-
-def families() -> tuple[str, ...]:
-    """The names that are known."""
-    return tuple(_FAMILIES)
-
-
-def family_of(name: str) -> Family:
-    """The family of this name."""
-    return _FAMILIES[name]
 
 
 # Lewis et al. 2020, arXiv 1910.13461.

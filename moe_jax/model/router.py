@@ -25,24 +25,12 @@ if TYPE_CHECKING:
 HEADS = 4  # of the transformer router's attention
 ROUTER_MLP = 64  # hidden size of the transformer router's feed-forward block
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-
-
-_ROUTERS: dict[str, type["Router"]] = {}
+ROUTERS: dict[str, type["Router"]] = {}  # by kind
 
 
 def register(kind: str, router: type["Router"]) -> None:
     """Registers a router for `RouterConfig.kind`; replaces an earlier one of the same name."""
-    _ROUTERS[kind] = router
-
-
-def routers() -> tuple[str, ...]:
-    """The kinds that are known."""
-    return tuple(_ROUTERS)
-
-
-def router_class(kind: str) -> type["Router"]:
-    """The router of this kind."""
-    return _ROUTERS[kind]
+    ROUTERS[kind] = router
 
 
 class Router(nn.Module):

@@ -48,23 +48,13 @@ class Selection:
     settled: str = ""
 
 
-_SELECTIONS: dict[str, Selection] = {}
+SELECTIONS: dict[str, Selection] = {}  # by name
 
 
 def register(selection: Selection) -> Selection:
     """Registers a selection by its name; replaces an earlier one of the same name."""
-    _SELECTIONS[selection.name] = selection
+    SELECTIONS[selection.name] = selection
     return selection
-
-
-def selections() -> tuple[str, ...]:
-    """The names that are known."""
-    return tuple(_SELECTIONS)
-
-
-def selection_of(name: str) -> Selection:
-    """The selection of this name."""
-    return _SELECTIONS[name]
 
 
 def straight_through(soft: jax.Array) -> jax.Array:
@@ -150,7 +140,7 @@ def select(
     Raises:
         ValueError: the selection draws its routes at random.
     """
-    selection = selection_of(config.selection)
+    selection = SELECTIONS[config.selection]
     if selection.route is None:
         raise ValueError(f"{selection.name} does not depend on route logits")
     noise_TxNxE = gumbel_TxNxE if selection.noisy else None

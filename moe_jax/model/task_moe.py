@@ -19,13 +19,13 @@ from moe_jax.data.batch import Batch, of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.dispatch import Gather, Mix
-from moe_jax.model.router import Router, router_class
+from moe_jax.model.router import ROUTERS, Router
 from moe_jax.model.selection import (
+    SELECTIONS,
     Selection,
     explore,
     random_route,
     select,
-    selection_of,
     temperature_at,
 )
 
@@ -65,7 +65,7 @@ class TaskMoE(nn.Module):
     def __post_init__(self) -> None:
         if self.routed:
             sizes = (self.layers, self.config.experts)
-            router_class(self.router_config.kind).check_model(self.router_config, *sizes)
+            ROUTERS[self.router_config.kind].check_model(self.router_config, *sizes)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -131,7 +131,7 @@ class TaskMoE(nn.Module):
     @property
     def selection(self) -> Selection:
         """The selection, which turns route logits into routes."""
-        return selection_of(self.router_config.selection)
+        return SELECTIONS[self.router_config.selection]
 
     @property
     def routed(self) -> bool:
@@ -153,7 +153,7 @@ class TaskMoE(nn.Module):
     def new_router(self) -> Router:
         """The router as a module of its own: `.apply({"params": params["router"]}, table)`."""
         sizes = (self.layers, self.config.experts)
-        return router_class(self.router_config.kind)(self.router_config, *sizes)
+        return ROUTERS[self.router_config.kind](self.router_config, *sizes)
 
     @nn.nowrap
     def assign(

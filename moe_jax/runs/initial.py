@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from moe_jax.data.representations import read_representations
 from moe_jax.model.experts import Params
-from moe_jax.model.router import router_class
+from moe_jax.model.router import ROUTERS
 from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.runs.config import RunConfig
 from moe_jax.training.checkpoints import load_params
@@ -54,7 +54,7 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
         table_TxK = read_representations(run.representations_path, tasks, dim)
         params["representations"] = table_TxK
         if not run.router_checkpoint_path:
-            router = router_class(model.router_config.kind)
+            router = ROUTERS[model.router_config.kind]
             drawn = jax.tree.map(np.asarray, params["router"])
             # Hosts may round differently, and all must start alike.
             params["router"] = multihost_utils.broadcast_one_to_all(

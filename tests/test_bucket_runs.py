@@ -162,7 +162,7 @@ def test_ten_random_moments_scores_few_shot_and_report(top, bucket, whole, tmp_p
             assert str(e) == f"no checkpoint in {top}/moe"
             continue
         steps.append(meta["step"])
-        expected, _ = load_params(tmp_path / "every", meta["step"])
+        expected, _ = load_params(tmp_path / "every" / "checkpoints" / str(meta["step"]))
         for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(one, other)
     print(f"exit codes {ends}, checkpoints read {steps}")

@@ -8,7 +8,6 @@ What files and bindings mean is in `gin_files`, how a command ends in `moe_jax.c
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -128,11 +127,6 @@ def process_flags() -> list[str]:
         f"--gin_search_paths={','.join(_GIN_SEARCH_PATHS.value)}",
         f"--compilation_cache_dir={_COMPILATION_CACHE.value}",
     ]
-
-
-def find_gin_file(name: str) -> Path:
-    """The path of a gin file in the search paths."""
-    return gin_files.find(name, _GIN_SEARCH_PATHS.value)
 
 
 def _start_jax() -> None:

@@ -86,10 +86,6 @@ class Checkpoints:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 checkpoint_files.clear(self.directory)  # what a run that was killed has left
 
-    def latest(self) -> int | None:
-        """Step of the latest checkpoint."""
-        return max(steps(self.directory), default=None)
-
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -208,21 +204,18 @@ class Checkpoints:
         Raises:
             UserError: a parameter has another shape; the message names the first one.
         """
-        meta = checkpoint_files.read_meta(self.directory / str(step))
+        place = self.directory / str(step)
+        meta = checkpoint_files.read_meta(place)
         check_shapes(meta["shapes"], parameter_shapes(like.params), self.directory)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = self._restore(
-            step,
+        wanted = _Items(
             params=ocp.args.StandardRestore(abstract.params),
             optimizer=ocp.args.StandardRestore(abstract.opt_state),
         )
+        with _failing(f"cannot restore {place}"):
+            items = self._checkpointer.restore(place, args=wanted)
         done = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(done, items["params"], items["optimizer"]), meta
-
-    def _restore(self, step: int, **items: Any) -> Any:
-        place = self.directory / str(step)
-        with _failing(f"cannot restore {place}"):
-            return self._checkpointer.restore(place, args=_Items(**items))
 
 
 @contextlib.contextmanager
@@ -242,15 +235,14 @@ def _say(text: str) -> None:
         errors.say(text)
 
 
-def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict[str, Any]]:
+def load_params(path: str | Path) -> tuple[Params, dict[str, Any]]:
     """Parameters (NumPy) and meta data of a model directory or one of its checkpoints.
 
     Says which step it reads. A damaged checkpoint is left where it is (a run may be at work), and
-    the one before is read, unless the path or `step` names it.
+    the one before is read, unless the path names it.
 
     Args:
-        path: MODEL_DIR, MODEL_DIR/checkpoints or MODEL_DIR/checkpoints/STEP.
-        step: which checkpoint; None for the one that `path` names, or the latest.
+        path: MODEL_DIR or MODEL_DIR/checkpoints, for the latest, or MODEL_DIR/checkpoints/STEP.
 
     Raises:
         UserError: there is no checkpoint that is whole, or it cannot be read.
@@ -258,10 +250,10 @@ def load_params(path: str | Path, step: int | None = None) -> tuple[Params, dict
     _quiet()
     path = paths.absolute(path)
     if path.name.isdigit() and (path / "params").is_dir():
-        directory, step = path.parent, int(path.name)
+        directory, found = path.parent, [int(path.name)]
     else:
         directory = path if path.name == DIRECTORY else path / DIRECTORY
-    found = sorted(steps(directory), reverse=True) if step is None else [step]
+        found = sorted(steps(directory), reverse=True)
     for step in found:
         place = directory / str(step)
         problem = damage(place, ("params/", "meta/"))

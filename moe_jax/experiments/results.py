@@ -28,7 +28,7 @@ RESULTS = "results.json"
 BASELINES = (DENSE, DESCRIBED, COMPUTE, PARAMETERS, RANDOM, DIRECT)
 
 
-def write_results(plan: Plan, seeds: Sequence[int], permutations: int = 1000) -> dict[str, Any]:
+def write_results(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
     """Writes and returns `RESULTS`: the scores of these seeds, and comparisons of all arms.
 
     Returns:
@@ -56,7 +56,7 @@ def write_results(plan: Plan, seeds: Sequence[int], permutations: int = 1000) ->
         if run.routes is None:
             continue
         similarity_TxT = statistics.similarity(run.routes.route_TxNxE)
-        agreement = cluster_sections.agreement(run, similarity_TxT, permutations, seed)
+        agreement = cluster_sections.agreement(run, similarity_TxT, seed=seed)
         found = expert_sections.disabling(run, inputs.read_disabling(run.path))
         result["routes"][str(seed)] = agreement.numbers
         result["experts"][str(seed)] = _without_rows(found.numbers)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from moe_jax.core.ending import one_line
 from moe_jax.core.errors import UserError
 from moe_jax.report import build
+from moe_jax.report.cluster_sections import PERMUTATIONS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write the report")
     parser.add_argument(
-        "--permutations", type=int, default=1000, help="shuffled controls (default: %(default)s)"
+        "--permutations",
+        type=int,
+        default=PERMUTATIONS,
+        help="shuffled controls (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     runs = {}

@@ -11,6 +11,7 @@ from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest
 from moe_jax.report import (
     arm_sections,
+    cluster_sections,
     expert_sections,
     inputs,
     page,
@@ -37,8 +38,7 @@ def report(
     finetune: str | os.PathLike | None = None,
     model: str | None = None,
     single: str | os.PathLike | None = None,
-    permutations: int = 1000,
-    seed: int = 0,
+    permutations: int = cluster_sections.PERMUTATIONS,
     experiment: Mapping[str, Any] | None = None,
 ) -> Report:
     """Writes OUTPUT/index.html (self-contained) and OUTPUT/report.json (all its numbers).
@@ -53,7 +53,6 @@ def report(
             that has any, else the last.
         single: directory of runs of one task each, to compare with.
         permutations: shuffled controls of the agreement with the ontology.
-        seed: of those shuffles.
         experiment: the value of an experiment's results.json, to which the runs belong.
 
     Raises:
@@ -81,7 +80,7 @@ def report(
     ]
     if chosen and chosen.routes:
         history = inputs.read_history(chosen.path, chosen.routes)
-        parts += route_sections.sections(chosen, history, permutations, seed, links)
+        parts += route_sections.sections(chosen, history, permutations, links)
         parts.append(expert_sections.correlations(chosen, measured))
         parts.append(expert_sections.disabling(chosen, inputs.read_disabling(chosen.path)))
     else:

@@ -12,6 +12,7 @@ from moe_jax.report.sections import Section
 
 LEVEL = 0.05  # p-value called significant
 RANDOM_ROUTES = 200  # draws
+PERMUTATIONS = 1000  # of labels
 
 
 def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -> Section:
@@ -75,7 +76,9 @@ def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -
     return result
 
 
-def agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: int) -> Section:
+def agreement(
+    run: Run, similarity_TxT: np.ndarray, permutations: int = PERMUTATIONS, seed: int = 0
+) -> Section:
     """Adjusted mutual information and nearest neighbours, against labels and routes by chance."""
     routes = run.routes
     result = Section("agreement", "Do the routes agree with human categories?", numbers={})
@@ -160,7 +163,6 @@ def agreement(run: Run, similarity_TxT: np.ndarray, permutations: int, seed: int
             | {
                 kind: [controls[kind].control_range for controls in bars.values()] for kind in kinds
             },
-            high=1.0,
         ),
         "Bars hold 95 % of the controls.",
     )

@@ -198,14 +198,14 @@ def _by_level(
     }
     if tied:
         expert, category, r, rise, elsewhere, ratio = tied[0]
-        other = "" if elsewhere is None else f", of the others by {page.signed(elsewhere, 3)}"
+        other = "" if elsewhere is None else f", of the others by {page.signed(elsewhere)}"
         times = "" if ratio is None or rise <= 0 else f": {ratio:.1f} times"
         overall = "" if predicted is None else (
             f" Over all experts, correlation and rise correlate by {predicted:+.2f}."
         )  # fmt: skip
         result.find(
             f"Without {expert}, the one most tied to a {level} (“{category}”, r = {r:+.2f}), the "
-            f"loss of that {level} rises by {page.signed(rise, 3)} nats per token{other}{times} "
+            f"loss of that {level} rises by {page.signed(rise)} nats per token{other}{times} "
             f"(“{evaluation}”).{overall}"
         )
     reach = float(max(1e-6, np.abs(rise_CxF).max()))

@@ -12,7 +12,7 @@ function decoded(text, low, high) {
     v => v === 65535 ? NaN : low + (high - low) * v / 65534);
 }
 
-function shown(value, digits = 3) { return Number.isFinite(value) ? value.toFixed(digits) : '–'; }
+function shown(value) { return Number.isFinite(value) ? value.toFixed(3) : '–'; }
 
 function say(event, lines) {
   tip.innerHTML = lines.map(escaped).join('<br>');
@@ -169,7 +169,7 @@ function dots(figure, spec) {
   // An interval of few seeds may be so long that nothing else would be seen: it is cut off.
   const values = spec.series.flatMap(s => s.values).filter(v => v !== null);
   const ends = spec.series.flatMap(s => [...s.low, ...s.high]).filter(v => v !== null);
-  const least = Math.min(0, ...values), most = Math.max(spec.high, ...values);
+  const least = Math.min(0, ...values), most = Math.max(1, ...values);
   const low = Math.max(Math.min(least, ...ends), least - (most - least) / 4);
   const high = Math.min(Math.max(most, ...ends), most + (most - least) / 4);
   explain(plot, i => {

@@ -96,26 +96,25 @@ def dots(
     title: str,
     intervals: Mapping[str, Sequence[Sequence[float] | None]] | None = None,
     links: Sequence[str] = (),
-    high: float = 0.0,
 ) -> dict[str, Any]:
     """A row for each name, a dot for each series, and a bar for its interval if there is one.
+
+    The axis reaches at least from 0 to 1.
 
     Args:
         series: {name: R values or None}.
         intervals: {name: R pairs or None}.
-        high: the axis reaches at least from 0 to here.
     """
     drawn = []
     for name, values in series.items():
         pairs = [pair or (None, None) for pair in (intervals or {}).get(name, [])]
-        low, top = ([pair[i] for pair in pairs] for i in range(2))
-        drawn.append({"name": name, "values": list(values), "low": low, "high": top})
+        low, high = ([pair[i] for pair in pairs] for i in range(2))
+        drawn.append({"name": name, "values": list(values), "low": low, "high": high})
     return {
         "kind": "dots",
         "title": title,
         "rows": list(rows),
         "links": list(links) or [""] * len(rows),
-        "high": high,
         "series": drawn,
     }
 

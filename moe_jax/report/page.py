@@ -101,9 +101,9 @@ def fixed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def signed(value: float, digits: int) -> str:
-    """`value` with its sign, which is plus at 0."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}"
+def signed(value: float) -> str:
+    """`value` with three decimals and its sign, which is plus at 0."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def paragraph(text: str) -> str:

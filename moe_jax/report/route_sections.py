@@ -11,11 +11,7 @@ from moe_jax.report.sections import Section
 
 
 def sections(
-    run: Run,
-    history: Mapping[int, np.ndarray],
-    permutations: int,
-    seed: int,
-    links: Mapping[str, str],
+    run: Run, history: Mapping[int, np.ndarray], permutations: int, links: Mapping[str, str]
 ) -> list[Section]:
     """The sections on the routes of `run`, which must have routes.
 
@@ -27,7 +23,7 @@ def sections(
         _routes(run, history, similarity_TxT, links),
         _evolution(run, history),
         cluster_sections.similarity(run, similarity_TxT, links),
-        cluster_sections.agreement(run, similarity_TxT, permutations, seed),
+        cluster_sections.agreement(run, similarity_TxT, permutations),
         _decidedness(run),
     ]
 

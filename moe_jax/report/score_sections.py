@@ -149,7 +149,6 @@ def _evaluation(
             {run: [score[run][t] for t in tasks] for run in names},
             title=f"Score of every task, {evaluation}",
             links=[links.get(t, "") for t in tasks],
-            high=1.0,
         ),
         "Each task has its own metric, so compare dots in a row, not rows.",
     )

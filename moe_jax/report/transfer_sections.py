@@ -74,7 +74,6 @@ def adaptation(rows: list[dict] | None) -> Section:
                 s: [gain.t_interval(_seeds(cells[s])) for cells in gains["tasks"].values()]
                 for s in starts
             },
-            high=1.0,
         ),
         "Bars are 95 % intervals over seeds.",
     )

@@ -28,6 +28,7 @@ from benchmarks.common import (
     random_batch,
     run,
 )
+from moe_jax.data.batch import INPUTS
 from moe_jax.decoding.rows import RowModel, row_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 
@@ -53,12 +54,10 @@ def decoder(model, length: int, beams: int):
     config = DecodingConfig(num_beams=beams, min_length=length)
 
     def tokens(backbone, routes, batch):
-        inputs = (batch[f"input{name}"][0] for name in ("s", "_segments", "_positions"))
-        rows = jnp.arange(batch["inputs"].shape[1])
-        return decode(
-            RowModel(model, backbone, routes), *inputs, rows,
-            length=length, config=config, ids=IDS,
-        )  # fmt: skip
+        rows = {name: batch[name][0] for name in INPUTS}
+        numbers = jnp.arange(len(rows["inputs"]))
+        model_of_rows = RowModel(model, backbone, routes)
+        return decode(model_of_rows, rows, numbers, length=length, config=config, ids=IDS)
 
     return jax.jit(tokens)
 

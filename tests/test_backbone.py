@@ -120,8 +120,7 @@ def test_cached_steps_equal_teacher_forcing(architecture, used):
     @jax.jit
     def steps(params, batch, routes):
         row_model = RowModel(TaskMoE(config, RouterConfig(), rows), params, routes)
-        segments = batch["input_segments"]
-        encoded = row_model.encode(batch["inputs"], segments, batch["input_positions"])
+        encoded, segments = row_model.encode(batch), batch["input_segments"]
         # A cache longer than the target: unwritten places must have no effect.
         decoder = CachedDecoder(row_model, encoded, segments, L_OUT + 2)
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import TABLES
 
 from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.data.batch import INPUTS
 from moe_jax.decoding.rows import RowModel, row_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.model.backbone import EncoderDecoder
@@ -358,15 +359,13 @@ def test_decoding(beams, fixture):
     route.
     """
     config = DecodingConfig(num_beams=beams, forced_eos_id=EOS)
-    inputs, segments, positions = (
-        fixture.batch[f"input{s}"][:, 0] for s in ("s", "_segments", "_positions")
-    )
-    rows = jnp.arange(inputs.shape[0])
+    batch = {name: fixture.batch[name][:, 0] for name in INPUTS}
+    rows = jnp.arange(len(batch["inputs"]))
 
     @jax.jit
     def tokens(routes):
         return decode(
-            RowModel(model, fixture.backbone, routes), inputs, segments, positions, rows,
+            RowModel(model, fixture.backbone, routes), batch, rows,
             length=11, config=config, ids=DecodingIds(0, EOS, PAD),
         )  # fmt: skip
 

@@ -15,7 +15,6 @@ from toy import NAMES, TASKS, VOCABULARY, toy_cache
 
 from moe_jax.decoding.rows import RowModel
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
-from moe_jax.evaluation.evaluator import INPUTS
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import TaskMoE, init_params
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -89,9 +88,8 @@ def decoder(model: TaskMoE, config: DecodingConfig, length: int, ids: DecodingId
     @jax.jit
     def tokens(backbone, routes, arrays, row_R=None):
         row_R = np.arange(len(arrays["inputs"])) if row_R is None else row_R
-        inputs = [arrays[name] for name in INPUTS]
         row_model = RowModel(model, backbone, routes)
-        return decode(row_model, *inputs, row_R, length=length, config=config, ids=ids)
+        return decode(row_model, arrays, row_R, length=length, config=config, ids=ids)
 
     return tokens
 

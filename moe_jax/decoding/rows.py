@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from moe_jax.data.batch import INPUTS, Batch
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import routed
@@ -284,16 +285,13 @@ class RowModel:
             experts = jax.tree.leaves(stack)[0].shape[1]
         return all_places(self.routes, experts)
 
-    def encode(self, inputs_RxL, segments_RxL, positions_RxL) -> jax.Array:
-        """int [R, L_in] tokens, segments (0: padding), positions -> [R, L_in, D]."""
-        return self.call("encode", inputs_RxL, segments_RxL, positions_RxL, self._dispatch)
+    def encode(self, batch: Batch) -> jax.Array:
+        """The encoder's states of a batch's inputs: [R, L_in, D]."""
+        return self.call("encode", *(batch[name] for name in INPUTS), self._dispatch)
 
-    def decode(
-        self, encoded, input_segments, decoder_inputs_RxL, segments_RxL, positions_RxL
-    ) -> jax.Array:
-        """Whole targets at once (teacher forcing): int [R, L_out] -> hidden [R, L_out, D]."""
-        args = (encoded, input_segments, decoder_inputs_RxL, segments_RxL, positions_RxL)
-        return self.call("decode", *args, self._dispatch)
+    def hidden(self, batch: Batch) -> jax.Array:
+        """The decoder's states of whole targets (teacher forcing): [R, L_out, D]."""
+        return self.call("hidden", batch, self._dispatch)
 
     def decoder_layers(self) -> list[tuple[list[Params], Places]]:
         """For every decoder layer in order, each slot's parameters and the rows' places.

@@ -3,28 +3,23 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax.data.batch import Batch
 from moe_jax.decoding.rows import RowModel
 
 ROWS_AT_ONCE = 8  # rows whose logits are in memory at the same time
 
 
-def log_likelihoods(model: RowModel, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def log_likelihoods(model: RowModel, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Log-likelihood of every row's target, summed over its tokens.
 
     Args:
-        batch: inputs, input_segments, input_positions [R, L_in]; decoder_inputs, targets,
-            target_segments, target_positions [R, L_out], as `data.packing.build` lays them out.
+        batch: arrays [R, L], as `data.packing.build` lays them out.
 
     Returns:
         (float32 [R] sum of natural logarithms, int32 [R] number of target tokens); 0 for an empty
         row.
     """
-    segments = batch["input_segments"]
-    encoded = model.encode(batch["inputs"], segments, batch["input_positions"])
-    hidden_RxLxD = model.decode(
-        encoded, segments, batch["decoder_inputs"], batch["target_segments"],
-        batch["target_positions"],
-    )  # fmt: skip
+    hidden_RxLxD = model.hidden(batch)
     kernel = model.call(lambda m: m.logits_kernel())
     real_RxL = batch["target_segments"] > 0
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.core.configuration import Configuration, Range, Seed, Temperature, TokenId
 from moe_jax.core.errors import UserError
+from moe_jax.data.batch import Batch
 from moe_jax.decoding.beam import beam_search
 from moe_jax.decoding.cache import CachedDecoder
 from moe_jax.decoding.rows import RowModel
@@ -99,9 +100,7 @@ def first_largest(x_RxV: jax.Array) -> jax.Array:
 
 def decode(
     model: RowModel,
-    inputs_RxL: jax.Array,
-    input_segments_RxL: jax.Array,
-    input_positions_RxL: jax.Array,
+    batch: Batch,
     row_R: jax.Array,
     *,
     length: int,
@@ -111,16 +110,17 @@ def decode(
     """Decodes every row until it has ended.
 
     Args:
-        input_segments_RxL: one example per row; a row of zeros is empty and ends at once.
+        batch: inputs, input_segments, input_positions [R, L_in], one example per row. A row whose
+            segments are zeros is empty and ends at once.
         row_R: int, the number of each row, which seeds its samples.
         length: maximum number of decoded tokens, including the end of sequence.
 
     Returns:
         int32 [R, length]; `ids.pad` after the end of sequence.
     """
-    encoded = model.encode(inputs_RxL, input_segments_RxL, input_positions_RxL)
-    decoder = CachedDecoder(model, encoded, input_segments_RxL, length, config.num_beams)
-    empty_R = ~jnp.any(input_segments_RxL > 0, axis=1)
+    segments_RxL = batch["input_segments"]
+    decoder = CachedDecoder(model, model.encode(batch), segments_RxL, length, config.num_beams)
+    empty_R = ~jnp.any(segments_RxL > 0, axis=1)
 
     def constrained(scores_xV, index):
         return constrain(scores_xV, index, length, config, ids.eos)
@@ -155,7 +155,7 @@ def decode(
         )
         return index + 1, token_R, tokens_RxL, ended_R | (token_R == ids.eos), cache
 
-    rows = inputs_RxL.shape[0]
+    rows = segments_RxL.shape[0]
     start = (
         jnp.int32(0),
         jnp.full((rows,), ids.start, jnp.int32),

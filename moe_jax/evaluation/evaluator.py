@@ -69,12 +69,7 @@ class Evaluator:
         )
         spread = rows % group_shards(mesh) == 0
         self._by_row = NamedSharding(mesh, P(GROUP_AXES) if spread else P())
-        self._decode = self._by_rows(
-            lambda rows_model, batch, row: decode(
-                rows_model, *(batch[name] for name in INPUTS), row,
-                length=length, config=decoding, ids=ids,
-            )
-        )  # fmt: skip
+        self._decode = self._by_rows(partial(decode, length=length, config=decoding, ids=ids))
         self._score = self._by_rows(lambda rows_model, batch, _: log_likelihoods(rows_model, batch))
         self.routes = jax.jit(partial(routes_of, model), out_shardings=replicated(mesh))
 

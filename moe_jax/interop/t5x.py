@@ -218,8 +218,7 @@ class TaskMoEModel:
         if rng is not None:
             number_B = jax.random.randint(rng, (count,), 0, jnp.iinfo(jnp.int32).max)
         return decode(
-            self._row_model(params, batch, flax_mutables),
-            rows["inputs"], rows["input_segments"], rows["input_positions"], number_B,
+            self._row_model(params, batch, flax_mutables), rows, number_B,
             length=self.config.decoding.max_length or rows["targets"].shape[1],
             config=self.config.decoding, ids=self.ids,
         )  # fmt: skip

@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.sharding import GROUP_AXES, MeshConfig, make_mesh, over_groups
-from moe_jax.data.batch import INPUTS
 from moe_jax.decoding.rows import RowModel, experts_per_row, one_task_routes
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.model.experts import Params, merge
@@ -171,8 +170,7 @@ class SideBySide:
                 route_NxE = routes_of(self._model, params, 0)[0]
                 routes = one_task_routes(route_NxE, self.rows, experts_per_row(self._model))
             return decode(
-                RowModel(self._model, params["backbone"], routes),
-                *(job[name] for name in INPUTS), job["row"],
+                RowModel(self._model, params["backbone"], routes), job, job["row"],
                 length=self._length, config=self._decoding, ids=self._ids,
             )  # fmt: skip
 

@@ -149,6 +149,11 @@ class TaskMoE(nn.Module):
         default = 1 if self.selection.random else self.config.experts
         return min(self.router_config.experts_per_layer or default, self.config.experts)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a group takes some experts of each routed layer, not all."""
+        return self.routed and self.experts_per_layer < self.config.experts
+
     @nn.nowrap
     def new_router(self) -> Router:
         """The router as a module of its own: `.apply({"params": params["router"]}, table)`."""
@@ -169,7 +174,7 @@ class TaskMoE(nn.Module):
         if self.selection.random == "group" and key is not None:
             keys = jax.random.split(key, task_id_G.shape[0])
             weights_GxNxE = jax.vmap(self._random_route)(keys)
-        if self.experts_per_layer == self.config.experts:
+        if not self.gathers:
             return Assignment(None, weights_GxNxE)
         _, index_GxNxK = jax.lax.top_k(jax.lax.stop_gradient(weights_GxNxE), self.experts_per_layer)
         return Assignment(index_GxNxK, jnp.take_along_axis(weights_GxNxE, index_GxNxK, -1))

@@ -157,7 +157,6 @@ def _advice_on_temporaries(plan: Plan, model: TaskMoE, mesh: Mesh, shape: BatchS
             f"DataConfig.rows_per_group={shape.rows // 2}, of {shape.rows}: as many rows in a "
             "step, about half as many activations at a time"
         )
-    shares_weights = not model.routed or model.experts_per_layer == model.config.experts
-    if shares_weights and shape.groups > group_shards(mesh):
+    if not model.gathers and shape.groups > group_shards(mesh):
         result.append("StepConfig.groups_at_once=1: the activations of one group at a time")
     return [*result, "TASK_FEATURE_LENGTHS: shorter rows"]

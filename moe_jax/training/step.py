@@ -194,8 +194,7 @@ def check_step(model: TaskMoE, optimizer_config: OptimizerConfig, config: StepCo
 
 def _gathers(model: TaskMoE, optimizer_config: OptimizerConfig) -> bool:
     """Whether groups take some experts each, and these are trained."""
-    some = model.routed and model.experts_per_layer < model.config.experts
-    return some and "backbone" not in optimizer_config.frozen
+    return model.gathers and "backbone" not in optimizer_config.frozen
 
 
 def _moving_all(optimizer_config: OptimizerConfig, config: StepConfig) -> dict[str, float]:

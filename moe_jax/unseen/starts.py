@@ -179,7 +179,7 @@ class Start:
 
         def one(backbone, group, route_NxE):
             weights, index = route_NxE, None
-            if model.experts_per_layer < model.config.experts:
+            if model.gathers:
                 index, weights = (
                     a[0] for a in model.assign(route_NxE[None], jnp.zeros(1, jnp.int32))
                 )

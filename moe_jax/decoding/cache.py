@@ -17,10 +17,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.decoding.rows import Params, Places, RowModel, by_expert, input_block, step_block
+from moe_jax.decoding.rows import Places, RowModel, by_expert, input_block, step_block
 from moe_jax.kernels.attention_form import MASKED
 from moe_jax.model.attention import split_heads
 from moe_jax.model.blocks import DecoderLayer, run_decoder_layer
+from moe_jax.model.experts import Params
 
 
 class KeyValue(NamedTuple):

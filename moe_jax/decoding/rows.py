@@ -18,11 +18,9 @@ from flax import struct
 from moe_jax.data.batch import INPUTS, Batch
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.experts import routed
+from moe_jax.model.experts import Params, routed
 from moe_jax.model.routed_stack import layer_runs
 from moe_jax.model.task_moe import TaskMoE
-
-Params = Any
 
 # Tokens per block when whole inputs of mixed rows are computed: the smallest number at which matrix
 # products reach full speed. Small, because the last block of each expert is partly empty.

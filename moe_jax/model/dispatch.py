@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax.model.experts import Params
 from moe_jax.model.placement import Placement
 
-Params = Any
 # The maximum number of experts in an unrolled loop; more would take long to compile.
 UNROLLED = 3
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-Params = Any
+Params = Any  # a tree of arrays
 
 
 def copy_expert(params: Params, experts: int, noise: float, key: jax.Array) -> Params:

@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from moe_jax.core.sharding import SHARD_AXES
+from moe_jax.model.experts import Params
 
-Params = Any
 # The name of fetched weights for `jax.checkpoint`, so that they are not kept for the backward pass.
 FETCHED = "fetched_weights"
 

@@ -7,7 +7,7 @@
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from moe_jax.data.batch import Batch, of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.dispatch import Gather, Mix
+from moe_jax.model.experts import Params
 from moe_jax.model.router import ROUTERS, Router
 from moe_jax.model.selection import (
     SELECTIONS,
@@ -28,8 +29,6 @@ from moe_jax.model.selection import (
     select,
     temperature_at,
 )
-
-Params = Any
 
 
 class Assignment(NamedTuple):

@@ -296,10 +296,10 @@ def find(
         return None
     stored, problem = _read_sealed(path)
     if stored is not None:
-        directories = [f"vocabularies/{stored['vocabulary']}", *(t["dir"] for t in stored["tasks"])]
-        if not all((cache_dir / directory).is_dir() for directory in directories):
+        places = [cache_dir / directory for directory in directories(stored)]
+        if not all(place.is_dir() for place in places):
             return None
-        problems = (checksums.damage(cache_dir / directory) for directory in directories)
+        problems = map(checksums.damage, places)
         problem = next(filter(None, problems), None)
     if problem is not None:
         if not quiet:
@@ -313,6 +313,11 @@ def find(
     if any(staleness.changed(source, state) for source, state in stored["inputs"].items()):
         return None
     return _mixture(cache_dir, stored)
+
+
+def directories(stored: Mapping[str, Any]) -> list[str]:
+    """The directories of the cache that a prepared mixture's file names."""
+    return [f"vocabularies/{stored['vocabulary']}", *(task["dir"] for task in stored["tasks"])]
 
 
 def read_mixture(cache_dir: str | os.PathLike, path: Path) -> PreparedMixture:

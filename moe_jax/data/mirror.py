@@ -5,13 +5,14 @@ not complete. The copy is in the home directory, below .cache/moe_jax/buckets/BU
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from moe_jax.core import checksums, files, paths, processes
 from moe_jax.core.errors import UserError, say
+from moe_jax.data.cache import directories
 from moe_jax.data.request import Request
 
 _THREADS = 8  # they wait for the network most of the time
@@ -43,7 +44,7 @@ def fetch(cache_dir: str | os.PathLike, request: Request) -> Path:
             if file.exists():
                 content = files.read_bytes(file)
                 try:
-                    names = _directories(files.read_json(file))
+                    names = directories(files.read_json(file))
                 except (UserError, KeyError, TypeError):
                     names = []  # who reads the copy says that it is damaged
                 _each(_fetch_directory, source, copy, names)
@@ -63,7 +64,7 @@ def publish(cache_dir: str | os.PathLike, request: Request) -> None:
     if paths.in_bucket(source):
         for name in request.names:
             file = request.path(copy, name)
-            _each(_publish_directory, copy, source, _directories(files.read_json(file)))
+            _each(_publish_directory, copy, source, directories(files.read_json(file)))
             files.write_bytes(request.path(source, name), files.read_bytes(file))
 
 
@@ -74,11 +75,6 @@ def fetch_vocabulary(directory: paths.Path) -> Path:
         for path in directory.iterdir():
             files.write_bytes(copy / path.name, files.read_bytes(path))
     return copy
-
-
-def _directories(mixture: Mapping[str, Any]) -> list[str]:
-    """The directories of the cache that a prepared mixture's file names."""
-    return [f"vocabularies/{mixture['vocabulary']}", *(task["dir"] for task in mixture["tasks"])]
 
 
 def _each(act: Any, source: paths.Path, target: paths.Path, names: Iterable[str]) -> None:

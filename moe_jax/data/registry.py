@@ -102,7 +102,7 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
         return {name: 1.0}
     mixture = seqio.MixtureRegistry.get(name)
     for task in mixture.tasks:  # shadows the method until the rates are known
-        task.num_input_examples = functools.partial(_count, examples[task.name])
+        task.num_input_examples = lambda split, counts=examples[task.name]: counts.get(split, 0)
     try:
         return {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
     except ZeroDivisionError:  # of a mixture in it, all rates are 0: there is nothing to train on
@@ -112,10 +112,6 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
     finally:
         for task in mixture.tasks:
             del task.num_input_examples
-
-
-def _count(examples: Mapping[str, int], split: str) -> int:
-    return examples.get(split, 0)
 
 
 def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:

@@ -9,7 +9,6 @@ respectively.
 
 import abc
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -298,9 +297,7 @@ def read_sentencepiece(path: str | Path) -> SentencePieceVocabulary:
         UserError: it is missing, is not a SentencePiece model, or has no pad or EOS token.
     """
     try:
-        vocabulary = SentencePieceVocabulary(paths.parse(path).read_bytes())
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+        vocabulary = SentencePieceVocabulary(files.read_bytes(path))
     except RuntimeError as e:
         raise UserError(f"{path} is not a SentencePiece model") from e
     if vocabulary.pad_id != 0 or vocabulary.eos_id < 0:
@@ -342,7 +339,7 @@ def write_vocabulary(
         contents: name -> bytes of the model's files.
     """
     data = json.dumps(settings, sort_keys=True).encode() + b"".join(contents.values())
-    fingerprint = hashlib.sha256(data).hexdigest()[:16]
+    fingerprint = checksums.of_bytes(data)[:16]
     for name, content in contents.items():
         files.write_bytes(Path(directory) / name, content)
     files.write_json(Path(directory) / FILE, {**settings, "fingerprint": fingerprint})

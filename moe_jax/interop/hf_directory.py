@@ -14,7 +14,6 @@ from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, first_line, shown
 from moe_jax.data.tokenizer_files import CONFIG, GENERATION_CONFIG
 
-CONFIGS = (CONFIG, GENERATION_CONFIG)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -40,6 +39,13 @@ def find(name: str) -> Path:
     except Exception as e:  # many types, all for a failed download
         reason = first_line(e)
         raise UserError(f"{name} is not a directory, and the Hub gave none: {reason}") from e
+
+
+def copy_configs(source: Path, target: Path) -> None:
+    """Copies the files of settings that a directory has."""
+    for name in (CONFIG, GENERATION_CONFIG):
+        if (source / name).is_file():
+            files.write_bytes(target / name, (source / name).read_bytes())
 
 
 class Weights:

@@ -93,9 +93,7 @@ def _check_names(
 
 
 def _write_origin(path: Path, directory: Path, weights: Weights, names: dict[str, str]) -> None:
-    for name in hf_directory.CONFIGS:
-        if (directory / name).is_file():
-            files.write_bytes(path / name, (directory / name).read_bytes())
+    hf_directory.copy_configs(directory, path)
     files.write_json(path / TENSORS, {name: str(d) for name, d in weights.dtypes.items()})
     unused = [names[n] for n in (hf_weights.ZERO, hf_weights.UNUSED) if n in names]
     save_file({name: weights.read(name) for name in unused}, path / UNUSED)

@@ -1,6 +1,8 @@
 """Writes a task's plain model as Hugging Face files that `transformers` loads."""
 
+import functools
 import json
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,9 +55,7 @@ def to_hf(
     with files.new_directory(out) as new:
         origin = root / ORIGIN
         if origin.is_dir():
-            for name in hf_directory.CONFIGS:
-                if (origin / name).is_file():
-                    files.write_bytes(new / name, (origin / name).read_bytes())
+            hf_directory.copy_configs(origin, new)
             tensors = _as_they_came(origin, plain, dense)
         else:
             files.write_json(new / hf_directory.CONFIG, hf_config.write_config(dense, own))
@@ -71,14 +71,8 @@ def to_hf(
     return "; ".join(said)
 
 
-def _parameter(params: Params, path: str) -> np.ndarray:
-    for key in path.split("/"):
-        params = params[key]
-    return params
-
-
 def _tensor(plain: Params, part: Part) -> np.ndarray:
-    return part.take(_parameter(plain, part.path))
+    return part.take(functools.reduce(operator.getitem, part.path.split("/"), plain))
 
 
 def _tensors(plain: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE, soft_routes
 
-# The axis along which an array joins several matrices, by the prefix of its name.
-_PARTS = {"q_": -2, "kv_": -2, "qkv_": -2, "in_": -2}
+# How the names of arrays begin that join several matrices, along the last axis but one.
+_JOINED = ("q_", "kv_", "qkv_", "in_")
 
 
 def expert_distance(backbone: Params) -> jax.Array:
@@ -35,9 +35,8 @@ def expert_distance(backbone: Params) -> jax.Array:
 def _mean_distance(array_LxEx: jax.Array, name: str) -> jax.Array:
     """Mean over pairs of experts, summed over layers and over the matrices joined in the array."""
     experts = array_LxEx.shape[1]
-    side_by_side = next((axis for start, axis in _PARTS.items() if name.startswith(start)), 0)
-    kept = (0, 1, side_by_side % array_LxEx.ndim)
-    summed = tuple(axis for axis in range(2, array_LxEx.ndim) if axis not in kept)
+    kept = array_LxEx.ndim - 2 if name.startswith(_JOINED) else None
+    summed = tuple(axis for axis in range(2, array_LxEx.ndim) if axis != kept)
 
     # Pairs each expert with the one `offset` later in a ring. Every pair occurs once, except that
     # opposite experts (`twice`) occur twice. Each offset is computed again for the gradient, to

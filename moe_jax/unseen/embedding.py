@@ -158,8 +158,7 @@ class Embedder:
                 jax.tree.map(self._place, _split(batch, self._shards))
                 for batch in itertools.islice(batches, s["steps"])
             )
-            rates = self._rates
-            backbone = self._tune(self._params, few, rates)["backbone"]
+            backbone = self._tune(self._params, few, self._rates)["backbone"]
         raw_D = mean_over_examples(
             lambda rows: self._sum(backbone, jax.tree.map(self._place, rows)),
             example_batches(mixture, task, s["split"], data.lengths, self._rows, s["examples"]),

@@ -111,12 +111,7 @@ def infer_split(config: Config, settings: InferConfig) -> None:
     if settings.task is not None:
         names = [mixture.task(settings.task).name]
     else:
-        names = [task.name for task in mixture.tasks if split in task.splits]
-        if not names:
-            known = sorted({name for task in mixture.tasks for name in task.splits})
-            raise UserError(
-                f"no task of {mixture.name} has a split {split!r}{nearest(split, known)}"
-            )
+        names = [task.name for task in mixture.with_split(split)]
     vocabulary = mixture.vocabulary
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     mesh = make_mesh(config.mesh)

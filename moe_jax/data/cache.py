@@ -241,6 +241,21 @@ class PreparedMixture:
                 return task
         raise UserError(f"mixture {self.name!r} has no task {name!r}{nearest(name, self.names)}")
 
+    def with_split(self, split: str) -> list[PreparedTask]:
+        """The tasks that have a split.
+
+        Raises:
+            UserError: there is none; the message gives the splits that there are.
+        """
+        tasks = [task for task in self.tasks if split in task.splits]
+        if not tasks:
+            known = sorted({name for task in self.tasks for name in task.splits})
+            raise UserError(
+                f"no task of {self.name} has a split {split!r}{nearest(split, known)} "
+                f"(there are {', '.join(known)})"
+            )
+        return tasks
+
 
 def _mixture(cache_dir: Path, stored: Mapping[str, Any]) -> PreparedMixture:
     """What a prepared mixture's file says, and the spec of each of its tasks."""

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.core.errors import UserError, nearest
+from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import GROUP_AXES, global_array, group_shards, over_groups, replicated
 from moe_jax.data.batch import INPUTS, TARGETS, Batch
@@ -320,14 +320,7 @@ def tasks_with_split(mixture: PreparedMixture, split: str) -> list[str]:
     Raises:
         UserError: no task has both.
     """
-    there = [task for task in mixture.tasks if split in task.splits]
-    names = [task.name for task in there if task.outputs]
-    if there and not names:
-        raise UserError(f"no task of {mixture.name} with a split {split!r} has metrics")
+    names = [task.name for task in mixture.with_split(split) if task.outputs]
     if not names:
-        known = sorted({name for task in mixture.tasks for name in task.splits})
-        raise UserError(
-            f"no task of {mixture.name} has a split {split!r}{nearest(split, known)} "
-            f"(there are {', '.join(known)})"
-        )
+        raise UserError(f"no task of {mixture.name} with a split {split!r} has metrics")
     return names

@@ -48,29 +48,16 @@ def trained_mixture(model_dir: str, data: DataConfig) -> PreparedMixture:
     return prepare_mixtures(own, run=model_dir)[own.mixture_or_task_name]
 
 
-def tasks_to_train(mixture: PreparedMixture) -> list[str]:
-    """The tasks that have a train split, as SeqIO trains on them; the others are for evaluation.
-
-    Raises:
-        UserError: no task has one.
-    """
-    names = [task.name for task in mixture.tasks if "train" in task.splits]
-    if not names:
-        raise UserError(f"no task of {mixture.name} has a split 'train'")
-    return names
-
-
 def say_ignored(data: DataConfig, mixture: PreparedMixture) -> None:
     """Says what the tasks and the mixture were registered with, and this run does not use."""
-    names = tasks_to_train(mixture)
-    if left := sorted({*mixture.names} - {*names}):
+    trained = mixture.with_split("train")
+    if left := sorted({*mixture.names} - {task.name for task in trained}):
         say(f"not trained on, without a split 'train': {_some(left)}")
     if mixture.replaced:
         say(
             f"VocabularyConfig.kind {data.vocabulary.kind!r} replaces the vocabulary that these "
             f"were registered with, 'task' keeps it: {_some(mixture.replaced)}"
         )
-    trained = [mixture.task(name) for name in names]
     # In proportion to the examples, or all equal, as where nothing else was thought of.
     shares = {task.rate / task.examples("train") for task in trained}
     if data.mixing == "examples" and len({t.rate for t in trained}) > 1 and len(shares) > 1:

@@ -24,12 +24,7 @@ from moe_jax.runs.config import Config
 from moe_jax.runs.dev_scores import DevScores
 from moe_jax.runs.initial import initial_params
 from moe_jax.runs.load import build_model
-from moe_jax.runs.mixtures import (
-    check_vocabulary,
-    prepare_mixtures,
-    say_ignored,
-    tasks_to_train,
-)
+from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures, say_ignored
 from moe_jax.runs.profiling import Steps, Trace
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.logs import MetricsLog, Window
@@ -67,7 +62,8 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
     mixture = mixtures[data.mixture_or_task_name]
     if lead:
         say_ignored(data, mixture)
-    tasks = tasks_to_train(mixture)
+    # As SeqIO does; tasks without a train split are for evaluation.
+    tasks = [task.name for task in mixture.with_split("train")]
     task_ids = {name: i for i, name in enumerate(tasks)}
     model = build_model(config.model, config.router, mixture.vocabulary.size, len(tasks))
     mesh = make_mesh(config.mesh)

@@ -237,9 +237,7 @@ def get_dataset(
             f"DataConfig.row_shapes is {data.row_shapes}, but T5X compiles one shape of rows"
         )
     batches = train_batches(
-        prepare_mixtures(data)[data.mixture_or_task_name],
-        lengths=data.lengths, groups=data.groups, rows=data.rows_per_group, pack=data.pack,
-        seed=seed, mixing=data.mixing, cap=data.cap, temperature=data.mixing_temperature,
+        prepare_mixtures(data)[data.mixture_or_task_name], **data.batching, seed=seed,
         part=(shard_id, num_shards),
     )  # fmt: skip
     return Batches(batches, data.rows_per_group, data.batch_size // num_shards, data.lengths)

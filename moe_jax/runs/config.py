@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from jax.sharding import Mesh
 
@@ -145,6 +145,15 @@ class DataConfig(Configuration):
     def groups(self) -> int:
         """G, groups per batch over all processes."""
         return self.batch_size // self.rows_per_group
+
+    @property
+    def batching(self) -> dict[str, Any]:
+        """These settings as `data.pipeline.train_batches` takes them."""
+        return {
+            "lengths": self.lengths, "groups": self.groups, "rows": self.rows_per_group,
+            "pack": self.pack, "shapes": self.row_shapes, "mixing": self.mixing, "cap": self.cap,
+            "temperature": self.mixing_temperature,
+        }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,22 +102,10 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         earlier = parts[:-1] if parts and parts[-1][1] == data.groups else parts
         batches = iter(
             train_batches(
-                mixture,
-                lengths=data.lengths,
-                groups=data.groups,
-                rows=data.rows_per_group,
-                earlier=earlier,
-                pack=data.pack,
-                shapes=data.row_shapes,
-                seed=run.seed,
-                mixing=data.mixing,
-                cap=data.cap,
-                temperature=data.mixing_temperature,
-                part=part_of_groups(mesh),
-                tasks=tasks,
-                task_ids=task_ids,
+                mixture, **data.batching, earlier=earlier, seed=run.seed,
+                part=part_of_groups(mesh), tasks=tasks, task_ids=task_ids,
             )
-        )
+        )  # fmt: skip
         if found is not None:
             batches.set_state(meta["iterator"])
         if lead:

@@ -15,7 +15,6 @@ disabling.json: the loss of every task with each expert off in turn.
 """
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,9 +32,8 @@ from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, directory, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
-from moe_jax.runs.mixtures import prepare_mixtures, trained_mixture
-from moe_jax.unseen.descriptions import Descriptions
-from moe_jax.unseen.zero_shot import Resemblance, Unseen, new_tasks, trained_on
+from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.unseen.zero_shot import Unseen, new_tasks, routes_of_new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,35 +93,17 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
         )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
-        run = dataclasses.replace(run, params=params)
-        names = [name for mixture in mixtures.values() for name in mixture.names]
-        nearest, given = {}, {}
-        if (
-            run.model.routed and settings.unseen != "mean" and settings.representations is None
-            and not run.task_ids.keys() >= set(names)
-        ):  # fmt: skip
-            trained = trained_mixture(run_config.model_dir, data)
-            everything = list(mixtures.values())
-            resemblance = partial(
-                Resemblance, run, trained, data.lengths, run_config.eval_batch_rows, mesh
-            )
-            match settings.unseen:
-                case "nearest":
-                    nearest = resemblance().nearest(everything, split)
-                case "description":
-                    new = new_tasks(run.task_ids, everything, split)
-                    described = [mixture.task(name) for name, mixture in new.items()]
-                    nearest = Descriptions(trained_on(run, trained)).nearest_of(described)
-                case "weighted":
-                    given = resemblance().weighted(everything, split)
-                case "input":
-                    given = resemblance().by_input(everything, split, settings.examples)
+        new = {}
+        if settings.representations is None:
+            new = new_tasks(run.task_ids, mixtures.values(), split)
+        nearest, given = routes_of_new(
+            run, new, settings.unseen, config, split, mesh, settings.examples
+        )
         alike = "description is" if settings.unseen == "description" else "inputs are"
-        for new, trained in nearest.items() if jax.process_index() == 0 else ():
-            say(f"{new} takes the route of {trained}, whose {alike} most similar")
+        for task, trained in nearest.items() if jax.process_index() == 0 else ():
+            say(f"{task} takes the route of {trained}, whose {alike} most similar")
+        names = [name for mixture in mixtures.values() for name in mixture.names]
         run = with_tasks(run, names, settings.representations, nearest)
-        # Only rows of new tasks are not in place yet.
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(
             run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding

@@ -22,18 +22,16 @@ description.
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from moe_jax.core import files, paths
 from moe_jax.core.configuration import Configuration, Name, PathName, Text
 from moe_jax.core.errors import UserError, nearest, say
 from moe_jax.core.sharding import make_mesh
-from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.packing import encode_inputs
 from moe_jax.data.vocabulary import load_vocabulary
 from moe_jax.evaluation.evaluator import Evaluator
@@ -42,10 +40,10 @@ from moe_jax.evaluation.scores import route_json
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
-from moe_jax.runs.load import Run, load_run, with_tasks
+from moe_jax.runs.load import load_run, with_tasks
 from moe_jax.runs.mixtures import prepare_mixtures, run_vocabulary, trained_mixture
 from moe_jax.unseen.descriptions import Descriptions
-from moe_jax.unseen.zero_shot import Resemblance, trained_on
+from moe_jax.unseen.zero_shot import Resemblance, routes_of_new, trained_on
 
 Line = tuple[int, str]  # number, from 1, and text
 
@@ -116,10 +114,9 @@ def infer_split(config: Config, settings: InferConfig) -> None:
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        given = {}
-        if resemblance := _resemblance(run, names, config, settings, mesh):
-            given = resemblance.by_input([mixture], split)
-        alike = _described_alike(run, names, mixture, config, settings)
+        found = () if settings.representations else names
+        new = {name: mixture for name in found if name not in run.task_ids}
+        alike, given = routes_of_new(run, new, settings.unseen, config, split, mesh)
         run = with_tasks(run, names, settings.representations, alike)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(
@@ -158,7 +155,8 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     known = dict.fromkeys(run.task_ids)
     if task is None:
-        task = _descriptions(run, config).nearest(settings.description)
+        trained = trained_mixture(run_config.model_dir, data)
+        task = Descriptions(trained_on(run, trained)).nearest(settings.description)
         say(f"answers by the route of {task}, whose description is most similar")
     if task not in known and representations is None:
         if mixture is None:
@@ -191,48 +189,18 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
                 yield {"inputs": inputs, "prediction": prediction, "line": number, "route": route}
 
     with jax.set_mesh(mesh):
-        resemblance = _resemblance(run, [task], config, settings, mesh)
-        alike = _described_alike(run, [task], mixture, config, settings)
+        resemblance, alike = None, {}
+        if representations is None and task not in run.task_ids:
+            if settings.unseen == "input" and run.model.routed:
+                trained = trained_mixture(run_config.model_dir, data)
+                resemblance = Resemblance(run, trained, data.lengths, rows, mesh)
+            else:
+                new = {task: mixture}
+                alike, _ = routes_of_new(run, new, settings.unseen, config, "", mesh)
         run = with_tasks(run, [task], representations, alike)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh, config.decoding)
         _write(output, answers())
-
-
-def _resemblance(
-    run: Run, names: Sequence[str], config: Config, settings: InferConfig, mesh: Mesh
-) -> Resemblance | None:
-    """What routes the inputs of new tasks; None where there are none, or they have routes."""
-    if settings.unseen != "input" or not _to_route(run, names, settings):
-        return None
-    params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
-    return Resemblance(
-        dataclasses.replace(run, params=params), trained_mixture(config.run.model_dir, config.data),
-        config.data.lengths, config.run.eval_batch_rows, mesh,
-    )  # fmt: skip
-
-
-def _described_alike(
-    run: Run, names: Sequence[str], mixture: PreparedMixture | None, config: Config,
-    settings: InferConfig,
-) -> dict[str, str]:  # fmt: skip
-    """New task of the mixture -> the training task whose route it takes by its description."""
-    new = _to_route(run, names, settings)
-    if settings.unseen != "description" or not new:
-        return {}
-    return _descriptions(run, config).nearest_of([mixture.task(name) for name in new])
-
-
-def _to_route(run: Run, names: Sequence[str], settings: InferConfig) -> list[str]:
-    """The tasks for which a route has to be found."""
-    if settings.representations or not run.model.routed:
-        return []
-    return [name for name in names if name not in run.task_ids]
-
-
-def _descriptions(run: Run, config: Config) -> Descriptions:
-    trained = trained_mixture(config.run.model_dir, config.data)
-    return Descriptions(trained_on(run, trained))
 
 
 def _write(output: str, answers: Iterable[dict], file: str = "") -> None:

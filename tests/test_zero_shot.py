@@ -19,7 +19,7 @@ from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.task_moe import parameter_shardings, routes_of
 from moe_jax.runs.load import Run, with_tasks
 from moe_jax.unseen.descriptions import Descriptions
-from moe_jax.unseen.zero_shot import Resemblance, similarities, weighted_route
+from moe_jax.unseen.zero_shot import Resemblance, new_tasks, similarities, weighted_route
 
 LENGTHS = {"inputs": 40, "targets": 20}
 NEW = "toy_reverse"
@@ -116,7 +116,9 @@ def placed_run(devices: int = 1, **settings):
 def test_words_resemble_words_not_numbers(devices):
     run, trained, unseen, mesh = placed_run(devices, selection="argmax")
     with jax.set_mesh(mesh):
-        nearest = Resemblance(run, trained, LENGTHS, 4, mesh).nearest([trained, unseen], "test")
+        resemblance = Resemblance(run, trained, LENGTHS, 4, mesh)
+        new = new_tasks(run.task_ids, [trained, unseen], "test")
+        nearest = resemblance.nearest(new, "test")
     assert nearest == {NEW: "toy_copy"}
     table = run.params["representations"]
     for choice, row in ((nearest, table[run.task_ids["toy_copy"]]), (None, table.mean(0))):
@@ -172,8 +174,9 @@ def test_every_input_takes_the_route_of_its_nearest_task():
     assert mixed == [0, 1, 0]  # so that the test can tell
     with jax.set_mesh(mesh):
         resemblance = Resemblance(run, trained, LENGTHS, 4, mesh)
-        found = resemblance.by_input([trained, unseen], "test")
-        part = resemblance.by_input([unseen], "test", limit=5)
+        new = new_tasks(run.task_ids, [trained, unseen], "test")
+        found = resemblance.by_input(new, "test")
+        part = resemblance.by_input(new, "test", limit=5)
         inputs = [unseen.task(NEW).records("test")[i].inputs for i in (3, 8)]
         inputs.insert(1, trained.task("toy_sum").records("test")[5].inputs)
         rows = [[(tokens.tolist(), [1])] for tokens in inputs]

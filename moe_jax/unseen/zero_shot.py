@@ -5,7 +5,7 @@ label is read. The mean of all representations is a poor substitute: the router 
 that no task was trained with.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Literal
 
@@ -20,8 +20,11 @@ from moe_jax.data.batch import Batch
 from moe_jax.data.cache import PreparedMixture, PreparedTask
 from moe_jax.data.representations import unit_length
 from moe_jax.decoding.rows import experts_per_row
-from moe_jax.model.task_moe import routes_of
+from moe_jax.model.task_moe import parameter_shardings, routes_of
+from moe_jax.runs.config import Config
 from moe_jax.runs.load import Run
+from moe_jax.runs.mixtures import trained_mixture
+from moe_jax.unseen.descriptions import Descriptions
 from moe_jax.unseen.embedding import example_batches, example_embeddings, text_embeddings
 
 # How a task that was not trained on finds its route.
@@ -43,7 +46,7 @@ def trained_on(run: Run, mixture: PreparedMixture) -> list[PreparedTask]:
 
 
 def new_tasks(
-    known: Container[str], mixtures: Sequence[PreparedMixture], split: str
+    known: Container[str], mixtures: Iterable[PreparedMixture], split: str
 ) -> dict[str, PreparedMixture]:
     """The tasks that have the split and are not known -> a mixture that has them."""
     return {
@@ -54,6 +57,45 @@ def new_tasks(
     }
 
 
+def routes_of_new(
+    run: Run,
+    new: Mapping[str, PreparedMixture],
+    unseen: Unseen,
+    config: Config,
+    split: str,
+    mesh: Mesh,
+    limit: int | None = None,
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """How tasks are routed that the run was not trained on; none in a dense model.
+
+    Args:
+        run: before new tasks are added.
+        new: each of them -> a mixture that has it.
+        config: of the run; its cache has what the run was trained on.
+        split: whose inputs are looked at.
+        limit: of the examples that get routes; see `Resemblance.by_input`.
+
+    Returns:
+        (task -> the training task whose route it takes; task -> its own route [N, E], or that of
+        each example, [examples, N, E]). A task in neither takes that of the mean representation.
+    """
+    if not (new and run.model.routed) or unseen == "mean":
+        return {}, {}
+    trained = trained_mixture(config.run.model_dir, config.data)
+    if unseen == "description":
+        tasks = [mixture.task(name) for name, mixture in new.items()]
+        return Descriptions(trained_on(run, trained)).nearest_of(tasks), {}
+    rows = config.run.eval_batch_rows
+    resemblance = Resemblance(run, trained, config.data.lengths, rows, mesh)
+    match unseen:
+        case "nearest":
+            return resemblance.nearest(new, split), {}
+        case "weighted":
+            return {}, resemblance.weighted(new, split)
+        case "input":
+            return {}, resemblance.by_input(new, split, limit)
+
+
 class Resemblance:
     """How much inputs resemble those of the training tasks, and the routes that follow.
 
@@ -61,7 +103,7 @@ class Resemblance:
     `text_embeddings`.
 
     Args:
-        run: a mixture of experts with parameters on the mesh, before new tasks are added.
+        run: a mixture of experts, before new tasks are added.
         trained: the mixture that the run was trained on; its training inputs are read.
         lengths: {"inputs", "targets"}.
         rows: examples computed together.
@@ -79,32 +121,37 @@ class Resemblance:
         mesh: Mesh,
     ):
         self._tasks = [task.name for task in trained_on(run, trained)]
-        self._known, self._lengths, self._rows = run.task_ids, lengths, rows
-        routes_TxNxE = jax.jit(partial(routes_of, run.model))(run.params, jnp.int32(run.step))
+        self._lengths, self._rows = lengths, rows
+        params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
+        routes_TxNxE = jax.jit(partial(routes_of, run.model))(params, jnp.int32(run.step))
         embed = jax.jit(partial(text_embeddings, run.model), out_shardings=replicated(mesh))
         mean_NxE = routes_TxNxE.mean(0)
-        self._embed = lambda batch: embed(run.params["backbone"], batch, mean_NxE)
+        self._embed = lambda batch: embed(params["backbone"], batch, mean_NxE)
         self._count = experts_per_row(run.model)
         rows_T = [run.task_ids[name] for name in self._tasks]
         self._routes_TxNxE = np.asarray(routes_TxNxE)[rows_T]
         self._seen_TxD = np.stack([self._of_task(trained, t, "train") for t in self._tasks])
 
-    def nearest(self, mixtures: Sequence[PreparedMixture], split: str) -> dict[str, str]:
-        """New task of the mixtures -> the training task with the most similar inputs."""
+    def nearest(self, new: Mapping[str, PreparedMixture], split: str) -> dict[str, str]:
+        """New task -> the training task with the most similar inputs.
+
+        Args:
+            new: each new task -> a mixture that has it.
+        """
         return {
             task: self._tasks[int(np.argmax(similarity_T))]
-            for task, similarity_T in self._of_new(mixtures, split)
+            for task, similarity_T in self._of_new(new, split)
         }
 
-    def weighted(self, mixtures: Sequence[PreparedMixture], split: str) -> dict[str, np.ndarray]:
+    def weighted(self, new: Mapping[str, PreparedMixture], split: str) -> dict[str, np.ndarray]:
         """New task -> the mean of all training tasks' routes, weighted by similarity: [N, E]."""
         return {
             task: weighted_route(similarity_T, self._routes_TxNxE, self._count)
-            for task, similarity_T in self._of_new(mixtures, split)
+            for task, similarity_T in self._of_new(new, split)
         }
 
     def by_input(
-        self, mixtures: Sequence[PreparedMixture], split: str, limit: int | None = None
+        self, new: Mapping[str, PreparedMixture], split: str, limit: int | None = None
     ) -> dict[str, np.ndarray]:
         """New task -> for every example of the split the route of the task it resembles most.
 
@@ -115,7 +162,7 @@ class Resemblance:
             float32 [examples, N, E] by task.
         """
         result = {}
-        for task, mixture in new_tasks(self._known, mixtures, split).items():
+        for task, mixture in new.items():
             indices, states_nxD = self._examples(mixture, task, split, limit)
             shape = (mixture.task(task).examples(split), *self._routes_TxNxE.shape[1:])
             routes = np.zeros(shape, np.float32)
@@ -132,10 +179,10 @@ class Resemblance:
         return self._routes_TxNxE[np.argmax(similarities(self._seen_TxD, states_nxD), 1)]
 
     def _of_new(
-        self, mixtures: Sequence[PreparedMixture], split: str
+        self, new: Mapping[str, PreparedMixture], split: str
     ) -> Iterator[tuple[str, np.ndarray]]:
         """(task, its similarity [T] to every training task) of each new task."""
-        for task, mixture in new_tasks(self._known, mixtures, split).items():
+        for task, mixture in new.items():
             state_D = self._of_task(mixture, task, split)
             yield task, similarities(self._seen_TxD, state_D[None])[0]
 

@@ -23,7 +23,7 @@ from moe_jax.training.step import StepConfig
 for command in ("prepare", "train", "eval", "infer", "finetune", "represent", "experiment"):
     importlib.import_module(f"moe_jax.{command}")
 TREES = [Config, FewShotConfig]
-CLASSES = [*configurables.classes().values(), *TREES]
+CLASSES = [*configurables.CLASSES.values(), *TREES]
 FIELDS = [(cls, field) for cls in CLASSES for field in hints(cls)]
 LENGTHS = {"inputs": 8, "targets": 8}
 # What a class cannot be made without.

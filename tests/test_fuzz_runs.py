@@ -70,13 +70,13 @@ def built(name, text):
     _, *lines = gin_files.rewrite_flags(["train", f"--gin.{name}={text}"])
     lines = [line.removeprefix("--gin_bindings=") for line in lines]
     gin_files.parse([], [f"DataConfig.lengths = {DATA.lengths}", *lines], [])
-    return {key: configurables.build(cls) for key, cls in configurables.classes().items()}
+    return {key: configurables.build(cls) for key, cls in configurables.CLASSES.items()}
 
 
 @fuzz("bindings", 250, 3000)
 def test_bindings_of_every_field(count, tmp_path):
     del tmp_path
-    classes = configurables.classes()
+    classes = configurables.CLASSES
     fields = [f"{name}.{field}" for name, cls in classes.items() for field in hints(cls)]
     names = [*fields, *(m for m in MACROS if "." not in m)]
     for number, rng in enumerate(count):

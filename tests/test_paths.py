@@ -39,7 +39,7 @@ def is_path(hint, here: bool = False) -> bool:
 def path_fields() -> list[tuple[type, str]]:
     return [
         (cls, name)
-        for cls in configurables.classes().values()
+        for cls in configurables.CLASSES.values()
         for name, hint in configuration.hints(cls).items()
         if is_path(hint)
     ]
@@ -47,7 +47,7 @@ def path_fields() -> list[tuple[type, str]]:
 
 def test_every_setting_that_names_a_path_says_so():
     found = {f"{cls.called}.{name}" for cls, name in path_fields()}
-    for cls in configurables.classes().values():
+    for cls in configurables.CLASSES.values():
         for name, hint in configuration.hints(cls).items():
             if NAMED.fullmatch(name) and not dataclasses.is_dataclass(hint):
                 assert f"{cls.called}.{name}" in found, name

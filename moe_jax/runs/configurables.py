@@ -21,15 +21,14 @@ from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.step import StepConfig
 
 T = TypeVar("T", bound=Configuration)
-# Name in gin -> class.
-_CLASSES: dict[str, type[Configuration]] = {}
+CLASSES: dict[str, type[Configuration]] = {}  # by the name in gin
 
 
 def register(cls: type[Configuration]) -> None:
     """Makes a configuration known to gin."""
-    if cls.called not in _CLASSES:
+    if cls.called not in CLASSES:
         gin.external_configurable(cls, name=cls.called, module="moe_jax")
-        _CLASSES[cls.called] = cls
+        CLASSES[cls.called] = cls
 
 
 for _cls in (
@@ -47,7 +46,7 @@ def bind_defaults() -> None:
 def parameters(name: str) -> list[str]:
     """The parameters of a configurable that can be bound; empty if there is no such
     configurable."""
-    cls = _CLASSES.get(name)
+    cls = CLASSES.get(name)
     return [field.name for field in dataclasses.fields(cls)] if cls else []
 
 
@@ -63,18 +62,13 @@ def modules() -> list[str]:
     return names
 
 
-def classes() -> dict[str, type[Configuration]]:
-    """Every configuration class by its name in gin."""
-    return dict(_CLASSES)
-
-
 def build(cls: type[T]) -> T:
     """The configuration as gin's bindings have it; fields that are ones are built likewise.
 
     Raises:
         UserError: a value is invalid.
     """
-    name = cls.called if cls.called in _CLASSES else None
+    name = cls.called if cls.called in CLASSES else None
     values: dict[str, Any] = {}
     for field, hint in hints(cls).items():
         if dataclasses.is_dataclass(hint) and not _is_bound(name, field):
@@ -105,7 +99,7 @@ def _is_bound(name: str | None, field: str) -> bool:
 def _plain(value: Any) -> Any:
     """Converts an instance made by a reference such as `@VocabularyConfig()` to the class
     itself."""
-    for cls in _CLASSES.values():
+    for cls in CLASSES.values():
         if isinstance(value, cls) and type(value) is not cls:
             return cls(**{f.name: getattr(value, f.name) for f in dataclasses.fields(cls)})
     return value

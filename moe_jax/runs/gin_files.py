@@ -193,7 +193,7 @@ def _explain(error: Exception) -> str:
         return f"the macro {unset[1]!r} is read but not set{nearest(unset[1], known)}"
     unknown = re.search(r"No configurable matching '([\w./]+)'", message)
     if unknown:
-        return message + nearest(unknown[1], configurables.classes())
+        return message + nearest(unknown[1], configurables.CLASSES)
     parameter = re.search(r"configurable '?([\w.]+)'? doesn't have a parameter named '(\w+)'",
                           message, re.IGNORECASE)  # fmt: skip
     if parameter:

@@ -121,10 +121,9 @@ class RepresentConfig(Configuration, called="represent"):
 
 def represent(config: Config, settings: RepresentConfig) -> None:
     """Computes the representations of all tasks, and writes them."""
-    run_config, data = config.run, config.data
-    kind, output, dim = settings.kind, settings.output, settings.dim
-    split, pca_from = settings.split, settings.pca_from
-    output = output or str(paths.parse(run_config.model_dir) / f"representations_{kind}.npz")
+    kind, dim, split, pca_from = settings.kind, settings.dim, settings.split, settings.pca_from
+    model_dir = config.run.model_dir
+    output = settings.output or str(paths.parse(model_dir) / f"representations_{kind}.npz")
     if not output.endswith(".npz"):
         raise UserError(f"represent.output {output!r} must end in .npz")
     if kind in _WORDS and pca_from:
@@ -133,30 +132,10 @@ def represent(config: Config, settings: RepresentConfig) -> None:
             " others in represent.mixtures"
         )
     earlier = Representations.read(pca_from) if pca_from else None
-    found = prepare_mixtures(data, *settings.mixtures, run=run_config.model_dir)
-    trained = found[data.mixture_or_task_name]
-    made_with: dict[str, Any] = {"kind": kind}
-    if kind != "description":
-        made_with |= {"split": split, "examples": settings.examples}
-    if kind not in _WORDS:
-        run = load_run(run_config.model_dir, config.model, config.router, trained.vocabulary.size)
-        if run.model.routed:
-            raise UserError(
-                f"{run_config.model_dir} is a mixture of experts: the encoder would differ from"
-                " task to task, and a new task would have none; give a dense model's MODEL_DIR"
-            )
-        made_with |= {
-            "backbone": _fingerprint(run.params["backbone"]),
-            "lengths": dict(data.lengths),
-            "seed": run_config.seed,
-        }
-    if kind == "fisher":
-        made_with |= {
-            "steps": settings.steps,
-            "batch_size": settings.batch_size,
-            "optimizer": dataclasses.asdict(config.optimizer),
-            "label_smoothing": config.step.label_smoothing,
-        }
+    found = prepare_mixtures(config.data, *settings.mixtures, run=model_dir)
+    trained = found[config.data.mixture_or_task_name]
+    run = None if kind in _WORDS else _dense_run(config, trained.vocabulary.size)
+    made_with = _made_with(config, settings, run)
     if earlier is not None:
         _check_common(pca_from, earlier.settings, made_with)
         if dim not in (None, earlier.rows_TxK.shape[1]):
@@ -196,6 +175,37 @@ def represent(config: Config, settings: RepresentConfig) -> None:
             f" {agreement.within:+.3f} within a category, {agreement.between:+.3f} between;"
             f" p = {agreement.p:.4f} ({SHUFFLES} shuffled)"
         )
+
+
+def _dense_run(config: Config, vocabulary_size: int) -> Run:
+    run = load_run(config.run.model_dir, config.model, config.router, vocabulary_size)
+    if run.model.routed:
+        raise UserError(
+            f"{config.run.model_dir} is a mixture of experts: the encoder would differ from task"
+            " to task, and a new task would have none; give a dense model's MODEL_DIR"
+        )
+    return run
+
+
+def _made_with(config: Config, settings: RepresentConfig, run: Run | None) -> dict[str, Any]:
+    """The settings on which representations depend, and a hash of the model's weights."""
+    result: dict[str, Any] = {"kind": settings.kind}
+    if settings.kind != "description":
+        result |= {"split": settings.split, "examples": settings.examples}
+    if run is not None:
+        result |= {
+            "backbone": _fingerprint(run.params["backbone"]),
+            "lengths": dict(config.data.lengths),
+            "seed": config.run.seed,
+        }
+    if settings.kind == "fisher":
+        result |= {
+            "steps": settings.steps,
+            "batch_size": settings.batch_size,
+            "optimizer": dataclasses.asdict(config.optimizer),
+            "label_smoothing": config.step.label_smoothing,
+        }
+    return result
 
 
 def _inputs(task: PreparedTask, split: str, limit: int | None) -> list[str]:

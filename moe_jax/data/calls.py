@@ -3,9 +3,9 @@
 Whatever they do, an error names the task and the function.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from moe_jax.core.errors import UserError, first_line, shown
@@ -15,47 +15,47 @@ from moe_jax.data.cache import PreparedTask
 
 def name_of(function: Callable[..., Any]) -> str:
     """The name of a function, or of that which a `functools.partial` calls."""
-    while isinstance(function, functools.partial):
+    while isinstance(function, partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
-def call_metric(
-    task: str, function: Callable[..., Any], targets: Sequence[Any], values: Sequence[Any]
-) -> dict[str, float]:
-    """What a metric of (targets, predictions) or (targets, scores) returns, as plain numbers.
-
-    Raises:
-        UserError: it fails, or returns anything but finite numbers by name.
-    """
-    found = call_user_function(metric_name(task, function), function, targets, values)
-    return numbers(task, function, found)
-
-
-def numbers(task: str, metric: Callable[..., Any], found: Any) -> dict[str, float]:
-    """What a metric returned, as plain numbers by name.
+def add_metric(
+    metrics: dict[str, float], task: str, metric: Callable[..., Any], call: Callable[[], Any]
+) -> None:
+    """Adds what a metric returns to the others of its task, as plain numbers by name.
 
     Those of SeqIO's values that are no `Scalar`, such as texts and histograms, are left out.
 
+    Args:
+        metric: names it in errors.
+        call: computes it.
+
     Raises:
-        UserError: it is anything but finite numbers by name.
+        UserError: it fails, returns anything but finite numbers by name, or a name is taken.
     """
-    who = metric_name(task, metric)
+    who = f"task {task!r}: metric {name_of(metric)}"
+    found = call_user_function(who, call)
     if not isinstance(found, Mapping) or not found:
         raise UserError(f"{who} must return {{name: number}}, returned {shown(found)}")
-    scores = {}
     for name, value in found.items():
+        name = str(name)
         if type(value).__module__ == "seqio.metrics":
             value = getattr(value, "value", None)
             if value is None:
                 continue
         try:
-            scores[str(name)] = float(value)
+            score = float(value)
         except (TypeError, ValueError) as e:
             raise UserError(f"{who}: {name!r} must be a number, is {shown(value)}") from e
-        if not math.isfinite(scores[str(name)]):
+        if not math.isfinite(score):
             raise UserError(f"{who}: {name!r} must be a finite number, is {value}")
-    return scores
+        if name in metrics:
+            raise UserError(
+                f"task {task!r}: two metrics are called {name!r}; {name_of(metric)} gives the"
+                " second"
+            )
+        metrics[name] = score
 
 
 def call_postprocess(
@@ -96,32 +96,11 @@ def task_metrics(task: PreparedTask, rows: Sequence[Mapping[str, Any]]) -> dict[
         (task.metric_fns(), "prediction"), (task.score_metric_fns(), "log_likelihood"),
     ):  # fmt: skip
         for function in functions:
-            found = call_metric(task.name, function, references, [row[key] for row in rows])
-            add(metrics, task.name, function, found)
+            values = [row[key] for row in rows]
+            add_metric(metrics, task.name, function, partial(function, references, values))
     if not metrics:
         raise UserError(f"task {task.name!r} has no metrics, so it cannot be evaluated")
     return metrics
-
-
-def add(
-    metrics: dict[str, float], task: str, function: Callable[..., Any], found: Mapping[str, float]
-) -> None:
-    """Adds what a metric returned to a task's other metrics.
-
-    Raises:
-        UserError: one has the same name.
-    """
-    if twice := sorted(found.keys() & metrics.keys()):
-        raise UserError(
-            f"task {task!r}: two metrics are called {twice[0]!r}; {name_of(function)} gives the"
-            " second"
-        )
-    metrics.update(found)
-
-
-def metric_name(task: str, metric: Callable[..., Any]) -> str:
-    """A metric as errors name it."""
-    return f"task {task!r}: metric {name_of(metric)}"
 
 
 def call_user_function(who: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:

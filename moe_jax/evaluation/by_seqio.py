@@ -6,13 +6,14 @@ For tasks whose metrics or postprocessing only SeqIO can run: `metric_objs`, met
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from moe_jax.data import registry
 from moe_jax.data.cache import SPEC, PreparedTask
-from moe_jax.data.calls import add, call_postprocess, call_user_function, metric_name, numbers
+from moe_jax.data.calls import add_metric, call_postprocess
 from moe_jax.data.example import Example
 from moe_jax.data.registry import seqio
 from moe_jax.data.seqio_tokenizers import SeqioTokenizers
@@ -76,10 +77,7 @@ class BySeqio:
                 case _:
                     scores = np.array([line["aux"]["scores"] for line in lines], np.float32)
                     output = (_padded(tokens, self._pad_id), {"scores": scores})
-            values = call_user_function(
-                metric_name(name, own), self._computed, metric, rows, output
-            )
-            add(found, name, own, numbers(name, own, values))
+            add_metric(found, name, own, partial(self._computed, metric, rows, output))
         return found
 
     def _computed(self, metric: Any, rows: Sequence[Mapping[str, Any]], output: Any) -> Any:

@@ -157,32 +157,32 @@ class Evaluator:
         found = choice_likelihoods(score, alone, self.lengths, self.rows, self.vocabulary, 0)
         return {index: total for index, (total,) in found.items()}
 
-    def by_number(
+    def rows_of(
+        self, task_id: int | np.ndarray, numbers: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(int [R], the rows of the route table that a batch's examples take; int32 [R], their
+        numbers). Empty rows are as the first example's.
+
+        Args:
+            task_id: as in `task`.
+        """
+        numbers_R = np.array([*numbers, *[numbers[0]] * (self.rows - len(numbers))], np.int32)
+        row = np.asarray(task_id)
+        return row[numbers_R] if row.ndim else np.full(self.rows, row), numbers_R
+
+    def scorer(
         self,
         params: Params,
         routes_TxNxE: jax.Array | np.ndarray | None,
         task_id: int | np.ndarray,
-    ) -> tuple[Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]], Score]:
-        """Functions of the numbers of a batch's examples.
-
-        Args:
-            task_id: as in `task`.
-
-        Returns:
-            (numbers -> (int [R] their rows of the route table, int32 [R] the numbers), where empty
-            rows take those of the first example; function that scores a batch under these routes).
-        """
-        row = np.asarray(task_id)
-
-        def filled(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-            empty = [numbers[0]] * (self.rows - len(numbers))
-            numbers_R = np.array([*numbers, *empty], np.int32)
-            return row[numbers_R] if row.ndim else np.full(self.rows, row), numbers_R
+    ) -> Score:
+        """Scores a batch of numbered examples, each under its route; `task_id` as in `task`."""
 
         def score(batch: Batch, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-            return self.log_likelihoods(params, routes_TxNxE, filled(numbers)[0], batch)
+            rows_R, _ = self.rows_of(task_id, numbers)
+            return self.log_likelihoods(params, routes_TxNxE, rows_R, batch)
 
-        return filled, score
+        return score
 
     def task(
         self,
@@ -206,7 +206,7 @@ class Evaluator:
         """
         task = mixture.task(name)
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
-        filled, score = self.by_number(params, routes, task_id)
+        score = self.scorer(params, routes, task_id)
         decodes = not task.outputs.isdisjoint(("prediction", "prediction_with_aux"))
         lines: dict[int, dict[str, Any]] = {}
         found: dict[int, Example] = {}
@@ -217,7 +217,7 @@ class Evaluator:
         )
         for arrays, examples in _by_length(batches, self.rows):
             numbers = [index for index, _ in examples]
-            rows_R, numbers_R = filled(numbers)
+            rows_R, numbers_R = self.rows_of(task_id, numbers)
             for (index, example), row in zip(examples, rows_R, strict=False):
                 lines[index] = {
                     "task": name,

@@ -35,7 +35,7 @@ def inferences(
     Raises:
         UserError: no such split.
     """
-    filled, score = evaluator.by_number(params, routes_TxNxE, task_id)
+    score = evaluator.scorer(params, routes_TxNxE, task_id)
     batches = eval_batches(mixture, task, split, lengths=evaluator.lengths, rows=evaluator.rows)
     for batch, examples in batches:
         numbers = [index for index, _ in examples]
@@ -45,7 +45,7 @@ def inferences(
             for answer, total in zip(answers.values(), sums_R, strict=False):
                 answer["score"] = float(total)
         else:
-            rows_R, numbers_R = filled(numbers)
+            rows_R, numbers_R = evaluator.rows_of(task_id, numbers)
             texts = evaluator.predict(params, routes_TxNxE, rows_R, batch, numbers_R)
             for answer, text in zip(answers.values(), texts, strict=False):
                 answer["prediction"] = text

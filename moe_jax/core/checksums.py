@@ -81,10 +81,11 @@ def damage(directory: Path, below: Iterable[str] = ("",)) -> str | None:
     def problem(name: str) -> str | None:
         try:
             found = of_file(directory / name) if objects is None else objects.get(name)
-            differs = found != sums[name]
         except OSError as e:
             return f"{directory / name} cannot be read: {e.strerror or e}"
-        return f"{directory / name} is not what was written: its checksum differs" * differs
+        if found != sums[name]:
+            return f"{directory / name} is not what was written: its checksum differs"
+        return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(problem, names)), None)

@@ -5,10 +5,9 @@ not complete. The copy is in the home directory, below .cache/moe_jax/buckets/BU
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from moe_jax.core import checksums, files, paths, processes
 from moe_jax.core.errors import UserError, say
@@ -77,7 +76,10 @@ def fetch_vocabulary(directory: paths.Path) -> Path:
     return copy
 
 
-def _each(act: Any, source: paths.Path, target: paths.Path, names: Iterable[str]) -> None:
+def _each(
+    act: Callable[..., None], source: paths.Path, target: paths.Path, names: Iterable[str]
+) -> None:
+    """Calls a function with every directory's place in both, several at a time."""
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(lambda name: act(source / name, target / name), names))
 

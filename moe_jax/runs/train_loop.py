@@ -6,19 +6,23 @@ In every step: the batch, the step, its metrics, routes, the checkpoint, dev sco
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from moe_jax.core import paths, processes
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import by_group, make_mesh, part_of_groups
+from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import train_batches
 from moe_jax.evaluation.scores import write_routes
 from moe_jax.kernels import memory
+from moe_jax.model.task_moe import TaskMoE
 from moe_jax.runs import directory, stopping
 from moe_jax.runs.config import Config
 from moe_jax.runs.dev_scores import DevScores
@@ -29,7 +33,7 @@ from moe_jax.runs.profiling import Steps, Trace
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.logs import MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer, schedule
-from moe_jax.training.step import abstract_state, init_state, make_train_step
+from moe_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 
 LONG_S = 10.0  # a step that compiles for longer is said
 
@@ -71,33 +75,11 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
     with jax.set_mesh(mesh), contextlib.ExitStack() as scope:
         names = run.eval_mixtures or (mixture.name,)
         dev = DevScores(config, [mixtures[name] for name in names], model, task_ids, mesh)
-        optimizer = make_optimizer(optimizer_config)
 
-        # ------------------------------------------------------------ state: own checkpoint first
+        # ------------------------------------------------------------ state, and place in the data
         checkpoints = scope.enter_context(Checkpoints(model_dir, run.keep_checkpoints))
-        start, rows, parts = 0, [], []
-        like = abstract_state(model, optimizer, mesh)
-        found = checkpoints.restore_latest(like)
-        if found is None:
-            if run.initial_checkpoint_path and lead:
-                check_vocabulary(run.initial_checkpoint_path, mixture)
-            sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
-            begin = jax.jit(
-                lambda params: init_state(params, optimizer), out_shardings=sharding,
-                donate_argnums=0,
-            )  # fmt: skip
-            state = begin(initial_params(model, run, tasks, sharding.params))
-        else:
-            state, meta = found
-            if meta["tasks"] != tasks:
-                raise UserError(f"{model_dir} was trained on another task table")
-            if meta["data"] != mixture.fingerprint:
-                raise UserError(f"the data changed since {model_dir} was trained on it")
-            start, rows = meta["step"], meta.get("window", [])
-            parts = meta.get("parts") or [
-                [start, before["DataConfig.batch_size"] // data.rows_per_group]
-            ]
-            _announce(config, before, start)
+        state, meta = _begin(config, before, mixture, tasks, model, mesh, checkpoints)
+        start, parts = meta.get("step", 0), meta.get("parts", [])
         # Batches of another size than now.
         earlier = parts[:-1] if parts and parts[-1][1] == data.groups else parts
         batches = iter(
@@ -106,7 +88,7 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
                 part=part_of_groups(mesh), tasks=tasks, task_ids=task_ids,
             )
         )  # fmt: skip
-        if found is not None:
+        if meta:
             batches.set_state(meta["iterator"])
         if lead:
             directory.describe(model_dir, config, tasks, mixture.vocabulary_dir)
@@ -145,7 +127,7 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         # A run that was stopped or killed while it evaluated has saved before.
         if start and is_due(run.eval_period, start) and _lead_says(start not in log.scores):
             evaluate(start)
-        window, shapes = Window(rows), set()
+        window, shapes = Window(meta.get("window", ())), set()
         for step in range(start + 1, run.train_steps + 1):
             # 1. The batch. It was made while the device was busy.
             batch = next(batches)
@@ -202,6 +184,43 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         # ------------------------------------------------------------ results
         keep_routes(model_dir / "routes.json", run.train_steps)
         log.close()
+
+
+def _begin(
+    config: Config,
+    before: directory.Lines,
+    mixture: PreparedMixture,
+    tasks: list[str],
+    model: TaskMoE,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the latest checkpoint and its meta data; {} and a fresh state without one.
+
+    Args:
+        before: the settings that the run had.
+    """
+    run, optimizer = config.run, make_optimizer(config.optimizer)
+    like = abstract_state(model, optimizer, mesh)
+    found = checkpoints.restore_latest(like)
+    if found is None:
+        if run.initial_checkpoint_path and jax.process_index() == 0:
+            check_vocabulary(run.initial_checkpoint_path, mixture)
+        sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
+        begin = jax.jit(
+            lambda params: init_state(params, optimizer), out_shardings=sharding, donate_argnums=0
+        )
+        return begin(initial_params(model, run, tasks, sharding.params)), {}
+    state, meta = found
+    if meta["tasks"] != tasks:
+        raise UserError(f"{run.model_dir} was trained on another task table")
+    if meta["data"] != mixture.fingerprint:
+        raise UserError(f"the data changed since {run.model_dir} was trained on it")
+    if not meta.get("parts"):  # in older checkpoints
+        groups = before["DataConfig.batch_size"] // config.data.rows_per_group
+        meta["parts"] = [[meta["step"], groups]]
+    _announce(config, before, meta["step"])
+    return state, meta
 
 
 def _lead_says(yes: bool) -> bool:

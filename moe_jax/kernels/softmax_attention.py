@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from moe_jax.kernels.attention_form import MASKED, product, softmax_sums
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def softmax_attention(
     q_RxLqxHxD: jax.Array,
     k_RxLkxHxD: jax.Array,
@@ -29,15 +30,10 @@ def softmax_attention(
     Returns:
         [R, L_q, H, D] in the dtype of `q`.
     """
-    return _attend(scale, q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, mask, bias)
+    return _forward(q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, mask, bias, scale)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q, k, v, mask, bias):
-    return _forward(scale, q, k, v, mask, bias)[0]
-
-
-def _forward(scale, q, k, v, mask, bias):
+def _forward(q, k, v, mask, bias, scale):
     scores = scale * product("rqhd,rkhd->rhqk", q, k)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
@@ -62,7 +58,7 @@ def _backward(scale, kept, dy):
     return dq, dk, dv, None, None if bias is None else _sum_to(d_scores, bias)
 
 
-_attend.defvjp(_forward, _backward)
+softmax_attention.defvjp(_forward, _backward)
 
 
 def _sum_to(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ class Visible(NamedTuple):
     def mask(self) -> jax.Array:
         """bool [R, 1, L_q, L_k]."""
         mask = segment_mask(self.query_segments_RxLq, self.key_segments_RxLk)
-        return mask & causal_mask(mask.shape[-1]) if self.causal else mask
+        return jnp.tril(mask) if self.causal else mask
 
 
 def segment_mask(query_segments_RxLq: jax.Array, key_segments_RxLk: jax.Array) -> jax.Array:
@@ -44,11 +44,6 @@ def segment_mask(query_segments_RxLq: jax.Array, key_segments_RxLk: jax.Array) -
         bool [R, 1, L_q, L_k].
     """
     return query_segments_RxLq[:, None, :, None] == key_segments_RxLk[:, None, None, :]
-
-
-def causal_mask(length: int) -> jax.Array:
-    """bool [1, 1, L, L], True where the key is not after the query."""
-    return jnp.tril(jnp.ones((1, 1, length, length), bool))
 
 
 def attend(

@@ -41,10 +41,10 @@ class Mix(struct.PyTreeNode):
             return with_params(layer, pick, x, *rows, *shared)
 
         def whole(params):
-            return placement.gather(params, prefix, stacked=2)
+            return params if placement is None else placement.gather(params, prefix, stacked=2)
 
         if count == 1:
-            return weighted(one(layer, whole if placement else _as_it_is), weights_E[0])
+            return weighted(one(layer, whole), weights_E[0])
         if placement is not None:
 
             def add(layer, total, weight):
@@ -114,10 +114,6 @@ def with_params(layer: nn.Module, pick: Callable[[Params], Params], *args: Any) 
 
     call = nn.map_variables(lambda layer: layer(*args), "params", trans_in_fn=picked)
     return call(layer)
-
-
-def _as_it_is(params: Params) -> Params:
-    return params
 
 
 def expert(params_E: Params, e: jax.Array | int) -> Params:

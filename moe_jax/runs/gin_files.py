@@ -140,16 +140,12 @@ def _parse(texts: Sequence[tuple[object, str]]) -> None:
     configurables.bind_defaults()
     for source, text in texts:
         try:
-            gin.parse_config(_with_full_names(text))
+            # Built-in modules may be imported by their short names.
+            gin.parse_config(_IMPORT.sub(lambda m: m[1] + modules.full_name(m[2]), text))
         except (*_NO_LITERAL, TypeError, AttributeError, ImportError, TokenError) as e:
             line = getattr(e, "lineno", None)
             where = f"{source}:{line}" if line else str(source)
             raise UserError(f"{where}: {_explain(e)}") from e
-
-
-def _with_full_names(text: str) -> str:
-    """The text with `import tasks.NAME` replaced by the full name of the built-in module."""
-    return _IMPORT.sub(lambda m: m[1] + modules.full_name(m[2]), text)
 
 
 def _imports(text: str) -> list[str]:

@@ -182,7 +182,11 @@ def _local_gradients(
         )
     place = jax.lax.axis_index(GROUP_AXES) if group_shards(mesh) > 1 else 0
     keys_G = jax.vmap(lambda g: jax.random.fold_in(key, g))(place * groups + jnp.arange(groups))
-    own = partial(_of_device, place, groups)
+
+    def own(array_Gx):
+        """The part of an array of all groups that belongs to this device's groups."""
+        return jax.lax.dynamic_slice_in_dim(array_Gx, place * groups, groups)
+
     xs = {"tokens": tokens, "weights": weights, "key": keys_G}
     whole = backbone if placement is None else placement.outside(backbone)
     if not merge:
@@ -252,11 +256,6 @@ def _local_gradients(
         loss = jax.lax.psum(loss, GROUP_AXES)
         total = _sum_over_devices(grouping, total)
     return loss, total, d_weights
-
-
-def _of_device(place: jax.Array | int, groups: int, array_Gx: jax.Array) -> jax.Array:
-    """The part of an array of all groups that belongs to this device's groups."""
-    return jax.lax.dynamic_slice_in_dim(array_Gx, place * groups, groups)
 
 
 def _of_peers(mesh: Mesh, groups: int, array_GxNxK: jax.Array) -> jax.Array:

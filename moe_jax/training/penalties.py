@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.experts import Params
+from moe_jax.model.experts import Params, routed
 from moe_jax.model.task_moe import TaskMoE, soft_routes
 
 # How the names of arrays begin that join several matrices, along the last axis but one.
@@ -24,8 +24,7 @@ def expert_distance(backbone: Params) -> jax.Array:
     code); of a layer, the mean over pairs of experts. If two experts are equal, the gradient is 0.
     """
     total = jnp.float32(0)
-    for side in ("encoder", "decoder"):
-        stack = backbone[side]["layers"].get("routed", {})
+    for _, stack in routed(backbone):
         for path, array_LxEx in jax.tree_util.tree_leaves_with_path(stack):
             if array_LxEx.shape[1] > 1:
                 total += _mean_distance(array_LxEx.astype(jnp.float32), path[-1].key)

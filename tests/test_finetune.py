@@ -199,8 +199,9 @@ def test_what_is_tuned(tune):
         RunConfig(), data, FinetuneConfig(steps=2, learning_rates=(1e-3, 0.0)), optimizer_config
     )
     vocabulary = types.SimpleNamespace(decoder_start_id=START, eos_id=EOS, pad_id=PAD)
-    learners = program.Learners(config, MESH, vocabulary, {"a": (12, 12)}, samples=1)
-    learner = learners.of(new)
+    mixture = types.SimpleNamespace(vocabulary=vocabulary)
+    few = types.SimpleNamespace(mixture=mixture, widths={"a": (12, 12)})
+    learner = program.new_learner(new, FROZEN[new.tune], config, MESH, few, samples=1)
     before = starting_params(new.shared, jax.tree.map(lambda a: a[0], new.own(["new"], GROUPS[:1])))
     order = np.zeros((2, 2, 3), np.int32) + np.arange(3, dtype=np.int32)
     examples = {name: np.stack([array] * 2) for name, array in GROUPS[0].items()}

@@ -15,7 +15,6 @@ from moe_jax.core import files, paths, processes
 from moe_jax.core.errors import UserError
 from moe_jax.core.progress import progress
 from moe_jax.core.sharding import MeshConfig, device_per_core, make_mesh
-from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.evaluation import gains, paired
 from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.evaluation.functions import try_functions
@@ -63,50 +62,39 @@ class Learner(NamedTuple):
         return rates
 
 
-class Learners:
-    """A `Learner` for each form of start, as many runs a call as fit."""
+def new_learner(
+    start: Start,
+    frozen: tuple[str, ...],
+    config: FewShotConfig,
+    mesh: Mesh,
+    data: FewShotData,
+    samples: int,
+) -> Learner:
+    """A `Learner` for starts of this form, as many runs a call as fit.
 
-    def __init__(
-        self,
-        config: FewShotConfig,
-        mesh: Mesh,
-        vocabulary: Vocabulary,
-        widths: Mapping[str, tuple[int, int]],
-        samples: int,
-    ):
-        self._config, self._mesh, self._vocabulary = config, mesh, vocabulary
-        self._runs = samples * len(config.finetune.learning_rates)
-        self._tokens = max(config.finetune.batch_sizes) * max(map(sum, widths.values()))
-        self._of: dict[tuple, Learner] = {}
-
-    def of(self, start: Start) -> Learner:
-        """That of the start's form: its model and what is frozen."""
-        frozen = tuple(dict.fromkeys((*self._config.optimizer.frozen, *FROZEN[start.tune])))
-        form = (start.model, frozen)
-        if form not in self._of:
-            self._of[form] = self._new(start, frozen)
-        return self._of[form]
-
-    def _new(self, start: Start, frozen: tuple[str, ...]) -> Learner:
-        config, model, devices = self._config, start.model, self._mesh.devices.size
-        c, few = model.config, config.finetune
-        width = (c.encoder_layers + c.decoder_layers) * (12 * c.d_model + 3 * c.d_ff)
-        each = few.runs_at_once or runs_per_device(
-            start.run.params, self._tokens, width + c.vocabulary_size, len(few.batch_sizes),
-            self._mesh.devices.flat[0],
-        )  # fmt: skip
-        optimizer = dataclasses.replace(config.optimizer, frozen=frozen)
-        evaluator = Evaluator(
-            model, self._vocabulary, config.data.lengths, config.run.eval_batch_rows, self._mesh,
-            config.decoding,
-        )  # fmt: skip
-        runner = SideBySide(
-            model, optimizer, config.step, self._mesh, steps=few.steps,
-            runs=min(each, -(-self._runs // devices)) * devices, rows=evaluator.rows,
-            length=evaluator.length, decoding=config.decoding, ids=evaluator.ids,
-        )  # fmt: skip
-        searched = "representations" if "backbone" in frozen else "backbone"
-        return Learner(runner, evaluator, searched, optimizer.learning_rates)
+    Args:
+        frozen: the parts that are not trained.
+        samples: of all tasks.
+    """
+    few, c, devices = config.finetune, start.model.config, mesh.devices.size
+    tokens = max(few.batch_sizes) * max(map(sum, data.widths.values()))
+    width = (c.encoder_layers + c.decoder_layers) * (12 * c.d_model + 3 * c.d_ff)
+    each = few.runs_at_once or runs_per_device(
+        start.run.params, tokens, width + c.vocabulary_size, len(few.batch_sizes),
+        mesh.devices.flat[0],
+    )  # fmt: skip
+    runs = min(each, -(-samples * len(few.learning_rates) // devices)) * devices
+    optimizer = dataclasses.replace(config.optimizer, frozen=frozen)
+    evaluator = Evaluator(
+        start.model, data.mixture.vocabulary, config.data.lengths, config.run.eval_batch_rows,
+        mesh, config.decoding,
+    )  # fmt: skip
+    runner = SideBySide(
+        start.model, optimizer, config.step, mesh, steps=few.steps, runs=runs,
+        rows=evaluator.rows, length=evaluator.length, decoding=config.decoding, ids=evaluator.ids,
+    )  # fmt: skip
+    searched = "representations" if "backbone" in frozen else "backbone"
+    return Learner(runner, evaluator, searched, optimizer.learning_rates)
 
 
 class Trained(NamedTuple):
@@ -255,7 +243,7 @@ def _adapt_all(config: FewShotConfig) -> None:
     device_per_core()
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     with jax.set_mesh(mesh):
-        learners = Learners(config, mesh, mixture.vocabulary, data.widths, len(samples))
+        learners: dict[tuple, Learner] = {}
         total = len(samples) * len(grid) * len(few.adapted)
         bar = progress(total=total, initial=len(done), desc="few-shot", unit="run")
         for start in read_starts(few, mixture.vocabulary.size, run.seed, mesh):
@@ -267,7 +255,11 @@ def _adapt_all(config: FewShotConfig) -> None:
             if not todo:
                 continue
             bar.set_postfix_str(start.name, refresh=False)
-            learner = learners.of(start)
+            frozen = tuple(dict.fromkeys((*config.optimizer.frozen, *FROZEN[start.tune])))
+            form = (start.model, frozen)  # starts of one form train in the same programs
+            if form not in learners:
+                learners[form] = new_learner(start, frozen, config, mesh, data, len(samples))
+            learner = learners[form]
             own = start.own(
                 [sample.task for sample in todo],
                 [data.first_batch(sample, NEAREST_ROWS) for sample in todo],

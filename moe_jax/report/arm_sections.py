@@ -24,14 +24,12 @@ def arms(results: Mapping[str, Any]) -> Section:
     """
     result = Section("arms", "All arms", numbers=results["comparisons"])
     seeds = [str(seed) for seed in results["seeds"]]
-    result.add(
-        page.table(page.texts("arm", "what it is", wide=True), list(results["arms"].items())),
-        page.soft(
-            f"{count(len(seeds), 'model seed')}: {', '.join(seeds)}. Differences are paired by"
-            " task and seed; few-shot samples are averaged first. In brackets are 95 % intervals,"
-            " a bootstrap over tasks and seeds: where one includes 0, the difference may be"
-            " chance. With one seed, what its luck did is not in them."
-        ),
+    result.table(page.texts("arm", "what it is", wide=True), list(results["arms"].items()))
+    result.explain(
+        f"{count(len(seeds), 'model seed')}: {', '.join(seeds)}. Differences are paired by"
+        " task and seed; few-shot samples are averaged first. In brackets are 95 % intervals,"
+        " a bootstrap over tasks and seeds: where one includes 0, the difference may be"
+        " chance. With one seed, what its luck did is not in them."
     )
     for measure, title in MEASURES.items():
         result.add(page.heading(title))

@@ -21,7 +21,7 @@ def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -
     result = Section("similarity", "Which tasks route alike")
     reason = degenerate(similarity_TxT)
     if reason:
-        result.add(page.missing(f"There is nothing to cluster: {reason}."))
+        result.lack(f"There is nothing to cluster: {reason}.")
         return result
     tree = statistics.tree(similarity_TxT)
     cluster_T = statistics.cut(tree, max(2, len(set(routes.categories) - {NO_CATEGORY})))
@@ -44,11 +44,9 @@ def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -
                 ", ".join(routes.tasks[i] for i in group),
             ]
         )
-    result.add(
-        page.soft(
-            "Cosine similarity of the tasks' flattened routes, with rows and columns in the order "
-            f"of hierarchical clustering ({statistics.LINKAGE} linkage of cosine distances)."
-        ),
+    result.explain(
+        "Cosine similarity of the tasks' flattened routes, with rows and columns in the order "
+        f"of hierarchical clustering ({statistics.LINKAGE} linkage of cosine distances)."
     )
     order = statistics.leaves(tree)
     tasks = [routes.tasks[i] for i in order]
@@ -66,12 +64,10 @@ def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -
             square=True,
         ),
     )
-    result.add(
-        page.heading(f"The tree cut into {len(members)} clusters"),
-        page.table(
-            [*page.numbers(0, "cluster", "tasks"), *page.texts("categories", "members", wide=True)],
-            rows,
-        ),
+    result.add(page.heading(f"The tree cut into {len(members)} clusters"))
+    result.table(
+        [*page.numbers(0, "cluster", "tasks"), *page.texts("categories", "members", wide=True)],
+        rows,
     )
     return result
 
@@ -86,7 +82,7 @@ def agreement(
     if reason:
         sentence = f"Agreement of routes with the ontology cannot be measured: {reason}."
         result.findings.append(sentence)
-        result.add(page.missing(sentence))
+        result.lack(sentence)
         return result
     known = [i for i, c in enumerate(routes.categories) if c != NO_CATEGORY]
     levels = {
@@ -102,11 +98,9 @@ def agreement(
     for level, labels in levels.items():
         classes = len(set(labels))
         if not 1 < classes < len(labels) or degenerate(inside_TxT):
-            result.add(
-                page.missing(
-                    f"{level.capitalize()} are left out: {len(labels)} tasks in {classes} of them "
-                    "are not a grouping that routes could match."
-                )
+            result.lack(
+                f"{level.capitalize()} are left out: {len(labels)} tasks in {classes} of them "
+                "are not a grouping that routes could match."
             )
             continue
         clusters_T = statistics.cut(statistics.tree(inside_TxT), classes)
@@ -141,15 +135,13 @@ def agreement(
         )
     if not rows:
         return result
-    result.add(
-        page.soft(
-            f"The tree ({statistics.LINKAGE} linkage) is cut into as many clusters as there are "
-            "classes, or fewer where routes tie. Adjusted mutual information (AMI) is 1 for equal "
-            "partitions and about 0 by chance. One control shuffles the labels among the tasks "
-            f"{permutations} times; the other shuffles each layer's routes among the tasks, "
-            f"{RANDOM_ROUTES} times, and clusters again. p is the share of controls (counting the "
-            "real value) that agree at least as well."
-        )
+    result.explain(
+        f"The tree ({statistics.LINKAGE} linkage) is cut into as many clusters as there are "
+        "classes, or fewer where routes tie. Adjusted mutual information (AMI) is 1 for equal "
+        "partitions and about 0 by chance. One control shuffles the labels among the tasks "
+        f"{permutations} times; the other shuffles each layer's routes among the tasks, "
+        f"{RANDOM_ROUTES} times, and clusters again. p is the share of controls (counting the "
+        "real value) that agree at least as well."
     )
     kinds = list(next(iter(bars.values())))
     result.draw(
@@ -166,17 +158,15 @@ def agreement(
         ),
         "Bars hold 95 % of the controls.",
     )
-    result.add(
-        page.table(
-            [
-                *page.texts("level", "measure"),
-                *page.numbers(3, "value"),
-                *page.texts("control"),
-                *page.numbers(3, "its mean", "2.5 %", "97.5 %"),
-                *page.numbers(4, "p", tiny=True),
-            ],
-            rows,
-        )
+    result.table(
+        [
+            *page.texts("level", "measure"),
+            *page.numbers(3, "value"),
+            *page.texts("control"),
+            *page.numbers(3, "its mean", "2.5 %", "97.5 %"),
+            *page.numbers(4, "p", tiny=True),
+        ],
+        rows,
     )
     return result
 

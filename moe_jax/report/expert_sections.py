@@ -22,17 +22,15 @@ def correlations(run: Run, features: Mapping[str, Mapping[str, float]]) -> Secti
     categories = {name: _at(known, member) for name, member in members.items()}
     untested = sorted(set(routes.categories) - {NO_CATEGORY, *categories})
     if untested:
-        result.add(
-            page.missing(
-                f"Not tested, having fewer than 3 tasks inside or outside: {', '.join(untested)}."
-            )
+        result.lack(
+            f"Not tested, having fewer than 3 tasks inside or outside: {', '.join(untested)}."
         )
     measured = {
         name: np.array([features.get(t, {}).get(name, np.nan) for t in routes.tasks])
         for name in (FEATURES if features else ())
     }
     if not features:
-        result.add(page.missing("No eval/*/predictions.jsonl, so no measured features."))
+        result.lack("No eval/*/predictions.jsonl, so no measured features.")
     tested = statistics.correlations(routes.route_TxNxE, categories, measured)
     if not tested.tests:
         why = "no category has 3 tasks inside and 3 outside"
@@ -40,7 +38,7 @@ def correlations(run: Run, features: Mapping[str, Mapping[str, float]]) -> Secti
             why = "every expert's weight is the same for all tasks"
         sentence = f"No expert can be tested against a category: {why}."
         result.findings.append(sentence)
-        result.add(page.missing(sentence))
+        result.lack(sentence)
         return result
     keys = ("layer", "expert", "property", "r", "p", "q")
     rows = [
@@ -69,13 +67,11 @@ def correlations(run: Run, features: Mapping[str, Mapping[str, float]]) -> Secti
         )
     else:
         result.find(f"None of {tested.tests} {what} is significant after correction.")
-    result.add(
-        page.soft(
-            "Pearson correlation of an expert's weight with membership in a category, or with a "
-            "feature measured on the task's examples (see the section on tasks). p is two-sided, "
-            f"by {tested.permutations:,} permutations of the tasks; q = p corrected over all tests "
-            f"by Holm. Dots mark q ≤ {LEVEL}; grey cells have equal values for every task."
-        )
+    result.explain(
+        "Pearson correlation of an expert's weight with membership in a category, or with a "
+        "feature measured on the task's examples (see the section on tasks). p is two-sided, "
+        f"by {tested.permutations:,} permutations of the tasks; q = p corrected over all tests "
+        f"by Holm. Dots mark q ≤ {LEVEL}; grey cells have equal values for every task."
     )
     count = routes.experts * len(routes.layers)
     r_CxF, q_CxF = (a.reshape(count, -1).T for a in (tested.r_NxExC, tested.q_NxExC))
@@ -101,17 +97,15 @@ def correlations(run: Run, features: Mapping[str, Mapping[str, float]]) -> Secti
         "Blue is a positive, orange a negative correlation.",
     )
     if rows:
-        result.add(
-            page.table(
-                [
-                    *page.texts("layer"),
-                    *page.numbers(0, "expert"),
-                    *page.texts("category or feature"),
-                    *page.numbers(2, "r"),
-                    *page.numbers(4, "p", "q", tiny=True),
-                ],
-                rows,
-            )
+        result.table(
+            [
+                *page.texts("layer"),
+                *page.numbers(0, "expert"),
+                *page.texts("category or feature"),
+                *page.numbers(2, "r"),
+                *page.numbers(4, "p", "q", tiny=True),
+            ],
+            rows,
         )
     return result
 
@@ -134,22 +128,18 @@ def disabling(run: Run, evaluations: Mapping[str, Mapping[str, Any]]) -> Section
     """
     result = Section("disabling", "What is lost without an expert", numbers={})
     if evaluations:
-        result.add(
-            page.soft(
-                "Each expert of each layer is off in turn, with the task's other weights scaled "
-                "up, or the router's next choice where it had all the weight. Cells are the rise "
-                "of the teacher-forced loss, in nats per target token, as a mean over tasks. r is "
-                "the correlation of the expert's weight with membership, over the tasks that the "
-                "model was trained on."
-            )
+        result.explain(
+            "Each expert of each layer is off in turn, with the task's other weights scaled "
+            "up, or the router's next choice where it had all the weight. Cells are the rise "
+            "of the teacher-forced loss, in nats per target token, as a mean over tasks. r is "
+            "the correlation of the expert's weight with membership, over the tasks that the "
+            "model was trained on."
         )
     else:
-        result.add(
-            page.missing("No eval/*/disabling.json (eval.disable_examples), so nothing is known.")
-        )
+        result.lack("No eval/*/disabling.json (eval.disable_examples), so nothing is known.")
     for evaluation, value in evaluations.items():
         if value["layers"] != run.routes.layers or int(value["experts"]) != run.routes.experts:
-            result.add(page.missing(f"“{evaluation}” is left out: its layers are not the run's."))
+            result.lack(f"“{evaluation}” is left out: its layers are not the run's.")
             continue
         result.add(page.heading(f"Evaluation “{evaluation}”"))
         tasks = value["tasks"].values()
@@ -237,10 +227,8 @@ def _by_level(
         *page.numbers(3, "rise of its loss", "of the other tasks"),
     ]
     if tied:
-        result.add(
-            page.soft(f"The expert most tied to each {level}:"),
-            page.table([*columns_, *page.numbers(1, "ratio")], tied),
-        )
+        result.explain(f"The expert most tied to each {level}:")
+        result.table([*columns_, *page.numbers(1, "ratio")], tied)
     rows.sort(key=lambda row: -row[3])
     result.add(page.details(f"All experts, by {level}", page.table(columns_, rows)))
 

@@ -78,13 +78,11 @@ def _routes(
             f"cosine distance between two of them is {spread:.2g} (0 is the same, 1 disjoint)."
         )
     result.find(sentence)
-    result.add(
-        page.soft(
-            f"{count(layers, 'routed layer')} with {count(experts, 'expert')} each, at step "
-            f"{routes.step}. Rows are tasks, columns experts layer by layer. The slider shows the "
-            "routes at earlier evaluations. A click on an expert's number sorts by its weight, a "
-            "click on a task shows its predictions."
-        )
+    result.explain(
+        f"{count(layers, 'routed layer')} with {count(experts, 'expert')} each, at step "
+        f"{routes.step}. Rows are tasks, columns experts layer by layer. The slider shows the "
+        "routes at earlier evaluations. A click on an expert's number sorts by its weight, a "
+        "click on a task shows its predictions."
     )
     orders = {}
     if not cluster_sections.degenerate(similarity_TxT):
@@ -116,7 +114,7 @@ def _evolution(run: Run, history: Mapping[int, np.ndarray]) -> Section:
     """How decided the routes were at each evaluation, and how they agreed with the ontology."""
     result = Section("evolution", "Routes over training", numbers={})
     if len(history) < 2:
-        result.add(page.missing("There are no routes of earlier steps (routes/STEP.json)."))
+        result.lack("There are no routes of earlier steps (routes/STEP.json).")
         return result
     known = [i for i, c in enumerate(run.routes.categories) if c != NO_CATEGORY]
     labels = [run.routes.categories[i] for i in known]
@@ -140,13 +138,10 @@ def _evolution(run: Run, history: Mapping[int, np.ndarray]) -> Section:
     rows = [[int(step), *numbers.values()] for step, numbers in result.numbers.items()]
     names = ("mean entropy", "dependence on task")
     measured = ("AMI with categories", "nearest-neighbour accuracy")
-    result.add(
-        page.table(
+    result.table(
             [*page.numbers(0, "step"), *page.numbers(3, *names), *page.numbers(0, "routes"),
              *page.numbers(3, *measured)],
-            rows,
-        )
-    )  # fmt: skip
+            rows)  # fmt: skip
     curves = {
         name: ([row[0] for row in rows], [row[i] for row in rows])
         for i, name in ((1, names[0]), (2, names[1]), (4, measured[0]), (5, measured[1]))
@@ -174,7 +169,7 @@ def _decidedness(run: Run) -> Section:
         },
     }
     if routes.experts == 1:
-        result.add(page.missing("With one expert per layer there is nothing to decide."))
+        result.lack("With one expert per layer there is nothing to decide.")
         return result
     top = int(np.argmax(information_N))
     if information_N[top] < 1e-6:
@@ -189,27 +184,25 @@ def _decidedness(run: Run) -> Section:
         f"1 all equally); {dependence}."
     )
     result.find(sentence)
-    result.add(
-        page.soft(
-            "Dependence on the task is the mutual information of task and expert in a layer, as a "
-            "share of log E: 0 where all tasks route alike, 1 where each takes one expert and all "
-            "experts are used equally."
-        ),
-        page.table(
+    result.explain(
+        "Dependence on the task is the mutual information of task and expert in a layer, as a "
+        "share of log E: 0 where all tasks route alike, 1 where each takes one expert and all "
+        "experts are used equally."
+    )
+    result.table(
+        [
+            *page.texts("layer"),
+            *page.numbers(2, "mean entropy", "dependence on task"),
+            *page.numbers(2, *(f"use of expert {e}" for e in range(routes.experts))),
+        ],
+        [
             [
-                *page.texts("layer"),
-                *page.numbers(2, "mean entropy", "dependence on task"),
-                *page.numbers(2, *(f"use of expert {e}" for e in range(routes.experts))),
-            ],
-            [
-                [
-                    layer,
-                    float(entropy_TxN[:, n].mean()),
-                    float(information_N[n]),
-                    *usage_NxE[n].tolist(),
-                ]
-                for n, layer in enumerate(routes.layers)
-            ],
-        ),
+                layer,
+                float(entropy_TxN[:, n].mean()),
+                float(information_N[n]),
+                *usage_NxE[n].tolist(),
+            ]
+            for n, layer in enumerate(routes.layers)
+        ],
     )
     return result

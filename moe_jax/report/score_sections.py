@@ -46,12 +46,10 @@ def provenance(runs: Sequence[Run], model: Run | None) -> Section:
                 "predictions are its own. The scores of other runs stand beside its scores."
             )
         )
-    result.add(
-        page.table(page.texts("run", "started (UTC)", "commit", *SETTINGS, "directory"), rows)
-    )
+    result.table(page.texts("run", "started (UTC)", "commit", *SETTINGS, "directory"), rows)
     lacking = [run.name for run in runs if not run.origin]
     if lacking:
-        result.add(page.missing(f"No origin.json, so no date and commit: {', '.join(lacking)}."))
+        result.lack(f"No origin.json, so no date and commit: {', '.join(lacking)}.")
     for run in runs:
         if run.config:
             lines = [[name, str(value)] for name, value in run.config.items()]
@@ -65,7 +63,7 @@ def scores(runs: Sequence[Run], links: Mapping[str, str]) -> Section:
     result = Section("scores", "Scores", numbers={})
     lacking = [run.name for run in runs if not run.scores]
     if lacking:
-        result.add(page.missing(f"No eval/*/scores.jsonl, left out here: {', '.join(lacking)}."))
+        result.lack(f"No eval/*/scores.jsonl, left out here: {', '.join(lacking)}.")
     evaluations = dict.fromkeys(name for run in runs for name in run.scores)
     for evaluation in evaluations:
         of_run = {run.name: run.scores[evaluation] for run in runs if evaluation in run.scores}
@@ -93,11 +91,9 @@ def _evaluation(
     common = [t for t in tasks if all(score[run][t] is not None for run in names)]
     result.add(page.heading(f"Evaluation “{evaluation}”"))
     if len(common) < len(tasks):
-        result.add(
-            page.missing(
-                f"{len(tasks) - len(common)} of {len(tasks)} tasks were not scored by every run; "
-                "means and differences below are over the others."
-            )
+        result.lack(
+            f"{len(tasks) - len(common)} of {len(tasks)} tasks were not scored by every run; "
+            "means and differences below are over the others."
         )
     if not common:
         return
@@ -122,12 +118,10 @@ def _evaluation(
     result.numbers[evaluation] = numbers
     result.find(_score_sentence(evaluation, numbers))
     if len(names) > 1:
-        result.add(
-            page.soft(
-                f"In brackets, the difference from {names[0]} on the same tasks with a bootstrap "
-                "interval over tasks; where that includes 0, the difference may be chance. A mean "
-                "is bold if this interval excludes 0 for its difference from every other run."
-            )
+        result.explain(
+            f"In brackets, the difference from {names[0]} on the same tasks with a bootstrap "
+            "interval over tasks; where that includes 0, the difference may be chance. A mean "
+            "is bold if this interval excludes 0 for its difference from every other run."
         )
     rows, bold = [], []
     for category, inside in members.items():
@@ -135,12 +129,8 @@ def _evaluation(
         best = clearly_best(samples, bootstrap_interval)
         bold.append(None if best is None else 2 + names.index(best))
         rows.append([category, len(inside), *(float(np.mean(v)) for v in samples.values())])
-    result.add(
-        page.table(
-            [*page.texts("category"), *page.numbers(0, "tasks"), *page.numbers(3, *names)],
-            rows,
-            bold,
-        )
+    result.table(
+        [*page.texts("category"), *page.numbers(0, "tasks"), *page.numbers(3, *names)], rows, bold
     )
     result.draw(
         f"scores {evaluation}",
@@ -152,19 +142,17 @@ def _evaluation(
         ),
         "Each task has its own metric, so compare dots in a row, not rows.",
     )
-    result.add(
-        page.table(
-            [
-                *page.texts("task", "category", "subcategory", "metric"),
-                *page.numbers(0, "examples"),
-                *page.numbers(3, *names),
-            ],
-            [
-                [Link(t, links.get(t, "")), *place[t], lines[t]["metric"], lines[t].get("examples")]
-                + [score[run][t] for run in names]
-                for t in tasks
-            ],
-        )
+    result.table(
+        [
+            *page.texts("task", "category", "subcategory", "metric"),
+            *page.numbers(0, "examples"),
+            *page.numbers(3, *names),
+        ],
+        [
+            [Link(t, links.get(t, "")), *place[t], lines[t]["metric"], lines[t].get("examples")]
+            + [score[run][t] for run in names]
+            for t in tasks
+        ],
     )
 
 
@@ -226,26 +214,24 @@ def losses(runs: Sequence[Run]) -> Section:
                 }
     lacking = [run.name for run in runs if run.name not in result.numbers]
     if lacking:
-        result.add(page.missing(f"No metrics.jsonl, left out here: {', '.join(lacking)}."))
+        result.lack(f"No metrics.jsonl, left out here: {', '.join(lacking)}.")
     for quantity, of_run in curves.items():
         result.add(page.heading(f"{quantity.capitalize()} by step"))
         result.draw(quantity, figures.lines(of_run, title=f"{quantity} by step"))
     if not curves:
         return result
     keys = ("first", "last", "lowest", "highest")
-    result.add(
-        page.table(
-            [
-                *page.texts("run", "quantity"),
-                *page.numbers(0, "last step"),
-                *page.numbers(3, *keys),
-            ],
-            [
-                [run, quantity, n["last_step"], *(n[k] for k in keys)]
-                for run, by_quantity in result.numbers.items()
-                for quantity, n in by_quantity.items()
-            ],
-        )
+    result.table(
+        [
+            *page.texts("run", "quantity"),
+            *page.numbers(0, "last step"),
+            *page.numbers(3, *keys),
+        ],
+        [
+            [run, quantity, n["last_step"], *(n[k] for k in keys)]
+            for run, by_quantity in result.numbers.items()
+            for quantity, n in by_quantity.items()
+        ],
     )
     last = [
         f"{run} {q['training loss']['last']:.3f} at step {q['training loss']['last_step']}"
@@ -270,16 +256,14 @@ def tasks(
     """
     result = Section("tasks", f"Tasks and predictions of “{model.name}”", numbers=dict(features))
     if not lines:
-        result.add(page.missing("No eval/*/predictions.jsonl, so no predictions and features."))
+        result.lack("No eval/*/predictions.jsonl, so no predictions and features.")
         return result
-    result.add(
-        page.soft("; ".join(f"{name}: {meaning}" for name, meaning in FEATURES.items()) + "."),
-        page.table(
-            [*page.texts("task"), *page.numbers(2, *FEATURES)],
-            [[Link(t, links[t]), *features[t].values()] for t in lines],
-        ),
-        page.soft(f"Up to {SHOWN} predictions of each task, evenly spaced over its examples."),
+    result.explain("; ".join(f"{name}: {meaning}" for name, meaning in FEATURES.items()) + ".")
+    result.table(
+        [*page.texts("task"), *page.numbers(2, *FEATURES)],
+        [[Link(t, links[t]), *features[t].values()] for t in lines],
     )
+    result.explain(f"Up to {SHOWN} predictions of each task, evenly spaced over its examples.")
     for task, of_task in lines.items():
         rows = [
             [

@@ -1,7 +1,7 @@
 """What every section of the page is made of."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,23 @@ class Section:
         """Adds a finding, which is also a paragraph of the section."""
         self.findings.append(sentence)
         self.add(page.paragraph(sentence))
+
+    def explain(self, text: str) -> None:
+        """Adds a paragraph of explanation."""
+        self.add(page.soft(text))
+
+    def lack(self, text: str) -> None:
+        """Adds a sentence in place of something that is left out."""
+        self.add(page.missing(text))
+
+    def table(
+        self,
+        columns: Sequence[page.Column],
+        rows: Iterable[Sequence[Any]],
+        bold: Sequence[int | None] = (),
+    ) -> None:
+        """Adds a sortable table; see `page.table`."""
+        self.add(page.table(columns, rows, bold))
 
     def draw(self, name: str, figure: dict[str, Any], caption: str = "") -> None:
         """Adds a figure made by `figures`."""

@@ -19,49 +19,47 @@ def adaptation(rows: list[dict] | None) -> Section:
     """Gains over direct fine-tuning and over the dense model, and the underlying scores."""
     result = Section("adaptation", "Few-shot adaptation to unseen tasks")
     if rows is None:
-        result.add(page.missing("No fine-tuning runs were given, so there are no relative gains."))
+        result.lack("No fine-tuning runs were given, so there are no relative gains.")
         return result
     try:
         gains = gain.relative_gains(rows)
         over_dense = paired.compare(gain.score_rows(gains))
     except UserError as e:
-        result.add(page.missing(f"Relative gains are left out: {e}."))
+        result.lack(f"Relative gains are left out: {e}.")
         return result
     result.numbers = gains | {"over_dense": dataclasses.asdict(over_dense)}
     for sentence in gain.sentences(gains) + paired.sentences(over_dense):
         result.find(sentence)
     baseline, others, seeds = gains["baseline"], list(gains["starts"]), len(gains["seeds"])
-    result.add(
-        page.soft(
-            f"The relative gain of a task is (score − {baseline}) / {baseline}, with scores "
-            f"averaged over {gain.count(seeds, 'seed')}; learning rate and batch size are "
-            "chosen on dev, per task, start and seed. ARG is the mean over tasks. Its interval is "
-            "Student's, over seeds; the one over tasks is a bootstrap. Where an interval includes "
-            "0, the gain may be chance."
-        ),
-        page.table(
+    result.explain(
+        f"The relative gain of a task is (score − {baseline}) / {baseline}, with scores "
+        f"averaged over {gain.count(seeds, 'seed')}; learning rate and batch size are "
+        "chosen on dev, per task, start and seed. ARG is the mean over tasks. Its interval is "
+        "Student's, over seeds; the one over tasks is a bootstrap. Where an interval includes "
+        "0, the gain may be chance."
+    )
+    result.table(
+        [
+            *page.texts("start"),
+            *page.numbers(1, "ARG", percent=True),
+            *page.texts("95 % over seeds", "95 % over tasks"),
+            *page.numbers(1, "median gain", percent=True),
+            *page.numbers(3, "mean score difference"),
+            *page.numbers(0, "tasks", "without relative gain"),
+        ],
+        [
             [
-                *page.texts("start"),
-                *page.numbers(1, "ARG", percent=True),
-                *page.texts("95 % over seeds", "95 % over tasks"),
-                *page.numbers(1, "median gain", percent=True),
-                *page.numbers(3, "mean score difference"),
-                *page.numbers(0, "tasks", "without relative gain"),
-            ],
-            [
-                [
-                    start,
-                    total["arg"],
-                    _range(total["ci95"]),
-                    _range(total["ci95_tasks"]),
-                    total["median"],
-                    total["mean_difference"],
-                    total["tasks"],
-                    len(total["no_relative_gain"]),
-                ]
-                for start, total in gains["starts"].items()
-            ],
-        ),
+                start,
+                total["arg"],
+                _range(total["ci95"]),
+                _range(total["ci95_tasks"]),
+                total["median"],
+                total["mean_difference"],
+                total["tasks"],
+                len(total["no_relative_gain"]),
+            ]
+            for start, total in gains["starts"].items()
+        ],
     )
     starts = [baseline, *others]
     result.draw(
@@ -87,24 +85,22 @@ def adaptation(rows: list[dict] | None) -> Section:
         best = clearly_best({s: _seeds(cells[s]) for s in starts}, gain.t_interval)
         columns = [2, *(4 + 3 * i for i in range(len(others)))]
         bold.append(None if best is None else columns[starts.index(best)])
-    result.add(
-        page.table(
-            [*page.texts("task", "metric"), *page.numbers(3, baseline, "±")]
-            + [
-                column
-                for s in others
-                for column in (
-                    *page.numbers(3, s, "±"),
-                    *page.numbers(1, f"gain of {s}", percent=True),
-                )
-            ],
-            rows_,
-            bold,
-        ),
-        page.soft(
-            "± is the standard deviation over seeds. A score is bold if the 95 % interval of its "
-            "difference from every other, paired by seed, excludes 0."
-        ),
+    result.table(
+        [*page.texts("task", "metric"), *page.numbers(3, baseline, "±")]
+        + [
+            column
+            for s in others
+            for column in (
+                *page.numbers(3, s, "±"),
+                *page.numbers(1, f"gain of {s}", percent=True),
+            )
+        ],
+        rows_,
+        bold,
+    )
+    result.explain(
+        "± is the standard deviation over seeds. A score is bold if the 95 % interval of its "
+        "difference from every other, paired by seed, excludes 0."
     )
     return result
 
@@ -133,7 +129,7 @@ def transfer(
             if scored:
                 _against_single(result, run.name, split, scored, alone, links)
     if not single:
-        result.add(page.missing("No runs of single tasks were given (--single DIR)."))
+        result.lack("No runs of single tasks were given (--single DIR).")
     for start in (gains or {}).get("starts", {}):
         _against_direct(result, start, gains)
     return result
@@ -164,23 +160,21 @@ def _against_single(
         f"{len(losing)} of {gain.count(len(scored), 'task')} lose."
     )
     if losing:
-        result.add(
-            page.table(
+        result.table(
+            [
+                *page.texts("losing task", "category"),
+                *page.numbers(3, "alone", run, "difference"),
+            ],
+            [
                 [
-                    *page.texts("losing task", "category"),
-                    *page.numbers(3, "alone", run, "difference"),
-                ],
-                [
-                    [
-                        Link(t, links.get(t, "")),
-                        scored[t].get("category"),
-                        alone[t]["score"],
-                        scored[t]["score"],
-                        difference[t],
-                    ]
-                    for t in losing
-                ],
-            )
+                    Link(t, links.get(t, "")),
+                    scored[t].get("category"),
+                    alone[t]["score"],
+                    scored[t]["score"],
+                    difference[t],
+                ]
+                for t in losing
+            ],
         )
 
 

@@ -56,7 +56,7 @@ class Affinity(NamedTuple):
     categories: int
 
 
-def affinity(rows_TxK: np.ndarray, categories: Sequence[str], seed: int = 0) -> Affinity | None:
+def affinity(rows_TxK: np.ndarray, categories: Sequence[str]) -> Affinity | None:
     """Compares pairs within a category with pairs between categories.
 
     Args:
@@ -79,7 +79,7 @@ def affinity(rows_TxK: np.ndarray, categories: Sequence[str], seed: int = 0) -> 
     if not 0 < pairs_within < len(cosine_P):
         return None
     within, between = means(label_T)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     shuffled = (means(rng.permutation(label_T)) for _ in range(SHUFFLES))
     larger = sum(w - b >= within - between for w, b in shuffled)
     p = (1 + larger) / (1 + SHUFFLES)

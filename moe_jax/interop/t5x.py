@@ -257,9 +257,7 @@ class TaskMoEModel:
         """The log-likelihood of every row's targets, summed over tokens: float32 [B]."""
         if return_intermediates:
             raise UserError("score_batch gives no intermediates of a TaskMoE")
-        return log_likelihoods(
-            self._row_model(params, batch, flax_mutables), _rows_of(batch)
-        )[0]  # fmt: skip
+        return log_likelihoods(self._row_model(params, batch, flax_mutables), _rows_of(batch))[0]
 
     def _row_model(
         self, params: Params, batch: Mapping[str, jax.Array], flax_mutables: Any

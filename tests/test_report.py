@@ -117,7 +117,10 @@ def test_whole_report(tmp_path, tasks, layers, experts, seeds):
     assert numbers["runs"].keys() == {"dense", "moe", "few-shot adaptation"}
     assert numbers["findings"] == made.findings
     assert numbers["agreement"]["categories"]["ami"]["value"] > 0.8
+    *_, last = numbers["evolution"].values()
     for name in ("ami", "neighbour_accuracy"):
+        for level, measures in numbers["agreement"].items():
+            assert last[f"{name}_{level}"] == measures[name]["value"]
         measure = numbers["agreement"]["categories"][name]
         for control in ("shuffled labels", "random routes"):
             assert measure[control]["mean"] < measure["value"] - 0.4
@@ -296,7 +299,10 @@ def test_routes_that_share_no_expert_form_no_clusters(tmp_path):
     for task, place in places.items():
         value["tasks"][task]["route"] = np.eye(12)[[kinds.index(place)] * 4].tolist()
     files.write_json(run / "routes.json", value)
-    text = " ".join(report(tmp_path / "report", {"run": run}).findings)
+    made = report(tmp_path / "report", {"run": run})
+    clusters = files.read_json(made.page.with_name("report.json"))["similarity"]["clusters"]
+    assert len(clusters) == 12 and all(len({places[t] for t in c}) == 1 for c in clusters)
+    text = " ".join(made.findings)
     assert (
         "Routes form no clusters that the 4 human categories could be compared with, since their"
         " distances tie; the task with the most similar route is of the same one for 100 % of tasks"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_jax.report import figures, page, statistics
-from moe_jax.report.inputs import NO_CATEGORY, Run
+from moe_jax.report.inputs import NO_CATEGORY, Routes, Run
 from moe_jax.report.page import fixed
 from moe_jax.report.sections import Section
 
@@ -24,7 +24,10 @@ def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -
         result.lack(f"There is nothing to cluster: {reason}.")
         return result
     tree = statistics.tree(similarity_TxT)
-    cluster_T = statistics.cut(tree, max(2, len(set(routes.categories) - {NO_CATEGORY})))
+    # As many clusters as categories. Where distances tie, these may be one: then as subcategories.
+    counts = (max(2, len(set(labels))) for labels in levels(routes)[1].values())
+    cuts = (statistics.cut(tree, count) for count in counts)
+    cluster_T = next((c for c in cuts if c.max() > 1), np.array([]))
     members = [np.flatnonzero(cluster_T == c) for c in dict.fromkeys(cluster_T.tolist())]
     members.sort(key=len, reverse=True)
     result.numbers = {
@@ -64,6 +67,9 @@ def similarity(run: Run, similarity_TxT: np.ndarray, links: Mapping[str, str]) -
             square=True,
         ),
     )
+    if not members:
+        result.lack("The tree cannot be cut into a few clusters, since distances of routes tie.")
+        return result
     result.add(page.heading(f"The tree cut into {len(members)} clusters"))
     result.table(
         [*page.numbers(0, "cluster", "tasks"), *page.texts("categories", "members", wide=True)],
@@ -84,18 +90,14 @@ def agreement(
         result.findings.append(sentence)
         result.lack(sentence)
         return result
-    known = [i for i, c in enumerate(routes.categories) if c != NO_CATEGORY]
-    levels = {
-        "categories": [routes.categories[i] for i in known],
-        "subcategories": [f"{routes.categories[i]} / {routes.subcategories[i]}" for i in known],
-    }
+    known, labels_of = levels(routes)
     inside_TxT = similarity_TxT[np.ix_(known, known)]
     random_RxTxT = [
         statistics.similarity(statistics.random_routes(routes.route_TxNxE[known], seed + draw))
         for draw in range(RANDOM_ROUTES)
     ]
     rows, bars = [], {}
-    for level, labels in levels.items():
+    for level, labels in labels_of.items():
         classes = len(set(labels))
         if not 1 < classes < len(labels) or degenerate(inside_TxT):
             result.lack(
@@ -169,6 +171,15 @@ def agreement(
         rows,
     )
     return result
+
+
+def levels(routes: Routes) -> tuple[list[int], dict[str, list[str]]]:
+    """The tasks that the ontology knows, and the label of each at both of its levels."""
+    known = [i for i, c in enumerate(routes.categories) if c != NO_CATEGORY]
+    return known, {
+        "categories": [routes.categories[i] for i in known],
+        "subcategories": [f"{routes.categories[i]} / {routes.subcategories[i]}" for i in known],
+    }
 
 
 def _clusters_finding(level: str, numbers: dict, ami: statistics.Agreement) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_jax.evaluation.gains import count
 from moe_jax.report import cluster_sections, figures, page, statistics
-from moe_jax.report.inputs import NO_CATEGORY, Routes, Run
+from moe_jax.report.inputs import Routes, Run
 from moe_jax.report.sections import Section
 
 
@@ -116,35 +116,31 @@ def _evolution(run: Run, history: Mapping[int, np.ndarray]) -> Section:
     if len(history) < 2:
         result.lack("There are no routes of earlier steps (routes/STEP.json).")
         return result
-    known = [i for i, c in enumerate(run.routes.categories) if c != NO_CATEGORY]
-    labels = [run.routes.categories[i] for i in known]
+    known, labels_of = cluster_sections.levels(run.routes)
+    labels_of = {k: v for k, v in labels_of.items() if 1 < len(set(v)) < len(v)}
     for step, route_TxNxE in history.items():
         similarity_TxT = statistics.similarity(route_TxNxE)
-        ami = near = None
-        if len(set(labels)) > 1 and not cluster_sections.degenerate(
-            similarity_TxT[np.ix_(known, known)]
-        ):
-            inside_TxT = similarity_TxT[np.ix_(known, known)]
-            clusters_T = statistics.cut(statistics.tree(inside_TxT), len(set(labels)))
-            ami = statistics.agreement(labels, clusters_T, 1).value
-            near = statistics.neighbour_agreement(labels, inside_TxT, 1).value
-        result.numbers[str(step)] = {
+        numbers: dict[str, float | None] = {
+            "distinct_routes": statistics.distinct_routes(similarity_TxT),
             "entropy": float(statistics.entropy(route_TxNxE).mean()),
             "task_information": float(statistics.task_information(route_TxNxE).mean()),
-            "distinct_routes": statistics.distinct_routes(similarity_TxT),
-            "ami": ami,
-            "neighbour_accuracy": near,
         }
+        inside_TxT = similarity_TxT[np.ix_(known, known)]
+        for level, labels in labels_of.items():
+            ami = near = None
+            if not cluster_sections.degenerate(inside_TxT):
+                clusters_T = statistics.cut(statistics.tree(inside_TxT), len(set(labels)))
+                ami = statistics.agreement(labels, clusters_T, 1).value
+                near = statistics.neighbour_agreement(labels, inside_TxT, 1).value
+            numbers |= {f"ami_{level}": ami, f"neighbour_accuracy_{level}": near}
+        result.numbers[str(step)] = numbers
     rows = [[int(step), *numbers.values()] for step, numbers in result.numbers.items()]
-    names = ("mean entropy", "dependence on task")
-    measured = ("AMI with categories", "nearest-neighbour accuracy")
-    result.table(
-            [*page.numbers(0, "step"), *page.numbers(3, *names), *page.numbers(0, "routes"),
-             *page.numbers(3, *measured)],
-            rows)  # fmt: skip
+    names = ["mean entropy", "dependence on task"]
+    names += [f"{m} {level}" for level in labels_of for m in ("AMI with", "nearest neighbour,")]
+    result.table([*page.numbers(0, "step", "routes"), *page.numbers(3, *names)], rows)
     curves = {
         name: ([row[0] for row in rows], [row[i] for row in rows])
-        for i, name in ((1, names[0]), (2, names[1]), (4, measured[0]), (5, measured[1]))
+        for i, name in enumerate(names, 2)
         if all(row[i] is not None for row in rows)
     }
     result.draw("evolution", figures.lines(curves, title="Routes over training"))

@@ -136,7 +136,7 @@ def _evolution(run: Run, history: Mapping[int, np.ndarray]) -> Section:
         result.numbers[str(step)] = numbers
     rows = [[int(step), *numbers.values()] for step, numbers in result.numbers.items()]
     names = ["mean entropy", "dependence on task"]
-    names += [f"{m} {level}" for level in labels_of for m in ("AMI with", "nearest neighbour,")]
+    names += [f"{m} {level}" for level in labels_of for m in ("AMI,", "neighbour,")]
     result.table([*page.numbers(0, "step", "routes"), *page.numbers(3, *names)], rows)
     curves = {
         name: ([row[0] for row in rows], [row[i] for row in rows])

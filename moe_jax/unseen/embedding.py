@@ -34,11 +34,14 @@ from moe_jax.training.tuning import Tuner
 Numbered = tuple[Batch, list[int]]  # and the numbers of the examples in the batch's first rows
 
 
-def text_embeddings(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array:
+def text_embeddings(
+    model: TaskMoE, backbone: Params, batch: Batch, route_NxE: jax.Array | None = None
+) -> jax.Array:
     """The encoder's last states, averaged over the tokens of each example.
 
     Args:
         batch: arrays [R, L], one example to a row.
+        route_NxE: of a mixture of experts.
 
     Returns:
         float32 [R, d_model]; zero for an empty row.
@@ -46,7 +49,7 @@ def text_embeddings(model: TaskMoE, backbone: Params, batch: Batch) -> jax.Array
     segments_RxL = batch["input_segments"]
     states_RxLxD = EncoderDecoder(model.config).apply(
         {"params": backbone}, batch["inputs"], segments_RxL, batch["input_positions"],
-        method="encode",
+        route_NxE, method="encode",
     )  # fmt: skip
     real_RxL = (segments_RxL > 0).astype(jnp.float32)
     weights_RxL = real_RxL / jnp.maximum(real_RxL.sum(-1, keepdims=True), 1.0)

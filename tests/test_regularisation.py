@@ -104,6 +104,29 @@ def test_terms_at_their_ends():
     np.testing.assert_allclose(route_entropy(jnp.full((G, N, E), 1 / E)), np.log(E), rtol=1e-6)
 
 
+def test_decided_routes_have_a_finite_gradient():
+    """At a low temperature, the softmax of an expert that is far behind is exactly 0."""
+    model = tiny_model(
+        tasks=2, experts=E, kind="free", representation_dim=2 * E, selection="argmax",
+        temperature=0.1, temperature_schedule="constant",
+    )  # fmt: skip
+    logits = jnp.float32([[20.0, 0, 0, 19.9, 0, 1, 2, 30]] * 2)
+    params = {"backbone": {}, "router": {}}
+
+    def total(logits):
+        config = StepConfig(route_entropy=1.0)
+        return penalty(model, {**params, "representations": logits}, np.arange(2), 0, config)[0]
+
+    p = 1 / (1 + np.exp(-1.0))  # of two experts whose logits differ by 0.1, over 0.1
+    entropy = -p * np.log(p) - (1 - p) * np.log(1 - p)
+    value, grads = jax.value_and_grad(total)(logits)
+    np.testing.assert_allclose(value, entropy / 2, rtol=1e-4)  # the other layer is decided
+    # By the logit ahead: -p (1 - p) log(p / (1 - p)) over the temperature; 4 layers of tasks.
+    wanted = np.zeros((2, 2 * E))
+    wanted[:, [0, 3]] = np.array([-1, 1]) * p * (1 - p) * 1.0 / 0.1 / 4
+    np.testing.assert_allclose(grads, wanted, atol=1e-4)
+
+
 def test_penalty_reads_the_routes_of_the_batch_at_their_temperature():
     """A router without a network, so that logits are known."""
     model = tiny_model(

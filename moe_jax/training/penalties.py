@@ -55,7 +55,9 @@ def _mean_distance(array_LxEx: jax.Array, name: str) -> jax.Array:
 
 def route_entropy(routes_xNxE: jax.Array) -> jax.Array:
     """Entropy in nats, mean over layers, and over groups or tasks."""
-    return jnp.mean(-jnp.sum(jax.scipy.special.xlogy(routes_xNxE, routes_xNxE), -1))
+    # A weight of 0 adds nothing, also to the gradient, which would be infinite.
+    weights_xNxE = jnp.where(routes_xNxE > 0, routes_xNxE, 1.0)
+    return jnp.mean(-jnp.sum(weights_xNxE * jnp.log(weights_xNxE), -1))
 
 
 def route_load(probabilities_GxNxE: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Trees of experts, and how a layer uses them, against plain NumPy indexing."""
 
+import itertools
 from functools import partial
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from toy_run import tiny_model
 
+from moe_jax.kernels.dropout import Dropout
 from moe_jax.model.dispatch import Gather, Mix
 from moe_jax.model.experts import gather, merge, scatter_add
 from moe_jax.model.task_moe import init_params
@@ -160,6 +162,28 @@ def test_gather_in_a_layer(index):
     )
     y = dispatched(Gather(jnp.array(index), jnp.asarray(weights)), params, X)
     np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Dropout(0.5)(x * self.param("scale", nn.initializers.ones, ()), deterministic=False)
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+def test_every_expert_drops_values_of_its_own(experts):
+    """As many as they are: a few are written out, more are mapped over."""
+    x = jnp.ones((8, 8))
+
+    def of_expert(e):
+        mix = Mix(jax.nn.one_hot(e, experts))
+        use = nn.apply(lambda layer, x: mix(layer, x, (), (), None, ""), Noisy())
+        params = {"scale": jnp.ones(experts)}
+        return np.asarray(use({"params": params}, x, rngs={"dropout": jax.random.key(0)}))
+
+    kept = [of_expert(e) > 0 for e in range(experts)]
+    for a, b in itertools.combinations(kept, 2):
+        assert 0.2 < np.mean(a == b) < 0.8
 
 
 def test_mix_keeps_bfloat16():

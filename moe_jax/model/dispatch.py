@@ -53,7 +53,7 @@ class Mix(struct.PyTreeNode):
             # Fetches one expert at a time to this device.
             scan = nn.scan(
                 nn.remat(add), variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"dropout": False},
+                split_rngs={"dropout": True},
             )  # fmt: skip
             return scan(layer, jnp.zeros_like(x), weights_E)[0]
         if count <= UNROLLED:
@@ -64,7 +64,7 @@ class Mix(struct.PyTreeNode):
             )
         every = nn.vmap(
             lambda layer: layer(x, *rows, *shared),
-            variable_axes={"params": 0, "intermediates": 0}, split_rngs={"dropout": False},
+            variable_axes={"params": 0, "intermediates": 0}, split_rngs={"dropout": True},
         )  # fmt: skip
         y_Ex = every(layer)
         if weights_E.ndim == 1:

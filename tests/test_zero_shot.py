@@ -92,6 +92,15 @@ def test_requests_against_regressions_without_the_task():
         index.requests(tasks, dict.fromkeys(texts, "!"))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_new_task_takes_the_route_of_its_nearest_task_also_if_that_was_drawn(count):
+    model = tiny_model(selection="random_task", experts_per_layer=count)
+    run = Run(model, tiny_params(model), {"a": 0, "b": 1, "c": 2}, step=7)
+    more = with_tasks(run, ["a", "new"], nearest={"new": "b"})
+    before, after = (np.asarray(routes_of(r.model, r.params, 7)) for r in (run, more))
+    np.testing.assert_allclose(after, before[[0, 1, 2, 1]])
+
+
 def test_a_weighted_route_by_hand():
     routes = np.array([[[1, 0, 0]], [[0, 1, 0]], [[0, 0, 1]]], np.float32)
     similarity = 0.1 * np.log([3, 1, 2])  # so the weights are 1/2, 1/6 and 1/3

@@ -65,6 +65,26 @@ def load_run(
     return Run(model, params, {name: i for i, name in enumerate(tasks)}, meta["step"])
 
 
+def with_drawn_routes(run: Run) -> Run:
+    """A run whose routes are drawn at random, as one whose representations are those routes.
+
+    So a new task can take a training task's route. A draw of its own would be one that no task was
+    trained with. Other runs stay as they are.
+    """
+    model = run.model
+    if not (model.routed and model.selection.random):
+        return run
+    drawn_TxN_E = np.asarray(model.random_routes()).reshape(model.tasks, -1)
+    router = dataclasses.replace(
+        model.router_config, kind="free", representation_dim=drawn_TxN_E.shape[1],
+        selection="top_k", experts_per_layer=model.experts_per_layer,
+    )  # fmt: skip
+    # Equal logits for the experts of a route, so equal weights.
+    rows_TxK = jnp.asarray(drawn_TxN_E > 0, jnp.float32)
+    params = {"backbone": run.params["backbone"], "router": {}, "representations": rows_TxK}
+    return dataclasses.replace(run, model=model.clone(router_config=router), params=params)
+
+
 def with_tasks(
     run: Run,
     names: Sequence[str],
@@ -85,6 +105,7 @@ def with_tasks(
     new = [name for name in dict.fromkeys(names) if name not in run.task_ids]
     if not new:
         return run
+    run = with_drawn_routes(run)
     ids = {**run.task_ids, **{name: len(run.task_ids) + i for i, name in enumerate(new)}}
     params: dict[str, Any] = {**run.params}
     if run.model.routed:

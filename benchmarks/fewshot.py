@@ -79,7 +79,7 @@ def _both(report: Report, model, runs: int, steps: int, lengths: tuple[int, int]
 
     def side_by_side():
         with jax.set_mesh(mesh):
-            return jax.block_until_ready(runner.train(params, {}, examples, order, rates))
+            return jax.block_until_ready(next(runner.train(params, {}, examples, order, rates)))
 
     def loop():
         with jax.set_mesh(alone):

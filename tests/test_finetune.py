@@ -63,6 +63,10 @@ def own(new):
 def test_representations(tmp_path):
     table_TxK = np.asarray(RUN.params["representations"])
     rows = {kind: own(start_of(representation=kind)) for kind in ("mean", "random")}
+    drawn = start_of(representation="random").own(["b", "new", "b"], GROUPS)["representations"]
+    np.testing.assert_array_equal(drawn[1, 0], rows["random"])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert np.any(drawn[0] != drawn[1])
     np.testing.assert_allclose(rows["mean"], table_TxK.mean(0), rtol=1e-6)
     assert rows["random"].shape == (8,) and rows["random"].std() > 0.3
     path = str(tmp_path / "rows.json")
@@ -101,6 +105,26 @@ def test_nearest_has_the_lowest_loss(settings):
     rows = new.own(["a", "b", "c"], GROUPS)["representations"][:, 0]
     nearest = tasks[losses[:, tasks].argmin(-1)]
     np.testing.assert_array_equal(rows, np.asarray(RUN.params["representations"])[nearest])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_new_task_takes_a_route_that_was_drawn(count):
+    """Of a model with random routes: that of the training task with the lowest loss; it stays."""
+    model = tiny_model(selection="random_task", experts_per_layer=count, seed=4)
+    run = dataclasses.replace(RUN, model=model)
+    drawn_TxNxE = np.asarray(routes_of(model, RUN.params, RUN.step))
+    new = start_of(run, representation="nearest")
+    tasks = new.choices[0][new.losses(GROUPS).argmin(-1)]
+    rows = new.own(["a", "b", "c"], GROUPS)["representations"]
+    for row, task in zip(rows, tasks, strict=True):
+        params = {**new.shared, "representations": jnp.asarray(row)}
+        np.testing.assert_allclose(routes_of(new.model, params, 0)[0], drawn_TxNxE[task])
+    assert set(tasks) != {0}  # as a draw by the row of a table of one task would be
+    assert set(new.frozen) == {"representations"}
+    assert set(start_of(run, tune="route_only").frozen) == {"backbone", "router"}
+    merged = start_of(run, representation="nearest", tune="merged")
+    found = merged.own(["a", "b", "c"], GROUPS)["route"]
+    np.testing.assert_allclose(found, drawn_TxNxE[tasks], rtol=1e-6)
 
 
 def test_tasks_of_one_route_are_tried_once():
@@ -208,7 +232,7 @@ def test_what_is_tuned(tune):
     apart = {part: np.stack([tree[0]] * 2) for part, tree in new.own(["n"], GROUPS[:1]).items()}
     with jax.set_mesh(MESH):
         rates = learner.rates([1e-3, 0.0])
-        trained = learner.runner.train(new.shared, apart, examples, order, rates)
+        (trained,) = learner.runner.train(new.shared, apart, examples, order, rates)
     after, still = (jax.tree.map(lambda a, run=run: a[run], trained) for run in (0, 1))
     moved = {
         part
@@ -247,9 +271,9 @@ class FakeRunner:
 
     runs, rows = 3, 1
 
-    def train(self, shared, own, examples, order, rates):
-        assert own["representations"].tolist() == examples
-        return list(zip(examples, order[:, 0, 0], rates["backbone"].tolist(), strict=True))
+    def train(self, shared, own, examples, order, rates, period):
+        assert own["representations"].tolist() == examples and period == 0
+        yield list(zip(examples, order[:, 0, 0], rates["backbone"].tolist(), strict=True))
 
     def decode(self, shared, trained, jobs):
         return {run: [np.array([trained[run]])] * len(blocks) for run, blocks in jobs.items()}
@@ -315,6 +339,45 @@ def test_only_the_best_on_dev_is_scored_on_test(done):
     assert tests == {best[0]: 7.0, best[1]: 3.0}
 
 
+def test_a_run_counts_as_it_was_when_dev_was_highest():
+    """Three parts of 100 steps; the first of equals."""
+    after = {100: [0.2, 0.5, 0.1], 200: [0.6, 0.4, 0.1], 250: [0.6, 0.3, 0.3]}
+    grid = [Grid(rate, 2) for rate in (1, 2, 3)]
+    sample, tested = Sample("x", 13), []
+
+    def train(shared, own, examples, order, rates, period):
+        assert order.shape == (4, 250, 1) and period == 100  # one place of four is idle
+        for step in after:
+            weights = np.full((4, 1), step, np.float32) + np.arange(4)[:, None] / 8
+            yield {"backbone": {"w": jnp.asarray(weights)}, "representations": weights[:, 0]}
+
+    def decode(shared, trained, jobs):
+        trained = jax.device_get(trained)
+        for tree in (trained["representations"], trained["backbone"]["w"][:, 0]):
+            assert np.all(tree % 1 == np.arange(4) / 8)  # each run is its own
+        return {run: [trained["representations"][run : run + 1]] for run in jobs}
+
+    def score(task, split, limit, tokens):
+        step, run = divmod(float(tokens[0]), 1)
+        if split == "test":
+            tested.append((step, run * 8))
+        return "EM", after[step][int(run * 8)]
+
+    learner = types.SimpleNamespace(
+        runner=types.SimpleNamespace(runs=4, rows=1, train=train, decode=decode),
+        rates=lambda peaks: {"backbone": np.array(peaks)},
+    )
+    data = types.SimpleNamespace(
+        order=lambda sample, size: np.zeros((250, 1), np.int32), training=len, score=score,
+        all_decoded=lambda *_: True, blocks=lambda *_: [{}],
+    )  # fmt: skip
+    start = types.SimpleNamespace(name="moe", shared={})
+    rows = search(learner, start, {}, {sample: grid}, data, None, period=100)
+    found = {row["learning_rate"]: (row["step"], row["dev_score"]) for row in rows}
+    assert found == {1: (200, 0.6), 2: (100, 0.5), 3: (250, 0.3)}
+    assert tested == [(200, 0)] and rows[-1]["test_score"] == 0.6
+
+
 # ------------------------------------------------------------------------------ the program
 
 
@@ -357,6 +420,7 @@ def test_runs_resumes_and_reports(tmp_path):
         DENSE_DIR=str(tmp_path / "dense"), MOE_DIR=str(tmp_path / "moe"),
         FinetuneConfig__learning_rates=(1e-3, 1e-2), FinetuneConfig__batch_sizes=(4,),
         FinetuneConfig__seeds=(13,), FinetuneConfig__steps=3, FinetuneConfig__tune="free_route",
+        FinetuneConfig__eval_period=2,
     )  # fmt: skip
     lines = [line for line in lines if not line.startswith(("TRAIN", "Model"))]
     out = finish(start("finetune", flags_of(lines)))

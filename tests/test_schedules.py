@@ -66,6 +66,7 @@ PAPER = {  # settings that both stages share, and each one's own
     "StepConfig.label_smoothing": "0.1",
     "DataConfig.batch_size": "32",
     "ModelConfig.experts": "3",
+    "ModelConfig.expert_noise": "1e-08",
     "ModelConfig.d_model": "768",
 }
 STAGES = {
@@ -101,6 +102,7 @@ def test_the_papers_stages(stage):
 def test_the_papers_few_shot_grid():
     gin_files.parse(["runs/paper_finetune.gin"], [], [str(gin_files.GIN_CONFIGS)])
     config = build(FinetuneConfig)
-    assert (config.steps, config.learning_rates, config.batch_sizes, len(config.seeds)) == (
-        1000, (1e-5, 2e-5, 5e-5), (2, 4, 8), 5
+    assert (config.steps, config.eval_period, config.learning_rates) == (
+        1000, 100, (1e-5, 2e-5, 5e-5)
     )  # fmt: skip
+    assert (config.batch_sizes, config.seeds) == ((2, 4, 8), (13, 21, 42, 87, 100))

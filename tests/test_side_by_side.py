@@ -31,6 +31,9 @@ FORMS = {
 }
 
 
+PERIODS = {"dense": 2, "one expert": 2}  # steps of a part: of 3 steps, 2 and 1
+
+
 def runner_of(model, frozen, devices):
     mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     # AdamW would make a whole step of what rounding leaves in keys' biases, which have no gradient.
@@ -76,7 +79,7 @@ def test_side_by_side_is_one_by_one(form, devices, at_once):
     examples = {name: np.stack([few[min(r, 4)][name] for r in range(6)]) for name in few[0]}
     with jax.set_mesh(mesh):
         shared = jax.device_put(shared, jax.sharding.NamedSharding(mesh, jax.P()))
-        trained = runner.train(shared, own, examples, order, rates)
+        *parts, trained = runner.train(shared, own, examples, order, rates, PERIODS.get(form, 0))
         # Two blocks of answers for each run but the first, which has one.
         blocks = {
             run: [
@@ -86,7 +89,8 @@ def test_side_by_side_is_one_by_one(form, devices, at_once):
             for run in range(RUNS)
         }
         answers = runner.decode(shared, trained, blocks)
-    trained, shared = jax.device_get((trained, shared))
+    parts, trained, shared = jax.device_get((parts, trained, shared))
+    assert len(parts) == (1 if form in PERIODS else 0)
     assert set(trained) == (set(params) - set(frozen)) | (set(own) - {"route"})
 
     alone = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -105,6 +109,14 @@ def test_side_by_side_is_one_by_one(form, devices, at_once):
             moved = {part: wanted[part] for part in trained}
             found = jax.tree.map(lambda a, run=run: a[run], trained)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), moved, found)
+            for part in parts:  # under the same schedule, only not as far
+                peaks = {name: rate[run] for name, rate in rates.items()}
+                wanted_then = tune(begin, batches[: PERIODS[form]], peaks)
+                for name, tree in part.items():
+                    jax.tree.map(
+                        lambda x, y, run=run: np.testing.assert_allclose(x, y[run], atol=1e-5),
+                        wanted_then[name], tree,
+                    )  # fmt: skip
             changed = jax.tree.map(lambda x, y: np.abs(x - y).max(), begin, wanted)[searched]
             assert max(jax.tree.leaves(changed)) > 1e-4
             routes = None

@@ -224,6 +224,8 @@ class FinetuneConfig(Configuration):
         seeds: few-shot samples, each with splits `fewshot_SEED_train` and
             `fewshot_SEED_validation`.
         steps: optimizer steps of every run.
+        eval_period: steps between scores on dev. A run counts as it was when that was highest; with
+            0, as it is after its last step.
         test_examples: at most this many test examples.
         representation: of a new task in the mixture of experts: the `mean` of the training
             tasks', that of the `nearest` one (whose route has the lowest loss on the few
@@ -249,6 +251,7 @@ class FinetuneConfig(Configuration):
     batch_sizes: Annotated[Sequence[Rows], Size(1, 1000)] = (2, 4, 8)
     seeds: Annotated[Sequence[Seed], Size(1, 1000)] = (13, 21, 42, 87, 100)
     steps: Steps = 1000
+    eval_period: Period = 0
     test_examples: Examples = None
     representation: Literal["mean", "nearest", "random", "file"] = "nearest"
     representations_path: PathName | None = None

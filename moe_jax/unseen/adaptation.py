@@ -24,7 +24,7 @@ from moe_jax.runs.config import FewShotConfig
 from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
 from moe_jax.unseen.samples import FewShotData, Sample
 from moe_jax.unseen.side_by_side import SideBySide, runs_per_device
-from moe_jax.unseen.starts import FROZEN, Start, check_file, read_starts
+from moe_jax.unseen.starts import Start, check_file, read_starts
 
 RUNS = "runs.jsonl"
 # The fields that identify a run in runs.jsonl.
@@ -79,10 +79,11 @@ def new_learner(
     few, c, devices = config.finetune, start.model.config, mesh.devices.size
     tokens = max(few.batch_sizes) * max(map(sum, data.widths.values()))
     width = (c.encoder_layers + c.decoder_layers) * (12 * c.d_model + 3 * c.d_ff)
+    # Of each batch size its results; between two parts also moments, and the best so far.
+    kept = len(few.batch_sizes) + (3 if few.eval_period else 0)
     each = few.runs_at_once or runs_per_device(
-        start.run.params, tokens, width + c.vocabulary_size, len(few.batch_sizes),
-        mesh.devices.flat[0],
-    )  # fmt: skip
+        start.run.params, tokens, width + c.vocabulary_size, kept, mesh.devices.flat[0]
+    )
     runs = min(each, -(-samples * len(few.learning_rates) // devices)) * devices
     optimizer = dataclasses.replace(config.optimizer, frozen=frozen)
     evaluator = Evaluator(
@@ -97,12 +98,35 @@ def new_learner(
     return Learner(runner, evaluator, searched, optimizer.learning_rates)
 
 
+class Dev(NamedTuple):
+    """What a run scored on dev, and after how many steps."""
+
+    metric: str
+    score: float
+    step: int
+
+
 class Trained(NamedTuple):
-    """Runs of one batch size that were trained in one call, with their dev scores."""
+    """Runs of one batch size that were trained together, each as it was when dev was best."""
 
     runs: list[tuple[Sample, Grid]]
     params: Params
-    dev: list[tuple[str, float]]
+    dev: list[Dev]
+
+    def or_later(self, later: "Trained") -> "Trained":
+        """Each run as it is later if its dev score is higher then, else as it was."""
+        pairs = list(zip(self.dev, later.dev, strict=True))
+        higher = np.array([new.score > old.score for old, new in pairs])
+        if not higher.any():
+            return self
+
+        def chosen(old_Ux: jax.Array, new_Ux: jax.Array) -> jax.Array:
+            # Runs come first; the places that are left have none.
+            higher_U = np.pad(higher, (0, len(old_Ux) - len(higher)))
+            return jnp.where(higher_U.reshape(-1, *[1] * (old_Ux.ndim - 1)), new_Ux, old_Ux)
+
+        dev = [max(pair, key=lambda found: found.score) for pair in pairs]
+        return Trained(self.runs, jax.tree.map(chosen, self.params, later.params), dev)
 
 
 def search(
@@ -112,11 +136,13 @@ def search(
     todo: Mapping[Sample, Sequence[Grid]],
     data: FewShotData,
     test_examples: int | None,
+    period: int = 0,
 ) -> list[dict[str, Any]]:
     """Trains the runs of some samples, and scores them: dev all, test the best of each sample.
 
     Args:
         own: of each sample in turn, the parts in which it starts apart.
+        period: steps between scores on dev, of which a run's best counts; 0 for the last one.
 
     Returns:
         What runs.jsonl says of each run, the best of a sample after its others.
@@ -133,17 +159,21 @@ def search(
         order = np.stack([data.order(sample, point.batch_size) for sample, point in runs])
         order = np.pad(order, ((0, idle), (0, 0), (0, 0)), constant_values=-1)
         rates = learner.rates([point.learning_rate for _, point in runs])
-        params = runner.train(
-            start.shared, {part: tree[at] for part, tree in own.items()},
-            data.training([samples[i] for i in at]), order, rates,
-        )  # fmt: skip
         wanted = {i: (s, s.dev) for i, (s, _) in enumerate(runs)}
-        dev = _scores(learner, start, params, data, wanted)
-        trained.append(Trained(runs, params, [dev[i] for i in range(len(runs))]))
+        best, step = None, 0
+        for params in runner.train(
+            start.shared, {part: tree[at] for part, tree in own.items()},
+            data.training([samples[i] for i in at]), order, rates, period,
+        ):  # fmt: skip
+            step = min(step + (period or order.shape[1]), order.shape[1])
+            found = _scores(learner, start, params, data, wanted)
+            now = Trained(runs, params, [Dev(*found[i], step) for i in range(len(runs))])
+            best = now if best is None else best.or_later(now)
+        trained.append(best)
     place = {run: (c, i) for c, call in enumerate(trained) for i, run in enumerate(call.runs)}
     dev = {run: trained[c].dev[i] for run, (c, i) in place.items()}
     # The best of each sample; of equals, the first in the grid's order.
-    best = {s: max(todo[s], key=lambda point, s=s: dev[s, point][1]) for s in samples}
+    best = {s: max(todo[s], key=lambda point, s=s: dev[s, point].score) for s in samples}
     test = {}
     for c, call in enumerate(trained):
         mine = {place[s, p][1]: (s, "test") for s, p in best.items() if place[s, p][0] == c}
@@ -154,15 +184,16 @@ def search(
     for sample in samples:
         # The best run comes last: if writing is interrupted, it is the one that is trained again.
         for point in sorted(todo[sample], key=lambda p, s=sample: p == best[s]):
-            metric, score = dev[sample, point]
+            found = dev[sample, point]
             rows.append(
                 {
                     "task": sample.task,
                     "start": start.name,
                     "seed": sample.seed,
                     **point._asdict(),
-                    "metric": metric,
-                    "dev_score": score,
+                    "metric": found.metric,
+                    "step": found.step,
+                    "dev_score": found.score,
                     "test_score": test[sample] if point == best[sample] else None,
                 }
             )
@@ -255,7 +286,7 @@ def _adapt_all(config: FewShotConfig) -> None:
             if not todo:
                 continue
             bar.set_postfix_str(start.name, refresh=False)
-            frozen = tuple(dict.fromkeys((*config.optimizer.frozen, *FROZEN[start.tune])))
+            frozen = tuple(dict.fromkeys((*config.optimizer.frozen, *start.frozen)))
             form = (start.model, frozen)  # starts of one form train in the same programs
             if form not in learners:
                 learners[form] = new_learner(start, frozen, config, mesh, data, len(samples))
@@ -269,7 +300,7 @@ def _adapt_all(config: FewShotConfig) -> None:
             for at in _alike(list(todo), data.widths, each):
                 found = search(
                     learner, start, {name: tree[at] for name, tree in own.items()},
-                    dict(runs_of[i] for i in at), data, few.test_examples,
+                    dict(runs_of[i] for i in at), data, few.test_examples, few.eval_period,
                 )  # fmt: skip
                 files.append_jsonl(model_dir / RUNS, found)
                 rows += found

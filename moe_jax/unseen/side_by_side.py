@@ -6,7 +6,7 @@ each of them an accelerator computes all at once (`vmap`), a CPU one after the o
 products of many matrices are slower there than as many of two.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
 from moe_jax.model.experts import Params, merge
 from moe_jax.model.task_moe import TaskMoE, routes_of
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import StepConfig, init_state, step_function
+from moe_jax.training.step import StepConfig, TrainState, init_state, step_function
 
 CPU_RUNS = 8  # one after the other, of each device: more would make the progress bar jump
 
@@ -68,6 +68,7 @@ class SideBySide:
         self._map = jax.lax.map if device.platform == "cpu" else _at_once
         self._by_run = NamedSharding(mesh, P(GROUP_AXES))
         self._begin = self._spread(self._begin_one)
+        self._carry = self._spread(self._carry_one)
         self._train = self._spread(self._train_one)
         self._decode = self._spread(self._decode_one)
 
@@ -78,8 +79,9 @@ class SideBySide:
         examples: Mapping[str, np.ndarray],
         order: np.ndarray,
         learning_rates: Mapping[str, np.ndarray],
-    ) -> Params:
-        """What each run has made of its parameters.
+        period: int = 0,
+    ) -> Iterator[Params]:
+        """What each run has made of its parameters after every `period` steps, and at its end.
 
         Args:
             shared: the parameters that all start from.
@@ -88,14 +90,21 @@ class SideBySide:
             order: int32 [U, steps, R], the examples of every batch; all below 0 where there is no
                 run to do.
             learning_rates: float32 [U], the peaks of each part.
+            period: 0 for the end alone.
 
-        Returns:
+        Yields:
             The parts that are trained or the run's own, [U, ...], on the devices.
         """
         # Starts of every kind begin in small programs of their own, and share the large one.
         begun = self._begin(shared, {}, self._put({"own": own, "place": np.arange(self.runs)}))
-        runs = {"begun": begun, "examples": examples, "order": order, "rates": learning_rates}
-        return self._train(self._rest(shared, begun), {}, self._put(runs))
+        rest, steps = self._rest(shared, begun), order.shape[1]
+        period = period or steps
+        carried = self._carry(rest, {}, begun) if period < steps else None
+        runs = {"examples": examples, "rates": learning_rates}
+        for at in range(0, steps, period):
+            part = {"begun": begun, "carried": carried, "order": order[:, at : at + period]}
+            begun, carried = self._train(rest, {}, self._put(runs | part))
+            yield begun
 
     def decode(
         self, shared: Params, trained: Params, jobs: Mapping[int, list[Mapping[str, np.ndarray]]]
@@ -147,8 +156,13 @@ class SideBySide:
         moved = (set(params) - set(self._frozen)) | apart
         return {part: tree for part, tree in params.items() if part in moved}
 
-    def _train_one(self, shared: Params, _: Params, run: Any) -> Params:
-        begun = run["begun"]
+    def _carry_one(self, shared: Params, _: Params, begun: Params) -> tuple[jax.Array, Any]:
+        """What one part of a training leaves to the next beside parameters: steps and moments."""
+        state = init_state({**shared, **begun}, self._optimizer)
+        return state.step, state.opt_state
+
+    def _train_one(self, shared: Params, _: Params, run: Any) -> tuple[Params, Any]:
+        begun, carried = run["begun"], run["carried"]
 
         def step(state, order_R):
             batch = {name: array[order_R][None] for name, array in run["examples"].items()}
@@ -156,11 +170,14 @@ class SideBySide:
             return self._step(state, batch, run["rates"])[0], None
 
         def trained():
-            state = init_state({**shared, **begun}, self._optimizer)
-            params = jax.lax.scan(step, state, run["order"])[0].params
-            return {part: params[part] for part in begun}
+            number, moments = carried or self._carry_one(shared, {}, begun)
+            state = TrainState(number, {**shared, **begun}, moments)
+            state, _ = jax.lax.scan(step, state, run["order"])
+            return {part: state.params[part] for part in begun}, (
+                carried and (state.step, state.opt_state)
+            )
 
-        return jax.lax.cond(run["order"][0, 0] >= 0, trained, lambda: begun)
+        return jax.lax.cond(run["order"][0, 0] >= 0, trained, lambda: (begun, carried))
 
     def _decode_one(self, shared: Params, trained: Params, job: Any) -> jax.Array:
         def answers():

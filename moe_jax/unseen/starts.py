@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.sharding import GROUP_AXES, over_groups, replicated
 from moe_jax.data.representations import read_representations
+from moe_jax.data.schedule import seed_of
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.experts import Params, gather, merge
 from moe_jax.model.selection import temperature_at
@@ -22,7 +23,7 @@ from moe_jax.model.task_moe import TaskMoE, route_logits, routes_of
 from moe_jax.runs import directory
 from moe_jax.runs.config import FinetuneConfig
 from moe_jax.runs.initial import initial_params
-from moe_jax.runs.load import Run, read_run
+from moe_jax.runs.load import Run, read_run, with_drawn_routes
 from moe_jax.training.grouped_loss import group_loss
 
 Group = Mapping[str, np.ndarray]
@@ -36,6 +37,8 @@ FROZEN = {
     "free_route": ("backbone", "router"),
     "merged": (),
 }
+# What trains a route even if it was drawn at random.
+ROUTE_ALONE = ("route_only", "free_route")
 MIN_ROUTE_WEIGHT = 1e-3  # the weight that a route's fit starts from where a training task has none
 
 
@@ -44,10 +47,13 @@ class Start:
 
     Attributes:
         model: of one new task.
+        frozen: the parts that are not trained.
         shared: the parameters that all runs start from; of a mixture, without the representation.
     """
 
     def __init__(self, name: str, run: Run, config: FinetuneConfig, seed: int, mesh: Mesh):
+        drawn = run.model.routed and run.model.selection.random
+        run = with_drawn_routes(run)
         self.name = name
         self.run = run
         self.config = config
@@ -55,6 +61,9 @@ class Start:
         self._mesh = mesh
         # A dense start has no route to adapt, so all of it is trained.
         self.tune = config.tune if run.model.routed else "all"
+        self.frozen = FROZEN[self.tune]
+        if drawn and self.tune not in ROUTE_ALONE:
+            self.frozen += ("representations",)
         # One new task, routed as the trained model is at its last temperature, without noise.
         router = dataclasses.replace(
             run.model.router_config,
@@ -114,8 +123,9 @@ class Start:
                 nearest_S = np.argmin(self.losses(examples), axis=-1)
                 rows_SxK = table_TxK[self.choices[0][nearest_S]]
             case "random":
-                row_K = np.random.default_rng(self.seed).standard_normal(shape[1])
-                rows_SxK = np.broadcast_to(row_K, shape)
+                # By its name, so that a task starts alike in all samples, and apart from others.
+                draws = [np.random.default_rng([self.seed, seed_of(task)]) for task in tasks]
+                rows_SxK = np.stack([rng.standard_normal(shape[1]) for rng in draws])
             case "file":
                 path = self.config.representations_path
                 rows_SxK = read_representations(path, tasks, shape[1])
@@ -246,6 +256,8 @@ def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:
     if config.representation != "file" or "moe" not in config.adapted:
         return
     own = directory.read_config(directory.root(config.adapted["moe"]))
-    if TaskMoE(own.model, own.router, 1).routed:
-        dim = own.router.representation_dim
+    model = TaskMoE(own.model, own.router, 1)
+    if model.routed:
+        numbers = model.layers * own.model.experts
+        dim = numbers if model.selection.random else own.router.representation_dim
         read_representations(config.representations_path, tasks, dim)

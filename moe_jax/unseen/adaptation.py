@@ -267,7 +267,8 @@ def _adapt_all(config: FewShotConfig) -> None:
     directory.write_origin(model_dir)
     rows = _read_rows(model_dir / RUNS)
     done = {tuple(row[k] for k in KEY) for row in rows}
-    grid = [Grid(rate, size) for size in few.batch_sizes for rate in few.learning_rates]
+    # In CrossFit's order, since of equal scores on dev the first counts.
+    grid = [Grid(*point) for point in itertools.product(few.learning_rates, few.batch_sizes)]
     samples = [Sample(*pair) for pair in itertools.product(mixture.names, few.seeds)]
     data = FewShotData(mixture, samples, config)
     # ---------------------------------------------------------------- runs

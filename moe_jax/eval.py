@@ -11,7 +11,8 @@ A task that the model was not trained on is scored zero-shot. In a mixture of ex
 route of the training task whose inputs are most similar (with eval.unseen='description', whose
 description is), another one that eval.unseen chooses, or that of its representation in a file that
 `represent` made (eval.representations=FILE). With eval.disable_examples=N there is also
-disabling.json: the loss of every task with each expert off in turn.
+disabling.json: the loss of every task with each expert off in turn. eval.without="('decoder.5.2',)"
+scores all tasks without these experts, into eval/NAME_SPLIT_without_decoder.5.2/.
 """
 
 import dataclasses
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
+import numpy as np
 
 from moe_jax.core import files, paths
 from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Names, PathName, Range
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.sharding import make_mesh
-from moe_jax.evaluation.disabling import disabling
+from moe_jax.evaluation.disabling import disabling, experts_named, preferences, without
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
 from moe_jax.evaluation.functions import try_functions
 from moe_jax.evaluation.scores import TaskScore, mean_score, over_prompts, write_scores
@@ -34,6 +36,8 @@ from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
 from moe_jax.runs.mixtures import prepare_mixtures
 from moe_jax.unseen.zero_shot import Unseen, new_tasks, routes_of_new
+
+OFF = ("disable_examples", "without")  # settings that switch experts off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,8 @@ class EvalConfig(Configuration, called="eval"):
         representations: file of representations for these tasks instead.
         disable_examples: with each expert of a mixture off in turn, the loss on at most this many
             examples of each task; 0 for none.
+        without: experts of a mixture that are off: 'encoder.0.2' is expert 2 of the encoder's first
+            layer, as routes.json names layers.
     """
 
     split: Name = "test"
@@ -59,14 +65,16 @@ class EvalConfig(Configuration, called="eval"):
     unseen: Unseen = "nearest"
     representations: PathName | None = None
     disable_examples: Annotated[int, Range(0, INT32)] = 0
+    without: Names = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.disable_examples and self.unseen in ("weighted", "input"):
-            raise UserError(
-                f"eval.disable_examples is {self.disable_examples}, but with eval.unseen"
-                f" {self.unseen!r} a task has no router's second choice in place of an expert"
-            )
+        for name in OFF:
+            if getattr(self, name) and self.unseen in ("weighted", "input"):
+                raise UserError(
+                    f"eval.{name} is {getattr(self, name)}, but with eval.unseen {self.unseen!r} a"
+                    " task has no router's second choice in place of an expert"
+                )
 
 
 configurables.register(EvalConfig)
@@ -86,11 +94,13 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
     for mixture in mixtures.values():
         try_functions(mixture, tasks_with_split(mixture, split), split)
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
-    if settings.disable_examples and not run.model.routed:
-        raise UserError(
-            f"eval.disable_examples is {settings.disable_examples}, but {run_config.model_dir} is "
-            "a dense model: it has no experts to switch off"
-        )
+    for name in OFF:
+        if getattr(settings, name) and not run.model.routed:
+            raise UserError(
+                f"eval.{name} is {getattr(settings, name)}, but {run_config.model_dir} is a dense"
+                " model: it has no experts to switch off"
+            )
+    off_NxE = experts_named(run.model, settings.without) if settings.without else None
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         new = {}
@@ -108,11 +118,20 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
         evaluator = Evaluator(
             run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
         )
+        ending = split
+        if off_NxE is not None:
+            ending += f"_without_{'_'.join(settings.without)}"
+            routes_TxNxE = np.asarray(evaluator.routes(params, run.step))
+            liked_TxNxE = preferences(run.model, params, run.step)
+            given = {
+                name: without(routes_TxNxE[task], liked_TxNxE[task], off_NxE)
+                for name, task in run.task_ids.items()
+            }
         for mixture in mixtures.values():
             scores = evaluator.tasks(
                 params, run.step, mixture, run.task_ids, split, settings.examples, given=given
             )
-            place = scored / f"{mixture.name}_{split}"
+            place = scored / f"{mixture.name}_{ending}"
             if jax.process_index() == 0:
                 write_scores(place, scores)
                 _show(scores, place)

@@ -10,7 +10,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.data.pipeline import eval_batches
 from moe_jax.eval import EvalConfig
-from moe_jax.evaluation.disabling import disabling, without_each
+from moe_jax.evaluation.disabling import disabling, experts_named, without, without_each
 from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.model.task_moe import parameter_shardings
 
@@ -77,6 +77,23 @@ def test_losses_are_those_of_a_router_that_cannot_choose_the_expert(selection, c
                 without[:, n, e] = -1e9
                 assert actual["without"][n][e] == pytest.approx(loss(without), rel=1e-4), (n, e)
         assert np.ptp(actual["without"]) > 1e-3  # it matters which expert is off
+
+
+def test_several_experts_off_by_hand():
+    model = tiny_model(experts=3)  # encoder.0 and decoder.0
+    off = experts_named(model, ("decoder.0.1", "encoder.0.2", "decoder.0.0"))
+    np.testing.assert_array_equal(off, [[0, 0, 1], [1, 1, 0]])
+    route = np.float32([[0.2, 0.3, 0.5], [0, 1, 0]])
+    liked = np.array([[0.2, 0.3, 0.5], [0.3, 0.6, 0.1]])
+    found = without(route, liked, off)
+    np.testing.assert_allclose(found, [[0.4, 0.6, 0], [0, 0, 1]], rtol=1e-6)
+    assert found.dtype == np.float32
+    with pytest.raises(UserError, match=r"no expert 'decoder.0.3'; did you mean 'decoder.0.[0-2]'"):
+        experts_named(model, ("decoder.0.3",))
+    with pytest.raises(UserError, match=r"all experts of encoder.0 are to be off"):
+        experts_named(model, ("encoder.0.0", "encoder.0.1", "encoder.0.2"))
+    with pytest.raises(UserError, match=r"eval.without is .*, but with eval.unseen 'weighted'"):
+        EvalConfig(without=("encoder.0.0",), unseen="weighted")
 
 
 def test_a_negative_number_of_examples_is_refused():

@@ -3,13 +3,14 @@
 Correlations of experts with tasks say who uses an expert; this says who needs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.core.errors import UserError, nearest
 from moe_jax.core.progress import progress
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.data.pipeline import eval_batches
@@ -18,32 +19,57 @@ from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import TaskMoE, soft_routes
 
 
-def without_each(route_NxE: np.ndarray, preference_NxE: np.ndarray) -> np.ndarray:
-    """The routes with one expert of one layer off.
+def without(route_NxE: np.ndarray, preference_NxE: np.ndarray, off_NxE: np.ndarray) -> np.ndarray:
+    """The route with some experts off.
 
-    The expert's weight becomes 0 and the others' are scaled up to sum to 1. If the expert had all
-    the weight, the expert that the router likes next takes its place.
+    Their weights become 0 and the others' are scaled up to sum to 1. If nothing is left in a layer,
+    the expert that the router likes next takes the weight.
 
     Args:
         route_NxE: float, the whole route.
         preference_NxE: float, the router's liking, such as its softmax.
+        off_NxE: bool; not all experts of a layer.
 
     Returns:
-        [N, E, N, E] of the route's dtype; the first two axes say which expert is off.
+        [N, E] of the route's dtype; a layer that does not use what is off stays as it is.
     """
-    layers, experts = route_NxE.shape
-    off_ExE = np.eye(experts, dtype=bool)
-    kept_NxExE = np.where(off_ExE, 0, route_NxE[:, None])
-    total_NxEx1 = kept_NxExE.sum(-1, keepdims=True)
-    next_NxE = np.argmax(np.where(off_ExE, -np.inf, preference_NxE[:, None]), -1)
-    nothing_left = total_NxEx1 < 1e-6
-    layer_NxExE = np.where(
-        nothing_left, np.eye(experts)[next_NxE], kept_NxExE / np.where(nothing_left, 1, total_NxEx1)
+    kept_NxE = np.where(off_NxE, 0, route_NxE)
+    total_Nx1 = kept_NxE.sum(-1, keepdims=True)
+    next_N = np.argmax(np.where(off_NxE, -np.inf, preference_NxE), -1)
+    nothing_left = total_Nx1 < 1e-6
+    others_NxE = np.where(
+        nothing_left,
+        np.eye(route_NxE.shape[1])[next_N],
+        kept_NxE / np.where(nothing_left, 1, total_Nx1),
     )
-    result_NxExNxE = np.tile(route_NxE, (layers, experts, 1, 1))
-    for n in range(layers):
-        result_NxExNxE[n, :, n] = layer_NxExE[n]
-    return result_NxExNxE
+    changes_Nx1 = np.any(kept_NxE != route_NxE, -1, keepdims=True)
+    return np.where(changes_Nx1, others_NxE, route_NxE).astype(route_NxE.dtype)
+
+
+def without_each(route_NxE: np.ndarray, preference_NxE: np.ndarray) -> np.ndarray:
+    """The routes with one expert of one layer off: [N, E, N, E]; the first two axes say which."""
+    shape = route_NxE.shape
+    offs = np.eye(route_NxE.size, dtype=bool).reshape(-1, *shape)
+    routes = [without(route_NxE, preference_NxE, off_NxE) for off_NxE in offs]
+    return np.reshape(routes, (*shape, *shape))
+
+
+def experts_named(model: TaskMoE, names: Sequence[str]) -> np.ndarray:
+    """bool [N, E]: the experts that are named, `decoder.5.2` for expert 2 of layer `decoder.5`.
+
+    Raises:
+        UserError: there is no such expert, or a layer would have none left.
+    """
+    layers, experts = model.config.routed_layers, model.config.experts
+    known = [f"{layer}.{expert}" for layer in layers for expert in range(experts)]
+    for name in names:
+        if name not in known:
+            raise UserError(f"the model has no expert {name!r}{nearest(name, known)}")
+    named_NxE = np.isin(known, names).reshape(len(layers), experts)
+    for layer, named_E in zip(layers, named_NxE, strict=True):
+        if named_E.all():
+            raise UserError(f"all experts of {layer} are to be off; leave one of them on")
+    return named_NxE
 
 
 def preferences(model: TaskMoE, params: Params, step: int) -> np.ndarray:

@@ -216,7 +216,7 @@ def test_experts_are_disabled_on_request(routed, dense):
     ((first, last),) = (row["route"] for row in files.read_jsonl(place / "predictions.jsonl"))
     call(eval_program.evaluate, model_dir, without=(f"decoder.0.{last}",), **given)
     place = place.with_name(f"toy_unseen_test_without_decoder.0.{last}")
-    ((row,),) = [[*files.read_jsonl(place / "predictions.jsonl")]]
+    (row,) = files.read_jsonl(place / "predictions.jsonl")
     assert row["route"] == [first, 1 - last]  # of two experts
     given["disable_examples"] = 2
     with pytest.raises(UserError, match=r"with eval\.unseen 'input' a task has no router's"):

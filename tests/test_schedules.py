@@ -68,6 +68,12 @@ PAPER = {  # settings that both stages share, and each one's own
     "ModelConfig.experts": "3",
     "ModelConfig.expert_noise": "1e-08",
     "ModelConfig.d_model": "768",
+    "RouterConfig.kind": "'linear_layer_specific'",
+    "RouterConfig.hidden_dim": "64",
+    "RouterConfig.representation_dim": "128",
+    "OptimizerConfig.weight_decay": "0.01",
+    "OptimizerConfig.epsilon": "1e-08",
+    "DataConfig.lengths": "{'inputs': 512, 'targets': 64}",
 }
 STAGES = {
     "stage1": {

@@ -7,7 +7,7 @@
 
 `from-hf` writes a model directory with its tokenizer. A run can start from it:
 
-    python -m moe_jax.train --gin_file=OUT/config.gin --gin_file=runs/skills_gym_stage1.gin \
+    python -m moe_jax.train --gin_file=OUT/config.gin --gin_file=runs/skills_gym_stage1.gin \\
         --gin.ModelConfig.experts=3 --gin.INITIAL_CHECKPOINT_PATH=OUT --gin.MODEL_DIR=...
 
 `from-t5x` does the same with a checkpoint of T5X. Such a checkpoint holds no tokenizer: give its

@@ -1,6 +1,6 @@
 """Scores a trained model on the tasks of a mixture.
 
-    python -m moe_jax.eval --gin.MODEL_DIR=/tmp/stage2 [--gin.MIXTURE_OR_TASK_NAME=NAME] \
+    python -m moe_jax.eval --gin.MODEL_DIR=/tmp/stage2 [--gin.MIXTURE_OR_TASK_NAME=NAME] \\
         [--gin.eval.split=test] [--gin.eval.examples=100]
 
 Writes MODEL_DIR/eval/NAME_SPLIT/{scores,predictions}.jsonl, and prompts.jsonl where tasks are

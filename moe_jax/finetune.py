@@ -1,6 +1,6 @@
 """Adapts models to unseen tasks with a few examples each, and compares their gains.
 
-    python -m moe_jax.finetune --gin_file=runs/skills_gym_finetune.gin \
+    python -m moe_jax.finetune --gin_file=runs/skills_gym_finetune.gin \\
         --gin.MODEL_DIR=/tmp/few_shot --gin.DENSE_DIR=/tmp/dense --gin.MOE_DIR=/tmp/stage2
 
 For every starting point, task of the mixture and few-shot sample: trains on the task's few examples

@@ -1,6 +1,6 @@
 """Answers inputs as one task of a trained model.
 
-    echo "question" | python -m moe_jax.infer --gin.MODEL_DIR=/tmp/stage2 \
+    echo "question" | python -m moe_jax.infer --gin.MODEL_DIR=/tmp/stage2 \\
         --gin.infer.task=skills_capital_of [--gin.infer.input=FILE] [--gin.infer.output=FILE]
 
 Inputs are read one per line, which ends at a line feed. For each, a JSON line is written:

@@ -1,6 +1,6 @@
 """Tells whether a run fits given devices, and the least time of a step. The devices need not exist.
 
-    python -m moe_jax.plan --topology=v5e:4x4 --gin_file=models/bart_large.gin \
+    python -m moe_jax.plan --topology=v5e:4x4 --gin_file=models/bart_large.gin \\
         --gin_file=runs/paper_stage1.gin --gin.ModelConfig.vocabulary_size=50265
     python -m moe_jax.plan --topology=h100:8 ...
     python -m moe_jax.plan --devices=8 ...

@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_jax import metrics
 from moe_jax.core.ending import one_line
-from moe_jax.core.errors import UserError, first_line
+from moe_jax.core.errors import UserError, of_user_code
 from moe_jax.data import declared
 from moe_jax.data.modules import DEFAULT_TASK_MODULES, give
 
@@ -331,14 +331,11 @@ def _rows(task: Any, split: str, count: int, lengths: dict[str, int]) -> list[Ro
             rows += batch
             if len(rows) >= count:
                 break
+    except UserError:
+        raise
     except Exception as e:
-        raise UserError(_one_line(e)) from e
+        raise UserError(of_user_code(e)) from e
     return rows[:count]
-
-
-def _one_line(error: Exception) -> str:
-    text = first_line(error)
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains a model on a mixture of tasks.
 
-    python -m moe_jax.train --gin_file=models/tiny.gin --gin_file=runs/skills_gym_stage1.gin \
+    python -m moe_jax.train --gin_file=models/tiny.gin --gin_file=runs/skills_gym_stage1.gin \\
         --gin.MODEL_DIR=/tmp/stage1
 
 Started again, the same command continues from the last checkpoint, exactly.

@@ -253,6 +253,23 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
     (tmp_path / "bad.py").write_text("import no_such_module\n")
     with pytest.raises(UserError, match=r"cannot import bad\.py: No module named 'no_such_module'"):
         load_module("bad.py")
+    # Any mistake in a user's file is one line, which says where it is.
+    (tmp_path / "helper.py").write_text("def broken():\n    return [][1]\n")
+    for text, message in {
+        "x = 1\ny = X\n": "2: NameError: name 'X' is not defined",
+        "x = (1,\n\n": "1: SyntaxError: '(' was never closed",
+        "import json\n\njson.loads('{')\n": "3: JSONDecodeError: Expecting property name",
+    }.items():
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(UserError) as error:
+            load_module("bad.py")
+        place = f"cannot import bad.py: {tmp_path / 'bad.py'}:"
+        assert str(error.value).startswith(place + message) and "\n" not in str(error.value)
+    (tmp_path / "bad.py").write_text("import helper\nhelper.broken()\n")
+    with pytest.raises(
+        UserError, match=r"cannot import bad\.py: .*/helper\.py:2: IndexError: list"
+    ):
+        load_module("bad.py")
 
 
 def test_source_files_are_the_users_own(tmp_path, monkeypatch):

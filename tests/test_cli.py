@@ -89,13 +89,17 @@ def test_extensions_of_one_line_or_many(value, tmp_path):
 
 
 @pytest.mark.parametrize(("lines", "message"), [
-    (["TRAIN_STEP = 3"], "the command line: nothing reads the macro 'TRAIN_STEP'; did you mean "
-                         "'TRAIN_STEPS'"),
-    (["ModelConfg.d_model = 3"], "No configurable matching 'ModelConfg'.*did you mean "
-                                 "'ModelConfig'"),
+    (["SEED = 1", "TRAIN_STEP = 3"], "^--gin.TRAIN_STEP: nothing reads the macro 'TRAIN_STEP'; did "
+                                     "you mean 'TRAIN_STEPS'"),
+    (["learning_rate = 3"], "nothing reads the macro 'learning_rate'; did you mean "
+                            r"'OptimizerConfig.learning_rate'\?"),
+    (["train_steps = 3"], r"'train_steps'; did you mean 'TRAIN_STEPS'\?"),
+    (["SEED = 1", "ModelConfg.d_model = 3"], "^--gin.ModelConfg.d_model: No configurable matching "
+                                             "'ModelConfg'; did you mean 'ModelConfig'"),
     (["ModelConfig.d_modle = 3"], "doesn't have a parameter named 'd_modle'; did you mean "
                                   "'d_model'"),
-    (["SEED = = 3"], "the command line:1: "),
+    (["SEED = = 3"], "^--gin.SEED: "),
+    (["TASK_FEATURE_LENGTHS = {inputs: 64, targets: 8}"], "^--gin.TASK_FEATURE_LENGTHS: .*quotes"),
     (["SEED = %SEEDS"], "the macro 'SEEDS' is read but not set; did you mean 'SEED'"),
 ])  # fmt: skip
 def test_names_that_nothing_knows(lines, message):
@@ -109,9 +113,24 @@ def test_a_bad_line_of_a_file_is_named(tmp_path):
     (tmp_path / "a.gin").write_text("SEED = 1\nModelConfig.experts 3\n")
     with pytest.raises(UserError, match=r"a\.gin:2: "):
         parse(files=["a.gin"], paths=[tmp_path])
-    (tmp_path / "b.gin").write_text("TRAIN_STEP = 1\n")
-    with pytest.raises(UserError, match=r"b\.gin: nothing reads the macro"):
-        parse(files=["b.gin"], paths=[tmp_path])
+    (tmp_path / "open.gin").write_text("SEED = 1\nModelConfig.experts = (3,\n")
+    with pytest.raises(UserError, match=r"open\.gin:2: EOF in multi-line statement"):
+        parse(files=["open.gin"], paths=[tmp_path])
+    # Also where another file is included before the line, or a line of that one is bad.
+    for line, message in {
+        "TRAIN_STEP = 1": "nothing reads the macro 'TRAIN_STEP'",
+        "ModelConfg.experts = 1": "No configurable matching 'ModelConfg'",
+        "ModelConfig.expers = 1": "Configurable 'ModelConfig' doesn't have a parameter",
+        "import no_such_module": "No module named 'no_such_module'",
+    }.items():
+        (tmp_path / "bad.gin").write_text(f"# one\n{line}\n")
+        for name, text in (("b", f"SEED = 1\ninclude 'a_good.gin'\n{line}\n"),
+                           ("c", "SEED = 1\ninclude 'bad.gin'\n")):  # fmt: skip
+            (tmp_path / "a_good.gin").write_text("SEED = 2\nBATCH_SIZE = 8\n")
+            (tmp_path / f"{name}.gin").write_text(text)
+            place = r"b\.gin:3" if name == "b" else r"bad\.gin:2"
+            with pytest.raises(UserError, match=f"{place}: {message}"):
+                parse(files=[f"{name}.gin"], paths=[tmp_path])
 
 
 def test_a_missing_file_is_named_with_the_nearest():
@@ -133,7 +152,7 @@ def test_a_missing_file_is_named_with_the_nearest():
     (RunConfig, "CHECKPOINT_PERIOD = 0", "RunConfig.checkpoint_period is 0; it is int from 1"),
     (ModelConfig, "ModelConfig.architecture = 'brat'", "t5_1_0, mt5; did you mean 'bart'"),
     (ModelConfig, "ModelConfig.d_model = 16.0", "ModelConfig.d_model is 16.0; it is int"),
-    (ModelConfig, "ModelConfig.tie_embeddings = 'no'", "it is bool"),
+    (ModelConfig, "ModelConfig.tie_embeddings = 'no'", "it is True or False or None"),
     (ModelConfig, "ModelConfig.heads = 7", "not a multiple of heads 7"),
     (ModelConfig, "ModelConfig.encoder_vanilla_layers = (9,)", "has layers 0 to 5"),
     (ModelConfig, "ModelConfig.experts = 0", "it is int from 1"),
@@ -168,6 +187,20 @@ def test_every_program_ends_bad_input_in_one_line(tmp_path):
     processes = {name: start(name, bad) for name in PROGRAMS}
     for process in processes.values():
         assert one_error_line(process).startswith("error: no gin file 'missing.gin'")
+    (tmp_path / "file").write_text("")
+    flags = {
+        "--train_steps=5": "there is no flag --train_steps; did you mean '--gin.TRAIN_STEPS'?",
+        "--dtype=bfloat16": "there is no flag --dtype; did you mean '--gin.ModelConfig.dtype'?",
+        "--gin_fle=x": "there is no flag --gin_fle; did you mean '--gin_file' or",
+        "--gin.TRAIN_STEPS": "--gin.TRAIN_STEPS has no value: give --gin.TRAIN_STEPS=VALUE",
+        "--process_index=x": "flag --process_index=x: invalid literal",
+        "--process_count=2": "--process_count is for --multiprocess_gpu, which is not given",
+    }
+    processes = {flag: start("train", [flag]) for flag in flags}
+    for flag, process in processes.items():
+        assert one_error_line(process).startswith(f"error: {flags[flag]}")
+    lines = flags_of(bindings(tmp_path / "file", TRAIN_STEPS=1))
+    assert f"{tmp_path / 'file'} is a file, not a dir" in one_error_line(start("train", lines))
     lines = bindings(tmp_path / "run", MIXTURE_OR_TASK_NAME="toy_trian")
     process = start("train", [f"--gin_bindings={line}" for line in lines])
     assert "'toy_trian'" in (line := one_error_line(process)) and "'toy_train'" in line
@@ -251,6 +284,13 @@ def test_help_lists_the_settings_and_ends_well():
         assert process.returncode == 0, f"{name}: {err[-2000:]}"
         for setting in [*COMMANDS[name], "--gin.MODEL_DIR", "--gin_file"]:
             assert setting in out, f"{name} --help has no {setting}"
+        # What is given most comes first.
+        order = ["\nMacros", "BATCH_SIZE", "(default: 32)", "\nFlags", "\n  --gin_file\n",
+                 "\n  --compilation_cache_dir\n", "\nSettings"]  # fmt: skip
+        assert sorted(order, key=out.index) == order, name
+        # Commands are shown as a shell takes them.
+        example = out[: out.index("\n\n", out.index("    "))]
+        assert all(line.endswith("\\") for line in re.findall(r".+(?=\n {8})", example)), example
 
 
 def test_a_command_without_arguments_says_what_it_needs():
@@ -283,7 +323,7 @@ def test_included_files_are_found_and_their_macros_read(tmp_path):
     assert build(RunConfig).log_period == 4 and build(RunConfig).seed == 2
     assert build(ModelConfig).d_model == 64
     (tmp_path / "bad.gin").write_text("include 'models/tiney.gin'\n")
-    with pytest.raises(UserError, match=r"bad\.gin: include: no gin file 'models/tiney.gin'"):
+    with pytest.raises(UserError, match=r"bad\.gin:1: include: no gin file 'models/tiney.gin'"):
         parse(files=["bad.gin"], paths=[tmp_path])
     (tmp_path / "self.gin").write_text("include 'self.gin'\n")
     with pytest.raises(UserError, match=r"self\.gin includes itself"):

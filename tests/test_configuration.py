@@ -71,7 +71,7 @@ def test_every_field(cls, field):
     for value in NEVER:
         refused(cls, field, value)
     # Types: what the words say, and nothing else.
-    words = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "{",
+    words = {bool: "True or False", int: "int", float: "float", str: "str", list: "list", dict: "{",
              type(None): "None"}  # fmt: skip
     for kind, value in values.items():
         named = words[kind] in allowed.split("list of")[0] or (kind is list and "list" in allowed)

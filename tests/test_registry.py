@@ -307,6 +307,34 @@ def missing_hint(name):
         registry.load_task_modules([str(tmp_path / "again.py")])
 
 
+def _gone(split, shuffle_files=False, seed=None):
+    raise KeyError("no such column")
+
+
+def _takes_a_missing_field(dataset):
+    return dataset.map(lambda example: {**example, "inputs": example["text"]})
+
+
+def _numbers(split, shuffle_files=False, seed=None):
+    return tf.data.Dataset.from_tensor_slices({"inputs": ["a"], "targets": [3]})
+
+
+def _other_fields(split, shuffle_files=False, seed=None):
+    return tf.data.Dataset.from_tensor_slices({"question": ["a"], "answer": ["b"]})
+
+
+@pytest.mark.parametrize(("task", "message"), [
+    ({"source": _gone}, r"test_registry\.py:\d+: KeyError: 'no such column'"),
+    ({"preprocessors": [_takes_a_missing_field]}, r"test_registry\.py:\d+: KeyError: 'text'"),
+    ({"source": _numbers}, "TypeError: .*int32"),
+    ({"source": _other_fields}, "ValueError: .*missing expected output feature.*: inputs"),
+])  # fmt: skip
+def test_a_mistake_in_the_users_code_is_one_line_with_its_place(task, message):
+    with pytest.raises(UserError, match=f"^task 't', split 'train': .*{message}") as error:
+        list(registry.read(_task(**task), ["train"]))
+    assert "\n" not in str(error.value)
+
+
 def test_to_json():
     value = {"a": (b"x", np.float32(0.5)), 3: np.array([[1, 2]]), "s": np.array([b"q"], object)}
     assert registry.to_json(value) == {"a": ["x", 0.5], "3": [[1, 2]], "s": ["q"]}

@@ -208,9 +208,9 @@ def test_show(run):
         ("empty_split", "validation: the split is empty"),
         ("empty_target", "train: targets of example 1 is empty"),
         ("bad_file", "a.tsv:3: no tab"),
-        ("fails", "TypeError: no such thing"),
+        ("fails", ": TypeError: no such thing"),
         ("nan", "task 't_nan': metric nan: 'x' must be a finite number, is nan"),
-        ("raises", "task 't_raises': metric raises fails: KeyError: 'gone'"),
+        ("raises", "task 't_raises': metric raises fails: "),
         ("mix", "t_nan: task 't_nan': metric nan: 'x' must be a finite number, is nan"),
     ],
 )

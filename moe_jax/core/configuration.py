@@ -170,7 +170,7 @@ def describe(hint: Any) -> str:
         return f"{{{describe(args[0])}: {describe(args[1])}}} {rule}"
     if isinstance(rule, Known):
         return str(rule)
-    each = "None" if kind is type(None) else kind.__name__
+    each = {type(None): "None", bool: "True or False"}.get(kind, kind.__name__)
     return each if rule is None else f"{each} {rule}"
 
 

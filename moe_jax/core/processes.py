@@ -86,7 +86,8 @@ def lock(directory: str | os.PathLike, wait: bool = False) -> Iterator[int | Non
         The lock's file descriptor, for a child that is to hold it as well; None in a bucket.
 
     Raises:
-        UserError: another process holds it; its host and number are named.
+        UserError: another process holds it; its host and number are named. Or there is no such
+            directory, and none can be made.
     """
     path = paths.parse(directory) / LOCK
     if paths.in_bucket(path):
@@ -95,6 +96,8 @@ def lock(directory: str | os.PathLike, wait: bool = False) -> Iterator[int | Non
         with lease(path, wait):
             yield None
         return
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"{path.parent} is a file, not a directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)

@@ -86,7 +86,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     rest = config.fsdp * config.expert * config.model
-    data = config.data or len(devices) // rest
+    data = config.data or max(1, len(devices) // rest)
     shape = (data, config.fsdp, config.expert, config.model)
     if math.prod(shape) != len(devices):
         raise UserError(

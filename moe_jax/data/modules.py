@@ -21,7 +21,7 @@ from typing import Any
 import gin
 
 import moe_jax
-from moe_jax.core.errors import UserError, shown
+from moe_jax.core.errors import UserError, of_user_code, shown
 from moe_jax.data.sources import mentioned
 
 # 'module:name(argument=value)' -> 'module', 'name', '(argument=value)'.
@@ -205,8 +205,8 @@ def _load_package(name: str) -> ModuleType:
         raise UserError(f"{shown(name)} is no module's name")
     try:
         return importlib.import_module(full_name(name))
-    except ImportError as e:
-        raise UserError(f"cannot import module {name!r}: {e}") from e
+    except Exception as e:  # of any kind: it is the user's code
+        raise _cannot_import(f"module {name!r}", e) from e
 
 
 def _load_file(name: str) -> ModuleType:
@@ -221,13 +221,19 @@ def _load_file(name: str) -> ModuleType:
         sys.modules[alias] = module
         try:
             spec.loader.exec_module(module)
-        except ImportError as e:
+        except BaseException as e:
             del sys.modules[alias]
-            raise UserError(f"cannot import {name}: {e}") from e
-        except BaseException:
-            del sys.modules[alias]
+            if isinstance(e, Exception):
+                raise _cannot_import(name, e) from e
             raise
     return sys.modules[alias]
+
+
+def _cannot_import(name: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    reason = str(error) if isinstance(error, ImportError) else of_user_code(error)
+    return UserError(f"cannot import {name}: {reason}")
 
 
 def resolve(reference: str, named_by: str | os.PathLike = "") -> Any:

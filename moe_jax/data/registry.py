@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moe_jax.core.errors import UserError, first_line, nearest
+from moe_jax.core.errors import UserError, first_line, nearest, of_user_code
 from moe_jax.core.files import to_json
 from moe_jax.data import declared, staleness
 from moe_jax.data.modules import load_module, quiet, resolve
@@ -53,12 +53,7 @@ def load_task_modules(names: Sequence[str], named_by: str | os.PathLike = "") ->
     modules = []
     for name in names:
         before = _registered()
-        try:
-            modules.append(load_module(name, named_by))
-        except ValueError as e:
-            if "duplicate" in str(e):  # SeqIO's words
-                raise UserError(f"{name}: {e}") from e
-            raise
+        modules.append(load_module(name, named_by))
         _owners.update(dict.fromkeys(_registered() - before, modules[-1]))
     return modules
 
@@ -108,7 +103,7 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
     except ZeroDivisionError:  # of a mixture in it, all rates are 0: there is nothing to train on
         return dict.fromkeys((task.name for task in mixture.tasks), 0.0)
     except Exception as e:  # whatever the user's function raises
-        raise UserError(f"mixture {name!r}: a rate cannot be computed ({e})") from e
+        raise UserError(f"mixture {name!r}: a rate cannot be computed: {of_user_code(e)}") from e
     finally:
         for task in mixture.tasks:
             del task.num_input_examples
@@ -274,17 +269,17 @@ def _joined(
     for number, split in enumerate(splits):
         try:
             raw = task.source.get_dataset(split=split, shuffle=False)
-        except (tf.errors.OpError, OSError, ValueError) as e:
+            if raw.cardinality() == tf.data.INFINITE_CARDINALITY:
+                raise UserError(f"task {task.name!r}, split {split!r}: the source never ends")
+            number = tf.constant(number, tf.int32)
+            try:
+                data = preprocess(raw, number)
+            except UserError:
+                raise
+            except Exception:  # a preprocessor that only runs eagerly, or uses `if tensor:`
+                data = _preprocess(task, lengths, raw, number)
+        except Exception as e:  # of any kind: source and preprocessors may be the user's code
             raise _user_error(e, f"task {task.name!r}, split {split!r}") from e
-        if raw.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise UserError(f"task {task.name!r}, split {split!r}: the source never ends")
-        number = tf.constant(number, tf.int32)
-        try:
-            data = preprocess(raw, number)
-        except UserError:
-            raise
-        except Exception:  # a preprocessor that only runs eagerly, or uses `if tensor:`
-            data = _preprocess(task, lengths, raw, number)
         joined = data if joined is None else joined.concatenate(data)
     options = tf.data.Options()
     # For data that is read once, tuning and rewriting cost more than they save.
@@ -319,10 +314,13 @@ def _preprocess(
 
 def _user_error(error: Exception, where: str) -> UserError:
     """A one-line error; if TensorFlow wrapped a UserError of the source, that error."""
+    if isinstance(error, UserError):
+        return error
     wrapped = re.search(r"UserError: (.+)", str(error))
     if wrapped:
         return UserError(wrapped[1].strip())
-    return UserError(f"{where}: {first_line(error)}")
+    reason = first_line(error) if isinstance(error, tf.errors.OpError) else of_user_code(error)
+    return UserError(f"{where}: {reason}")
 
 
 def text(row: Row, feature: str, vocabulary: seqio.Vocabulary) -> str:

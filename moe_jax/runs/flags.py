@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from jax._src.clusters import ClusterEnv
 
 from moe_jax.core import ending, paths, peers, processes
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, did_you_mean, first_line, nearest
 from moe_jax.kernels import memory
 from moe_jax.runs import configurables, gin_files, help
 
@@ -77,25 +77,46 @@ def run(
             main(*parts)
 
     processes.end_with_parent()
-    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
-        print(_help(config, settings))
+        with ending.one_line():
+            print(_help(config, settings))
         return
-    app.run(start, argv=gin_files.rewrite_flags(sys.argv))
+    app.run(start, argv=gin_files.rewrite_flags(sys.argv), flags_parser=_parsed)
+
+
+def _parsed(argv: Sequence[str]) -> list[str]:
+    """What flags leave of the command line. A wrong flag ends the process in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as e:
+        name = e.flagname
+        if name.startswith("gin."):
+            ending.fail(UserError(f"--{name} has no value: give --{name}=VALUE"))
+        near = did_you_mean(f"--gin.{setting}" for setting in gin_files.called(name))
+        near = near or nearest(f"--{name}", [f"--{flag.name}" for flag in _own_flags()])
+        ending.fail(UserError(f"there is no flag --{name}{near}"))
+    except flags.Error as e:
+        ending.fail(UserError(first_line(e)))
+
+
+def _own_flags() -> list[flags.Flag]:
+    """The flags of the command, those that all share first, in the order of their definition."""
+    found = [*flags.FLAGS.get_key_flags_for_module(__name__),
+             *flags.FLAGS.get_key_flags_for_module(sys.argv[0])]  # fmt: skip
+    return list(dict.fromkeys(found))
 
 
 def _help(config: type, settings: type | None) -> str:
-    """The command's docstring, its flags, and the settings that it reads."""
+    """The command's docstring, the macros, its flags, and the settings that it reads."""
     own = [] if settings is None else help.settings(settings)
     return "\n".join(
         [
             (sys.modules["__main__"].__doc__ or "").strip(),
-            "\nFlags:\n",
-            flags.FLAGS.main_module_help().split(":", 1)[-1].strip("\n"),
             "\nMacros, as T5X has them (--gin.NAME=VALUE, or NAME = VALUE in a gin file):\n",
             help.macros(),
-            "\nSettings (--gin.NAME=VALUE):\n",
+            "\nFlags:\n",
+            help.flags(_own_flags()),
+            "\nSettings (--gin.NAME=VALUE, or NAME = VALUE in a gin file):\n",
             *own,
             *help.settings(config),
         ]
@@ -137,10 +158,13 @@ def _start_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
+    for flag in ("coordinator_address", "process_count", "process_index"):
+        given = flags.FLAGS[flag].value is not None
+        if _MULTIPROCESS.value and not given:
+            raise UserError(f"--multiprocess_gpu needs --{flag}")
+        if given and not _MULTIPROCESS.value:
+            raise UserError(f"--{flag} is for --multiprocess_gpu, which is not given")
     if _MULTIPROCESS.value:
-        for flag in ("coordinator_address", "process_count", "process_index"):
-            if flags.FLAGS[flag].value is None:
-                raise UserError(f"--multiprocess_gpu needs --{flag}")
         _meet(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value)
     elif _MULTIPROCESS_TPU.value:
         address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(

@@ -13,7 +13,7 @@ from tokenize import TokenError
 import gin
 
 from moe_jax.core import files, paths
-from moe_jax.core.errors import UserError, first_line, nearest, shown
+from moe_jax.core.errors import UserError, did_you_mean, first_line, nearest, shown
 from moe_jax.data import modules
 from moe_jax.runs import configurables, directory
 from moe_jax.runs.config import BASE_BINDINGS
@@ -21,6 +21,8 @@ from moe_jax.runs.config import BASE_BINDINGS
 GIN_CONFIGS = Path(__file__).resolve().parents[1] / "gin_configs"
 _IMPORT = re.compile(r"^(import\s+)(\S+)", re.MULTILINE)
 _EXTENSIONS = r"^EXTENSIONS\s*=\s*(\([^)]*\)|\[[^\]]*\]|.+)"  # brackets may span lines
+COMMAND_LINE = "the command line"
+Source = str | Path  # of a text: a file, or the command line
 # What Python's parser raises; the last two at thousands of brackets.
 _NO_LITERAL = (SyntaxError, ValueError, MemoryError, RecursionError)
 
@@ -70,9 +72,9 @@ def parse(
         UserError: a file is missing, a line is not gin, a macro is set but never read, or a
             configurable or parameter is unknown.
     """
-    texts = [(path, _with_includes(path, search_paths))
-             for path in (find(f, search_paths) for f in gin_files)]  # fmt: skip
-    texts.append(("the command line", "\n".join(bindings)))
+    found = [find(name, search_paths) for name in gin_files]
+    texts = [text for path in found for text in _read(path, search_paths)]
+    texts.append((COMMAND_LINE, "\n".join(bindings)))
     _check_macros(texts)
     modules.give([*_extensions(texts), *(name for _, text in texts for name in _imports(text))])
     _load_extensions(texts)
@@ -96,12 +98,12 @@ def parse(
         raise UserError(_explain(e)) from e
 
 
-def _load_extensions(texts: Sequence[tuple[object, str]]) -> None:
+def _load_extensions(texts: Sequence[tuple[Source, str]]) -> None:
     for name in _extensions(texts):
         modules.load_module(name)
 
 
-def _extensions(texts: Sequence[tuple[object, str]]) -> Sequence[str]:
+def _extensions(texts: Sequence[tuple[Source, str]]) -> Sequence[str]:
     """The modules of the last binding of EXTENSIONS."""
     everything = "\n".join(text for _, text in texts)
     assignments = re.findall(_EXTENSIONS, everything, re.MULTILINE)
@@ -117,12 +119,17 @@ def _extensions(texts: Sequence[tuple[object, str]]) -> Sequence[str]:
     return names
 
 
-def _with_includes(path: Path, search_paths: Sequence[str], seen: tuple[Path, ...] = ()) -> str:
-    """The text of a gin file, with each `include` line replaced by the file."""
+def _read(
+    path: Path, search_paths: Sequence[str], seen: tuple[Path, ...] = ()
+) -> list[tuple[Source, str]]:
+    """A gin file, in parts: what it includes comes between the lines before it and those after.
+
+    Empty lines before a part keep the numbers of its lines.
+    """
     if path in seen:
         raise UserError(f"{path} includes itself")
-    lines = []
-    for line in files.read_text(path).splitlines():
+    parts, lines = [], []
+    for number, line in enumerate(files.read_text(path).splitlines(), 1):
         match = re.fullmatch(r"\s*include\s+(['\"])(.+)\1\s*(#.*)?", line)
         if match is None:
             lines.append(line)
@@ -130,12 +137,13 @@ def _with_includes(path: Path, search_paths: Sequence[str], seen: tuple[Path, ..
         try:
             inner = find(match[2], [str(path.parent), *search_paths])
         except UserError as e:
-            raise UserError(f"{path}: include: {e}") from e
-        lines.append(_with_includes(inner, search_paths, (*seen, path)))
-    return "\n".join(lines) + "\n"
+            raise UserError(f"{path}:{number}: include: {e}") from e
+        parts += [(path, "\n".join(lines)), *_read(inner, search_paths, (*seen, path))]
+        lines = [""] * number
+    return [*parts, (path, "\n".join(lines))]
 
 
-def _parse(texts: Sequence[tuple[object, str]]) -> None:
+def _parse(texts: Sequence[tuple[Source, str]]) -> None:
     gin.clear_config()
     configurables.bind_defaults()
     for source, text in texts:
@@ -143,9 +151,22 @@ def _parse(texts: Sequence[tuple[object, str]]) -> None:
             # Built-in modules may be imported by their short names.
             gin.parse_config(_IMPORT.sub(lambda m: m[1] + modules.full_name(m[2]), text))
         except (*_NO_LITERAL, TypeError, AttributeError, ImportError, TokenError) as e:
-            line = getattr(e, "lineno", None)
-            where = f"{source}:{line}" if line else str(source)
-            raise UserError(f"{where}: {_explain(e)}") from e
+            raise UserError(f"{_place(source, text, _line(e))}: {_explain(e)}") from e
+
+
+def _line(error: Exception) -> int | None:
+    """The number of the line at which gin stopped."""
+    if isinstance(error, TokenError):  # (what, (line, column)); the line after the last one
+        return error.args[1][0] - 1
+    said = re.search(r"^  In bindings string line (\d+)$", str(error), re.MULTILINE)
+    return int(said[1]) if said else getattr(error, "lineno", None)
+
+
+def _place(source: Source, text: str, line: int | None) -> str:
+    """Where a line of a text is, for the user: FILE:LINE, or the flag."""
+    if line and source == COMMAND_LINE:
+        return f"--gin.{text.splitlines()[line - 1].partition('=')[0].strip()}"
+    return f"{source}:{line}" if line else str(source)
 
 
 def _imports(text: str) -> list[str]:
@@ -171,18 +192,32 @@ def find(name: str, search_paths: Sequence[str]) -> Path:
     raise UserError(f"no gin file {name!r} in {', '.join(search_paths)}{nearest(name, known)}")
 
 
-def _check_macros(texts: Sequence[tuple[object, str]]) -> None:
+def _check_macros(texts: Sequence[tuple[Source, str]]) -> None:
     everything = "\n".join([BASE_BINDINGS, *(text for _, text in texts)])
     read = set(re.findall(r"%([A-Za-z_]\w*)", everything))
     for source, text in texts:
-        for name in re.findall(r"^([A-Za-z_]\w*)\s*=(?!=)", text, re.MULTILINE):
-            if name not in read:
-                raise UserError(f"{source}: nothing reads the macro {name!r}{nearest(name, read)}")
+        for found in re.finditer(r"^([A-Za-z_]\w*)\s*=(?!=)", text, re.MULTILINE):
+            if (name := found[1]) not in read:
+                where = _place(source, text, text.count("\n", 0, found.start()) + 1)
+                raise UserError(f"{where}: nothing reads the macro {name!r}"
+                                f"{did_you_mean(called(name)) or nearest(name, read)}")  # fmt: skip
+
+
+def called(name: str) -> list[str]:
+    """What can be bound by a name that was meant for it: `train_steps` is TRAIN_STEPS, and
+    `learning_rate` OptimizerConfig.learning_rate."""
+    if re.search(rf"^{name.upper()} = ", BASE_BINDINGS, re.MULTILINE):
+        return [name.upper()]
+    owners = [each for each in configurables.classes() if name in configurables.parameters(each)]
+    return [f"{owner}.{name}" for owner in owners]
 
 
 def _explain(error: Exception) -> str:
     """Gin's message in one line, with the nearest names."""
-    message = first_line(error)
+    message = str(error.args[0]) if isinstance(error, TokenError) else first_line(error)
+    if message.startswith("malformed node"):  # a name where only values are; Python's words
+        return "it is no value: texts in brackets need quotes, as in {'inputs': 64}"
+    message = message.rstrip(".")
     unset = re.search(r"No bindings specified for '(\w+)/gin.macro'", message)
     if unset:
         known = re.findall(r"^(\w+) =", BASE_BINDINGS, re.MULTILINE)
@@ -194,5 +229,5 @@ def _explain(error: Exception) -> str:
                           message, re.IGNORECASE)  # fmt: skip
     if parameter:
         names = configurables.parameters(parameter[1].split(".")[-1])
-        return message.rstrip(".") + nearest(parameter[2], names)
+        return message + nearest(parameter[2], names)
     return message

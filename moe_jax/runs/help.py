@@ -4,9 +4,12 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from absl.flags import Flag
 
 from moe_jax.core.configuration import Configuration, describe, hints
+from moe_jax.runs.config import BASE_BINDINGS
 
 MACROS = {
     "MODEL_DIR": "the run's directory",
@@ -50,8 +53,7 @@ def settings(cls: type[Configuration]) -> Iterator[str]:
             continue
         default = "" if field.default is dataclasses.MISSING else f"; default: {field.default!r}"
         text = f"{docs.get(field.name, '')} ({describe(hint)}{default})"
-        own.append(f"  --gin.{cls.called}.{field.name}")
-        own.append(textwrap.fill(text, 92, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        own += [f"  --gin.{cls.called}.{field.name}", _indented(text)]
     if own:
         yield "\n".join([f"{cls.called}:", *own, ""])
     for each in inner:
@@ -59,6 +61,29 @@ def settings(cls: type[Configuration]) -> Iterator[str]:
 
 
 def macros() -> str:
-    """Lines of help for T5X's macros."""
+    """Lines of help for T5X's macros, with their defaults."""
     width = max(map(len, MACROS))
-    return "\n".join(f"  --gin.{name:<{width}}  {text}" for name, text in MACROS.items())
+    defaults = dict(re.findall(r"^(\w+) = (.{1,60})$", BASE_BINDINGS, re.MULTILINE))
+    lines = []
+    for name, text in MACROS.items():
+        default = defaults.get(name, "None")  # that of TASK_MODULES is too long
+        more = "" if default == "None" else f" (default: {default})"
+        lines.append(f"  --gin.{name:<{width}}  {text}{more}")
+    return "\n".join(lines)
+
+
+def flags(own: Iterable[Flag]) -> str:
+    """Lines of help for flags, with their defaults."""
+    lines = []
+    for flag in own:
+        text = flag.help.partition(";\n")[0]  # absl says of a list that it is one
+        default = f" (default: {flag.default_as_str})" if flag.default else ""
+        lines += [f"  --{flag.name}", _indented(f"{text}{default}")]
+    return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    indent = " " * 8
+    return textwrap.fill(
+        text, 92, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )

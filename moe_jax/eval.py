@@ -34,7 +34,7 @@ from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, directory, flags
 from moe_jax.runs.config import Config
 from moe_jax.runs.load import load_run, with_tasks
-from moe_jax.runs.mixtures import prepare_mixtures
+from moe_jax.runs.mixtures import prepare_mixtures, say_cut
 from moe_jax.unseen.zero_shot import Unseen, new_tasks, routes_of_new
 
 OFF = ("disable_examples", "without")  # settings that switch experts off
@@ -93,6 +93,8 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
     vocabulary = mixtures[data.mixture_or_task_name].vocabulary
     for mixture in mixtures.values():
         try_functions(mixture, tasks_with_split(mixture, split), split)
+        if jax.process_index() == 0:
+            say_cut(mixture, split, data.lengths)
     run = load_run(run_config.model_dir, config.model, config.router, vocabulary.size)
     for name in OFF:
         if getattr(settings, name) and not run.model.routed:

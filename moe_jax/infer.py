@@ -173,12 +173,15 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
 
     def answers() -> Iterator[dict]:
         table = np.asarray(evaluator.routes(params, run.step)) if run.model.routed else None
-        row_R = np.full(rows, run.task_ids[task])
+        row_R, limit, cut = np.full(rows, run.task_ids[task]), data.lengths["inputs"], []
         for numbered in _batches(lines, rows):
             texts = [text for _, text in numbered]
             filled = [*texts, *[""] * (rows - len(texts))]
-            arrays = encode_inputs(vocabulary, filled, data.lengths["inputs"])
+            arrays = encode_inputs(vocabulary, filled, limit)
             arrays["input_segments"][len(texts) :] = 0
+            full_R = arrays["input_segments"].all(1)
+            cut += [n for (n, text), full in zip(numbered, full_R, strict=False)
+                    if full and len(vocabulary.inputs.encode(text)) >= limit]  # fmt: skip
             if resemblance is not None:
                 table, row_R = resemblance.of_rows(arrays), np.arange(rows)
             predictions = evaluator.predict(params, table, row_R, arrays)
@@ -187,6 +190,9 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
                 inputs = {"inputs_pretokenized": text}
                 route = None if table is None else route_json(table[row])
                 yield {"inputs": inputs, "prediction": prediction, "line": number, "route": route}
+        if cut:
+            more = f", and {len(cut) - 1} more" if len(cut) > 1 else ""
+            say(f"TASK_FEATURE_LENGTHS cuts inputs after {limit} tokens: line {cut[0]}{more}")
 
     with jax.set_mesh(mesh):
         resemblance, alike = None, {}
@@ -206,8 +212,9 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
 def _write(output: str, answers: Iterable[dict], file: str = "") -> None:
     """Writes to standard output as answers come, or to `file` in `output`."""
     if output != "-":
-        files.write_jsonl(paths.parse(output) / file if file else output, answers)
-        return
+        place = paths.parse(output) / file if file else output
+        files.write_jsonl(place, answers)
+        return say(f"wrote {place}")
     for answer in answers:
         sys.stdout.write(files.json_line(answer))
         sys.stdout.flush()
@@ -231,7 +238,7 @@ def _batches(lines: Iterable[Line], rows: int) -> Iterator[list[Line]]:
 
 
 def _lines(path: str) -> Iterator[Line]:
-    """(number, text) of every line; the carriage return of a line of Windows is left out.
+    """(number, text) of every line, without the byte order mark and carriage returns of Windows.
 
     Raises:
         UserError: the file cannot be read, or a line is no UTF-8: when that line is reached.
@@ -239,6 +246,7 @@ def _lines(path: str) -> Iterator[Line]:
     try:
         with sys.stdin.buffer if path == "-" else paths.parse(path).open("rb") as f:
             for number, line in enumerate(f, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 try:
                     yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
                 except UnicodeDecodeError as e:

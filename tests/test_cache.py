@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import gin
@@ -270,6 +271,29 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
         UserError, match=r"cannot import bad\.py: .*/helper\.py:2: IndexError: list"
     ):
         load_module("bad.py")
+
+
+@pytest.mark.parametrize("names", [["base", "more"], ["more", "base"]])
+def test_a_file_that_another_one_imports_is_executed_once(names, tmp_path, monkeypatch):
+    from moe_jax.data.modules import load_module, name_of
+
+    (tmp_path / "base.py").write_text("with open('log', 'a') as f: f.write('x')\ndef f(): pass\n")
+    (tmp_path / "more.py").write_text("import base\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.modules", dict(sys.modules))
+    modules = {name: load_module(f"{name}.py") for name in names}
+    assert (tmp_path / "log").read_text() == "x"
+    assert modules["more"].base is modules["base"]
+    # By its path it is found again in any directory.
+    assert name_of(sys.modules[modules["base"].f.__module__]) == str(tmp_path / "base.py")
+    # A module of the same name elsewhere is another one.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "base.py").write_text("x = 5\n")
+    assert load_module("other/base.py").x == 5 and load_module("base.py") is modules["base"]
+    with pytest.raises(UserError, match=r"No module named 'aside'; to find other/aside\.py, give"):
+        (tmp_path / "other" / "aside.py").write_text("")
+        (tmp_path / "other" / "needs.py").write_text("import aside\n")
+        load_module("other/needs.py")
 
 
 def test_source_files_are_the_users_own(tmp_path, monkeypatch):

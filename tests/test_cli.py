@@ -199,6 +199,8 @@ def test_every_program_ends_bad_input_in_one_line(tmp_path):
     processes = {flag: start("train", [flag]) for flag in flags}
     for flag, process in processes.items():
         assert one_error_line(process).startswith(f"error: {flags[flag]}")
+    lines = flags_of(bindings(tmp_path / "run", EVAL_PERIOD=5, RunConfig__eval_split="dev"))
+    assert "EVAL_PERIOD=0 trains without scores" in one_error_line(start("train", lines))
     lines = flags_of(bindings(tmp_path / "file", TRAIN_STEPS=1))
     assert f"{tmp_path / 'file'} is a file, not a dir" in one_error_line(start("train", lines))
     lines = bindings(tmp_path / "run", MIXTURE_OR_TASK_NAME="toy_trian")

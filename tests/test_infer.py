@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toy import TASKS as MODULE
 from toy import toy_cache, toy_mixtures
-from toy_run import bindings, random_backbone, tiny_model, tiny_params
+from toy_run import SETTINGS, bindings, random_backbone, tiny_model, tiny_params
 
 from moe_jax import eval as eval_program
 from moe_jax import infer
@@ -254,6 +254,38 @@ def test_a_line_ends_at_a_line_feed(dense, monkeypatch, capsys):
     found = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
     assert [row["inputs"]["inputs_pretokenized"] for row in found] == lines
     assert [row["line"] for row in found] == [1, 2, 3, 4, 5]
+
+
+def test_a_byte_order_mark_is_no_input(dense, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", stdin(b"\xef\xbb\xbfred\r\n\xef\xbb\xbfblue\n"))
+    call(infer.infer, dense, task="toy_copy")
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = [row["inputs"]["inputs_pretokenized"] for row in found]
+    assert texts == ["red", "\ufeffblue"]  # only the first one is the file's
+
+
+def test_lines_that_are_cut_are_said(dense, monkeypatch, capsys, tmp_path):
+    """As many tokens as a row has, with the end of sequence, are not."""
+    vocabulary, limit = toy_mixtures()[0].vocabulary, SETTINGS["TASK_FEATURE_LENGTHS"]["inputs"]
+    word = next(w for w in "abcdefg" if len(vocabulary.encode(" ".join([w] * 9))) == 9)
+    full, longer = (" ".join([word] * n) for n in (limit - 1, limit))
+    assert len(vocabulary.encode(full)) + 1 == limit
+    for texts, said in {
+        (full, "red"): "",
+        ("red", longer): f"TASK_FEATURE_LENGTHS cuts inputs after {limit} tokens: line 2\n",
+        ("red", longer, full, longer, *["red"] * 5, longer): "tokens: line 2, and 2 more\n",
+    }.items():
+        monkeypatch.setattr("sys.stdin", stdin("\n".join(texts).encode()))
+        call(infer.infer, dense, task="toy_copy")
+        err = capsys.readouterr().err
+        assert err.endswith(said) and ("cuts" in err) == bool(said)
+
+
+def test_what_was_written_is_said(dense, capsys, tmp_path):
+    (tmp_path / "in.txt").write_text("red\n")
+    out = tmp_path / "out.jsonl"
+    call(infer.infer, dense, task="toy_copy", input=str(tmp_path / "in.txt"), output=str(out))
+    assert capsys.readouterr().err.endswith(f"wrote {out}\n") and out.exists()
 
 
 def test_a_line_that_is_no_text_ends_the_answers_there(dense, monkeypatch, capsys, tmp_path):

@@ -86,7 +86,7 @@ def test_where_no_lock_can_be(tmp_path):
     (tmp_path / "file").write_text("")
     for place in ("file", "file/run"):
         with (
-            pytest.raises(UserError, match=r"file is a file, not a directory"),
+            pytest.raises(UserError, match="file is a file, not a directory"),
             processes.lock(tmp_path / place),
         ):
             pass

@@ -11,6 +11,7 @@ import termios
 CODE = """
 import time
 from moe_jax.core import progress
+from moe_jax.core.errors import say
 progress.PERIOD = 0.2
 for _ in progress.progress(range(4), desc="outer", unit="task"):
     for _ in progress.progress(range(4), desc="inner", leave=False):
@@ -20,6 +21,7 @@ for _ in progress.progress(range(3), desc="quick"):
 bar = progress.progress(total=9, desc="cut short")
 time.sleep(0.3)
 bar.update(2)
+say("news")
 raise SystemExit("error: no more")
 """
 
@@ -28,7 +30,7 @@ def test_a_file_gets_a_line_now_and_then():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     lines = done.stderr.splitlines()
     assert "\r" not in done.stderr and "\x1b" not in done.stderr and "" not in lines
-    assert "error: no more" in lines
+    assert "error: no more" in lines and "news" in lines
     outer = [line for line in lines if line.startswith("outer")]
     inner = [line for line in lines if line.startswith("inner")]
     assert 2 <= len(outer) <= 5 and "100%" in outer[-1] and "4/4" in outer[-1]
@@ -49,3 +51,6 @@ def test_a_terminal_gets_a_bar():
     process.wait()
     os.close(ours)
     assert text.count(b"\r") > 10 and b"quick: 100%" in text
+    before, news, after = text.partition(b"news\r\n")
+    assert before.endswith(b" \r") and news  # the bar is wiped out, and comes again
+    assert b"cut short" in after

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow_datasets as tfds
-from toy import prepare
+from toy import prepare, toy_mixtures
 from toy_run import bindings, flags_of, start
 
 from moe_jax import eval as eval_program
@@ -27,7 +27,7 @@ from moe_jax.data.vocabulary import VocabularyConfig, train_sentencepiece
 from moe_jax.runs import gin_files
 from moe_jax.runs.config import Config, DataConfig
 from moe_jax.runs.configurables import build
-from moe_jax.runs.mixtures import prepare_mixtures, say_ignored
+from moe_jax.runs.mixtures import prepare_mixtures, say_cut, say_ignored
 from moe_jax.runs.train_loop import train
 
 LENGTHS = {"inputs": 16, "targets": 12}
@@ -325,6 +325,30 @@ def test_what_a_run_ignores_is_said(project, capsys):
     )
     say_ignored(dataclasses.replace(data, mixing="seqio"), dataclasses.replace(found, replaced=()))
     assert not capsys.readouterr().err
+
+
+def test_tasks_with_examples_that_are_cut_are_said(capsys):
+    """Counted from the examples themselves."""
+    mixture, _ = toy_mixtures()
+    counts = {}
+    for name in mixture.names:
+        records = mixture.task(name).records("train")
+        counts[name] = [len(records[i].inputs) for i in range(len(records))]
+    of_all = sorted(n for of_task in counts.values() for n in of_task)
+    say_cut(mixture, "train", {"inputs": of_all[-1], "targets": 1000})
+    assert not capsys.readouterr().err  # as long as a row is not cut
+    limit = of_all[len(of_all) // 2]
+    say_cut(mixture, "train", {"inputs": limit, "targets": 1000})
+    (line,) = capsys.readouterr().err.splitlines()
+    head, _, tasks = line.partition(": ")
+    assert head == f"TASK_FEATURE_LENGTHS cuts inputs of train after {limit} tokens"
+    found = re.findall(r"(\w+) \((\S+) of (\S+), up to (\S+) tokens\)", tasks)
+    expected = [
+        (name, sum(n > limit for n in of_task), len(of_task), max(of_task))
+        for name, of_task in counts.items() if max(of_task) > limit
+    ]  # fmt: skip
+    expected.sort(key=lambda row: row[1] / row[2], reverse=True)  # the worst first
+    assert found == [(name, *map("{:,}".format, numbers)) for name, *numbers in expected] and found
 
 
 def test_features_of_an_example_come_back():

@@ -36,14 +36,25 @@ finally:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(MODEL_DIR, names of loaded modules) of an uninterrupted run."""
+    """(MODEL_DIR, names of loaded modules, what was said) of an uninterrupted run."""
     model_dir = tmp_path_factory.mktemp("whole") / "run"
-    out = finish(start("train", flags_of(bindings(model_dir, **SETTINGS)), code=WITH_MODULES))
-    return model_dir, set(out.split())
+    process = start("train", flags_of(bindings(model_dir, **SETTINGS)), code=WITH_MODULES)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return model_dir, set(out.split()), err
+
+
+def test_scores_are_said_as_they_are_logged(whole):
+    model_dir, _, err = whole
+    lines = {
+        line["step"]: line["mean_score"] for line in metrics(model_dir) if "mean_score" in line
+    }
+    said = re.findall(r"^step (\d+): mean score (\S+) on validation$", err, re.M)
+    assert said == [(str(step), f"{score:.4f}") for step, score in lines.items()] and len(said) == 3
 
 
 def test_a_run_leaves_all_its_files(whole):
-    model_dir, _ = whole
+    model_dir, *_ = whole
     lines = metrics(model_dir)
     train_lines = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train_lines] == list(range(2, 49, 2))
@@ -113,10 +124,12 @@ def test_killed_runs_go_on_exactly(whole, tmp_path):
 
 
 def test_a_finished_run_started_again_changes_nothing(whole):
-    model_dir, _ = whole
+    model_dir, *_ = whole
     before = metrics(model_dir)
-    finish(start("train", flags_of(bindings(model_dir, **SETTINGS))))
-    assert metrics(model_dir) == before
+    process = start("train", flags_of(bindings(model_dir, **SETTINGS)))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and metrics(model_dir) == before
+    assert f"{model_dir} has taken all its 48 steps; with more TRAIN_STEPS it goes on\n" in err
 
 
 def test_a_finished_run_goes_on_for_longer_with_other_batches_on_another_mesh(whole, tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 _SHOWN = 80  # characters of a bad value
 _IN_USER_CODE = "in user code:"  # how AutoGraph begins, which ends with the error itself
 # The built-in tasks are tasks like those of users.
@@ -85,5 +87,9 @@ def shown(value: Any) -> str:
 
 
 def say(text: str) -> None:
-    """One line of news for the user, on standard error: what a command prints is for programs."""
-    print(text, file=sys.stderr, flush=True)
+    """One line of news for the user, on standard error: what a command prints is for programs.
+
+    A progress bar makes room for it.
+    """
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()

@@ -96,8 +96,8 @@ def lock(directory: str | os.PathLike, wait: bool = False) -> Iterator[int | Non
         with lease(path, wait):
             yield None
         return
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UserError(f"{path.parent} is a file, not a directory")
+    for taken in filter(Path.is_file, path.parents):
+        raise UserError(f"{taken} is a file, not a directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)

@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -195,9 +196,8 @@ def _load(name: str) -> ModuleType:
 
 def name_of(module: ModuleType) -> str:
     """The name by which `load_module` imports `module` again: dotted, or the path of its file."""
-    if module.__name__.startswith(_FILE):
-        return os.path.abspath(module.__file__)
-    return module.__name__
+    path = os.path.abspath(getattr(module, "__file__", None) or "")
+    return path if _alias(path) in sys.modules else module.__name__
 
 
 def _load_package(name: str) -> ModuleType:
@@ -211,28 +211,52 @@ def _load_package(name: str) -> ModuleType:
 
 def _load_file(name: str) -> ModuleType:
     path = os.path.abspath(name)
-    # Not the file's own name, which another module may have.
-    alias = _FILE + hashlib.sha256(path.encode()).hexdigest()[:16]
+    alias = _alias(path)
     if alias not in sys.modules:
         if not os.path.isfile(path):
             raise UserError(f"no such module file: {name}")
         spec = importlib.util.spec_from_file_location(alias, path)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[alias] = module
+        # Another file may import this one by its name: it is executed once all the same.
+        names = [alias, *_importable(path)]
+        if there := sys.modules.get(names[-1]):
+            sys.modules[alias] = there
+            return there
+        sys.modules.update(dict.fromkeys(names, module))
         try:
             spec.loader.exec_module(module)
         except BaseException as e:
-            del sys.modules[alias]
+            for each in names:
+                del sys.modules[each]
             if isinstance(e, Exception):
                 raise _cannot_import(name, e) from e
             raise
     return sys.modules[alias]
 
 
+def _alias(path: str) -> str:
+    """A file's name among the modules. Its own name may be that of another module."""
+    return _FILE + hashlib.sha256(path.encode()).hexdigest()[:16]
+
+
+def _importable(path: str) -> list[str]:
+    """The name by which `import` finds a file, if there is one."""
+    name = Path(path).stem
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # a module without a file, such as __main__
+        spec = None
+    here = spec is not None and os.path.abspath(spec.origin or "") == path
+    return [name] if here else []
+
+
 def _cannot_import(name: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     reason = str(error) if isinstance(error, ImportError) else of_user_code(error)
+    beside = Path(name).with_name(f"{getattr(error, 'name', None)}.py")
+    if isinstance(error, ModuleNotFoundError) and beside.is_file():
+        reason += f"; to find {beside}, give its directory in PYTHONPATH"
     return UserError(f"cannot import {name}: {reason}")
 
 

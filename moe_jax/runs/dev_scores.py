@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import replicated
 from moe_jax.data.cache import PreparedMixture
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
@@ -45,7 +46,13 @@ class DevScores:
         self._run, self._mixtures = config.run, mixtures
         if config.run.eval_period:
             for mixture in mixtures:
-                names = tasks_with_split(mixture, config.run.eval_split)
+                try:
+                    names = tasks_with_split(mixture, config.run.eval_split)
+                except UserError as e:
+                    raise UserError(
+                        f"{e}; RunConfig.eval_split names the split, EVAL_PERIOD=0 trains without"
+                        " scores"
+                    ) from e
                 try_functions(mixture, names, config.run.eval_split)
         new = [name for m in mixtures for name in m.names if name not in task_ids]
         self._task_ids = {name: i for i, name in enumerate(dict.fromkeys([*task_ids, *new]))}

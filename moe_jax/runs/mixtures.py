@@ -1,7 +1,7 @@
 """The prepared mixtures of a configuration, in the vocabulary of a run where there is one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_jax.core.errors import UserError, say
@@ -66,6 +66,23 @@ def say_ignored(data: DataConfig, mixture: PreparedMixture) -> None:
             "DataConfig.mixing 'examples' draws tasks by their number of examples, 'seqio' by the "
             f"rates of {mixture.name}: {_some(shown)}"
         )
+
+
+def say_cut(mixture: PreparedMixture, split: str, lengths: Mapping[str, int]) -> None:
+    """Says which tasks have examples in a split that are longer than `lengths`."""
+    for column, feature in enumerate(("inputs", "targets")):
+        cut = {}
+        for task in mixture.with_split(split):
+            tokens_N = task.lengths(split)[:, column]
+            if longer := int((tokens_N > lengths[feature]).sum()):
+                longest, of = int(tokens_N.max()), len(tokens_N)
+                cut[f"{task.name} ({longer:,} of {of:,}, up to {longest:,} tokens)"] = longer / of
+        if cut:
+            worst = sorted(cut, key=cut.get, reverse=True)
+            say(
+                f"TASK_FEATURE_LENGTHS cuts {feature} of {split} after {lengths[feature]} tokens: "
+                f"{_some(worst, 3)}"
+            )
 
 
 def _some(names: Sequence[str], count: int = 5) -> str:

@@ -28,10 +28,10 @@ from moe_jax.runs.config import Config
 from moe_jax.runs.dev_scores import DevScores
 from moe_jax.runs.initial import initial_params
 from moe_jax.runs.load import build_model
-from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures, say_ignored
+from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures, say_cut, say_ignored
 from moe_jax.runs.profiling import Steps, Trace
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.logs import MetricsLog, Window
+from moe_jax.training.logs import SCORE, MetricsLog, Window
 from moe_jax.training.optimizer import make_optimizer, schedule
 from moe_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 
@@ -64,10 +64,11 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
     # ---------------------------------------------------------------- data and model
     mixtures = prepare_mixtures(data, *run.eval_mixtures)
     mixture = mixtures[data.mixture_or_task_name]
-    if lead:
-        say_ignored(data, mixture)
     # As SeqIO does; tasks without a train split are for evaluation.
     tasks = [task.name for task in mixture.with_split("train")]
+    if lead:
+        say_ignored(data, mixture)
+        say_cut(mixture, "train", data.lengths)
     task_ids = {name: i for i, name in enumerate(tasks)}
     model = build_model(config.model, config.router, mixture.vocabulary.size, len(tasks))
     mesh = make_mesh(config.mesh)
@@ -117,6 +118,8 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
             with stop.at_once():
                 scores = dev.compute(state.params, step, lead)
             log.write(step, "eval", scores)
+            if lead:
+                say(f"step {step}: mean score {scores[SCORE]:.4f} on {run.eval_split}")
 
         def keep_routes(path: Path, step: int) -> None:
             if model.routed:
@@ -245,6 +248,8 @@ def _announce(config: Config, before: directory.Lines, step: int) -> None:
         )
     if jax.process_index():
         return
+    if step == steps:
+        say(f"{run.model_dir} has taken all its {steps} steps; with more TRAIN_STEPS it goes on")
     if steps != old_steps:
         new, old = (
             float(schedule(config.optimizer, jnp.int32(step), total))

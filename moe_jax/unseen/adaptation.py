@@ -21,7 +21,7 @@ from moe_jax.evaluation.functions import try_functions
 from moe_jax.model.experts import Params
 from moe_jax.runs import directory
 from moe_jax.runs.config import FewShotConfig
-from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures
+from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures, say_cut
 from moe_jax.unseen.samples import FewShotData, Sample
 from moe_jax.unseen.side_by_side import SideBySide, runs_per_device
 from moe_jax.unseen.starts import Start, check_file, read_starts
@@ -263,6 +263,7 @@ def _adapt_all(config: FewShotConfig) -> None:
     # Before the work, not in the middle of it.
     check_file(few, mixture.names)
     try_functions(mixture, mixture.names, "test")
+    say_cut(mixture, "test", config.data.lengths)
     directory.write_config(model_dir, config)
     directory.write_origin(model_dir)
     rows = _read_rows(model_dir / RUNS)

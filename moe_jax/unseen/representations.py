@@ -238,7 +238,7 @@ def _embeddings(
             sorted(places), desc=f"{made_with['kind']} of tasks", unit="task", disable=not lead
         )
         for name in bar:
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=False)
             mixture = places[name]
             key = [made_with, splits[name].fingerprint, mixture.vocabulary_dir.name, name]
             part = parts / f"{digest(key)}.npy"

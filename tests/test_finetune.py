@@ -27,6 +27,7 @@ from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.data.batch import of_rows
 from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.model.config import RouterConfig
 from moe_jax.model.task_moe import routes_of
 from moe_jax.runs import directory, gin_files
 from moe_jax.runs.config import Config, DataConfig, FewShotConfig, FinetuneConfig, RunConfig
@@ -392,6 +393,8 @@ def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path,
     moe = Config(RunConfig(), DataConfig(lengths={"inputs": 4, "targets": 4}), MODEL.config,
                  MODEL.router_config)  # fmt: skip
     directory.write_config(tmp_path / "moe", moe)
+    dense = dataclasses.replace(moe, model=dataclasses.replace(moe.model, experts=1))
+    directory.write_config(tmp_path / "dense", dense)
     files.write_json(tmp_path / "rows.json", rows)
     settings = {
         "MODEL_DIR": str(tmp_path / "few_shot"),
@@ -403,6 +406,30 @@ def test_a_row_that_is_not_there_is_reported_before_any_training(rows, tmp_path,
     }
     gin_files.parse([], [f"{name} = {value!r}" for name, value in settings.items()], [])
     with pytest.raises(UserError, match=r"no task 'b'; did you mean 'bx'|representation_dim is 8"):
+        program.adapt_all(build(FewShotConfig))
+    assert [path.name for path in (tmp_path / "few_shot").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"DENSE_DIR": "moe", "MOE_DIR": "dense"}, "DENSE_DIR .*moe holds a mixture of 3 experts"),
+    ({"DENSE_DIR": "none"}, "none holds no run"),
+    ({"FinetuneConfig.seeds": (99,)}, r"no split 'fewshot_99_train'; it has .*; did you mean"),
+])  # fmt: skip
+def test_what_cannot_be_adapted_leaves_nothing(changes, message, tmp_path):
+    """So that the command can be given again, with other settings."""
+    lengths = {"inputs": 40, "targets": 20}
+    model = dataclasses.replace(MODEL.config, experts=3, max_positions=48)
+    moe = Config(RunConfig(), DataConfig(lengths=lengths), model, RouterConfig())
+    dense = dataclasses.replace(moe, model=dataclasses.replace(model, experts=1))
+    for name, config in {"moe": moe, "dense": dense}.items():
+        directory.write_config(tmp_path / name, config)
+    places = {"DENSE_DIR": "dense", "MOE_DIR": "moe"}
+    places |= {name: changes.pop(name) for name in list(changes) if name in places}
+    settings = changes | {name: str(tmp_path / place) for name, place in places.items()}
+    lines = bindings(tmp_path / "few_shot", MIXTURE_OR_TASK_NAME="toy_unseen",
+                     VocabularyConfig__trained_on="toy_train")  # fmt: skip
+    gin_files.parse([], [*lines, *(f"{name} = {value!r}" for name, value in settings.items())], [])
+    with pytest.raises(UserError, match=message):
         program.adapt_all(build(FewShotConfig))
     assert [path.name for path in (tmp_path / "few_shot").iterdir()] == [".lock"]
 

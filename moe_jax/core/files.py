@@ -255,7 +255,7 @@ def check_new(path: str | os.PathLike) -> None:
     """Raises a UserError if `path` exists, unless it is an empty directory, or is in a bucket."""
     path = paths.local(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists")
+        raise UserError(f"{path} exists: give another place, or remove it")
 
 
 @contextlib.contextmanager

@@ -135,8 +135,9 @@ class PreparedTask:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
+            near = nearest(name, self.splits)
             raise UserError(
-                f"task {self.name!r} has no split {name!r}; it has {', '.join(self.splits)}"
+                f"task {self.name!r} has no split {name!r}; it has {', '.join(self.splits)}{near}"
             )
         return self.splits[name]
 
@@ -160,13 +161,14 @@ class PreparedTask:
 
     def _numbers(self, split: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The array [n, *shape] beside the shards."""
+        examples = self.examples(split)
         path = self.directory / f"{split}.{name}.npy"
         try:
             numbers = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"missing or damaged {path} ({e})") from e
-        if numbers.shape != (self.examples(split), *shape):
-            raise UserError(f"{path} holds {len(numbers)} {name}, not {self.examples(split)}")
+        if numbers.shape != (examples, *shape):
+            raise UserError(f"{path} holds {len(numbers)} {name}, not {examples}")
         return numbers
 
     def records(self, split: str) -> Records:

@@ -65,9 +65,11 @@ def _weights(
         return np.ones(shape, np.float32), ""
     if task is None:
         if not average:
+            known = sorted(run.task_ids)
+            known = [*known[:5], "..."] if len(known) > 5 else known
             raise UserError(
-                "which task's experts? Give --task NAME, one of "
-                f"{', '.join(sorted(run.task_ids)[:5])}, ..., or --average for all experts alike"
+                f"which task's experts? Give --task NAME, one of {', '.join(known)}, or --average "
+                "for all experts alike"
             )
         return np.full(shape, 1 / shape[1], np.float32), ", the mean of all experts of each layer"
     route_NxE = _route(run, task)

@@ -24,7 +24,7 @@ from moe_jax.runs.config import FewShotConfig
 from moe_jax.runs.mixtures import check_vocabulary, prepare_mixtures, say_cut
 from moe_jax.unseen.samples import FewShotData, Sample
 from moe_jax.unseen.side_by_side import SideBySide, runs_per_device
-from moe_jax.unseen.starts import Start, check_file, read_starts
+from moe_jax.unseen.starts import Start, check_file, check_starts, read_starts
 
 RUNS = "runs.jsonl"
 # The fields that identify a run in runs.jsonl.
@@ -256,6 +256,7 @@ def _adapt_all(config: FewShotConfig) -> None:
     run, few = config.run, config.finetune
     model_dir = paths.parse(run.model_dir)
     directory.check_config(model_dir, config)
+    check_starts(few)
     first, *others = dict.fromkeys(few.adapted.values())
     mixture = prepare_mixtures(config.data, run=first)[config.data.mixture_or_task_name]
     for other in others:
@@ -264,14 +265,14 @@ def _adapt_all(config: FewShotConfig) -> None:
     check_file(few, mixture.names)
     try_functions(mixture, mixture.names, "test")
     say_cut(mixture, "test", config.data.lengths)
-    directory.write_config(model_dir, config)
-    directory.write_origin(model_dir)
     rows = _read_rows(model_dir / RUNS)
     done = {tuple(row[k] for k in KEY) for row in rows}
     # In CrossFit's order, since of equal scores on dev the first counts.
     grid = [Grid(*point) for point in itertools.product(few.learning_rates, few.batch_sizes)]
     samples = [Sample(*pair) for pair in itertools.product(mixture.names, few.seeds)]
     data = FewShotData(mixture, samples, config)
+    directory.write_config(model_dir, config)
+    directory.write_origin(model_dir)
     # ---------------------------------------------------------------- runs
     device_per_core()
     mesh = make_mesh(MeshConfig(), jax.local_devices())

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import GROUP_AXES, over_groups, replicated
 from moe_jax.data.representations import read_representations
 from moe_jax.data.schedule import seed_of
@@ -245,6 +246,21 @@ def read_starts(
             params = initial_params(run.model, own.run, list(run.task_ids), replicated(mesh))
             run = dataclasses.replace(run, params=params)
         yield Start(name, run, config, seed, mesh)
+
+
+def check_starts(config: FinetuneConfig) -> None:
+    """Checks that the directories of the starts hold runs, and that the dense ones are dense.
+
+    Raises:
+        UserError: one does not.
+    """
+    for name, place in config.adapted.items():
+        own = directory.read_config(directory.root(place))
+        if name != "moe" and own.model.experts > 1:
+            raise UserError(
+                f"DENSE_DIR {place} holds a mixture of {own.model.experts} experts, not a dense "
+                "model: MOE_DIR takes it"
+            )
 
 
 def check_file(config: FinetuneConfig, tasks: Sequence[str]) -> None:

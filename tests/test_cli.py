@@ -157,7 +157,8 @@ def test_a_missing_file_is_named_with_the_nearest():
     (ModelConfig, "ModelConfig.encoder_vanilla_layers = (9,)", "has layers 0 to 5"),
     (ModelConfig, "ModelConfig.experts = 0", "it is int from 1"),
     (OptimizerConfig, "OptimizerConfig.learning_rate = '1e-3x'", "it is float"),
-    (OptimizerConfig, "OptimizerConfig.frozen = ('routers',)", "frozen is .'routers',."),
+    (OptimizerConfig, "OptimizerConfig.frozen = ('backbone', 'routers')",
+     "frozen is .'backbone', 'routers'.; .*did you mean 'router'"),
 ])  # fmt: skip
 def test_values_that_cannot_be(config, line, message):
     lengths = "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}"

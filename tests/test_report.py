@@ -291,6 +291,17 @@ def test_equal_routes_are_reported_honestly(tmp_path):
     read_page(made.page)
 
 
+def test_too_few_tasks_for_an_agreement_are_said(tmp_path):
+    """Of 3 tasks in 2 subcategories, a third of all shuffles agree as well as can be."""
+    places = {"a": ("words", "x"), "b": ("words", "x"), "c": ("words", "y")}
+    made = report(tmp_path / "report", {"run": make_run(tmp_path / "run", places)})
+    assert "Subcategories are left out: 3 tasks in 2 of them are too few: 33 % of shuffles" in (
+        made.page.read_text()
+    )
+    assert not any("agree with the" in finding for finding in made.findings)
+    assert files.read_json(tmp_path / "report" / "report.json")["agreement"] == {}
+
+
 def test_routes_that_share_no_expert_form_no_clusters(tmp_path):
     """Each subcategory has an expert of its own, so categories are no cut of the tree."""
     places = ontology(24, categories=4, subcategories=3)

@@ -1,5 +1,7 @@
 """Statistics of routes against scikit-learn, hand arithmetic, and planted structure."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -67,6 +69,18 @@ def test_ami_of_equal_partitions_is_one_whatever_their_names():
     assert statistics.agreement(labels, ["x", "x", "b", "b", "q", "q"], 10).value == 1
     singletons = statistics.agreement(range(6), range(6), 10)
     assert singletons.p_value == 1  # every shuffle agrees as well
+
+
+@pytest.mark.parametrize("labels", ["aab", "aabb", "abcd", "aaab", "aabbc", "aabbcc", "aaabbc"])
+def test_the_least_p_of_few_tasks(labels):
+    """All shuffles, one by one."""
+
+    def partition(of):
+        return {frozenset(i for i, x in enumerate(of) if x == label) for label in of}
+
+    shuffles = [partition(shuffled) for shuffled in itertools.permutations(labels)]
+    expected = shuffles.count(partition(labels)) / len(shuffles)
+    assert statistics.equal_by_chance(labels) == pytest.approx(expected)
 
 
 def test_equal_routes_are_one_cluster():

@@ -140,7 +140,7 @@ class Configuration:
         for name, hint in hints(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
-                near = nearest(value, _choices(hint)) if isinstance(value, str) else ""
+                near = _near(value, _choices(hint))
                 raise UserError(
                     f"{self.called}.{name} is {shown(value)}; it is {describe(hint)}{near}"
                 )
@@ -209,6 +209,13 @@ def _parts(hint: Any) -> tuple[Any, tuple, Any]:
     if rule is None and kind not in free and not dataclasses.is_dataclass(kind):
         raise TypeError(f"a configuration's field of type {hint} declares no range")
     return kind, args, rule
+
+
+def _near(value: Any, choices: Sequence[str]) -> str:
+    """A hint at what a name, or the first wrong name in a list, may mean."""
+    names = value if isinstance(value, list | tuple) else [value]
+    wrong = [name for name in names if isinstance(name, str) and name not in choices]
+    return nearest(wrong[0], choices) if wrong else ""
 
 
 def _choices(hint: Any) -> list[str]:

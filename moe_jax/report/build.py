@@ -119,7 +119,7 @@ def _write(
     files.write_json(output / "report.json", _finite(numbers))
     about = f"“{model.name}”" if model else "few-shot adaptation"
     if model and model.origin.get("date"):
-        about += f", trained from {model.origin['date']}"
+        about += f", whose training began {model.origin['date']}"
     about += "" if finetune is None else f"; few-shot adaptation in {finetune}"
     shown = {"summary": ("Summary", page.bullets(findings))}
     shown |= {part.name: (part.title, "".join(part.parts)) for part in parts}

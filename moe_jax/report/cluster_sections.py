@@ -98,12 +98,14 @@ def agreement(
     ]
     rows, bars = [], {}
     for level, labels in labels_of.items():
-        classes = len(set(labels))
+        classes, reason = len(set(labels)), ""
         if not 1 < classes < len(labels) or degenerate(inside_TxT):
-            result.lack(
-                f"{level.capitalize()} are left out: {len(labels)} tasks in {classes} of them "
-                "are not a grouping that routes could match."
-            )
+            reason = "are not a grouping that routes could match"
+        elif (chance := statistics.equal_by_chance(labels)) > 0.05:
+            reason = f"are too few: {100 * chance:.0f} % of shuffles give the same partition"
+        if reason:
+            tasks = f"{len(labels)} tasks in {classes} of them"
+            result.lack(f"{level.capitalize()} are left out: {tasks} {reason}.")
             continue
         clusters_T = statistics.cut(statistics.tree(inside_TxT), classes)
         ami = statistics.agreement(labels, clusters_T, permutations, seed)

@@ -4,6 +4,8 @@ Axes: T tasks, N routed layers, E experts, C categories.
 """
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -82,6 +84,14 @@ class Agreement:
     def control_range(self) -> list[float]:
         """The range that holds 95 % of the controls."""
         return [float(x) for x in np.percentile(self.control, [2.5, 97.5])]
+
+
+def equal_by_chance(labels_T: Sequence) -> float:
+    """The share of shuffles of labels [T] that give the same partition: no p can be lower."""
+    sizes = [*Counter(labels_T).values()]
+    shuffles = math.factorial(sum(sizes)) // math.prod(map(math.factorial, sizes))
+    same = math.prod(map(math.factorial, Counter(sizes).values()))  # classes of one size exchanged
+    return same / shuffles
 
 
 def agreement(

@@ -291,6 +291,17 @@ def test_equal_routes_are_reported_honestly(tmp_path):
     read_page(made.page)
 
 
+def test_disabling_without_categories_says_so(tmp_path):
+    run = make_run(tmp_path / "run", ontology(12))
+    make_disabling(run)
+    value = files.read_json(run / "eval" / "test" / "disabling.json")
+    for row in value["tasks"].values():
+        row |= {"category": "", "subcategory": ""}
+    files.write_json(run / "eval" / "test" / "disabling.json", value)
+    made = report(tmp_path / "report", {"run": run})
+    assert "Its tasks have no category" in made.page.read_text()
+
+
 def test_too_few_tasks_for_an_agreement_are_said(tmp_path):
     """Of 3 tasks in 2 subcategories, a third of all shuffles agree as well as can be."""
     places = {"a": ("words", "x"), "b": ("words", "x"), "c": ("words", "y")}

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 from report_runs import make_disabling, make_finetune, make_run, ontology
 
+from moe_jax.core import files
 from moe_jax.report.build import report
 
 BROWSER = next(
@@ -49,6 +50,13 @@ frame.addEventListener('load', () => {
   found.frames = +routes.querySelector('input[type=range]').max + 1;
   change(routes.querySelector('input[type=range]'), 0, 'input');
   found.first = routes.querySelector('output').textContent;
+  // [radius of a dot, that of one drawn on top of it]
+  found.covered = [...page.querySelectorAll('figure svg')].flatMap(svg => {
+    const dots = [...svg.querySelectorAll('circle')].map(c =>
+      ['cx', 'cy', 'r'].map(name => +c.getAttribute(name)));
+    return dots.flatMap(([x, y, r], i) => dots.slice(i + 1)
+      .filter(d => Math.abs(d[0] - x) < 3 && Math.abs(d[1] - y) < 5).map(d => [r, d[2]]));
+  });
   found.width = [frame.contentWindow.innerWidth, page.documentElement.scrollWidth];
   found.wide = [...page.querySelectorAll('body *')]
     .filter(e => !e.parentElement.closest('.scroll'))
@@ -73,6 +81,8 @@ def made(tmp_path_factory):
     runs = {"dense": make_run(path / "dense", places, experts=0),
             "moe": make_run(path / "moe", places, LAYERS, EXPERTS, seed=1)}  # fmt: skip
     make_disabling(runs["moe"])
+    scores = [runs[name] / "eval" / "test" / "scores.jsonl" for name in ("dense", "moe")]
+    files.write_bytes(scores[0], scores[1].read_bytes())  # so that all dots are on others
     made = report(path / "report", runs, make_finetune(path / "f", 4), permutations=20)
     return path, made.page
 
@@ -129,6 +139,13 @@ def test_the_page_works_in_a_browser(made):
             assert all(a >= b - 1e-4 for a, b in pairwise(weights))
     assert found["clicked"] == chosen["encoder.1 expert 2"]
     assert found["opened"]
+
+
+@needs_browser
+def test_no_dot_hides_another(made):
+    found, _ = look(made, 1000)
+    assert len(found["covered"]) >= TASKS
+    assert all(below > above for below, above in found["covered"])
 
 
 @needs_browser

@@ -27,7 +27,7 @@ def test_data_takes_the_devices_that_are_left():
 @pytest.mark.parametrize(("config", "message"), [
     (MeshConfig(data=3), "3 x 1 x 1 x 1 = 3 devices, but there are 8"),
     (MeshConfig(expert=3), "2 x 1 x 3 x 1 = 6 devices, but there are 8"),
-    (MeshConfig(fsdp=16), "0 x 16 x 1 x 1 = 0 devices, but there are 8"),
+    (MeshConfig(fsdp=16), "1 x 16 x 1 x 1 = 16 devices, but there are 8"),
 ])  # fmt: skip
 def test_a_mesh_of_another_size_is_refused(config, message):
     with pytest.raises(UserError, match=message):

@@ -148,9 +148,11 @@ def disabling(run: Run, evaluations: Mapping[str, Mapping[str, Any]]) -> Section
             "tasks": len(tasks),
             "examples": int(sum(row["examples"] for row in tasks)),
         }
-        for level in LEVELS:
-            if any(row.get(level) for row in tasks):
-                _by_level(result, run, evaluation, level, value)
+        levels = [level for level in LEVELS if any(row.get(level) for row in tasks)]
+        for level in levels:
+            _by_level(result, run, evaluation, level, value)
+        if not levels:
+            result.add(page.missing("Its tasks have no category, by which losses could be summed."))
     return result
 
 

@@ -192,12 +192,16 @@ function dots(figure, spec) {
       const y = r * height + height / 2 + 3, label = escaped(short(row, characters));
       const text = `<text x="${left - 5}" y="${y + 4}" text-anchor="end">${label}</text>`;
       out.push(spec.links[r] ? `<a href="${spec.links[r]}">${text}</a>` : text);
+      const at = spec.series.map(series => series.values[r] === null ? NaN : x(series.values[r]));
       spec.series.forEach((series, s) => {
         if (series.values[r] === null) return;
+        // A dot that later ones would hide is a ring around them.
+        const above = at.slice(s + 1).filter(other => Math.abs(other - at[s]) < 3).length;
         if (series.low.length && series.low[r] !== null) out.push(`<line x1="${x(series.low[r])}" ` +
           `x2="${x(series.high[r])}" y1="${y + s}" y2="${y + s}" stroke="${paint(s)}" class="span"/>`);
-        out.push(`<circle data-i="${s * spec.rows.length + r}" cx="${x(series.values[r])}" cy="${
-          y + (series.low.length ? s : 0)}" r="4" fill="${paint(s)}"/>`);
+        out.push(`<circle data-i="${s * spec.rows.length + r}" cx="${at[s]}" cy="${
+          y + (series.low.length ? s : 0)}" r="${Math.min(4 + 1.5 * above, 7.5)}" fill="${
+          paint(s)}"/>`);
       });
     });
     plot.innerHTML = `<svg role="img" aria-label="${escaped(spec.title)}" width="${

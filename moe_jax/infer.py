@@ -143,6 +143,10 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
             "infer.task is not set: give --gin.infer.task=NAME, or describe the task with"
             " --gin.infer.description='...'"
         )
+    if settings.output != "-" and paths.parse(settings.output).is_dir():
+        raise UserError(
+            f"infer.output {settings.output} is a directory; answers to lines are a file"
+        )
     # A file is looked through before the work; standard input is answered as it comes.
     lines = _lines(settings.input) if settings.input == "-" else list(_lines(settings.input))
     task, output, representations = settings.task, settings.output, settings.representations

@@ -150,6 +150,7 @@ def test_a_missing_file_is_named_with_the_nearest():
     (RunConfig, "TRAIN_STEPS = 'many'", "RunConfig.train_steps is 'many'; it is int"),
     (RunConfig, "TRAIN_STEPS = 0", "RunConfig.train_steps is 0; it is int from 1"),
     (RunConfig, "CHECKPOINT_PERIOD = 0", "RunConfig.checkpoint_period is 0; it is int from 1"),
+    (RunConfig, "EVAL_MIXTURES = 'some'", r"is 'some'; it is list .*; did you mean \('some',\)\?"),
     (ModelConfig, "ModelConfig.architecture = 'brat'", "t5_1_0, mt5; did you mean 'bart'"),
     (ModelConfig, "ModelConfig.d_model = 16.0", "ModelConfig.d_model is 16.0; it is int"),
     (ModelConfig, "ModelConfig.tie_embeddings = 'no'", "it is True or False or None"),

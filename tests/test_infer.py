@@ -281,6 +281,12 @@ def test_lines_that_are_cut_are_said(dense, monkeypatch, capsys, tmp_path):
         assert err.endswith(said) and ("cuts" in err) == bool(said)
 
 
+def test_a_directory_for_answers_is_refused_before_the_work(dense, capsys, tmp_path):
+    with pytest.raises(UserError, match="is a directory; answers to lines are a file"):
+        call(infer.infer, dense, task="toy_copy", output=str(tmp_path))
+    assert not capsys.readouterr().err  # no checkpoint was read
+
+
 def test_what_was_written_is_said(dense, capsys, tmp_path):
     (tmp_path / "in.txt").write_text("red\n")
     out = tmp_path / "out.jsonl"

@@ -140,7 +140,7 @@ class Configuration:
         for name, hint in hints(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
-                near = _near(value, _choices(hint))
+                near = _near(value, hint)
                 raise UserError(
                     f"{self.called}.{name} is {shown(value)}; it is {describe(hint)}{near}"
                 )
@@ -211,8 +211,11 @@ def _parts(hint: Any) -> tuple[Any, tuple, Any]:
     return kind, args, rule
 
 
-def _near(value: Any, choices: Sequence[str]) -> str:
+def _near(value: Any, hint: Any) -> str:
     """A hint at what a name, or the first wrong name in a list, may mean."""
+    if isinstance(value, str) and _fits([value], hint):
+        return f"; did you mean ({value!r},)?"
+    choices = _choices(hint)
     names = value if isinstance(value, list | tuple) else [value]
     wrong = [name for name in names if isinstance(name, str) and name not in choices]
     return nearest(wrong[0], choices) if wrong else ""

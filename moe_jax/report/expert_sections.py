@@ -152,7 +152,7 @@ def disabling(run: Run, evaluations: Mapping[str, Mapping[str, Any]]) -> Section
         for level in levels:
             _by_level(result, run, evaluation, level, value)
         if not levels:
-            result.add(page.missing("Its tasks have no category, by which losses could be summed."))
+            result.lack("Its tasks have no category, by which losses could be summed.")
     return result
 
 

@@ -208,7 +208,7 @@ def called(name: str) -> list[str]:
     `learning_rate` OptimizerConfig.learning_rate."""
     if re.search(rf"^{name.upper()} = ", BASE_BINDINGS, re.MULTILINE):
         return [name.upper()]
-    owners = [each for each in configurables.classes() if name in configurables.parameters(each)]
+    owners = [each for each in configurables.CLASSES if name in configurables.parameters(each)]
     return [f"{owner}.{name}" for owner in owners]
 
 

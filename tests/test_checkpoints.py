@@ -12,9 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TABLES
+from jax.sharding import SingleDeviceSharding
 from toy_run import tiny_model, tiny_params
 
 from moe_jax.core.errors import UserError
+from moe_jax.interop.streamed_checkpoint import Promise, save_params
+from moe_jax.model.task_moe import parameter_shapes
+from moe_jax.runs import directory
+from moe_jax.runs.config import Config, DataConfig, RunConfig
+from moe_jax.runs.initial import initial_params
 from moe_jax.training.checkpoints import Checkpoints, load_params
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.shapes import fit_backbone, fit_table, merge_heads
@@ -286,6 +292,23 @@ def test_another_architecture_is_refused(other):
             state(**other).params["backbone"], state().params["backbone"], 0.0,
             jax.random.key(0), "here",
         )  # fmt: skip
+
+
+def test_the_settings_in_which_a_starting_point_differs_are_named(tmp_path):
+    model, tasks = tiny_model(experts=1), ["a", "b", "c"]
+    params = tiny_params(model)
+    promises = jax.tree.map(lambda p: Promise(p.shape, lambda: np.asarray(p)), params)
+    meta = {"tasks": tasks, "step": 3, "shapes": parameter_shapes(params)}
+    save_params(tmp_path, 3, promises, meta)
+    data = DataConfig(lengths={"inputs": 8, "targets": 8})
+    directory.write_config(tmp_path, Config(RunConfig(), data, model.config, model.router_config))
+    run = RunConfig(initial_checkpoint_path=str(tmp_path))
+    place = SingleDeviceSharding(jax.devices()[0])
+    filled = initial_params(tiny_model(experts=2, expert_noise=0.0), run, tasks, place)
+    assert same(filled["backbone"]["embedding"], params["backbone"]["embedding"])
+    said = "; ModelConfig.d_ff is 32 there, 48 here; ModelConfig.decoder_layers is 1 there, 2 here"
+    with pytest.raises(UserError, match=rf"{tmp_path}: .*, the model .*{said}$"):
+        initial_params(tiny_model(d_ff=48, decoder_layers=2), run, tasks, place)
 
 
 def test_the_table_is_matched_by_task_name():

@@ -287,6 +287,32 @@ def test_mistakes_are_one_line_and_leave_no_task(tmp_path, request, options, con
     assert not list(tmp_path.glob("mixtures/*"))
 
 
+def test_targets_that_no_answer_can_be_are_said(tmp_path, capsys):
+    (tmp_path / "choices.py").write_text("""
+import seqio
+import tensorflow as tf
+from moe_jax.metrics import accuracy
+
+def read(split, shuffle_files, seed=None):
+    targets = {"train": ["yes", "no", "maybe", "Yes"], "test": ["no", "yes"]}[split]
+    n = len(targets)
+    return tf.data.Dataset.from_tensor_slices(
+        {"inputs": ["x"] * n, "targets": targets, "answer_choices": [["yes", "no"]] * n}
+    )
+
+feature = seqio.Feature(seqio.ByteVocabulary())
+seqio.TaskRegistry.add(
+    "own_choices", source=seqio.FunctionDataSource(read, splits=["train", "test"]),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    metric_fns=[accuracy], output_features={"inputs": feature, "targets": feature},
+)
+""")
+    prepare(tmp_path / "cache", "own_choices", str(tmp_path / "choices.py"), BYTES)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "choices" in line]
+    said = "task 'own_choices': 2 targets of train are not among their choices"
+    assert [line for line in lines if "among" in line] == [said]
+
+
 def test_large_splits_are_several_shards(tmp_path, monkeypatch):
     from moe_jax.data import materialise
 
@@ -312,5 +338,5 @@ def test_no_permission_is_one_line(tmp_path):
 
 def test_a_file_in_place_of_the_cache_is_one_line(tmp_path):
     (tmp_path / "cache").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="is a file, not a directory"):
         prepare(Path(tmp_path / "cache"), "toy_train", TASKS, BYTES)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from moe_jax.core import checksums, files, processes
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, say
 from moe_jax.core.progress import progress
 from moe_jax.data import cache, declared, modules, registry, staleness, task_functions
 from moe_jax.data.example import Example
@@ -157,6 +158,7 @@ def _write_task(
 ) -> dict[str, Any]:
     """Writes the shards of all splits; returns the spec."""
     eos = registry.own_vocabularies(task)[1].eos_id
+    outside: Counter[str] = Counter()  # split -> targets that no answer can be
     spec: dict[str, Any] = {}
     writers: dict[str, _SplitWriter] = {}
     for split, rows in registry.read(task, splits, lengths):
@@ -174,6 +176,7 @@ def _write_task(
                 raise UserError(
                     f"{where}: targets do not end in EOS; add seqio.preprocessors.append_eos"
                 )
+            outside[split] += bool(example.choices) and example.targets_text not in example.choices
             writer.write(example, registry.question(row))
         done = sum(len(w.lengths) for w in writers.values())
         bar.set_postfix_str(f"{done:,} examples", refresh=False)
@@ -181,6 +184,9 @@ def _write_task(
     for split in splits:
         if split not in writers:
             raise UserError(f"task {task.name!r}: split {split!r} is empty")
+        if outside[split]:
+            count = outside[split]
+            say(f"task {task.name!r}: {count} targets of {split} are not among their choices")
     return spec | {"splits": {split: writers[split].close() for split in splits}}
 
 

@@ -8,14 +8,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_jax.core.errors import UserError
 from moe_jax.data.representations import read_representations
+from moe_jax.model.config import ModelConfig
 from moe_jax.model.experts import Params
 from moe_jax.model.router import ROUTERS
 from moe_jax.model.task_moe import TaskMoE, init_params
+from moe_jax.runs import directory
 from moe_jax.runs.config import RunConfig
 from moe_jax.training.checkpoints import load_params
 from moe_jax.training.shapes import fit_backbone, fit_table, split_layers
 from moe_jax.training.step import PRNG
+
+# The settings on which the shapes of a backbone depend, whatever its experts.
+_SHAPES = (
+    "architecture", "vocabulary_size", "d_model", "d_ff", "heads", "head_dim", "encoder_layers",
+    "decoder_layers", "max_positions", "relative_buckets", "tie_embeddings",
+)  # fmt: skip
 
 
 def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: Any) -> Any:
@@ -41,11 +50,14 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
     params = jax.jit(fresh, out_shardings={part: sharding[part] for part in parts})(key)
     if run.initial_checkpoint_path:
         loaded, _ = load_params(run.initial_checkpoint_path)
-        params["backbone"] = fit_backbone(
-            split_layers(loaded["backbone"], model.config), shapes["backbone"],
-            model.config.expert_noise, jax.random.fold_in(key, 1), run.initial_checkpoint_path,
-            sharding["backbone"],
-        )  # fmt: skip
+        try:
+            params["backbone"] = fit_backbone(
+                split_layers(loaded["backbone"], model.config), shapes["backbone"],
+                model.config.expert_noise, jax.random.fold_in(key, 1), run.initial_checkpoint_path,
+                sharding["backbone"],
+            )  # fmt: skip
+        except UserError as e:
+            raise UserError(f"{e}{_differences(model.config, run.initial_checkpoint_path)}") from e
     if run.router_checkpoint_path and model.routed:
         loaded, meta = load_params(run.router_checkpoint_path)
         params |= fit_table(loaded, params, meta["tasks"], tasks, run.router_checkpoint_path)
@@ -61,3 +73,18 @@ def initial_params(model: TaskMoE, run: RunConfig, tasks: list[str], sharding: A
                 router.fitted(drawn, table_TxK, run.seed)
             )
     return jax.device_put(params, sharding)
+
+
+def _differences(own: ModelConfig, path: str) -> str:
+    """The settings in which the model of another run differs, for an error; '' if none is known."""
+    try:
+        other = directory.read_config(directory.root(path)).model
+    except UserError:  # the error at hand says enough
+        return ""
+    pairs = [(name, getattr(other, name), getattr(own, name)) for name in _SHAPES]
+    differ = [
+        f"ModelConfig.{name} is {there} there, {here} here"
+        for name, there, here in pairs
+        if there != here and there != 0  # 0 is the vocabulary's size
+    ]
+    return "".join(f"; {text}" for text in differ)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.runs import gin_files
+from moe_jax.experiments.config import ExperimentConfig
+from moe_jax.runs import configurables, gin_files
 from moe_jax.runs.directory import config_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,3 +147,16 @@ def quickstart(tmp_path_factory):
 def test_document_runs(name, least, quickstart):
     ran = run_document(ROOT / name, ROOT, quickstart, Path(sys.executable).parent, NOT_HERE)
     assert len(ran) >= least
+
+
+def test_the_experiment_of_your_own_names_every_stage(tmp_path):
+    """Without one of its lines, or with a wrong one, the command would not begin."""
+    (text,) = re.findall(r"```gin\n(.*?)```", (ROOT / "docs" / "experiment.md").read_text(), re.S)
+    (tmp_path / "mine.gin").write_text(text)
+    configurables.register(ExperimentConfig)
+    gin_files.parse(["mine.gin"], [], [str(tmp_path)])
+    made = configurables.build(ExperimentConfig)
+    needed = {
+        name: getattr(made, name) for name in ("model", "dense", "stage1", "finetune", "unseen")
+    }
+    assert all(needed.values()) and len(text.splitlines()) == 1 + len(needed)

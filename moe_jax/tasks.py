@@ -20,7 +20,8 @@ import numpy as np
 
 from moe_jax import metrics
 from moe_jax.core.ending import one_line
-from moe_jax.core.errors import UserError, of_user_code
+from moe_jax.core.errors import UserError
+from moe_jax.core.user_code import what_failed
 from moe_jax.data import declared
 from moe_jax.data.modules import DEFAULT_TASK_MODULES, give
 
@@ -334,7 +335,7 @@ def _rows(task: Any, split: str, count: int, lengths: dict[str, int]) -> list[Ro
     except UserError:
         raise
     except Exception as e:
-        raise UserError(of_user_code(e)) from e
+        raise UserError(what_failed(e)) from e
     return rows[:count]
 
 

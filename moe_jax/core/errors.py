@@ -5,20 +5,12 @@ import errno
 import os
 import re
 import sys
-import sysconfig
-import traceback
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 _SHOWN = 80  # characters of a bad value
-_IN_USER_CODE = "in user code:"  # how AutoGraph begins, which ends with the error itself
-# The built-in tasks are tasks like those of users.
-_PACKAGE = Path(__file__).resolve().parents[1]
-_TASKS = _PACKAGE / "builtin_tasks"
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
 class UserError(Exception):
@@ -39,31 +31,6 @@ def did_you_mean(names: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, without what libraries write below; '' if nothing."""
     return next(iter(str(error).strip().splitlines()), "")
-
-
-def of_user_code(error: BaseException) -> str:
-    """What went wrong in code that a user wrote, in one line: 'FILE:LINE: KeyError: 'gone''.
-
-    The place is the last one outside of libraries; there is none where only libraries were at work.
-    """
-    text = str(error).strip()
-    if text.startswith(_IN_USER_CODE):
-        found = re.findall(r'File "([^"\n]+)", line (\d+)', text)
-        text = text.splitlines()[-1].strip()
-    else:
-        found = [(at.filename, at.lineno) for at in traceback.extract_tb(error.__traceback__)]
-        if isinstance(error, SyntaxError) and error.filename:
-            found.append((error.filename, error.lineno))
-            text = error.msg
-        text = f"{type(error).__name__}: {next(iter(text.splitlines()), '')}".removesuffix(": ")
-    own = [f"{file}:{line}: " for file, line in found if _is_own(file)]
-    return "".join(own[-1:]) + text
-
-
-def _is_own(file: str) -> bool:
-    path = Path(file)
-    ours = path.is_relative_to(_PACKAGE) and not path.is_relative_to(_TASKS)
-    return path.is_file() and not ours and not any(map(path.is_relative_to, _LIBRARIES))
 
 
 def system_reason(error: BaseException) -> str | None:

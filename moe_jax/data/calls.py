@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from moe_jax.core.errors import UserError, of_user_code, shown
+from moe_jax.core.errors import UserError, shown
 from moe_jax.core.files import to_json
+from moe_jax.core.user_code import what_failed
 from moe_jax.data.cache import PreparedTask
 
 
@@ -117,4 +118,4 @@ def call_user_function(who: str, function: Callable[..., Any], *arguments: Any, 
     except UserError as e:
         raise UserError(f"{who}: {e}") from e
     except Exception as e:  # of any kind: it is the user's code
-        raise UserError(f"{who} fails: {of_user_code(e)}") from e
+        raise UserError(f"{who} fails: {what_failed(e)}") from e

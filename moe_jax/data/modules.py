@@ -22,7 +22,8 @@ from typing import Any
 import gin
 
 import moe_jax
-from moe_jax.core.errors import UserError, of_user_code, shown
+from moe_jax.core.errors import UserError, shown
+from moe_jax.core.user_code import what_failed
 from moe_jax.data.sources import mentioned
 
 # 'module:name(argument=value)' -> 'module', 'name', '(argument=value)'.
@@ -253,7 +254,7 @@ def _importable(path: str) -> list[str]:
 def _cannot_import(name: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
-    reason = str(error) if isinstance(error, ImportError) else of_user_code(error)
+    reason = str(error) if isinstance(error, ImportError) else what_failed(error)
     beside = Path(name).with_name(f"{getattr(error, 'name', None)}.py")
     if isinstance(error, ModuleNotFoundError) and beside.is_file():
         reason += f"; to find {beside}, give its directory in PYTHONPATH"

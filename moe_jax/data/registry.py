@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moe_jax.core.errors import UserError, first_line, nearest, of_user_code
+from moe_jax.core.errors import UserError, first_line, nearest
 from moe_jax.core.files import to_json
+from moe_jax.core.user_code import what_failed
 from moe_jax.data import declared, staleness
 from moe_jax.data.modules import load_module, quiet, resolve
 
@@ -103,7 +104,7 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
     except ZeroDivisionError:  # of a mixture in it, all rates are 0: there is nothing to train on
         return dict.fromkeys((task.name for task in mixture.tasks), 0.0)
     except Exception as e:  # whatever the user's function raises
-        raise UserError(f"mixture {name!r}: a rate cannot be computed: {of_user_code(e)}") from e
+        raise UserError(f"mixture {name!r}: a rate cannot be computed: {what_failed(e)}") from e
     finally:
         for task in mixture.tasks:
             del task.num_input_examples
@@ -319,7 +320,7 @@ def _user_error(error: Exception, where: str) -> UserError:
     wrapped = re.search(r"UserError: (.+)", str(error))
     if wrapped:
         return UserError(wrapped[1].strip())
-    reason = first_line(error) if isinstance(error, tf.errors.OpError) else of_user_code(error)
+    reason = first_line(error) if isinstance(error, tf.errors.OpError) else what_failed(error)
     return UserError(f"{where}: {reason}")
 
 

@@ -5,16 +5,14 @@ import contextlib
 import functools
 import importlib.util
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import moe_jax
+from moe_jax.core.user_code import is_users
 
 _PACKAGE = Path(moe_jax.__file__).absolute().parent
-# Includes the user's and the system's, which sysconfig leaves out in a virtual environment.
-_INSTALLED = frozenset(("site-packages", "dist-packages"))
 
 
 def source_files(module: ModuleType) -> list[str]:
@@ -29,7 +27,7 @@ def source_files(module: ModuleType) -> list[str]:
         module = waiting.pop()
         path = getattr(module, "__file__", None)
         path = path and Path(path).absolute()
-        if path is None or path in sources or not _is_task_code(path):
+        if path is None or path in sources or not is_users(path):
             continue
         sources[path] = None
         imported = _imports(_nodes(path), module.__package__ or "")
@@ -58,7 +56,7 @@ def mentioned(names: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
         path = Path(name) if name.endswith(".py") else _find(name)
         if name in seen or path is None or path.is_relative_to(_PACKAGE):
             continue
-        if not (name in names or _is_task_code(path)):
+        if not (name in names or is_users(path)):
             continue
         seen.add(name)
         package = "" if name.endswith(".py") else name
@@ -89,15 +87,6 @@ def _find(name: str) -> Path | None:
         path = Path(place, *rest)
         paths += [path.with_name(f"{path.name}.py"), path / "__init__.py"]
     return next((path for path in paths if path.suffix == ".py" and path.is_file()), None)
-
-
-def _is_task_code(path: Path) -> bool:
-    if path.is_relative_to(_PACKAGE / "builtin_tasks"):
-        return True
-    if path.suffix != ".py" or not _INSTALLED.isdisjoint(path.parts):
-        return False
-    directories = [sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return not any(map(path.is_relative_to, [_PACKAGE, *directories]))
 
 
 def _nodes(path: Path) -> list[ast.AST]:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -271,6 +272,16 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
         UserError, match=r"cannot import bad\.py: .*/helper\.py:2: IndexError: list"
     ):
         load_module("bad.py")
+
+
+def test_tensorflow_is_imported_without_its_lines(tmp_path):
+    """And what the module itself says is heard."""
+    (tmp_path / "own.py").write_text("import sys\nimport seqio\nprint('mine', file=sys.stderr)\n")
+    code = "import sys; from moe_jax.data.modules import load_module; load_module(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "own.py")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "mine\n")
 
 
 @pytest.mark.parametrize("names", [["base", "more"], ["more", "base"]])

@@ -28,6 +28,7 @@ from moe_jax.data.sources import mentioned
 
 # 'module:name(argument=value)' -> 'module', 'name', '(argument=value)'.
 _FUNCTION = re.compile(r"(.+?):([\w.]+)(\(.*\))?", re.DOTALL)
+_TENSORFLOW = re.compile(rb"^\s*(import|from)\s+(tensorflow|seqio)\b", re.MULTILINE)
 # How the names of modules begin that are files.
 _FILE = "_file_"
 # The package `tasks/` at the top of the repository.
@@ -223,6 +224,9 @@ def _load_file(name: str) -> ModuleType:
         if there := sys.modules.get(names[-1]):
             sys.modules[alias] = there
             return there
+        if "tensorflow" not in sys.modules and _TENSORFLOW.search(Path(path).read_bytes()):
+            with quiet(), contextlib.suppress(ImportError):  # hides its lines, not the module's
+                importlib.import_module("tensorflow")
         sys.modules.update(dict.fromkeys(names, module))
         try:
             spec.loader.exec_module(module)

@@ -180,10 +180,20 @@ def read_config(model_dir: str | Path) -> Config:
     Raises:
         UserError: there is no run, or a value is invalid.
     """
-    lines = read_lines(model_dir)
-    if not lines:
-        raise UserError(f"{model_dir} holds no run: it has no {CONFIG}")
-    return config_from(Config, lines, f"{model_dir}/{CONFIG_JSON}")
+    return config_from(Config, read_run_lines(model_dir), f"{model_dir}/{CONFIG_JSON}")
+
+
+def read_run_lines(model_dir: str | Path) -> Lines:
+    """The settings of the run in a directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    if lines := read_lines(model_dir):
+        return lines
+    there = paths.parse(model_dir).exists()
+    reason = f"it has no {CONFIG}" if there else "there is no such directory"
+    raise UserError(f"{model_dir} holds no run: {reason}")
 
 
 def check_config(model_dir: str | Path, config: Any) -> Lines:

@@ -85,9 +85,7 @@ def parse(
         if model_dir is None:
             raise UserError("MODEL_DIR is not set: give --gin.MODEL_DIR=...")
         root = directory.root(model_dir)  # MODEL_DIR may name one of its checkpoints
-        lines = directory.read_lines(root)
-        if not lines:
-            raise UserError(f"{model_dir} holds no run: it has no {directory.CONFIG}")
+        lines = directory.read_run_lines(root)
         modules.named_in(root, directory.modules_in(lines))
         own = (f"{root}/{directory.CONFIG}", directory.gin_text(lines))
         _load_extensions([own, *texts])

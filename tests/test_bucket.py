@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import gin
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,8 +65,9 @@ def test_a_bucket_that_is_not_there(bucket):
 def test_gin_files_and_representations(top):
     files.write_text(f"{top}/gin/a.gin", "include 'b.gin'\nSEED = 5\n")
     files.write_text(f"{top}/gin/b.gin", "TRAIN_STEPS = 7\n")
-    text = gin_files._with_includes(gin_files.find(f"{top}/gin/a.gin", ["."]), ["."])
-    assert text.split() == ["TRAIN_STEPS", "=", "7", "SEED", "=", "5"]
+    gin_files.parse([f"{top}/gin/a.gin"], [], ["."])
+    assert gin.query_parameter("TRAIN_STEPS/macro.value") == 7
+    assert gin.query_parameter("SEED/macro.value") == 5
     assert str(gin_files.find("b.gin", [".", f"{top}/gin"])) == f"{top}/gin/b.gin"
     with pytest.raises(UserError, match=r"no gin file 'c.gin'"):
         gin_files.find("c.gin", [f"{top}/gin"])

@@ -7,7 +7,6 @@ import gin
 import pytest
 
 from moe_jax.core.errors import UserError
-from moe_jax.interop.hf_write import to_hf
 from moe_jax.runs import directory, gin_files
 from moe_jax.runs.config import Config
 from moe_jax.runs.configurables import build
@@ -130,4 +129,4 @@ def test_a_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} holds no run: it has no config.gin"):
         directory.read_config(tmp_path)
     with pytest.raises(UserError, match="absent holds no run: there is no such directory"):
-        to_hf(tmp_path / "absent" / "checkpoints" / "3", tmp_path / "out")
+        directory.read_config(tmp_path / "absent")

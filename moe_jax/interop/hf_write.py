@@ -48,7 +48,6 @@ def to_hf(
     """
     files.check_new(out)
     root = directory.root(checkpoint)
-    directory.read_run_lines(root)
     own = vocabulary.load_vocabulary(root / vocabulary.DIRECTORY)
     run = read_run(str(checkpoint), own.size)
     dense, plain, how = plain_model(run, task, own, average=average, approximate=approximate)

@@ -30,7 +30,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TRAIN = {"TRAIN_STEPS": 60, "CHECKPOINT_PERIOD": 4, "EVAL_PERIOD": 20}
 # Names of what is temporary.
 LEFT = re.compile(r"\..*\.new|.*\.orbax-checkpoint-tmp.*|\d+\.old")
-MARK = "MOE_JAX_TEST_OF_KILLS"  # in the environment of a command and of its children
+# In the environment of a command and of its children; other tests may run beside these.
+MARK = f"MOE_JAX_TEST_OF_KILLS_{os.getpid()}"
 
 
 @dataclasses.dataclass

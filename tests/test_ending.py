@@ -46,6 +46,20 @@ def test_what_ends_a_command(code, ends):
     assert body(code) == ends
 
 
+@pytest.mark.parametrize("name", ["__del__", "_xla_gc_callback"])
+def test_a_signal_is_not_lost_where_python_drops_exceptions(name):
+    begin = f"def {name}(*_): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)"
+    use = (
+        f"exec({begin!r}); "
+        + {
+            "__del__": "A = type('A', (), dict(__del__=__del__)); A()",
+            "_xla_gc_callback": "import gc; gc.callbacks.append(_xla_gc_callback); gc.collect()",
+        }[name]
+    )
+    line = "stopped by SIGTERM; the same command goes on from what is saved\n"
+    assert body(f"{use}; time.sleep(9)") == (75, "", line)
+
+
 def test_a_bug_keeps_its_traceback():
     code, _, err = body("[][0]")
     assert code == 1 and err.startswith("Traceback") and err.endswith("list index out of range\n")

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from types import FrameType
 from typing import NoReturn
 
 from moe_jax.core import outages, paths
@@ -24,6 +25,9 @@ _LESS_MEMORY = (
     "try StepConfig.groups_at_once=1, ModelConfig.kept_activations='products' or more"
     " MeshConfig.fsdp; `moe_jax plan` tells what fits"
 )
+# Functions called where Python drops exceptions: destructors, and JAX's at a garbage collection.
+_DROPPING = ("__del__", "_xla_gc_callback")
+_SOON = 0.01  # seconds
 _peers: Peers | None = None  # the processes that this one works with
 
 
@@ -39,8 +43,14 @@ class Stopped(KeyboardInterrupt):
         self.together = together
 
 
-def stop_now(number: int, _frame) -> NoReturn:
-    """A handler of signals: raises `Stopped`."""
+def stop_now(number: int, frame: FrameType | None) -> None:
+    """A handler of signals: raises `Stopped`, or a moment later where it would be dropped."""
+    while frame is not None:
+        if frame.f_code.co_name in _DROPPING:
+            signal.signal(signal.SIGALRM, lambda _, frame: stop_now(number, frame))
+            signal.setitimer(signal.ITIMER_REAL, _SOON)
+            return
+        frame = frame.f_back
     raise Stopped(
         f"stopped by {signal.Signals(number).name}; the same command goes on from what is saved"
     )

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from moe_jax.core import paths
-from moe_jax.core.errors import UserError, nearest, shown
+from moe_jax.core.errors import UserError, did_you_mean, nearest, shown
 
 INT32 = 2**31 - 1  # what JAX counts with
 
@@ -214,7 +214,7 @@ def _parts(hint: Any) -> tuple[Any, tuple, Any]:
 def _near(value: Any, hint: Any) -> str:
     """A hint at what a name, or the first wrong name in a list, may mean."""
     if isinstance(value, str) and _fits([value], hint):
-        return f"; did you mean ({value!r},)?"
+        return did_you_mean([(value,)])
     choices = _choices(hint)
     names = value if isinstance(value, list | tuple) else [value]
     wrong = [name for name in names if isinstance(name, str) and name not in choices]

@@ -22,10 +22,10 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     return did_you_mean(difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5))
 
 
-def did_you_mean(names: Iterable[str]) -> str:
-    """The hint of `nearest`, at these names; '' without any."""
-    names = " or ".join(map(repr, names))
-    return f"; did you mean {names}?" if names else ""
+def did_you_mean(values: Iterable[Any]) -> str:
+    """The hint of `nearest`, at these values; '' without any."""
+    values = " or ".join(map(repr, values))
+    return f"; did you mean {values}?" if values else ""
 
 
 def first_line(error: BaseException) -> str:

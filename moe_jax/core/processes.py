@@ -96,7 +96,7 @@ def lock(directory: str | os.PathLike, wait: bool = False) -> Iterator[int | Non
         with lease(path, wait):
             yield None
         return
-    for taken in filter(Path.is_file, path.parents):
+    if taken := next(filter(Path.is_file, path.parents), None):
         raise UserError(f"{taken} is a file, not a directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

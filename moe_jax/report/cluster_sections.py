@@ -110,7 +110,7 @@ def agreement(
         clusters_T = statistics.cut(statistics.tree(inside_TxT), classes)
         ami = statistics.agreement(labels, clusters_T, permutations, seed)
         near = statistics.neighbour_agreement(labels, inside_TxT, permutations, seed)
-        random = _random_routes(random_RxTxT, labels)
+        random = np.array([matches(labels, drawn_TxT) for drawn_TxT in random_RxTxT]).T
         numbers = {"classes": classes, "clusters": int(clusters_T.max()), "tasks": len(labels)}
         for name, measure, by_random in (
             ("ami", ami, statistics.Agreement(ami.value, random[0])),
@@ -201,15 +201,11 @@ def _clusters_finding(level: str, numbers: dict, ami: statistics.Agreement) -> s
     )
 
 
-def _random_routes(similarity_RxTxT: list[np.ndarray], labels: list[str]) -> np.ndarray:
-    """AMI and nearest-neighbour accuracy [2, R] of each of R random similarities."""
-    values = []
-    for similarity_TxT in similarity_RxTxT:
-        clusters_T = statistics.cut(statistics.tree(similarity_TxT), len(set(labels)))
-        ami = statistics.agreement(labels, clusters_T, 1)
-        near = statistics.neighbour_agreement(labels, similarity_TxT, 1)
-        values.append([ami.value, near.value])
-    return np.array(values).T
+def matches(labels: list[str], similarity_TxT: np.ndarray) -> tuple[float, float]:
+    """How well routes match labels: AMI of their clusters, and nearest-neighbour accuracy."""
+    clusters_T = statistics.cut(statistics.tree(similarity_TxT), len(set(labels)))
+    ami = statistics.agreement(labels, clusters_T, 1)
+    return ami.value, statistics.neighbour_agreement(labels, similarity_TxT, 1).value
 
 
 def degenerate(similarity_TxT: np.ndarray) -> str:

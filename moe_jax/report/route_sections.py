@@ -129,9 +129,7 @@ def _evolution(run: Run, history: Mapping[int, np.ndarray]) -> Section:
         for level, labels in labels_of.items():
             ami = near = None
             if not cluster_sections.degenerate(inside_TxT):
-                clusters_T = statistics.cut(statistics.tree(inside_TxT), len(set(labels)))
-                ami = statistics.agreement(labels, clusters_T, 1).value
-                near = statistics.neighbour_agreement(labels, inside_TxT, 1).value
+                ami, near = cluster_sections.matches(labels, inside_TxT)
             numbers |= {f"ami_{level}": ami, f"neighbour_accuracy_{level}": near}
         result.numbers[str(step)] = numbers
     rows = [[int(step), *numbers.values()] for step, numbers in result.numbers.items()]

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ("train_dense", "train_e3", "train_e3_all", "decode_greedy", "decode_mixed")
+CASES = (
+    "train_dense", "train_e3", "train_e3_all", "train_e24", "decode_greedy", "decode_mixed",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -98,7 +100,7 @@ def work(case: str, size: str) -> None:
     memory.run_in_main_thread()
     if case.startswith("train"):
         router = ALL_EXPERTS if case.endswith("all") else ROUTED
-        training = Training(build(size, 1 if case == "train_dense" else 3, router))
+        training = Training(build(size, {"train_dense": 1, "train_e24": 24}.get(case, 3), router))
         batch = training.put(random_batch(training.model, 4, 8, (112, 16)))
 
         def run():

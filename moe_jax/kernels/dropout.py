@@ -26,7 +26,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     row = columns * jax.lax.iota(jnp.uint32, math.prod(rows))
     column = jax.lax.iota(jnp.uint32, columns)
     keep = is_kept((row[:, None], column), key_words(key), rate).reshape(x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+    # Not a choice between x and zeros: JAX would make those before a loop over layers, so that each
+    # layer reads as many zeros as elements.
+    scaled = x.astype(jnp.float32) / (1.0 - rate)
+    return (scaled * keep.astype(jnp.float32)).astype(x.dtype)
 
 
 def _forward(x, rate, key):

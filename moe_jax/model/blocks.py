@@ -13,6 +13,7 @@ from moe_jax.kernels.activations import ACTIVATIONS
 from moe_jax.kernels.diagonals import from_diagonals
 from moe_jax.kernels.dropout import Dropout
 from moe_jax.kernels.linear import linear
+from moe_jax.kernels.norm import norm
 from moe_jax.model.attention import (
     Projected,
     Visible,
@@ -66,15 +67,9 @@ class Norm(nn.Module):
         dim = x.shape[-1]
         axes = ("norm",)
         scale = param(self, "scale", nn.initializers.ones, (dim,), axes)
-        x32 = x.astype(jnp.float32)
-        epsilon = self.config.family.norm_epsilon
-        if self.config.family.norm == "rms":
-            inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + epsilon)
-            return (x32 * inverse * scale).astype(x.dtype)
-        bias = param(self, "bias", nn.initializers.zeros, (dim,), axes)
-        centred = x32 - jnp.mean(x32, -1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
-        return (centred * inverse * scale + bias).astype(x.dtype)
+        layer = self.config.family.norm == "layer"
+        bias = param(self, "bias", nn.initializers.zeros, (dim,), axes) if layer else None
+        return norm(x, scale, bias, self.config.family.norm_epsilon, KEPT)
 
 
 class Attention(nn.Module):

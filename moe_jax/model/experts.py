@@ -31,7 +31,9 @@ def copy_expert(params: Params, experts: int, noise: float, key: jax.Array) -> P
     return jax.tree.map(lambda p: jnp.moveaxis(p[:, :, 0], 0, 1), copies)
 
 
-def gather(backbone: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
+def gather(
+    backbone: Params, index_NxK: jax.Array, unroll: int = 1, dtype: str = "float32"
+) -> Params:
     """Takes K experts of every routed layer: weights are routed, not tokens.
 
     With K = 1 the result is a plain dense model (the mixture *squeezed* for one task).
@@ -41,18 +43,33 @@ def gather(backbone: Params, index_NxK: jax.Array, unroll: int = 1) -> Params:
         index_NxK: int, which experts to take in each of the N routed layers, encoder first.
         unroll: slices per iteration of the loop. If it is the `unroll_layers` of a model with all
             layers unrolled, each layer reads its slice and XLA never makes the stack.
+        dtype: of the taken matrices of weights; norms and biases keep theirs.
     """
     result = backbone
     for side, stack, index in routed(backbone, index_NxK):
 
         def take(_, at, stack=stack):
-            return None, jax.tree.map(lambda p: p[at[0], at[1]], stack)
+            def one(path, p):
+                weights = p[at[0], at[1]]
+                return cast(weights, dtype) if path[-1].key.endswith("kernel") else weights
+
+            return None, jax.tree_util.tree_map_with_path(one, stack)
 
         # A loop of slices, because XLA's gather is slower on CPU.
         _, taken_P = jax.lax.scan(take, None, places(index), unroll=unroll)
         taken = jax.tree.map(lambda p, i=index: p.reshape(*i.shape, *p.shape[1:]), taken_P)
         result = replace_routed(result, side, taken)
     return result
+
+
+def cast(weights: jax.Array, dtype: str) -> jax.Array:
+    """Weights in another dtype; no cast is moved out of a loop."""
+    if jnp.dtype(dtype).itemsize < weights.dtype.itemsize:
+        # Changes no number. A TPU's compiler moves a cast alone out of the loop over layers, and
+        # then casts all experts of all layers.
+        info = jnp.finfo(dtype)
+        weights = jax.lax.reduce_precision(weights, info.nexp, info.nmant)
+    return weights.astype(dtype)
 
 
 def merge(backbone: Params, weights_NxE: jax.Array) -> Params:
@@ -89,7 +106,15 @@ def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: i
 
         def add_one(stack, addend):
             at, value = addend
-            return jax.tree.map(lambda t, v: t.at[at[0], at[1]].add(v), stack, value), None
+
+            def one(total, gradient):
+                # In place, where a scatter would copy its part of the sum on a GPU.
+                begin = (*at, *[0] * gradient.ndim)
+                old = jax.lax.dynamic_slice(total, begin, (1, 1, *gradient.shape))
+                new = old + gradient.astype(total.dtype)
+                return jax.lax.dynamic_update_slice(total, new, begin)
+
+            return jax.tree.map(one, stack, value), None
 
         values = gathered[side]["layers"]["routed"]
         values_P = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), values)

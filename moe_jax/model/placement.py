@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from moe_jax.core.sharding import SHARD_AXES
-from moe_jax.model.experts import Params
+from moe_jax.model.experts import Params, cast
 
 # The name of fetched weights for `jax.checkpoint`, so that they are not kept for the backward pass.
 FETCHED = "fetched_weights"
@@ -122,7 +122,7 @@ class Placement:
                 return _choose(x, expert_P[own][None], mine)[0]
             chosen_Px = _choose(x, expert_P, slot_P)
             # Cast after the selection, so that gradients are summed in float32.
-            parts_Px = _cast(chosen_Px, self.dtype)
+            parts_Px = cast(chosen_Px, self.dtype)
             # Of [layer, expert, ...], two axes are gone and one of peers has come.
             y = jax.lax.all_to_all(parts_Px, SHARD_AXES, 0, axis - 1, tiled=True)
             return _fetched(y[0])
@@ -172,15 +172,6 @@ def _take_slotted_backward(count, slot_P, dy_Px):
 _take_slotted.defvjp(_take_slotted_forward, _take_slotted_backward)
 
 
-def _cast(x: jax.Array, dtype: str) -> jax.Array:
-    if jnp.dtype(dtype).itemsize < x.dtype.itemsize:
-        # Changes no number. A TPU's compiler moves a cast alone out of the loop over layers, and
-        # then casts all experts of all layers.
-        info = jnp.finfo(dtype)
-        x = jax.lax.reduce_precision(x, info.nexp, info.nmant)
-    return x.astype(dtype)
-
-
 def _fetched(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, FETCHED)
 
@@ -205,7 +196,7 @@ def _sum_and_cut(x: jax.Array, axis: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _all_gather(x: jax.Array, axis: int, dtype: str) -> jax.Array:
-    return jax.lax.all_gather(_cast(x, dtype), SHARD_AXES, axis=axis, tiled=True)
+    return jax.lax.all_gather(cast(x, dtype), SHARD_AXES, axis=axis, tiled=True)
 
 
 def _all_gather_forward(x, axis, dtype):

@@ -209,7 +209,7 @@ def _local_gradients(
 
     def gathered(x):
         """Computes one group, with its experts gathered on this device."""
-        chosen = gather(whole, x["index"], model.config.unroll_layers)
+        chosen = gather(whole, x["index"], model.config.unroll_layers, model.config.dtype)
         return differentiate(Mix, chosen, x["weights"], x["tokens"], x["key"])
 
     def fetched(x):

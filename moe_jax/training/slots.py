@@ -1,10 +1,9 @@
 """Slots: gradients and in-place updates of only the experts that a batch uses.
 
 With K experts per route and G groups, a batch uses at most G K of a layer's E experts. So gradients
-are stored in S = min(E, G K) slots per layer. AdamW still updates all experts, layer by layer,
-because unused ones move by momentum and decay. With *lazy* experts, unused experts and their
-moments stay unchanged and cost nothing. At E = 24, updating all experts takes longer than the rest
-of the step.
+are stored in S = min(E, G K) slots per layer. AdamW still updates all experts, because unused ones
+move by momentum and decay. With *lazy* experts, unused experts and their moments stay unchanged and
+cost nothing.
 """
 
 from collections.abc import Callable
@@ -61,11 +60,15 @@ def with_slots(backbone: Params, count: int) -> Params:
 
 
 def update_in_slots(
-    update: Update, params: Params, opt_state: Any, grads: Params, slots: Slots, lazy: bool
+    update: Update,
+    params: Params,
+    opt_state: Any,
+    grads: Params,
+    slots: Slots,
+    lazy: bool,
+    sharded: bool,
 ) -> tuple[Params, Any]:
     """Applies `update(params, opt_state, grads)` in place, with gradients in slots.
-
-    No temporary array has the size of all experts.
 
     Args:
         update: an elementwise update, which can take any subset of the parameters; counters of
@@ -73,9 +76,11 @@ def update_in_slots(
         opt_state: optimizer state, with moments in the shape of `params`.
         grads: gradients of `params`, with slots in place of experts.
         lazy: leaves unused experts unchanged; otherwise their gradient is zero.
+        sharded: whether devices share the parameters, and memory counts more than time.
     """
     whole = (params, opt_state)
     sides = routed(params["backbone"], slots.experts_NxS, slots.used_NxS)
+    pass_over = _update_used if lazy else _update_by_layer if sharded else _update_all
 
     def without_experts(tree: Params) -> Params:
         for side, *_ in sides:
@@ -85,7 +90,6 @@ def update_in_slots(
     result = update(*_map_params(without_experts, whole), without_experts(grads))
     for side, _, experts_LxS, used_LxS in sides:
         stacks = _map_params(partial(_only_experts, side=side), whole)
-        pass_over = _update_used if lazy else _update_all
         stacks = pass_over(update, stacks, _only_experts(grads, side), experts_LxS, used_LxS)
         result = _map_params(
             lambda tree, stack, side=side: _with_experts(tree, side, _experts(stack, side)),
@@ -116,25 +120,52 @@ def _update_used(update: Update, stacks: Any, grads: Params, experts_LxS, used_L
 
 
 def _update_all(update: Update, stacks: Any, grads: Params, experts_LxS, used_LxS) -> Any:
-    """Updates all experts, one layer after the other; unused experts have a gradient of zero."""
-    experts = jax.tree.leaves(stacks[0])[0].shape[1]
+    """Updates all experts at once; unused experts have a gradient of zero.
+
+    XLA looks for an expert's gradient where it updates the expert, on a GPU and a CPU. A TPU's
+    compiler makes the gradient of all experts, for one parameter at a time.
+    """
+    slot_LxE = _slot_of_each(stacks, experts_LxS, used_LxS)
+    return update(*stacks, jax.tree.map(partial(_spread, slot_LxE), grads))
+
+
+def _update_by_layer(update: Update, stacks: Any, grads: Params, experts_LxS, used_LxS) -> Any:
+    """`_update_all`, one layer after the other: no temporary array has the size of all experts, but
+    XLA copies what it has updated."""
 
     def one(stacks, xs):
-        layer, expert_S, used_S, grads_S = xs
-        old = _map_params(lambda t: jax.tree.map(lambda a: a[layer], t), stacks)
+        layer, slot_E, grads_S = xs
 
-        def spread(g_Sx):
-            mine = used_S.reshape(-1, *[1] * (g_Sx.ndim - 1))
-            zeros = jnp.zeros((experts, *g_Sx.shape[1:]), g_Sx.dtype)
-            return zeros.at[expert_S].add(jnp.where(mine, g_Sx, 0))
+        def old(stack):
+            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, False), stack)
 
         def put(stack, value):
-            return jax.tree.map(lambda a, v: a.at[layer].set(v), stack, value)
+            def one(a, v):
+                return jax.lax.dynamic_update_index_in_dim(a, v, layer, 0)
 
-        return _map_params(put, stacks, update(*old, jax.tree.map(spread, grads_S))), None
+            return jax.tree.map(one, stack, value)
 
-    xs = (jnp.arange(experts_LxS.shape[0]), experts_LxS, used_LxS, grads)
-    return jax.lax.scan(one, stacks, xs)[0]
+        new = update(*_map_params(old, stacks), jax.tree.map(partial(_spread, slot_E), grads_S))
+        return _map_params(put, stacks, new), None
+
+    slot_LxE = _slot_of_each(stacks, experts_LxS, used_LxS)
+    return jax.lax.scan(one, stacks, (jnp.arange(len(slot_LxE)), slot_LxE, grads))[0]
+
+
+def _slot_of_each(stacks: Any, experts_LxS: jax.Array, used_LxS: jax.Array) -> jax.Array:
+    """The slot of each expert, S if it is not in use: int32 [L, E]."""
+    layers, count = experts_LxS.shape
+    experts = jax.tree.leaves(stacks[0])[0].shape[1]
+    slot_LxS = jnp.where(used_LxS, jnp.arange(count), count)
+    of_each = jnp.full((layers, experts), count)
+    return of_each.at[jnp.arange(layers)[:, None], experts_LxS].set(slot_LxS)
+
+
+def _spread(slot_xE: jax.Array, grads_xSx: jax.Array) -> jax.Array:
+    """Gradients in slots as those of all experts; zeros for unused ones."""
+    axis = slot_xE.ndim - 1
+    index = slot_xE.reshape(*slot_xE.shape, *[1] * (grads_xSx.ndim - slot_xE.ndim))
+    return jnp.take_along_axis(grads_xSx, index, axis, mode="fill", fill_value=0)
 
 
 def _experts(params: Params, side: str) -> Params:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moe_jax.core.configuration import Configuration, Range
 from moe_jax.core.errors import UserError
-from moe_jax.core.sharding import replicated, shardings
+from moe_jax.core.sharding import SHARD_AXES, replicated, shardings, size_of
 from moe_jax.data.batch import Batch
 from moe_jax.data.packing import padding_share
 from moe_jax.model.experts import Params, share
@@ -258,7 +258,8 @@ def step_function(
         if slots is None:
             params, opt_state = update(*old)
         else:
-            params, opt_state = update_in_slots(update, *old, slots, lazy)
+            sharded = size_of(mesh, SHARD_AXES) > 1
+            params, opt_state = update_in_slots(update, *old, slots, lazy, sharded)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

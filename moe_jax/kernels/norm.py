@@ -1,0 +1,54 @@
+"""LayerNorm and RMS norm, with their backward pass written out."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def norm(
+    x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float, kept: str = ""
+) -> jax.Array:
+    """Normalises the last axis, in float32.
+
+    Args:
+        x: [..., D].
+        bias_D: None for an RMS norm (Zhang & Sennrich 2019), which has no mean either.
+        epsilon: added to the variance.
+        kept: the name, for `jax.checkpoint`, of what the backward pass needs beside x.
+
+    Returns:
+        [..., D] in the dtype of x.
+    """
+    return _forward(x, scale_D, bias_D, epsilon, kept)[0]
+
+
+def _forward(x, scale, bias, epsilon, kept):
+    x32 = x.astype(jnp.float32)
+    mean = None if bias is None else checkpoint_name(jnp.mean(x32, -1, keepdims=True), kept)
+    centred = x32 if mean is None else x32 - mean
+    variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+    inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), kept)
+    y = centred * inverse * scale
+    y = y if bias is None else y + bias
+    return y.astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _backward(epsilon, kept, residuals, dy):
+    x, scale, mean, inverse = residuals
+    dy = dy.astype(jnp.float32)
+    x32 = x.astype(jnp.float32)
+    normed = (x32 if mean is None else x32 - mean) * inverse
+    d_normed = dy * scale
+    dx = d_normed - normed * jnp.mean(d_normed * normed, -1, keepdims=True)
+    tokens = tuple(range(x.ndim - 1))
+    d_bias = None
+    if mean is not None:
+        dx = dx - jnp.mean(d_normed, -1, keepdims=True)
+        d_bias = jnp.sum(dy, tokens)
+    return (inverse * dx).astype(x.dtype), jnp.sum(dy * normed, tokens), d_bias
+
+
+norm.defvjp(_forward, _backward)

@@ -9,7 +9,10 @@ soon as it is there, and no case begins after the time limit (150 s with --quick
 multiplications (three times those of the forward pass; attention and logits counted,
 recomputation and dropout not) amount to. `dense_to_torch_<model>` is time over time; PyTorch runs
 under bfloat16 autocast with `torch.compile` and SDPA. `routed_to_dense_E<n>` compares steps with
-8,192 tokens per group. `fused_to_plain_error` is about 1 if fused attention is right (`agreement`).
+8,192 tokens per group: 4 groups with 3 experts; with 24 experts, which AdamW updates whatever the
+batch is, 32 groups and, as `routed_to_dense_E24_4_groups`, 4. `cublas_to_all_<model>` is the time
+of the dense step if all matrix products are cuBLAS's, over that with XLA's choice of these and
+Triton's. `fused_to_plain_error` is about 1 if fused attention is right (`agreement`).
 The case `mixture` reads a prepared cache: make it with `python -m benchmarks.training --quick`, and
 copy its directory to the GPU machine.
 
@@ -96,7 +99,7 @@ def dense(case: str) -> Callable[[Report, argparse.Namespace], None]:
 
     def measure(report: Report, args: argparse.Namespace) -> None:
         size, rows, lengths = DENSE[case][args.scale]
-        ours = Training(build(size, 1, **FAST))
+        ours = dense_training(size)
         batch = ours.put(random_batch(ours.model, 1, rows, lengths))
         begin = time.perf_counter()
         ours.run(batch)
@@ -111,12 +114,36 @@ def dense(case: str) -> Callable[[Report, argparse.Namespace], None]:
     return measure
 
 
+def dense_training(size: str) -> Training:
+    """A dense model of this size, its layers unrolled: no loop copies what they keep."""
+    layers = build(size, 1).config.encoder_layers
+    return Training(build(size, 1, **FAST, unroll_layers=layers))
+
+
+def cublas(report: Report, args: argparse.Namespace) -> None:
+    """The dense step without Triton's matrix products: XLA compiles and tries none of them, and
+    adds biases in cuBLAS's."""
+    size, rows, lengths = DENSE["bart_large"][args.scale]
+    every, only = dense_training(size), dense_training(size)
+    batch = every.put(random_batch(every.model, 1, rows, lengths))
+    with jax.set_mesh(only.mesh):
+        lowered = only.step.lower(only.state, batch, only.rates)
+        begin = time.perf_counter()
+        only.step = lowered.compile({"xla_gpu_enable_triton_gemm": False})
+        report.fact("cuBLAS only: compiling", s=time.perf_counter() - begin)
+    seconds = report.times(
+        {"all": partial(every.run, batch), "cuBLAS only": partial(only.run, batch)}, args.rounds,
+        prefix="dense bart_large, products ", rows=rows, lengths=lengths,
+    )  # fmt: skip
+    report.ratio("cublas_to_all_bart_large", seconds["cuBLAS only"] / seconds["all"])
+
+
 def to_torch(report: Report, args: argparse.Namespace) -> None:
     """Compares one dense step with PyTorch's."""
     from benchmarks import torch_models as torch
 
     size, rows, lengths = DENSE["bart_base"][args.scale]
-    ours = Training(build(size, 1, **FAST))
+    ours = dense_training(size)
     batch = random_batch(ours.model, 1, rows, lengths)
     on_device = ours.put(batch)
     theirs = torch.TorchTraining(torch.bart(ours.model.config), bfloat16=True, compiled=True)
@@ -128,12 +155,11 @@ def to_torch(report: Report, args: argparse.Namespace) -> None:
     report.ratio("dense_to_torch_bart_base", seconds["jax"] / seconds["torch"])
 
 
-def routed(experts: int) -> Callable[[Report, argparse.Namespace], None]:
+def routed(experts: int, groups: int, key: str) -> Callable[[Report, argparse.Namespace], None]:
     """The case that compares a step with so many experts with the dense step."""
 
     def measure(report: Report, args: argparse.Namespace) -> None:
-        size, groups, rows = ("tiny", 2, 2) if args.scale == "tiny" else ("bart_base", 4, 64)
-        key = f"E{experts}"
+        size, rows = ("tiny", 2) if args.scale == "tiny" else ("bart_base", 64)
         routing.compare(report, args.rounds, key, size, experts, groups, rows, False, **FAST)
 
     return measure
@@ -234,9 +260,11 @@ CASES: dict[str, Callable[[Report, argparse.Namespace], object]] = {
     "bart_base": dense("bart_base"),
     "bart_large": dense("bart_large"),
     "tiny": small_steps,
-    "routed_e3": routed(3),
+    "routed_e3": routed(3, 4, "E3"),
     "to_torch": to_torch,
-    "routed_e24": routed(24),
+    "routed_e24": routed(24, 32, "E24"),
+    "routed_e24_4_groups": routed(24, 4, "E24_4_groups"),
+    "cublas": cublas,
     "agreement": agreement,
     "attention": attention,
     "fits": fits,

@@ -108,11 +108,8 @@ def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: i
             at, value = addend
 
             def one(total, gradient):
-                # In place, where a scatter would copy its part of the sum on a GPU.
-                begin = (*at, *[0] * gradient.ndim)
-                old = jax.lax.dynamic_slice(total, begin, (1, 1, *gradient.shape))
-                new = old + gradient.astype(total.dtype)
-                return jax.lax.dynamic_update_slice(total, new, begin)
+                args = (total, gradient.astype(total.dtype), at)
+                return jax.lax.platform_dependent(*args, cpu=_add_at, default=_add_in_place)
 
             return jax.tree.map(one, stack, value), None
 
@@ -124,6 +121,17 @@ def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: i
     for side, stack in sums.items():
         result = replace_routed(result, side, stack)
     return result
+
+
+def _add_at(total: jax.Array, addend: jax.Array, at: jax.Array) -> jax.Array:
+    return total.at[at[0], at[1]].add(addend)
+
+
+def _add_in_place(total: jax.Array, addend: jax.Array, at: jax.Array) -> jax.Array:
+    """`_add_at` without the copy that a GPU makes there; on a CPU, one core does it."""
+    begin = (*at, *[0] * addend.ndim)
+    old = jax.lax.dynamic_slice(total, begin, (1, 1, *addend.shape))
+    return jax.lax.dynamic_update_slice(total, old + addend, begin)
 
 
 def share(params: Params, part: float) -> Params:

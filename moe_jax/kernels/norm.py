@@ -26,21 +26,23 @@ def norm(
 
 
 def _forward(x, scale, bias, epsilon, kept):
-    x32 = x.astype(jnp.float32)
-    mean = None if bias is None else checkpoint_name(jnp.mean(x32, -1, keepdims=True), kept)
-    centred = x32 if mean is None else x32 - mean
-    variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+    centred, mean = x.astype(jnp.float32), None
+    if bias is not None:
+        mean = checkpoint_name(jnp.mean(centred, -1), kept)
+        centred = centred - mean[..., None]
+    variance = jnp.mean(jnp.square(centred), -1)
     inverse = checkpoint_name(jax.lax.rsqrt(variance + epsilon), kept)
-    y = centred * inverse * scale
+    y = centred * inverse[..., None] * scale
     y = y if bias is None else y + bias
     return y.astype(x.dtype), (x, scale, mean, inverse)
 
 
 def _backward(epsilon, kept, residuals, dy):
     x, scale, mean, inverse = residuals
-    dy = dy.astype(jnp.float32)
-    x32 = x.astype(jnp.float32)
-    normed = (x32 if mean is None else x32 - mean) * inverse
+    dy, inverse = dy.astype(jnp.float32), inverse[..., None]
+    centred = x.astype(jnp.float32)
+    centred = centred if mean is None else centred - mean[..., None]
+    normed = centred * inverse
     d_normed = dy * scale
     dx = d_normed - normed * jnp.mean(d_normed * normed, -1, keepdims=True)
     tokens = tuple(range(x.ndim - 1))

@@ -97,8 +97,11 @@ def test_gather_and_scatter_add(index, unroll):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_scatter_add_is_the_transpose_of_gather():
-    """`scatter_add` gives the same gradients as `jax.grad` through `gather`."""
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_scatter_add_is_the_transpose_of_gather(platform, monkeypatch):
+    """`scatter_add` gives the same gradients as `jax.grad` through `gather`, in the form for CPUs
+    and in that for other platforms."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, **forms: forms[platform](*xs))
     rng = np.random.default_rng(1)
     index_NxK = np.array(INDICES[1], np.int32)
     total, cotangent = tree(rng, E), tree(rng, 2)
@@ -107,6 +110,25 @@ def test_scatter_add_is_the_transpose_of_gather():
     )
     zeros = jax.tree.map(np.zeros_like, total)
     jax.tree.map(np.testing.assert_allclose, grad, scatter_add(zeros, cotangent, index_NxK))
+
+
+def test_matrices_are_taken_in_another_dtype():
+    """Their gradients are added in the dtype of the whole backbone."""
+    backbone = jax.tree.map(jnp.asarray, tree(np.random.default_rng(0), E))
+    index_NxK = np.array(INDICES[1], np.int32)
+    exact, taken = (gather(backbone, index_NxK, dtype=dtype) for dtype in (None, "bfloat16"))
+    layers, exact_layers = taken["decoder"]["layers"], exact["decoder"]["layers"]
+    found, wanted = layers["routed"], exact_layers["routed"]
+    np.testing.assert_array_equal(found["kernel"], wanted["kernel"].astype("bfloat16"))
+    np.testing.assert_array_equal(found["bias"], wanted["bias"], strict=True)
+    np.testing.assert_array_equal(
+        layers["vanilla"]["kernel"], exact_layers["vanilla"]["kernel"], strict=True
+    )
+    jax.tree.map(
+        partial(np.testing.assert_array_equal, strict=True),
+        scatter_add(backbone, taken, index_NxK),
+        scatter_add(backbone, jax.tree.map(lambda a: a.astype("float32"), taken), index_NxK),
+    )
 
 
 # ----------------------------------------------------------------------------- dispatch

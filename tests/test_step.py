@@ -176,6 +176,17 @@ def test_groups_at_once_changes_nothing(name, at_once, batch):
 
 
 @pytest.mark.parametrize("name", ["gumbel_softmax_st, 1", "top_k, 2"])
+def test_the_forms_for_other_platforms_change_nothing(name, batch, monkeypatch):
+    """A CPU adds the gradients of groups one after the other, others all at once."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, default, **_: default(*xs))
+    loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)
+    monkeypatch.setattr(f"{__name__}.jitted", jitted.__wrapped__)
+    actual, metrics = ours(name, batch, at_once=8)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert_close(actual, grads)
+
+
+@pytest.mark.parametrize("name", ["gumbel_softmax_st, 1", "top_k, 2"])
 def test_unrolled_layers_and_logits_in_chunks_change_nothing(name, batch, monkeypatch):
     monkeypatch.setattr(losses, "MOST_LOGITS", 24 * 5)
     loss, grads = reference(tiny_model(**SELECTIONS[name]), batch)

@@ -32,7 +32,7 @@ def copy_expert(params: Params, experts: int, noise: float, key: jax.Array) -> P
 
 
 def gather(
-    backbone: Params, index_NxK: jax.Array, unroll: int = 1, dtype: str = "float32"
+    backbone: Params, index_NxK: jax.Array, unroll: int = 1, dtype: str | None = None
 ) -> Params:
     """Takes K experts of every routed layer: weights are routed, not tokens.
 
@@ -43,7 +43,7 @@ def gather(
         index_NxK: int, which experts to take in each of the N routed layers, encoder first.
         unroll: slices per iteration of the loop. If it is the `unroll_layers` of a model with all
             layers unrolled, each layer reads its slice and XLA never makes the stack.
-        dtype: of the taken matrices of weights; norms and biases keep theirs.
+        dtype: of the taken matrices of weights, if it is another.
     """
     result = backbone
     for side, stack, index in routed(backbone, index_NxK):
@@ -51,7 +51,8 @@ def gather(
         def take(_, at, stack=stack):
             def one(path, p):
                 weights = p[at[0], at[1]]
-                return cast(weights, dtype) if path[-1].key.endswith("kernel") else weights
+                is_matrix = path[-1].key.endswith("kernel")
+                return cast(weights, dtype) if dtype and is_matrix else weights
 
             return None, jax.tree_util.tree_map_with_path(one, stack)
 
@@ -123,6 +124,28 @@ def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: i
     return result
 
 
+def sum_by_expert(gathered_W: Params, index_WxNxK: jax.Array, experts: int) -> Params:
+    """The sum of `scatter_add` of W gathered backbones to zeros of so many experts.
+
+    A product with the indices as ones and zeros, so that a GPU starts one operation for each
+    parameter. On a CPU, adding one after the other is faster.
+    """
+    index_NxWxK = jnp.moveaxis(index_WxNxK, 0, 1)
+    result = jax.tree.map(lambda g: g.sum(0), gathered_W)
+    for side, _, index_LxWxK in routed(result, index_NxWxK):
+        ones_LxWxKxE = jax.nn.one_hot(index_LxWxK, experts)
+
+        def total(gradient, ones=ones_LxWxKxE):
+            return jnp.einsum(
+                "lwke,wlk...->le...", ones.astype(gradient.dtype), gradient,
+                precision="highest", preferred_element_type=jnp.float32,
+            )  # fmt: skip
+
+        layers = gathered_W[side]["layers"]["routed"]
+        result = replace_routed(result, side, jax.tree.map(total, layers))
+    return result
+
+
 def _add_at(total: jax.Array, addend: jax.Array, at: jax.Array) -> jax.Array:
     return total.at[at[0], at[1]].add(addend)
 
@@ -164,6 +187,12 @@ def routed(backbone: Params, *arrays_NxK: jax.Array) -> list[tuple[Any, ...]]:
             result.append((side, stack, *(a[start:stop] for a in arrays_NxK)))
             start = stop
     return result
+
+
+def experts_of(backbone: Params) -> int:
+    """E, the number of experts in each routed layer."""
+    _, stack = routed(backbone)[0]
+    return jax.tree.leaves(stack)[0].shape[1]
 
 
 def replace_routed(backbone: Params, side: str, routed: Params) -> Params:

@@ -33,7 +33,7 @@ from moe_jax.core.sharding import (
 from moe_jax.data.batch import Batch, of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.dispatch import Gather, Mix
-from moe_jax.model.experts import Params, gather, scatter_add
+from moe_jax.model.experts import Params, experts_of, gather, scatter_add, sum_by_expert
 from moe_jax.model.placement import Placement, slotted
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings
 from moe_jax.training.loss import summed_loss
@@ -220,6 +220,24 @@ def _local_gradients(
 
         return differentiate(dispatch, whole, x["weights"], x["tokens"], x["key"], into)
 
+    def summed(total, grads_W, slots_WxNxK):
+        """Adds the gradients of W groups that do not share all weights."""
+        unroll = model.config.unroll_layers
+
+        def add_one(total, x):
+            return scatter_add(total, *x, unroll) if placement is None else _add(total, x[0])
+
+        def one_by_one(total, *xs):
+            return jax.lax.scan(lambda total, x: (add_one(total, x), None), total, xs)[0]
+
+        def together(total, *xs):
+            return _add(total, sum_by_expert(*xs, experts_of(total)))
+
+        args = (total, grads_W, slots_WxNxK)
+        if placement is None and 1 < at_once == groups:  # so `total` is zeros
+            return jax.lax.platform_dependent(*args, cpu=one_by_one, default=together)
+        return one_by_one(*args)
+
     def add(carry, x_W):
         """Adds the loss and gradients of W groups."""
         total_loss, total = carry
@@ -233,13 +251,8 @@ def _local_gradients(
             results = jax.vmap(one)(x_W)
         losses_W, grads_W, d_weights = results
 
-        def add_one(total, x):
-            if placement is None:
-                return scatter_add(total, *x, model.config.unroll_layers), None
-            return _add(total, x[0]), None
-
         if grouping.backbone_free:
-            total, _ = jax.lax.scan(add_one, total, (grads_W, x_W["slots"]))
+            total = summed(total, grads_W, x_W["slots"])
         return (total_loss + losses_W.sum(), total), d_weights
 
     like = into if grouping.backbone_free else None

@@ -1,4 +1,9 @@
-"""LayerNorm and RMS norm, with their backward pass written out."""
+"""LayerNorm and RMS norm, with their backward pass written out.
+
+It needs the input, and the mean and deviation of each vector. From JAX's own gradient, XLA makes
+float32 arrays of the input's size on a GPU, and sums these over all tokens for the scale's
+gradient. With mean and deviation at hand, it computes what it sums.
+"""
 
 from functools import partial
 

@@ -49,12 +49,8 @@ def gather(
     for side, stack, index in routed(backbone, index_NxK):
 
         def take(_, at, stack=stack):
-            def one(path, p):
-                weights = p[at[0], at[1]]
-                is_matrix = path[-1].key.endswith("kernel")
-                return cast(weights, dtype) if dtype and is_matrix else weights
-
-            return None, jax.tree_util.tree_map_with_path(one, stack)
+            taken = jax.tree.map(lambda p: p[at[0], at[1]], stack)
+            return None, cast_matrices(taken, dtype) if dtype else taken
 
         # A loop of slices, because XLA's gather is slower on CPU.
         _, taken_P = jax.lax.scan(take, None, places(index), unroll=unroll)
@@ -71,6 +67,15 @@ def cast(weights: jax.Array, dtype: str) -> jax.Array:
         info = jnp.finfo(dtype)
         weights = jax.lax.reduce_precision(weights, info.nexp, info.nmant)
     return weights.astype(dtype)
+
+
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """Layers whose matrices have another dtype. Norms and biases stay as they are."""
+
+    def one(path, p):
+        return cast(p, dtype) if path[-1].key.endswith("kernel") else p
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def merge(backbone: Params, weights_NxE: jax.Array) -> Params:

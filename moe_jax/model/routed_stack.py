@@ -10,6 +10,7 @@ import jax
 from moe_jax.model.blocks import KEPT, DecoderLayer, EncoderLayer
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.dispatch import with_params
+from moe_jax.model.experts import cast_matrices
 from moe_jax.model.placement import FETCHED, Placement
 
 # What `jax.checkpoint` keeps, by `ModelConfig.kept_activations`; fetched weights never.
@@ -112,6 +113,9 @@ class RoutedStack(nn.Module):
                 variables = jax.tree.map(lambda p: p[place], variables)
             if experts == 1:
                 variables = jax.tree.map(lambda p: p[:, 0], variables)
+            if unroll == count and self.placement is None:
+                # Once, and not again in the backward pass. Of a loop, it would make a second stack.
+                variables = cast_matrices(variables, self.config.dtype)
             return variables
 
         run = nn.map_variables(

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax.model.config import ModelConfig
+from moe_jax.runs import gin_files
+from moe_jax.runs.configurables import build
+
 ROOT = Path(__file__).resolve().parent.parent
 RATIOS = {
     "routing": {"routed_to_dense_E3", "routed_to_dense_E24", "routed_to_all_experts_E3"},
@@ -34,6 +38,13 @@ def test_every_benchmark_can_be_imported(path):
     if path.stem == "torch_models":
         pytest.importorskip("torch")
     importlib.import_module(f"benchmarks.{path.stem}")
+
+
+def test_the_gpu_benchmark_has_the_settings_of_the_gin_file():
+    from benchmarks.gpu import FAST
+
+    gin_files.parse(["devices/gpu.gin"], [], [str(gin_files.GIN_CONFIGS)])
+    assert build(ModelConfig) == ModelConfig(**FAST)
 
 
 @pytest.mark.slow

@@ -132,19 +132,18 @@ def scatter_add(total: Params, gathered: Params, index_NxK: jax.Array, unroll: i
 def sum_by_expert(gathered_W: Params, index_WxNxK: jax.Array, experts: int) -> Params:
     """The sum of `scatter_add` of W gathered backbones to zeros of so many experts.
 
-    A product with the indices as ones and zeros, so that a GPU starts one operation for each
-    parameter. On a CPU, adding one after the other is faster.
+    Every expert looks at all W gradients, so that a GPU starts one operation for each parameter. On
+    a CPU, adding one after the other is faster.
     """
     index_NxWxK = jnp.moveaxis(index_WxNxK, 0, 1)
     result = jax.tree.map(lambda g: g.sum(0), gathered_W)
     for side, _, index_LxWxK in routed(result, index_NxWxK):
-        ones_LxWxKxE = jax.nn.one_hot(index_LxWxK, experts)
+        is_its_LxWxKxE = index_LxWxK[..., None] == jnp.arange(experts)
 
-        def total(gradient, ones=ones_LxWxKxE):
-            return jnp.einsum(
-                "lwke,wlk...->le...", ones.astype(gradient.dtype), gradient,
-                precision="highest", preferred_element_type=jnp.float32,
-            )  # fmt: skip
+        def total(gradient, is_its=is_its_LxWxKxE):
+            is_its = is_its.reshape(*is_its.shape, *[1] * (gradient.ndim - 3))
+            gradient = jnp.moveaxis(gradient, 0, 1)[:, :, :, None].astype(jnp.float32)
+            return jnp.where(is_its, gradient, 0.0).sum((1, 2))
 
         layers = gathered_W[side]["layers"]["routed"]
         result = replace_routed(result, side, jax.tree.map(total, layers))

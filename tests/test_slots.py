@@ -113,3 +113,12 @@ def test_two_groups_of_four_experts_are_trained_as_ever(mesh, monkeypatch):
     plain = two_steps.__wrapped__("1 device", False)
     for ours, theirs in zip(jax.tree.leaves(states[2]), jax.tree.leaves(plain[2]), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_forms_for_other_platforms_change_nothing(monkeypatch):
+    """A CPU adds the gradients of groups one after the other, others all at once."""
+    states = two_steps("1 device", False)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, default, **_: default(*xs))
+    others = two_steps.__wrapped__("1 device", False)
+    for ours, theirs in zip(jax.tree.leaves(states[2]), jax.tree.leaves(others[2]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)

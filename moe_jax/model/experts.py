@@ -193,12 +193,6 @@ def routed(backbone: Params, *arrays_NxK: jax.Array) -> list[tuple[Any, ...]]:
     return result
 
 
-def experts_of(backbone: Params) -> int:
-    """E, the number of experts in each routed layer."""
-    _, stack = routed(backbone)[0]
-    return jax.tree.leaves(stack)[0].shape[1]
-
-
 def replace_routed(backbone: Params, side: str, routed: Params) -> Params:
     """`backbone` with the routed layers of one side replaced."""
     layers = {**backbone[side]["layers"], "routed": routed}

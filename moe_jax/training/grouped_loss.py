@@ -33,7 +33,7 @@ from moe_jax.core.sharding import (
 from moe_jax.data.batch import Batch, of_rows
 from moe_jax.model.backbone import EncoderDecoder
 from moe_jax.model.dispatch import Gather, Mix
-from moe_jax.model.experts import Params, experts_of, gather, scatter_add, sum_by_expert
+from moe_jax.model.experts import Params, gather, scatter_add, sum_by_expert
 from moe_jax.model.placement import Placement, slotted
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings
 from moe_jax.training.loss import summed_loss
@@ -231,7 +231,8 @@ def _local_gradients(
             return jax.lax.scan(lambda total, x: (add_one(total, x), None), total, xs)[0]
 
         def together(total, *xs):
-            return _add(total, sum_by_expert(*xs, experts_of(total)))
+            count = model.config.experts if slots is None else slots.experts_NxS.shape[1]
+            return _add(total, sum_by_expert(*xs, count))
 
         args = (total, grads_W, slots_WxNxK)
         if placement is None and 1 < at_once == groups:  # so `total` is zeros

@@ -85,7 +85,7 @@ def test_a_layer_keeps_only_the_inputs_of_products_and_norms(
     assert sizes == {"bfloat16": multiples * tokens * 64, "float32": statistics * tokens}
     everything = residuals.saved(dataclasses.replace(config, kept_activations="all"), "encoder")
     total, most = (sum(map(residuals.size_in_bytes, x)) for x in (arrays, everything))
-    assert total < most / (3 if attention == "plain" else 1.4)
+    assert total < most / (4 if attention == "plain" else 1.4)
 
 
 def test_the_compiler_does_not_keep_what_is_computed_again():
@@ -101,7 +101,7 @@ def test_the_compiler_does_not_keep_what_is_computed_again():
         grad = jax.jit(jax.grad(lambda p: loss(p, None, batch, jax.random.key(7))))
         return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    assert memory("products") < 0.8 * memory("all")
+    assert memory("products") < 0.78 * memory("all")
 
 
 @pytest.mark.parametrize("rows", [1, 2])

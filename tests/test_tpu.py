@@ -93,17 +93,24 @@ def program(directory: Path, name: str, text: str) -> None:
 def environment(cloud: Cloud, **settings) -> dict[str, str]:
     tools = cloud.directory / "tools"
     if not tools.exists():
-        tools.mkdir()
-        (tools / "gcloud").write_text(
-            f'#!/bin/sh\nexec {sys.executable} -S {ROOT}/tests/gcloud_standin.py "$@"\n'
-        )
-        (tools / "gcloud").chmod(0o755)
+        gcloud(cloud)
     return {
         "PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(cloud.directory), "POLL": "0.1",
         "GCLOUD_STANDIN": str(cloud.directory), "TPU_NAME": "moe", "ZONE": "z", "BUCKET": "b",
         "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*",
         **settings,
     }  # fmt: skip
+
+
+def gcloud(cloud: Cloud, answers: str = "") -> None:
+    """Installs the stand-in. Cases of Bash, of all arguments as one word, come before it."""
+    tools = cloud.directory / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "gcloud").write_text(
+        f"#!/usr/bin/env bash\ncase $* in\n{answers}\nesac\n"
+        f'exec {sys.executable} -S {ROOT}/tests/gcloud_standin.py "$@"\n'
+    )
+    (tools / "gcloud").chmod(0o755)
 
 
 def launch(cloud, *arguments, code: int = 0, **settings) -> subprocess.CompletedProcess:
@@ -267,6 +274,36 @@ def test_keep_starts_again_what_dies_but_not_for_ever(cloud):
     assert done.stderr.splitlines()[-1] == "error: gives up after 3 failures in a row"
     assert len(started(cloud)) == 3 * 2
     assert actions(cloud) == ["create", "scp", "scp", "scp"]
+
+
+def test_keep_gives_up_when_requests_fail(cloud):
+    failed = 'grep -qs moe "$HOME/states.json" && { echo FAILED; exit; }'
+    gcloud(cloud, f"*describe*) {failed} ;;")
+    done = launch(cloud, "keep", "train", RETRIES="2", code=1)
+    assert done.stderr.splitlines()[-1] == "error: gives up after 3 failures in a row"
+    assert actions(cloud) == ["create", "delete"] * 2 + ["create"]
+
+
+def test_keep_ends_where_gcloud_refuses(cloud):
+    gcloud(cloud, "*describe*) echo 'ERROR: PERMISSION_DENIED: on project p' >&2; exit 1 ;;")
+    done = launch(cloud, "keep", "train", code=1)
+    assert done.stderr.splitlines() == [
+        "ERROR: PERMISSION_DENIED: on project p", "error: gcloud does not answer about moe",
+    ]  # fmt: skip
+
+
+def test_keep_says_why_hosts_are_unreachable(cloud):
+    closed = "[[ -e $HOME/open ]] || { echo 'ERROR: port 22: timed out' >&2; exit 255; }"
+    gcloud(cloud, f"*' ssh '*) {closed} ;;")
+    let_count(cloud, 20)
+    with subprocess.Popen(
+        [TPU / "launch.sh", "keep", "train"], env=environment(cloud),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr.readline() == "ERROR: port 22: timed out\n"
+        (cloud.directory / "open").touch()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 def test_keep_replaces_hosts_that_are_gone_while_the_resource_seems_active(cloud):

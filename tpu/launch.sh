@@ -24,7 +24,7 @@ environment:
   RUNTIME                image of the hosts, if not the generation's usual one
   SPOT=1                 asks for a cheaper TPU that can be preempted
   BUCKET                 is mounted at ~/bucket on every host
-  RETRIES                failures in a row after which `keep` gives up (3)
+  RETRIES                how often in a row `keep` tries again what failed (3)
   POLL                   seconds between two looks at the TPU (60)
 USAGE
   exit 2
@@ -112,6 +112,8 @@ setup() (
 # not matter when it is interrupted and started again.
 keep() { # MODULE [FLAGS]
   local failures=0 started=$SECONDS seen='' before='' state
+  # Without a project or a permission, looking again does not help. Later, a failure passes.
+  [[ $(tpu_state) != UNKNOWN ]] || fail "gcloud does not answer about $TPU_NAME"
   while :; do
     state=$(tpu_state)
     [[ $state != ACTIVE ]] || state=$(hosts "$@")
@@ -121,7 +123,11 @@ keep() { # MODULE [FLAGS]
     [[ -n $seen ]] || state=$(sed -E 's/ (failed|refused|lost|stopped).*/ none/' <<<"$state")
     case $state in
       NONE) attempt request ;;
-      FAILED | SUSPENDED | PREEMPTED | TERMINATED) attempt delete ;;
+      FAILED) # the request, such as for want of quota
+        failed
+        attempt delete
+        ;;
+      SUSPENDED | PREEMPTED | TERMINATED) attempt delete ;;
       *" busy"*) fail "another job runs there; tpu/launch.sh stop ends it" ;;
       *" refused"*)
         job logs -n 1 || true
@@ -129,14 +135,16 @@ keep() { # MODULE [FLAGS]
         ;;
       *" stopped"*) fail "the job was stopped" ;;
       *" failed"* | *" lost"*)
-        # An hour of work makes up for earlier failures.
-        ((SECONDS - started < 3600)) || failures=0
         job logs -n 5 || true
         failed
         attempt begin "$@"
         ;;
       *" none"*) attempt begin "$@" ;;
-      *" running"*) seen=1 ;;
+      *" running"*)
+        seen=1
+        # An hour of work makes up for earlier failures.
+        ((SECONDS - started < 3600)) || failures=0
+        ;;
       *" done"*) return ;;
     esac
     sleep "$poll"
@@ -144,17 +152,26 @@ keep() { # MODULE [FLAGS]
 }
 
 # A line per host: its name and the state of the job there. One word if they do not answer: that of
-# the TPU VM if it is gone, otherwise `unreachable`.
+# the TPU VM if it is gone, otherwise `unreachable`, for the reason on standard error.
 hosts() { # MODULE [FLAGS]
-  local lines
+  local lines errors
+  errors=$(mktemp)
   # Where nothing is set up yet, there is no job.sh to ask.
   lines=$(everywhere "test -e moe_jax/tpu/job.sh || exec echo \$(hostname) none
-    bash moe_jax/tpu/job.sh state $(printf '%q ' "$@")" 2>/dev/null) && sort <<<"$lines" && return
-  lines=$(tpus tpu-vm describe "$TPU_NAME" --format='value(state)' 2>/dev/null) || true
-  case $lines in
-    PREEMPTED | TERMINATED) echo "$lines" ;;
-    *) echo unreachable ;;
-  esac
+    bash moe_jax/tpu/job.sh state $(printf '%q ' "$@")" 2>"$errors") || lines=
+  if [[ -n $lines ]]; then
+    sort <<<"$lines"
+  else
+    lines=$(tpus tpu-vm describe "$TPU_NAME" --format='value(state)' 2>/dev/null) || true
+    case $lines in
+      PREEMPTED | TERMINATED) echo "$lines" ;;
+      *)
+        tail -n 1 "$errors" >&2
+        echo unreachable
+        ;;
+    esac
+  fi
+  rm "$errors"
 }
 
 begin() { # MODULE [FLAGS]

@@ -5,6 +5,8 @@ import importlib
 import os
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 from toy_run import bindings, flags_of, start
@@ -334,3 +336,22 @@ def test_included_files_are_found_and_their_macros_read(tmp_path):
     (tmp_path / "self.gin").write_text("include 'self.gin'\n")
     with pytest.raises(UserError, match=r"self\.gin includes itself"):
         parse(files=["self.gin"], paths=[tmp_path])
+
+
+def test_a_gpu_that_jax_does_not_use_is_said():
+    script = (
+        "import jax\n"
+        "from jax._src import hardware_utils\n"
+        "from moe_jax.runs import flags\n"
+        "from moe_jax.runs.config import Config\n"
+        "hardware_utils.has_visible_nvidia_gpu = lambda: True\n"
+        "flags.run(lambda config: print(jax.devices()), Config)\n"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("JAX_PLATFORMS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Cpu" in done.stdout
+    assert "CUDA" in done.stderr

@@ -8,6 +8,7 @@ What files and bindings mean is in `gin_files`, how a command ends in `moe_jax.c
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from logging import WARNING, getLogger
 from typing import Any
 
 import jax
@@ -67,6 +68,8 @@ def run(
 
     def start(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)
+        # Here JAX says that it does not use a GPU which the machine has.
+        getLogger("jax._src.xla_bridge").setLevel(WARNING)
         with ending.one_line():
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")

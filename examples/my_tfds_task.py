@@ -45,13 +45,17 @@ def to_text(dataset):
     return dataset.map(lambda x: {"inputs": "in Roman: " + x["number"], "targets": x["roman"]})
 
 
+SPLITS = {split: split for split in ("train", "validation", "test")}
+# For few-shot adaptation, by the name of a sample: FinetuneConfig.seeds.
+SPLITS |= {"fewshot_13_train": "train[:16]", "fewshot_13_validation": "train[16:32]"}
+
 # Every output feature is tokenised. A run replaces this vocabulary by the one it chooses.
 feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
 
 seqio.TaskRegistry.add(
     "my_roman_numerals",
     # Built in TFDS_DATA_DIR (default ~/tensorflow_datasets) when first read, here without network.
-    source=seqio.TfdsDataSource("roman_numerals:1.0.0", splits=("train", "validation", "test")),
+    source=seqio.TfdsDataSource("roman_numerals:1.0.0", splits=SPLITS),
     preprocessors=[to_text, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
     postprocess_fn=answers_or_target,
     metric_fns=[exact_match],

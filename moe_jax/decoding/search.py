@@ -43,8 +43,8 @@ class DecodingConfig(Configuration):
         max_length: maximum number of decoded tokens, including the end of sequence; 0 takes the
             length of targets.
         min_length: minimum number of tokens before the end of sequence.
-        forced_bos_id, forced_eos_id: the first token, and the last token if `max_length` is
-            reached.
+        forced_bos_id: the first token.
+        forced_eos_id: the last token, if `max_length` is reached.
         choice_length_penalty: for tasks with answer choices, which are ranked and not decoded. A
             choice's log-likelihood is divided by its length to this power.
     """

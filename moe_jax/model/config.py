@@ -139,7 +139,7 @@ class ModelConfig(Configuration):
             if self.family.positions == "learned" and length > self.max_positions:
                 raise UserError(
                     f"ModelConfig.max_positions is {self.max_positions}, but there are {name} of "
-                    f"{length} tokens (TASK_FEATURE_LENGTHS, or DecodingConfig.max_length)"
+                    f"{length} tokens: lower TASK_FEATURE_LENGTHS (or DecodingConfig.max_length)"
                 )
 
     @property

@@ -174,7 +174,8 @@ class RunConfig(Configuration):
         representations_path: file of task representations to start from (`representations.py`);
             takes precedence over `router_checkpoint_path`.
         eval_mixtures: mixtures or tasks evaluated while training, and by `eval`; empty for the one
-            that is trained on. Tasks that are not trained on take the mean representation.
+            that is trained on. While training, tasks that are not trained on take the mean
+            representation.
         eval_split: the split evaluated while training.
         eval_examples: number of examples per task in these evaluations, evenly spaced.
         eval_batch_rows: examples decoded together.

@@ -4,7 +4,8 @@
         --gin.infer.task=skills_capital_of [--gin.infer.input=FILE] [--gin.infer.output=FILE]
 
 Inputs are read one per line, which ends at a line feed. For each, a JSON line is written:
-{"inputs": {"inputs_pretokenized"}, "prediction", "line" (its number, from 1), "route"}.
+{"inputs": {"inputs_pretokenized"}, "prediction", "line" (its number, from 1), "route"}. A route is
+the expert of every routed layer, encoder first, or all experts' weights; null for a dense model.
 
 With infer.split=SPLIT the examples of the tasks of MIXTURE_OR_TASK_NAME, or of infer.task alone,
 are answered instead, in the form of T5X's `infer`: a file TASK-MODE.jsonl-00000-of-00001 of each in

@@ -67,7 +67,10 @@ def to_hf(
             for name, content in own.contents.items():
                 files.write_bytes(new / name, content)
         else:
-            said.append("no tokenizer was written: transformers cannot read its vocabulary")
+            said.append(
+                "no tokenizer was written, since transformers cannot read"
+                f" {root / vocabulary.DIRECTORY}"
+            )
     return "; ".join(said)
 
 

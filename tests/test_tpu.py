@@ -50,6 +50,9 @@ PROGRAMS = {
         match sys.argv[1]:
             case "moe_jax.wrong":
                 sys.exit("error: no gin file 'wrong'")
+            case "moe_jax.report":
+                print("python -m moe_jax.report: error: unrecognized arguments")
+                sys.exit(2)
             case "moe_jax.killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "moe_jax.stubborn":
@@ -337,6 +340,8 @@ def test_keep_does_not_repeat_a_command_that_is_refused(cloud):
     assert len(started(cloud)) == 2
     launch(cloud, "keep", "wrong", code=1)  # given again, it is tried again
     assert len(started(cloud)) == 4
+    launch(cloud, "keep", "report", code=1)
+    assert len(started(cloud)) == 6
 
 
 def test_keep_ends_when_the_job_is_stopped(cloud):

@@ -51,6 +51,7 @@ state() { # [MODULE [FLAGS]]
     case $(cat job/code) in
       0) echo "done" ;;
       stopped) echo stopped ;;
+      2) echo refused ;; # by a command without gin, which takes no --multiprocess_tpu
       1) tail -n 1 job/log | grep -q '^error: ' && echo refused || echo failed 1 ;;
       *) echo "failed $(cat job/code)" ;;
     esac

@@ -17,6 +17,8 @@ usage: tpu/launch.sh COMMAND [ARGUMENTS]
   stop                   asks the job to save and stop, on every host
   delete                 deletes the TPU
 
+MODULE is a command with gin flags, such as train, eval or finetune.
+
 environment:
   TPU_NAME, ZONE         needed
   PROJECT                gcloud's default project, if not set

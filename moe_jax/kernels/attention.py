@@ -4,11 +4,11 @@ and not with its square; its reference is `model.attention`.
 On TPUs and NVIDIA GPUs a kernel. On other devices, and for shapes that the kernels cannot take, a
 loop over blocks of queries. Each has a module with two functions:
 
-    forward(form, packed) -> y
-    backward(form, packed, y, dy) -> gradients by `packed.projected` and the bias
+    forward(form, packed) -> Attended
+    backward(form, packed, attended, dy) -> gradients by `packed.projected` and the bias
 
-Beside its arguments, only y is kept for the backward pass, which computes scores and dropout masks
-again.
+Beside its arguments, only `Attended` is kept for the backward pass, which computes scores and
+dropout masks again.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels import blockwise_attention, gpu_attention, tpu_attention
-from moe_jax.kernels.attention_form import Form, Packed
+from moe_jax.kernels.attention_form import Attended, Form, Packed
 from moe_jax.kernels.dropout import key_words
 
 
@@ -53,7 +53,7 @@ def fused_attention(
         dropout_rate: dropout of the attention weights, with the mask that `kernels.dropout` draws
             for an array [R, H, L_q, L_k].
         first_head, all_heads: which part of all heads these are, if they are on several devices.
-        kept: the name of the result for the policies of `jax.checkpoint`. If they do not keep it,
+        kept: the name of `Attended` for the policies of `jax.checkpoint`. If they do not keep it,
             the backward pass computes it again.
         interpret: runs this platform's kernel, interpreted: for tests on other devices.
 
@@ -77,17 +77,18 @@ def fused_attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(settings, *packed):
-    return _run("forward", settings, Packed(*packed))
+    return _run("forward", settings, Packed(*packed)).y
 
 
 def _forward(settings, *packed):
-    y = checkpoint_name(_attend(settings, *packed), settings[1])
-    return y, (packed, y)
+    attended = _run("forward", settings, Packed(*packed))
+    attended = Attended(*(checkpoint_name(x, settings[1]) for x in attended))
+    return attended.y, (packed, attended)
 
 
 def _backward(settings, residuals, dy):
-    packed, y = residuals
-    gradients = _run("backward", settings, Packed(*packed), y, dy)
+    packed, attended = residuals
+    gradients = _run("backward", settings, Packed(*packed), attended, dy)
     return *gradients, None, None, None, None
 
 

@@ -67,6 +67,18 @@ class Packed(NamedTuple):
         return dq[:, :, None], jnp.stack([dk, dv], axis=2)
 
 
+class Attended(NamedTuple):
+    """What the backward pass gets from the forward pass.
+
+    Attributes:
+        y: the result, [R, L_q, H * D].
+        log_sums_RxHxLq: float32, logarithms of the sums of powers in a softmax over scores.
+    """
+
+    y: jax.Array
+    log_sums_RxHxLq: jax.Array
+
+
 def split(projected: Sequence[jax.Array]) -> list[jax.Array]:
     """The N arrays [R, L, H * D] in each array [R, L, N, H * D]: queries, keys and values."""
     return [x[:, :, n] for x in projected for n in range(x.shape[2])]
@@ -97,14 +109,17 @@ def heads_apart(form: Form, x_RxLxHD: jax.Array) -> jax.Array:
     return x_RxLxHD.reshape(*x_RxLxHD.shape[:2], form.heads, form.width)
 
 
-def softmax_sums(y_RxLxHxD: jax.Array, dy_RxLxHxD: jax.Array) -> jax.Array:
+def softmax_sums(y: jax.Array, dy: jax.Array) -> jax.Array:
     """What the gradient of a softmax subtracts: the sum over keys of weights times their gradients
     is the product of the result with its gradient (FlashAttention, arXiv 2205.14135, appendix B.4).
 
+    Args:
+        y, dy: [..., D].
+
     Returns:
-        float32 [R, L, H].
+        float32 [...].
     """
-    return jnp.sum(dy_RxLxHxD.astype(jnp.float32) * y_RxLxHxD.astype(jnp.float32), axis=-1)
+    return jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
 
 def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax.kernels.attention_form import (
     MASKED,
+    Attended,
     Form,
     Packed,
     heads_apart,
@@ -26,30 +27,38 @@ from moe_jax.kernels.dropout import is_kept
 BLOCK = 128  # queries at a time, at most
 
 
-def forward(form: Form, packed: Packed) -> jax.Array:
-    """The result: [R, L_q, H * D]."""
+def forward(form: Form, packed: Packed) -> Attended:
+    """The result, and what the backward pass needs."""
     rows = _Rows.of(form, packed)
 
     def one(block):
-        weights_RxHxQxK, _, kept = _weights(form, rows, block)
-        weights = _dropped(weights_RxHxQxK, kept, form.rate).astype(form.dtype)
-        return jnp.einsum("rhqk,rkhd->rqhd", weights, rows.v)
+        scores_RxHxQxK, _, kept = _scores(form, rows, block)
+        most = scores_RxHxQxK.max(axis=3)
+        powers = jnp.exp(scores_RxHxQxK - most[..., None])
+        total = powers.sum(axis=3)
+        weights = _dropped(powers / total[..., None], kept, form.rate).astype(form.dtype)
+        y_RxQxHxD = jnp.einsum("rhqk,rkhd->rqhd", weights, rows.v)
+        return y_RxQxHxD, (most + jnp.log(total)).swapaxes(1, 2)
 
-    return _joined(jax.lax.map(one, _blocks(rows)), form)
+    y, log_sums = (_joined(x, form) for x in jax.lax.map(one, _blocks(rows)))
+    return Attended(y.reshape(*y.shape[:2], -1), log_sums.swapaxes(1, 2))
 
 
-def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array):
+def backward(form: Form, packed: Packed, attended: Attended, dy: jax.Array):
     """Gradients by `packed.projected` and the bias."""
     rows = _Rows.of(form, packed)
-    sums_RxLqxH = softmax_sums(heads_apart(form, y), heads_apart(form, dy))
+    dy = heads_apart(form, dy)
+    sums_RxLqxH = softmax_sums(heads_apart(form, attended.y), dy)
+    log_sums_RxLqxH = attended.log_sums_RxHxLq.swapaxes(1, 2)
 
     def one(sums, block_dy):
-        (dk, dv, d_bias), (block, dy, own_sums) = sums, block_dy
-        weights, seen, kept = _weights(form, rows, block)
+        (dk, dv, d_bias), (block, dy, *own_sums) = sums, block_dy
+        mean, log_sums = (x.swapaxes(1, 2)[..., None] for x in own_sums)
+        scores, seen, kept = _scores(form, rows, block)
+        weights = jnp.exp(scores - log_sums)
         d_weights = _dropped(product("rqhd,rkhd->rhqk", dy, rows.v), kept, form.rate)
         dropped = _dropped(weights, kept, form.rate).astype(form.dtype)
         dv += product("rhqk,rqhd->rkhd", dropped, dy)
-        mean = own_sums.swapaxes(1, 2)[..., None]
         d_scores = jnp.where(seen, weights * (d_weights - mean), 0.0)
         if d_bias is not None:
             d_window = _window(d_bias, block, form.keys) + sum_diagonals(d_scores.sum(0))
@@ -59,12 +68,13 @@ def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array):
         return (dk, dv, d_bias), jnp.einsum("rhqk,rkhd->rqhd", d_products, rows.k)
 
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (rows.k, rows.v, rows.bias))
-    blocks = (_blocks(rows), _cut(heads_apart(form, dy)), _cut(sums_RxLqxH))
+    blocks = (_blocks(rows), *(_cut(x) for x in (dy, sums_RxLqxH, log_sums_RxLqxH)))
     (dk, dv, d_bias), dq = jax.lax.scan(one, nothing, blocks)
     if d_bias is not None:
         d_bias = d_bias[:, : form.distances]
     dk, dv = (d.reshape(*d.shape[:2], -1).astype(form.dtype) for d in (dk, dv))
-    return packed.joined(_joined(dq, form), dk, dv), d_bias
+    dq = _joined(dq, form)
+    return packed.joined(dq.reshape(*dq.shape[:2], -1), dk, dv), d_bias
 
 
 class _Rows(NamedTuple):
@@ -110,14 +120,14 @@ def _cut(x_NxLqx: jax.Array, fill: int = 0) -> jax.Array:
 
 
 def _joined(blocks: jax.Array, form: Form) -> jax.Array:
-    """[blocks, R, Q, H, D] -> [R, L_q, H * D]."""
-    y = jnp.moveaxis(blocks, 0, 1).reshape(form.rows, -1, form.heads * form.width)
-    return y[:, : form.queries]
+    """[blocks, R, Q, ...] -> [R, L_q, ...]."""
+    x = jnp.moveaxis(blocks, 0, 1).reshape(form.rows, -1, *blocks.shape[3:])
+    return x[:, : form.queries]
 
 
-def _weights(form: Form, rows: _Rows, block: _Block):
-    """(softmax over keys before dropout, float32 [R, H, Q, K]; which keys are seen; which weights
-    are kept, or None without dropout)."""
+def _scores(form: Form, rows: _Rows, block: _Block):
+    """(scores, float32 [R, H, Q, K]; which keys are seen; which weights are kept, or None without
+    dropout)."""
     scores = product("rqhd,rkhd->rhqk", block.q, rows.k) * form.scale
     if rows.bias is not None:
         window = _window(rows.bias, block, form.keys)
@@ -130,13 +140,13 @@ def _weights(form: Form, rows: _Rows, block: _Block):
     seen = block.segments[:, None, :, None] == at_key[:, None, None, :]
     if form.causal:
         seen = seen & (key <= query)
-    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED))
+    scores = jnp.where(seen, scores, MASKED)
     if not form.rate:
-        return weights, seen, None
+        return scores, seen, None
     first_head, all_heads = rows.others.heads_2
     head = row * all_heads + first_head + head
     number = weight_number(form, head, query, key)
-    return weights, seen, is_kept([number], rows.others.dropout_words_4, form.rate)
+    return scores, seen, is_kept([number], rows.others.dropout_words_4, form.rate)
 
 
 def _window(bias_HxN: jax.Array, block: _Block, keys: int) -> jax.Array:

@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from moe_jax.kernels.attention_form import (
     BY_ROWS,
     MASKED,
+    Attended,
     Form,
     Packed,
     dot,
-    heads_apart,
     padded,
     softmax_sums,
     weight_number,
@@ -45,26 +45,28 @@ def takes(form: Form, biased: bool) -> bool:
     return triton is not None and form.width in WIDTHS and fits
 
 
-def forward(form: Form, packed: Packed, *, interpret: bool = False) -> jax.Array:
-    """The result: [R, L_q, H * D]."""
+def forward(form: Form, packed: Packed, *, interpret: bool = False) -> Attended:
+    """The result, and what the backward pass needs."""
     x = _Arrays.of(form, packed)
-    shape = (form.rows, x.queries.shape[1], form.heads * form.width)
-    like_y = jax.ShapeDtypeStruct(shape, form.dtype)
-    (y,) = _call(form, _forward_kernel, x.keys_of.shape[1], x, [like_y], 2, interpret)
-    return y[:, : form.queries]
+    queries = x.queries.shape[1]
+    results = [
+        jax.ShapeDtypeStruct((form.rows, queries, form.heads * form.width), form.dtype),
+        jax.ShapeDtypeStruct((form.rows, form.heads, queries), jnp.float32),
+    ]
+    y, log_sums = _call(form, _forward_kernel, x.keys_of.shape[1], x, results, 2, interpret)
+    return Attended(y[:, : form.queries], log_sums[:, :, : form.queries])
 
 
-def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array, *, interpret: bool = False):
+def backward(form: Form, packed: Packed, attended: Attended, dy, *, interpret: bool = False):
     """Gradients by `packed.projected` and the bias."""
     x = _Arrays.of(form, packed)
-    filled = {1: x.queries.shape[1]}
-    sums = softmax_sums(heads_apart(form, y), heads_apart(form, dy))
-    sums = padded(sums, filled).swapaxes(1, 2)
-    x = x._replace(dy=padded(dy, filled), sums=sums)
+    queries = x.queries.shape[1]
+    y, dy = (padded(a, {1: queries}) for a in (attended.y, dy))
+    x = x._replace(y=y, dy=dy, log_sums=padded(attended.log_sums_RxHxLq, {2: queries}))
     # Products that several kernels compute count once.
-    results = [x.queries, sums]
-    dq, log_sums = _call(form, _query_kernel, x.keys_of.shape[1], x, results, 2, interpret)
-    x = x._replace(log_sums=log_sums)
+    results = [x.queries, x.log_sums]
+    dq, sums = _call(form, _query_kernel, x.keys_of.shape[1], x, results, 2, interpret)
+    x = x._replace(y=None, sums=sums)
     # In self-attention, the gradients by keys and values go into the array of those by queries.
     together = len(packed.projected) == 1
     x = x._replace(written=dq if together else None)
@@ -85,9 +87,9 @@ class _Arrays(NamedTuple):
         queries, keys: the arrays with queries, and with keys and values, which may be the same:
             [R, L, N * H * D].
         bias: [H, ...]; that of a query and a key is at `query - key + L_k - 1`, L_k as in `keys`.
-        dy: [R, L_q, H * D].
+        y, dy: [R, L_q, H * D].
+        log_sums: [R, H, L_q], as in `Attended`.
         sums: [R, H, L_q], what the gradient of a softmax subtracts.
-        log_sums: [R, H, L_q], logarithms of the sums of a softmax.
         written: the array that a kernel adds its results to.
     """
 
@@ -100,9 +102,10 @@ class _Arrays(NamedTuple):
     queries: jax.Array
     keys: jax.Array
     bias: jax.Array | None
+    y: jax.Array | None = None
     dy: jax.Array | None = None
-    sums: jax.Array | None = None
     log_sums: jax.Array | None = None
+    sums: jax.Array | None = None
     written: jax.Array | None = None
 
     @classmethod
@@ -281,14 +284,7 @@ def _dropped(form: Form, x: _Arrays, at: _Head, q: _Block, k: _Block, axis: int,
     return tuple(jnp.where(kept, w / (1.0 - form.rate), 0.0) for w in weights)
 
 
-def _add_weights(total, most, scores):
-    """Adds scores to a softmax: (new sum, new maximum, weights, factor of all before)."""
-    highest = jnp.maximum(most, scores.max(1))
-    weights, factor = jnp.exp(scores - highest[:, None]), jnp.exp(most - highest)
-    return factor * total + weights.sum(1), highest, weights, factor
-
-
-def _forward_kernel(form: Form, x: _Arrays, y) -> None:
+def _forward_kernel(form: Form, x: _Arrays, y, log_sums) -> None:
     number, at = pl.program_id(0), _Head.of(x)
     q, bounds = _queries(form, x, at, number), [x.keys_of[0, number, i] for i in (0, 1)]
 
@@ -296,28 +292,28 @@ def _forward_kernel(form: Form, x: _Arrays, y) -> None:
         y, total, most = sums
         k = _keys(form, x, at, number)
         scores, _ = _scores(form, x, at, q, k)
-        total, most, weights, factor = _add_weights(total, most, scores)
+        highest = jnp.maximum(most, scores.max(1))
+        weights, factor = jnp.exp(scores - highest[:, None]), jnp.exp(most - highest)
+        total = factor * total + weights.sum(1)
         (weights,) = _dropped(form, x, at, q, k, 0, weights)
         values = _values(form, x, at, k)
-        return factor[:, None] * y + dot(weights.astype(form.dtype), values), total, most
+        return factor[:, None] * y + dot(weights.astype(form.dtype), values), total, highest
 
-    sums = (jnp.zeros(q.x.shape, jnp.float32), *_no_weights(q))
-    y_QxD, total, _ = jax.lax.fori_loop(*bounds, read, sums)
-    y[0, q.place, at.columns(form)] = (y_QxD / _not_zero(total)[:, None]).astype(form.dtype)
+    nothing = jnp.zeros(q.segments.shape, jnp.float32)
+    sums = jnp.zeros(q.x.shape, jnp.float32), nothing, nothing + MASKED
+    y_QxD, total, most = jax.lax.fori_loop(*bounds, read, sums)
+    total = jnp.where(total > 0, total, 1.0)  # where nothing was read
+    y[0, q.place, at.columns(form)] = (y_QxD / total[:, None]).astype(form.dtype)
+    log_sums[0, at.head, q.place] = most + jnp.log(total)
 
 
-def _query_kernel(form: Form, x: _Arrays, dq, log_sums) -> None:
+def _query_kernel(form: Form, x: _Arrays, dq, sums) -> None:
     number, at = pl.program_id(0), _Head.of(x)
     q, bounds = _queries(form, x, at, number), [x.keys_of[0, number, i] for i in (0, 1)]
-
-    def add(number, sums):
-        scores, _ = _scores(form, x, at, q, _keys(form, x, at, number))
-        return _add_weights(*sums, scores)[:2]
-
-    total, most = jax.lax.fori_loop(*bounds, add, _no_weights(q))
-    logs = most + jnp.log(_not_zero(total))
-    log_sums[0, at.head, q.place] = logs
-    read = x.dy[0, q.place, at.columns(form)], x.sums[0, at.head, q.place], logs
+    y, dy = (a[0, q.place, at.columns(form)] for a in (x.y, x.dy))
+    sums_Q = softmax_sums(y, dy)
+    sums[0, at.head, q.place] = sums_Q
+    read = dy, sums_Q, x.log_sums[0, at.head, q.place]
 
     def sum_up(number, dq):
         k = _keys(form, x, at, number)
@@ -409,14 +405,3 @@ def _gradients(form: Form, x: _Arrays, at: _Head, q, k, dy, sums, log_sums, axis
     d_weights = dot(*((values, dy) if axis else (dy, values)), BY_ROWS)
     dropped, d_weights = _dropped(form, x, at, q, k, axis, weights, d_weights)
     return dropped, jnp.where(seen, weights * (d_weights - sums), 0.0)
-
-
-def _no_weights(q: _Block) -> tuple[jax.Array, jax.Array]:
-    """The sum and the maximum of a softmax of nothing."""
-    nothing = jnp.zeros(q.segments.shape, jnp.float32)
-    return nothing, nothing + MASKED
-
-
-def _not_zero(sums: jax.Array) -> jax.Array:
-    """Sums of a softmax; 1 where nothing was read."""
-    return jnp.where(sums > 0, sums, 1.0)

@@ -20,6 +20,7 @@ from moe_jax.kernels.attention_form import (
     BY_COLUMNS,
     BY_ROWS,
     MASKED,
+    Attended,
     Form,
     Packed,
     dot,
@@ -45,6 +46,12 @@ class _Tiled(Form):
         """The smallest divisor of H whose heads fill whole tiles; H if there is none."""
         fit = (n for n in range(1, self.heads) if self.heads % n == 0)
         return next((n for n in fit if n * self.width % LANES == 0), self.heads)
+
+    @property
+    def of_log_sums(self) -> tuple[int, int, int, int]:
+        """The shape of `Attended.log_sums_RxHxLq`, with the heads of one program in one axis."""
+        n = self.heads_at_once
+        return self.rows, self.heads // n, n, self.queries
 
     @property
     def block(self) -> int:
@@ -85,18 +92,17 @@ def takes(form: Form, biased: bool) -> bool:
     return _Tiled(**vars(form)).chip_bytes(biased) <= MOST_CHIP_BYTES
 
 
-def forward(form: Form, packed: Packed, *, interpret: bool = False) -> jax.Array:
-    """The result: [R, L_q, H * D]."""
-    (y,) = _call(form, _forward_kernel, packed, split(packed.projected), interpret)
-    return y
+def forward(form: Form, packed: Packed, *, interpret: bool = False) -> Attended:
+    """The result, and what the backward pass needs."""
+    y, log_sums = _call(form, _forward_kernel, packed, split(packed.projected), interpret)
+    return Attended(y, log_sums.reshape(form.rows, form.heads, form.queries))
 
 
-def backward(form: Form, packed: Packed, y: jax.Array, dy: jax.Array, *, interpret: bool = False):
+def backward(form: Form, packed: Packed, attended: Attended, dy, *, interpret: bool = False):
     """Gradients by `packed.projected` and the bias."""
-    del y  # the softmax is computed again
-    dq, dk, dv, *d_bias = _call(
-        form, _backward_kernel, packed, (*split(packed.projected), dy), interpret
-    )
+    log_sums = attended.log_sums_RxHxLq.reshape(_Tiled(**vars(form)).of_log_sums)
+    arrays = (*split(packed.projected), dy, log_sums)
+    dq, dk, dv, *d_bias = _call(form, _backward_kernel, packed, arrays, interpret)
     return packed.joined(dq, dk, dv), d_bias[0][:, 0, : form.distances] if d_bias else None
 
 
@@ -127,9 +133,11 @@ def _call(form: Form, kernel, packed: Packed, arrays, interpret: bool) -> list[j
         *of_biases,
         of_query, of_key, of_key,
     ]  # fmt: skip
-    results, out_specs, scratch = arrays[:1], [of_query], tiles
+    of_log_sums = pl.BlockSpec((1, 1, n, form.queries), lambda h, r: (r, h, 0, 0))
+    results = [arrays[0], jax.ShapeDtypeStruct(form.of_log_sums, jnp.float32)]
+    out_specs, scratch = [of_query, of_log_sums], tiles
     if backward:
-        in_specs.append(of_query)
+        in_specs += [of_query, of_log_sums]
         results = [*arrays[:3], *biases]
         out_specs = [of_query, of_key, of_key, *of_biases]
         scratch = [pltpu.VMEM((form.keys, n * form.width), jnp.float32)] * 2 + 2 * tiles
@@ -155,7 +163,7 @@ def _call(form: Form, kernel, packed: Packed, arrays, interpret: bool) -> list[j
 
 
 def _forward_kernel(form: _Tiled, biased: bool, numbers, query_segments, key_segments, *refs):
-    bias, (q, k, v, y, *tiles) = refs[:biased], refs[biased:]
+    bias, (q, k, v, y, log_sums, *tiles) = refs[:biased], refs[biased:]
     if biased:
         pl.when(pl.program_id(1) == 0)(partial(_spread, form, bias[0], tiles[0]))
 
@@ -164,7 +172,12 @@ def _forward_kernel(form: _Tiled, biased: bool, numbers, query_segments, key_seg
         for head in range(form.heads_at_once):
             own = slice(head * form.width, (head + 1) * form.width)
             bias_KxQ = _read(tiles[0], head, places) if biased else None
-            weights = _weights(form, q[0, queries, own], k[0, :, own], seen, bias_KxQ)
+            scores = _scores(form, q[0, queries, own], k[0, :, own], seen, bias_KxQ)
+            most = jnp.max(scores, axis=0, keepdims=True)
+            powers = jnp.exp(scores - most)
+            total = jnp.sum(powers, axis=0, keepdims=True)
+            log_sums[0, 0, head : head + 1, queries] = most + jnp.log(total)
+            weights = powers * (1.0 / total)
             if form.rate:
                 weights = jnp.where(kept(head), weights / (1.0 - form.rate), 0.0)
             results.append(dot(v[0, :, own], weights.astype(form.dtype), BY_COLUMNS))
@@ -174,7 +187,7 @@ def _forward_kernel(form: _Tiled, biased: bool, numbers, query_segments, key_seg
 
 
 def _backward_kernel(form: _Tiled, biased: bool, numbers, query_segments, key_segments, *refs):
-    bias, (q, k, v, dy, dq, dk, dv, *refs) = refs[:biased], refs[biased:]
+    bias, (q, k, v, dy, log_sums, dq, dk, dv, *refs) = refs[:biased], refs[biased:]
     d_bias, (dk_sum, dv_sum, *tiles) = refs[:biased], refs[biased:]
     dk_sum[...] = jnp.zeros_like(dk_sum)
     dv_sum[...] = jnp.zeros_like(dv_sum)
@@ -191,7 +204,8 @@ def _backward_kernel(form: _Tiled, biased: bool, numbers, query_segments, key_se
             own = slice(head * form.width, (head + 1) * form.width)
             q_QxD, k_KxD, dy_QxD = q[0, queries, own], k[0, :, own], dy[0, queries, own]
             bias_KxQ = _read(tiles[0], head, places) if biased else None
-            weights = _weights(form, q_QxD, k_KxD, seen, bias_KxQ)
+            scores = _scores(form, q_QxD, k_KxD, seen, bias_KxQ)
+            weights = jnp.exp(scores - log_sums[0, 0, head : head + 1, queries])
             dropped, d_weights = weights, dot(v[0, :, own], dy_QxD, BY_ROWS)
             if form.rate:
                 keep = kept(head)
@@ -290,14 +304,12 @@ def _add_to(tiles, head: int, places: list[jax.Array], x_KxQ: jax.Array) -> None
         tiles[head, place] += x_KxQ[i * size : (i + 1) * size]
 
 
-def _weights(form: _Tiled, q_QxD, k_KxD, seen, bias) -> jax.Array:
-    """The softmax over keys, before dropout: float32 [K, Q]."""
+def _scores(form: _Tiled, q_QxD, k_KxD, seen, bias) -> jax.Array:
+    """float32 [K, Q]."""
     scores = dot(k_KxD, q_QxD, BY_ROWS) * form.scale
     if bias is not None:
         scores += bias
-    scores = jnp.where(seen, scores, MASKED)
-    powers = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
-    return powers * (1.0 / jnp.sum(powers, axis=0, keepdims=True))
+    return jnp.where(seen, scores, MASKED)
 
 
 def _side_by_side(parts_DxQ: list[jax.Array], dtype) -> jax.Array:

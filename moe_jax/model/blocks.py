@@ -149,7 +149,7 @@ class FeedForward(nn.Module):
             self, "in_kernel", (c.d_model, gates, c.d_ff), ("embed", "gate", "mlp"), c.init_std
         )
         bias = _bias(self, "in_bias", (gates, c.d_ff), ("gate", "mlp"))
-        h = _kept(linear(x_RxLxD, kernel) + bias)
+        h = _kept(linear(x_RxLxD, kernel)) + bias
         y = ACTIVATIONS[c.family.activation](h[:, :, 0])
         h = y * h[:, :, 1] if c.family.gated else y
         h = Dropout(c.activation_dropout_rate)(h, deterministic=deterministic)

@@ -1,12 +1,14 @@
 """metrics.jsonl and TensorBoard events of runs that were interrupted and resumed."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe_jax.core.errors import UserError
+from moe_jax.training import logs
 from moe_jax.training.logs import MetricsLog, Window
 
 
@@ -93,4 +95,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(bad):
     window = Window()
     window.add(step_metrics(**bad))
     with pytest.raises(UserError, match="no longer finite"):
-        window.close()
+        window.rows()  # which a run that is stopped would save, with parameters of no use
+
+
+def test_steps_of_a_run_that_was_stopped_are_in_the_mean_but_not_in_the_time(monkeypatch):
+    clock = iter([100.0, 102.0, 102.0])
+    monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    window = Window([{"loss": 1.0, "target_tokens": 4.0, "gradient_norm": 1.0}] * 3)
+    window.add(step_metrics(5.0, tokens=8.0))
+    line = window.close()
+    assert line["loss"] == 2.0
+    assert line["time/step_s"] == 2.0 and line["time/target_tokens_per_s"] == 4.0

@@ -155,6 +155,8 @@ def _kept(path: Path, step: int) -> list[dict[str, Any]]:
 class Window:
     """Means over the steps since the last line, read from the device one step late.
 
+    A method that reads a loss or a gradient that is not finite raises a UserError.
+
     Args:
         rows: metrics of steps before, which a run that was stopped had not written yet.
     """
@@ -165,6 +167,7 @@ class Window:
 
     def _restart(self, rows: Sequence[dict[str, float]] = ()) -> None:
         self._rows: list[dict[str, float]] = list(rows)
+        self._untimed = len(rows)  # steps that another process took
         self._start = time.perf_counter()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
@@ -175,7 +178,10 @@ class Window:
 
     def _read(self) -> None:
         metrics = jax.device_get(self._waiting.pop(0))
-        self._rows.append({name: float(value) for name, value in metrics.items()})
+        row = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(row["loss"]) or not math.isfinite(row["gradient_norm"]):
+            raise UserError("the loss or its gradient is no longer finite; lower the learning rate")
+        self._rows.append(row)
 
     def rows(self) -> list[dict[str, float]]:
         """The metrics of every step since the last line."""
@@ -184,18 +190,13 @@ class Window:
         return self._rows
 
     def close(self) -> dict[str, float]:
-        """The line for the steps since the last call.
-
-        Raises:
-            UserError: the loss is not finite.
-        """
+        """The line for the steps since the last call."""
         rows = self.rows()
         seconds = time.perf_counter() - self._start
         line = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
-        if not np.isfinite(line["loss"]) or not np.isfinite(line["gradient_norm"]):
-            raise UserError("the loss or its gradient is no longer finite; lower the learning rate")
-        tokens = sum(row["target_tokens"] for row in rows)
-        line["time/step_s"] = seconds / len(rows)
+        timed = rows[self._untimed :]
+        tokens = sum(row["target_tokens"] for row in timed)
+        line["time/step_s"] = seconds / len(timed)
         line["time/target_tokens_per_s"] = tokens / seconds
         self._restart()
         return line

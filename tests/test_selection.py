@@ -170,6 +170,7 @@ def test_random_route_is_uniform():
         ({"selection": "top_k"}, "needs experts_per_layer"),
         ({"selection": "arg_max"}, "did you mean 'argmax'"),
         ({"temperature_schedule": "cosine"}, "is one of exponential, linear, constant"),
+        ({"temperature": 0.05}, "temperature 0.05 is below temperature_floor 0.1"),
         ({"exploration_epsilon": 1.5}, "from 0 to 1"),
         ({"exploration_epsilon": 0.1, "selection": "average"}, "routes that the router chooses"),
         (

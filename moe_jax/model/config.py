@@ -221,6 +221,11 @@ class RouterConfig(Configuration):
                 f"RouterConfig.exploration_epsilon {self.exploration_epsilon} is for routes that "
                 f"the router chooses, not for selection '{self.selection}'"
             )
+        if self.temperature_schedule != "constant" and self.temperature < self.temperature_floor:
+            raise UserError(
+                f"RouterConfig.temperature {self.temperature} is below temperature_floor "
+                f"{self.temperature_floor}"
+            )
         if (
             self.exploration_epsilon
             and self.exploration_route == "uniform"

@@ -48,6 +48,10 @@ def test_any_shape(shape):
     assert dropout(jnp.ones(shape), 0.5, jax.random.key(0)).shape == shape
 
 
+def test_a_rate_next_to_one():
+    assert not dropout(jnp.ones(8), 1 - 1e-12, jax.random.key(0)).any()
+
+
 def test_bfloat16_stays():
     assert dropout(jnp.ones(4, jnp.bfloat16), 0.1, jax.random.key(0)).dtype == jnp.bfloat16
 

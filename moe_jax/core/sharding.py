@@ -31,7 +31,6 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "embed": SHARD_AXES,
     "expert": None,
     "gate": None,
-    "head_dim": None,
     "heads": "model",
     "layer": None,
     "mlp": "model",

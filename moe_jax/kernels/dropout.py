@@ -64,7 +64,7 @@ def is_kept(
         number = number + addend
     bits = _mix(_mix(number) ^ words[1])
     bits = _mix(bits ^ words[2]) ^ words[3]
-    return bits >= jnp.uint32(round(rate * 2**32))
+    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def _mix(x: jax.Array) -> jax.Array:

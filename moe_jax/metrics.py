@@ -237,12 +237,14 @@ def pearson(targets: Sequence[Answers], predictions: Sequence[str]) -> dict[str,
         raise UserError(f"Pearson-Correlation needs numbers as targets, one is {bad!r}")
     predicted = np.array([_number(p) for p in predictions])
     finite = np.isfinite(predicted)
+    # Before the mean takes its places: rounded, it may differ from numbers that are all the same.
+    if len(set(gold)) == 1 or len(set(predicted[finite])) <= 1:
+        return {"Pearson-Correlation": 0.0}
     with np.errstate(all="ignore"), warnings.catch_warnings():
         # A prediction such as 1e300 may overflow; the result is then not finite.
         warnings.simplefilter("ignore", RuntimeWarning)
-        predicted[~finite] = predicted[finite].mean() if finite.any() else 0.0
-        constant = len(set(gold)) == 1 or len(set(predicted)) == 1
-        score = 0.0 if constant else float(stats.pearsonr(gold, predicted).statistic)
+        predicted[~finite] = predicted[finite].mean()
+        score = float(stats.pearsonr(gold, predicted).statistic)
     return {"Pearson-Correlation": score if np.isfinite(score) else 0.0}
 
 

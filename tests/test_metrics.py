@@ -124,7 +124,8 @@ def test_pearson_of_what_is_no_number():
     # 'great' and 'nan' count as the mean of 1 and 4
     expected = np.corrcoef([1, 2, 3, 5], [1, 2.5, 2.5, 4])[0, 1]
     assert _score(metrics.pearson, targets, ["1", "great", "nan", "4"]) == pytest.approx(expected)
-    for predictions in (["", "x", "y", "z"], ["2"] * 4, ["inf"] * 4):
+    # The mean of three times 0.1 is not 0.1 in floats, and still no correlation.
+    for predictions in (["", "x", "y", "z"], ["2"] * 4, ["inf"] * 4, ["0.1", "0.1", "0.1", "x"]):
         assert _score(metrics.pearson, targets, predictions) == 0.0
     huge = _score(metrics.pearson, targets, ["1e308", "-1e308", "1e308", "2"])
     assert math.isfinite(huge)

@@ -294,6 +294,10 @@ def test_what_cannot_be_is_refused(tmp_path, command_line, prepared):
         UserError, match=r"experiment\.arms is .* each one of direct, dense, routed"
     ):
         planned(tmp_path, arms=("routde",))
+    for name, tasks in (("skills_gym_train", "t1, t2, t3"), ("some_old", "t2")):
+        prepared["some_old"] = mixture("some_old", [*NEW, TRAINED[1]])
+        with pytest.raises(UserError, match=rf"'{name}' has tasks of .* trained on: {tasks}"):
+            planned(tmp_path, unseen=name)
     prepared["skills_gym_train"] = mixture("skills_gym_train", [*TRAINED, ("t4", "", "")])
     with pytest.raises(UserError, match="'oracle' needs every task's category: 't4' has none"):
         planned(tmp_path, arms=("oracle",))

@@ -65,7 +65,13 @@ class Plan:
             raise UserError("SEED is one of experiment.seeds: give --gin.experiment.seeds=(N,)")
         self._given = {k: v for k, v in given.items() if not k.startswith("experiment.")}
         data = self._config(settings.dense, {}).data
-        trained, self.unseen = prepare_mixtures(data, settings.unseen).values()
+        prepared = prepare_mixtures(data, settings.unseen)
+        trained, self.unseen = prepared[data.mixture_or_task_name], prepared[settings.unseen]
+        if both := sorted({*trained.names} & {*self.unseen.names}):
+            raise UserError(
+                f"experiment.unseen {settings.unseen!r} has tasks of {trained.name!r}, which are"
+                f" trained on: {', '.join(both)}"
+            )
         self.trained = trained
         self._data = {m.name: m.fingerprint for m in (trained, self.unseen)}
         self._text = self._texts() if settings.pretrain else None

@@ -93,13 +93,16 @@ def read_history(path: Path, final: Routes) -> dict[int, np.ndarray]:
 
 
 def read_predictions(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(evaluation, line) of eval/*/predictions.jsonl in a run.
+    """(evaluation, line) of eval/*/predictions.jsonl in a run. Lines of targets that were only
+    scored, as some metrics want it, hold no prediction and are left out.
 
     Raises:
         UserError: a line lacks a key.
     """
     for file in sorted(path.glob("eval/*/predictions.jsonl")):
         for number, line in enumerate(files.read_jsonl(file), 1):
+            if "log_likelihood" in line and "prediction" not in line:
+                continue
             if PREDICTION - line.keys():
                 lacking = "', '".join(sorted(PREDICTION - set(line)))
                 raise UserError(f"{file}: entry {number} lacks '{lacking}'")

@@ -21,15 +21,18 @@ from moe_jax.data.vocabulary import VocabularyConfig
 from moe_jax.decoding.search import DecodingConfig
 from moe_jax.evaluation.choices import choice_likelihoods
 from moe_jax.evaluation.evaluator import Evaluator
+from moe_jax.evaluation.inference import inferences
+from moe_jax.evaluation.scores import write_scores
 from moe_jax.metrics import choice_target, rank_classification
 from moe_jax.model.backbone import EncoderDecoder
+from moe_jax.report.build import report
 from moe_jax.runs.config import DataConfig, FewShotConfig, RunConfig
 from moe_jax.unseen import adaptation
 from moe_jax.unseen.samples import FewShotData, Sample
 
 MODULE = str(Path(__file__).with_name("rank_tasks.py"))
 LENGTHS = {"inputs": 96, "targets": 32}
-TASK = 1
+TASK, QUESTIONS = 1, 13
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,45 @@ def test_the_likeliest_choice_is_the_prediction(penalty, mixture, run, likelihoo
         right.append(row["prediction"] == target)
     assert 0 < np.mean(right) < 1  # so that the test can tell
     assert found.metrics == {"ACC": pytest.approx(np.mean(right))}
+
+
+def test_an_answer_is_scored_as_it_was_decoded(mixture, run):
+    """Also one that is longer than targets, or did not come to its end."""
+    model, params, routes, _, mesh = run
+    vocabulary, lengths = mixture.vocabulary, {"inputs": LENGTHS["inputs"], "targets": 4}
+    apply = jax.jit(EncoderDecoder(model.config).apply)
+    for length in (3, 12):
+        with jax.set_mesh(mesh):
+            sampling = DecodingConfig(sample=True, temperature=4.0, max_length=length)
+            evaluator = Evaluator(model, vocabulary, lengths, QUESTIONS, mesh, sampling)
+            answers = inferences(
+                evaluator, params, routes, mixture, "rank_chosen", TASK, "test", "predict_with_aux"
+            )
+            found = [line["aux"]["scores"] for line in answers]
+            ((batch, examples),) = eval_batches(
+                mixture, "rank_chosen", "test", lengths=lengths, rows=QUESTIONS
+            )
+            rows = evaluator.tokens(params, routes, TASK, batch).tolist()
+            # None comes to its end by itself.
+            assert all(1 not in row for row in rows)
+            ends, (index, example) = np.array([70, 1, 0, 1], np.int32)[:length], examples[0]
+            scorer = evaluator.scorer(params, routes, TASK)
+            found += evaluator.answer_likelihoods(scorer, {index: example}, {index: ends}).values()
+        rows, examples = [*rows, [70, 1]], [*examples, examples[0]]
+        for tokens, (_, example), total in zip(rows, examples, found, strict=True):
+            alone = pack_rows([[(example.inputs.tolist(), tokens)]], LENGTHS["inputs"], length)
+            alone["decoder_inputs"][0, 0] = vocabulary.decoder_start_id
+            logits_LxV = np.asarray(apply({"params": params["backbone"]}, alone, routes[TASK]))[0]
+            scores_LxV = log_softmax(logits_LxV.astype(np.float64), -1)
+            wanted = scores_LxV[np.arange(len(tokens)), tokens].sum()
+            assert total == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_task_that_is_only_scored_has_a_report(mixture, run, tmp_path):
+    found = score(run, mixture, "rank_rows")
+    write_scores(tmp_path / "run/eval/rank_test", [found])
+    made = report(tmp_path / "report", {"run": tmp_path / "run"})
+    assert made.findings == [f"Mean score on “rank_test” (1 task): run {found.score:.3f}."]
 
 
 @pytest.mark.parametrize("name", ["rank_rows", "rank_rows_summed", "rank_both"])

@@ -1,6 +1,7 @@
-"""Rank classification: how likely each answer choice of an example is."""
+"""How likely answers are; of an example's choices, for rank classification."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -23,34 +24,70 @@ def choice_likelihoods(
 ) -> dict[int, list[float]]:
     """Log-likelihood of every choice over its number of tokens, the end of sequence included.
 
-    The pairs of example and choice become rows of their own, those of like length in one batch,
-    so that few shapes compile. An input is encoded once for every choice.
-
     Args:
-        score: (batch [R, L], the numbers of the examples in its first rows) -> (float [R] sums over
-            the tokens of the targets, int [R] tokens).
         examples: with `choices`, by any number.
-        lengths: {"inputs": L_in, "targets": L_out}; what is longer is truncated.
-        rows: R.
         length_penalty: power of the number of tokens; 1 is the mean per token, 0 the sum.
+        score, lengths, rows: as in `likelihoods`.
 
     Returns:
         For every example the likelihoods [C] of its choices, in their order.
     """
-    eos = [] if vocabulary.eos_id is None else [vocabulary.eos_id]
-    pairs = [
-        (index, number, np.array([*vocabulary.encode(text), *eos], np.int32))
+    answers = [
+        (index, tokens_of(text, vocabulary))
         for index, example in examples.items()
-        for number, text in enumerate(example.choices)
+        for text in example.choices
     ]
-    pairs.sort(key=lambda pair: (len(examples[pair[0]].inputs), len(pair[2])))
-    found = {index: [0.0] * len(example.choices) for index, example in examples.items()}
-    for start in range(0, len(pairs), rows):
-        part = pairs[start : start + rows]
-        filled = [[dataclasses.replace(examples[i], targets=tokens)] for i, _, tokens in part]
+    found = iter(likelihoods(score, examples, answers, lengths, rows, vocabulary))
+    return {
+        index: [
+            total / count**length_penalty
+            for total, count in itertools.islice(found, len(example.choices))
+        ]
+        for index, example in examples.items()
+    }
+
+
+def likelihoods(
+    score: Score,
+    examples: Mapping[int, Example],
+    answers: Sequence[tuple[int, np.ndarray]],
+    lengths: Mapping[str, int],
+    rows: int,
+    vocabulary: Vocabulary,
+) -> list[tuple[float, int]]:
+    """Log-likelihood of each answer, summed over its tokens, and their number.
+
+    The pairs of example and answer become rows of their own, those of like length in one batch,
+    so that few shapes compile. An input is encoded once for every answer.
+
+    Args:
+        score: (batch [R, L], the numbers of the examples in its first rows) -> (float [R] sums over
+            the tokens of the targets, int [R] tokens).
+        examples: by any number.
+        answers: (number of an example, tokens).
+        lengths: {"inputs": L_in, "targets": L_out}; what is longer is truncated.
+        rows: R.
+    """
+
+    def length(answer: int) -> tuple[int, int]:
+        index, tokens = answers[answer]
+        return len(examples[index].inputs), len(tokens)
+
+    order = sorted(range(len(answers)), key=length)
+    found = [(0.0, 0)] * len(answers)
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        pairs = [answers[answer] for answer in part]
+        filled = [[dataclasses.replace(examples[i], targets=tokens)] for i, tokens in pairs]
         filled += [[]] * (rows - len(part))
-        numbers = [index for index, _, _ in part]
-        sums_R, tokens_R = score(packing.build(filled, lengths, vocabulary), numbers)
-        for (index, number, _), total, count in zip(part, sums_R, tokens_R, strict=False):
-            found[index][number] = float(total) / int(count) ** length_penalty
+        batch = packing.build(filled, lengths, vocabulary)
+        sums_R, tokens_R = score(batch, [index for index, _ in pairs])
+        for answer, total, count in zip(part, sums_R, tokens_R, strict=False):
+            found[answer] = float(total), int(count)
     return found
+
+
+def tokens_of(text: str, vocabulary: Vocabulary) -> np.ndarray:
+    """An answer's tokens, with the end of sequence if the vocabulary has one."""
+    eos = [] if vocabulary.eos_id is None else [vocabulary.eos_id]
+    return np.array([*vocabulary.encode(text), *eos], np.int32)

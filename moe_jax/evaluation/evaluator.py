@@ -4,7 +4,6 @@ A prediction is decoded. Where an example has answer choices, it is the most lik
 classification"). A score is the log-likelihood of an example's target, summed over its tokens.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -27,7 +26,7 @@ from moe_jax.data.vocabulary import Vocabulary
 from moe_jax.decoding.rows import RowModel, RowRoutes, experts_per_row, row_routes
 from moe_jax.decoding.scoring import log_likelihoods
 from moe_jax.decoding.search import DecodingConfig, DecodingIds, decode
-from moe_jax.evaluation.choices import Score, choice_likelihoods
+from moe_jax.evaluation.choices import Score, choice_likelihoods, likelihoods, tokens_of
 from moe_jax.evaluation.functions import apply_functions
 from moe_jax.evaluation.scores import TaskScore, route_json
 from moe_jax.model.experts import Params, gather
@@ -150,12 +149,19 @@ class Evaluator:
         )
 
     def answer_likelihoods(
-        self, score: Score, examples: Mapping[int, Example], texts: Mapping[int, str]
+        self, score: Score, examples: Mapping[int, Example], tokens: Mapping[int, np.ndarray]
     ) -> dict[int, float]:
-        """Index -> log-likelihood of the answer that a model gave, summed over its tokens."""
-        alone = {i: dataclasses.replace(e, choices=(texts[i],)) for i, e in examples.items()}
-        found = choice_likelihoods(score, alone, self.lengths, self.rows, self.vocabulary, 0)
-        return {index: total for index, (total,) in found.items()}
+        """Index -> log-likelihood of the answer that a model gave, summed over its tokens.
+
+        Args:
+            tokens: of each answer; those after the end of sequence do not count.
+        """
+        ended = {index: row == self.ids.eos for index, row in tokens.items()}
+        answers = [(i, row[np.cumsum(ended[i]) <= ended[i]]) for i, row in tokens.items()]
+        # A decoded answer is scored whole, also one that did not come to its end.
+        lengths = {**self.lengths, "targets": max(self.lengths["targets"], self.length)}
+        found = likelihoods(score, examples, answers, lengths, self.rows, self.vocabulary)
+        return {i: total for (i, _), (total, _) in zip(answers, found, strict=True)}
 
     def rows_of(
         self, task_id: int | np.ndarray, numbers: Sequence[int]
@@ -240,10 +246,10 @@ class Evaluator:
         for index, likelihood_C in self.choices(score, ranked).items():
             choices = ranked[index].choices
             texts[index] = choices[int(np.argmax(likelihood_C))]
-            tokens[index] = np.array(self.vocabulary.encode(texts[index]), np.int32)
+            tokens[index] = tokens_of(texts[index], self.vocabulary)
             lines[index]["choices"] = dict(zip(choices, likelihood_C, strict=True))
         if "prediction_with_aux" in task.outputs:
-            for index, total in self.answer_likelihoods(score, found, texts).items():
+            for index, total in self.answer_likelihoods(score, found, tokens).items():
                 lines[index]["aux"] = {"scores": total}
         metrics = apply_functions(task, self.vocabulary, found, lines, texts, tokens)
         rows = [lines[index] for index in sorted(lines)]

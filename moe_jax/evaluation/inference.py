@@ -46,13 +46,14 @@ def inferences(
                 answer["score"] = float(total)
         else:
             rows_R, numbers_R = evaluator.rows_of(task_id, numbers)
-            texts = evaluator.predict(params, routes_TxNxE, rows_R, batch, numbers_R)
-            for answer, text in zip(answers.values(), texts, strict=False):
-                answer["prediction"] = text
-        if mode == "predict_with_aux":
-            given = {index: answer["prediction"] for index, answer in answers.items()}
-            for index, total in evaluator.answer_likelihoods(score, dict(examples), given).items():
-                answers[index]["aux"] = {"scores": total}
+            rows = evaluator.tokens(params, routes_TxNxE, rows_R, batch, numbers_R)
+            tokens = dict(zip(numbers, rows, strict=False))
+            for index, row in tokens.items():
+                answers[index]["prediction"] = evaluator.vocabulary.decode(row.tolist())
+            if mode == "predict_with_aux":
+                found = evaluator.answer_likelihoods(score, dict(examples), tokens)
+                for index, total in found.items():
+                    answers[index]["aux"] = {"scores": total}
         for index, example in examples:
             texts = {
                 "inputs_pretokenized": example.inputs_text,

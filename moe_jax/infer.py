@@ -189,7 +189,9 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
                     if full and len(vocabulary.inputs.encode(text)) >= limit]  # fmt: skip
             if resemblance is not None:
                 table, row_R = resemblance.of_rows(arrays), np.arange(rows)
-            predictions = evaluator.predict(params, table, row_R, arrays)
+            # Lines, like examples, are numbered from 0 where they seed sampling.
+            line_R = numbered[0][0] - 1 + np.arange(rows)
+            predictions = evaluator.predict(params, table, row_R, arrays, line_R)
             shown = zip(numbered, predictions, row_R, strict=False)
             for (number, text), prediction, row in shown:
                 inputs = {"inputs_pretokenized": text}

@@ -131,6 +131,19 @@ def test_an_unseen_task_is_answered_as_eval_answers_it(routed, rows, tmp_path, m
     assert said["file"] != said["mean"]
 
 
+def test_equal_lines_have_samples_of_their_own(dense, tmp_path, monkeypatch):
+    """Also those at the same place in different batches."""
+    given = {
+        "MODEL_DIR": str(dense), "infer.task": "toy_copy", "infer.output": str(tmp_path / "out"),
+        "RunConfig.eval_batch_rows": 4, "DecodingConfig.sample": True,
+    }  # fmt: skip
+    monkeypatch.setattr("sys.stdin", stdin(b"a b c\n" * 16))
+    gin_files.parse([], [f"{k} = {v!r}" for k, v in given.items()], [], from_model_dir=True)
+    infer.infer(build(Config), build(infer.InferConfig))
+    found = [line["prediction"] for line in files.read_jsonl(tmp_path / "out")]
+    assert len(set(found)) > 12
+
+
 @pytest.mark.parametrize("unseen", ["nearest", "description", "weighted", "input"])
 def test_an_unseen_task_takes_routes_of_tasks_that_it_resembles(
     unseen, routed, tmp_path, monkeypatch, capsys

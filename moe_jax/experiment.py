@@ -24,6 +24,7 @@ from moe_jax.experiments.plan import Plan
 from moe_jax.experiments.results import RESULTS, text_tables, write_results
 from moe_jax.experiments.stages import clock, run_stages
 from moe_jax.report.build import report
+from moe_jax.report.names import named
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import RunConfig
 
@@ -60,14 +61,15 @@ def _experiment(root: Path, settings: ExperimentConfig) -> None:
             # Also the results so far, while later seeds are made.
             results = write_results(plan, seeds)
     first = seeds[0]
-    names = [DENSE]
+    runs, model = {named(DENSE): plan.place(first, DENSE)}, None
     if ROUTED in plan.arms:
-        names += [f"{ROUTED}_stage1", ROUTED] if settings.stage2 else [ROUTED]
+        model = named(ROUTED)
+        if settings.stage2:
+            runs[f"{model} stage 1"] = plan.place(first, f"{ROUTED}_stage1")
+        runs[model] = plan.place(first, ROUTED)
     made = report(
-        root / "report", {name: plan.place(first, name) for name in names},
-        plan.place(first, "few_shot"), model=ROUTED if ROUTED in names else None,
-        experiment=results,
-    )  # fmt: skip
+        root / "report", runs, plan.place(first, "few_shot"), model=model, experiment=results
+    )
     print("\n" + "\n".join(text_tables(results)))
     print("Results:")
     for finding in made.findings:

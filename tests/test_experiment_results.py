@@ -74,6 +74,7 @@ def test_results_are_those_computed_by_hand(plan, tmp_path):
     assert result["comparisons"]["training_tasks"]["dense"]["tasks"] == 3
     tables = "".join(text_tables(result))
     assert tables.count("minus dense") == 3 and "+0.100" in tables
+    assert tables.count("\nmixture of experts") == 3 and tables.count("\ndirect fine-tuning") == 1
 
 
 def test_the_report_has_all_arms(plan, tmp_path):
@@ -81,11 +82,17 @@ def test_the_report_has_all_arms(plan, tmp_path):
     runs = {arm: plan.place(1, arm) for arm in ARMS[1:]}
     made = build.report(tmp_path / "page", runs, experiment=result)
     stored = files.read_json(tmp_path / RESULTS)["comparisons"]
-    assert files.read_json(tmp_path / "page/report.json")["arms"] == stored
-    assert any(f.startswith("Few-shot scores on unseen tasks: routed against dense +0.100 (")
-               for f in made.findings)  # fmt: skip
+    shown = files.read_json(tmp_path / "page/report.json")["arms"]
+    names = {"direct": "direct fine-tuning", "routed": "mixture of experts"}
+    for measure, of_base in stored.items():
+        assert list(shown[measure]) == [names.get(base, base) for base in of_base]
+        for base, found in of_base.items():
+            as_shown = shown[measure][names.get(base, base)]
+            assert as_shown["arms"] == {names.get(a, a): g for a, g in found["arms"].items()}
+    assert any(f.startswith("Few-shot scores on unseen tasks: mixture of experts against dense"
+                            " +0.100 (") for f in made.findings)  # fmt: skip
     page = made.page.read_text()
     assert "All arms" in page and "minus random" in page and "+25.0 %" in page
     # Of one seed, other sections have these findings.
     made = build.report(tmp_path / "one", runs, experiment=write_results(plan, (1,)))
-    assert not any("routed against dense" in f for f in made.findings)
+    assert not any("against dense" in f for f in made.findings)

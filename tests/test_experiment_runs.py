@@ -57,7 +57,7 @@ def test_all_arms_are_made_scored_and_compared(tmp_path):
     assert {row["arm"] for row in results["scores"]["few_shot"]} == set(ARMS)
     assert {row["arm"] for row in results["scores"]["zero_shot"]} == set(models)
     assert {row["task"] for row in results["scores"]["training_tasks"]} == {"toy_copy", "toy_sum"}
-    assert files.read_json(root / "report/report.json")["model"] == "routed"
+    assert files.read_json(root / "report/report.json")["model"] == "mixture of experts"
     # The ontology's two categories are the oracle's experts, in both layers.
     routes = files.read_json(root / "seed_5/oracle/routes.json")["tasks"]
     assert (

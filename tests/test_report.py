@@ -131,10 +131,23 @@ def test_whole_report(tmp_path, tasks, layers, experts, seeds):
     lines = list(files.read_jsonl(runs["moe"] / "eval/test/scores.jsonl"))
     mean = numbers["scores"]["test"]["mean"]["moe"]
     assert mean == pytest.approx(np.mean([line["score"] for line in lines]))
-    assert numbers["adaptation"]["starts"]["moe"]["no_relative_gain"] == ["unseen_3"]
-    assert (numbers["adaptation"]["starts"]["moe"]["ci95"] is None) == (seeds == 1)
-    over_dense = numbers["adaptation"]["over_dense"]["arms"]["moe"]["difference"]["value"]
-    assert any(s.startswith(f"moe minus dense: {over_dense:+.3f} (") for s in made.findings)
+    mixture = numbers["adaptation"]["starts"]["mixture of experts"]
+    assert mixture["no_relative_gain"] == ["unseen_3"]
+    assert (mixture["ci95"] is None) == (seeds == 1)
+    over_dense = numbers["adaptation"]["over_dense"]["arms"]["mixture of experts"]["difference"]
+    start = f"mixture of experts minus dense: {over_dense['value']:+.3f} ("
+    assert any(sentence.startswith(start) for sentence in made.findings)
+    assert "untrained" not in page.text
+    # A bar reaches from the lowest to the highest seed, and so is within the scores.
+    rows = [row for row in files.read_jsonl(finetune / "runs.jsonl") if row["task"] == "unseen_0"]
+    for series, start in zip(
+        drawings(made.page.read_text())["few-shot scores"]["series"],
+        ("untrained", "dense", "moe"), strict=True,
+    ):  # fmt: skip
+        of_start = [row["test_score"] for row in rows if row["start"] == start]
+        scores = [max(pair) for pair in zip(of_start[::2], of_start[1::2], strict=True)]  # on dev
+        ends = (None, None) if seeds == 1 else (min(scores), max(scores))
+        assert (series["low"][0], series["high"][0]) == ends
 
 
 def test_missing_pieces_are_left_out_with_a_sentence(tmp_path):
@@ -160,7 +173,10 @@ def test_missing_pieces_are_left_out_with_a_sentence(tmp_path):
     rows = list(files.read_jsonl(make_finetune(tmp_path / "f", 2) / "runs.jsonl"))
     files.write_jsonl(tmp_path / "f" / "runs.jsonl", rows[:-4])
     page = read_page(report(tmp_path / "c", {}, tmp_path / "f").page)
-    assert "Relative gains are left out: task 'unseen_1', start 'moe' lacks seed 1, 2." in page.text
+    assert (
+        "Relative gains are left out: task 'unseen_1', start 'mixture of experts' lacks seed 1, 2."
+        in page.text
+    )
 
 
 def test_disabling_stands_beside_the_correlation(tmp_path):
@@ -222,9 +238,11 @@ def test_few_shot_tasks_that_lose_need_an_interval(tmp_path):
         if row["start"] == "moe" and row["task"] == "unseen_0":
             row["test_score"] -= 0.3
     files.write_jsonl(made / "runs.jsonl", rows)
-    report(tmp_path / "report", {}, made)
+    findings = report(tmp_path / "report", {}, made).findings
     found = files.read_json(tmp_path / "report" / "report.json")["transfer"]["few-shot"]
-    assert found["moe"] == {"losing": ["unseen_0"], "clearly": ["unseen_0"]}
+    assert found["mixture of experts"] == {"losing": ["unseen_0"], "clearly": ["unseen_0"]}
+    sentence = "Few-shot, mixture of experts scores lower than direct fine-tuning on 1 of 3 unseen"
+    assert any(finding.startswith(sentence) for finding in findings)
     assert found["dense"]["clearly"] == []
 
 

@@ -20,11 +20,11 @@ class Arm:
 
     Attributes:
         what: what it is, in a few words.
-        made: how its model comes to be: `trained` by a run's gin file, `derived` from the routed
-            model without training, or `untrained`, which is only adapted.
+        made: how its model comes to be: `trained` by a run's gin file, `derived` from the mixture
+            without training, or `untrained`, which is only adapted.
         dense: it is one plain model, without routes.
         given: where its tasks' routes come from, if the router does not learn them: `planted` by
-            the ontology, `drawn` at random, or `exchanged` among the tasks of the routed model.
+            the ontology, `drawn` at random, or `exchanged` among the mixture's tasks.
     """
 
     what: str
@@ -34,7 +34,7 @@ class Arm:
 
     @property
     def route_of_new(self) -> bool:
-        """A new task's route is given as well; otherwise it is found as in the routed model."""
+        """A new task's route is given as well; otherwise it is found as in the mixture."""
         return self.given in ("planted", "exchanged")
 
 
@@ -44,13 +44,11 @@ ARMS: dict[str, Arm] = {
     ROUTED: Arm("the mixture of experts, which learns its routes", "trained", False),
     ORACLE: Arm("the routes that the ontology gives", "trained", False, "planted"),
     RANDOM: Arm("a random route for each training task", "trained", False, "drawn"),
-    "average": Arm("the routed model's experts averaged into one", "derived", True),
-    "shuffled": Arm(
-        "the routed model, tasks on each other's routes", "derived", False, "exchanged"
-    ),
-    COMPUTE: Arm("dense, with the training compute of the routed model", "trained", True),
+    "average": Arm("the mixture's experts averaged into one", "derived", True),
+    "shuffled": Arm("the mixture, tasks on each other's routes", "derived", False, "exchanged"),
+    COMPUTE: Arm("dense, with the training compute of the mixture", "trained", True),
     DESCRIBED: Arm("dense, with each task's description in its inputs", "trained", True),
-    PARAMETERS: Arm("dense, with as many parameters as the routed model", "trained", True),
+    PARAMETERS: Arm("dense, with as many parameters as the mixture", "trained", True),
 }
 
 

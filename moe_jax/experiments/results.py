@@ -21,6 +21,7 @@ from moe_jax.experiments.arms import (
 from moe_jax.experiments.plan import SPLIT, Plan
 from moe_jax.report import cluster_sections, expert_sections, inputs, statistics
 from moe_jax.report.arm_sections import MEASURES
+from moe_jax.report.names import named
 from moe_jax.unseen.adaptation import RUNS
 
 RESULTS = "results.json"
@@ -34,7 +35,7 @@ def write_results(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
     Returns:
         `seeds`; `arms` {arm: what it is}; `comparisons` {measure: {baseline: the value of
         `paired.compare`}}; `scores` {measure: rows of `paired.compare`}; `routes` {seed: how far
-        the routed model's routes agree with the ontology}; `experts` {seed: what each expert is
+        the mixture's routes agree with the ontology}; `experts` {seed: what each expert is
         for}. A few-shot score is the mean over the few-shot samples, so that a seed is one of the
         model.
     """
@@ -65,9 +66,10 @@ def write_results(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def text_tables(result: Mapping[str, Any]) -> Iterator[str]:
-    """A table for each measure, with the dense model as the baseline."""
+    """A table for each measure, with the dense model as the baseline; names as in the report."""
     for measure, rows in result["scores"].items():
-        yield f"{MEASURES[measure]}\n\n{paired.text_table(paired.compare(rows, DENSE))}"
+        rows = [row | {"arm": named(row["arm"])} for row in rows]
+        yield f"{MEASURES[measure]}\n\n{paired.text_table(paired.compare(rows, named(DENSE)))}"
 
 
 def _comparisons(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Sizes:
         wanted = self.parameters(other)
         if wanted < least:
             raise UserError(
-                f"no dense model has as few parameters as the routed one: {wanted:,}, at least"
+                f"no dense model has as few parameters as the mixture: {wanted:,}, at least"
                 f" {least:,}"
             )
         return _MULTIPLE * (1 + round((wanted - least) / each))

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="the run that the page is about (default: the last with routes)",
+        help="the run that the page is about (default: the last with routes over several experts)",
     )
     parser.add_argument(
         "--single", metavar="DIR", help="directory of runs of one task each, to compare with"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.evaluation.gains import count, percent
-from moe_jax.report import page
+from moe_jax.report import names, page
 from moe_jax.report.sections import Section
 
 MEASURES = {
@@ -12,8 +12,6 @@ MEASURES = {
     "zero_shot": "Zero-shot scores on unseen tasks",
     "training_tasks": "Scores on the training tasks",
 }
-# The arm that the findings are about.
-_ABOUT = "routed"
 
 
 def arms(results: Mapping[str, Any]) -> Section:
@@ -22,9 +20,16 @@ def arms(results: Mapping[str, Any]) -> Section:
     Args:
         results: the value of an experiment's results.json.
     """
-    result = Section("arms", "All arms", numbers=results["comparisons"])
+    comparisons = {
+        measure: {names.named(base): names.comparison(found) for base, found in of_base.items()}
+        for measure, of_base in results["comparisons"].items()
+    }
+    result = Section("arms", "All arms", numbers=comparisons)
     seeds = [str(seed) for seed in results["seeds"]]
-    result.table(page.texts("arm", "what it is", wide=True), list(results["arms"].items()))
+    result.table(
+        page.texts("arm", "what it is", wide=True),
+        [(names.named(arm), what) for arm, what in results["arms"].items()],
+    )
     result.explain(
         f"{count(len(seeds), 'model seed')}: {', '.join(seeds)}. Differences are paired by"
         " task and seed; few-shot samples are averaged first. In brackets are 95 % intervals,"
@@ -33,15 +38,15 @@ def arms(results: Mapping[str, Any]) -> Section:
     )
     for measure, title in MEASURES.items():
         result.add(page.heading(title))
-        for baseline, comparison in results["comparisons"].get(measure, {}).items():
+        for baseline, comparison in comparisons.get(measure, {}).items():
             result.add(_table(baseline, comparison))
     for measure in ("few_shot", "zero_shot"):
-        for baseline, comparison in results["comparisons"].get(measure, {}).items():
-            gain = comparison["arms"].get(_ABOUT)
+        for baseline, comparison in comparisons.get(measure, {}).items():
+            gain = comparison["arms"].get(names.MIXTURE)
             # Of one seed, the other sections say it already.
             if gain is not None and len(seeds) > 1 and gain["relative"] is not None:
                 result.findings.append(
-                    f"{MEASURES[measure]}: {_ABOUT} against {baseline}"
+                    f"{MEASURES[measure]}: {names.MIXTURE} against {baseline}"
                     f" {gain['difference']['value']:+.3f}"
                     f"{_range(gain['difference'], '{:+.3f}'.format)}, relative"
                     f" {percent(gain['relative']['value'])}{_range(gain['relative'], percent)},"

@@ -161,17 +161,14 @@ function heatmap(figure, spec) {
   return draw;
 }
 
-// A row of dots for each label, one dot per series, with intervals where there are some.
+// A row of dots for each label, one dot per series, with ranges where there are some.
 function dots(figure, spec) {
   const plot = document.createElement('div');
   plot.className = 'scroll plot';
   figure.prepend(legend(spec.series), plot);
-  // An interval of few seeds may be so long that nothing else would be seen: it is cut off.
-  const values = spec.series.flatMap(s => s.values).filter(v => v !== null);
-  const ends = spec.series.flatMap(s => [...s.low, ...s.high]).filter(v => v !== null);
-  const least = Math.min(0, ...values), most = Math.max(1, ...values);
-  const low = Math.max(Math.min(least, ...ends), least - (most - least) / 4);
-  const high = Math.min(Math.max(most, ...ends), most + (most - least) / 4);
+  const values = spec.series.flatMap(s => [...s.values, ...s.low, ...s.high])
+    .filter(v => v !== null);
+  const low = Math.min(0, ...values), high = Math.max(1, ...values);
   explain(plot, i => {
     const series = spec.series[Math.floor(i / spec.rows.length)], r = i % spec.rows.length;
     const between = series.low[r] === null || series.low[r] === undefined ? '' :
@@ -183,8 +180,7 @@ function dots(figure, spec) {
     const characters = Math.min(narrow ? 24 : 44, Math.max(...spec.rows.map(r => r.length)));
     const left = 6.2 * characters + 8, width = Math.max(120, Math.min(640, room - left - 16));
     const height = 15, bottom = spec.rows.length * height + 6;
-    const x = v => left + 6 +
-      (width - 12) * (Math.min(high, Math.max(low, v)) - low) / (high - low || 1);
+    const x = v => left + 6 + (width - 12) * (v - low) / (high - low);
     const out = ticks(low, high, width / 70).map(t => `<line x1="${x(t)}" x2="${x(t)}" y1="0" y2="${
       bottom}" class="${t ? 'grid' : 'rule'}"/><text x="${x(t)}" y="${bottom + 13}" ` +
       `text-anchor="middle">${+t.toFixed(6)}</text>`);

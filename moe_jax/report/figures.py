@@ -97,7 +97,7 @@ def dots(
     intervals: Mapping[str, Sequence[Sequence[float] | None]] | None = None,
     links: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A row for each name, a dot for each series, and a bar for its interval if there is one.
+    """A row for each name, a dot for each series, and a bar for its range if there is one.
 
     The axis reaches at least from 0 to 1.
 

@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax.core.errors import UserError
 from moe_jax.evaluation import gains as gain
 from moe_jax.evaluation import paired
-from moe_jax.report import figures, page
+from moe_jax.report import figures, names, page
 from moe_jax.report.inputs import Run
 from moe_jax.report.page import Link
 from moe_jax.report.sections import Section, clearly_best
@@ -22,7 +22,8 @@ def adaptation(rows: list[dict] | None) -> Section:
         result.lack("No fine-tuning runs were given, so there are no relative gains.")
         return result
     try:
-        gains = gain.relative_gains(rows)
+        rows = [row | {"start": names.named(row["start"])} for row in rows]
+        gains = gain.relative_gains(rows, names.DIRECT)
         over_dense = paired.compare(gain.score_rows(gains))
     except UserError as e:
         result.lack(f"Relative gains are left out: {e}.")
@@ -69,11 +70,10 @@ def adaptation(rows: list[dict] | None) -> Section:
             {s: [cells[s]["mean"] for cells in gains["tasks"].values()] for s in starts},
             title="Few-shot score of every unseen task",
             intervals={
-                s: [gain.t_interval(_seeds(cells[s])) for cells in gains["tasks"].values()]
-                for s in starts
+                s: [_ends(_seeds(cells[s])) for cells in gains["tasks"].values()] for s in starts
             },
         ),
-        "Bars are 95 % intervals over seeds.",
+        "Bars reach from the lowest to the highest seed.",
     )
     rows_, bold = [], []
     for task, cells in gains["tasks"].items():
@@ -190,14 +190,18 @@ def _against_direct(result: Section, start: str, gains: Mapping[str, Any]) -> No
     result.numbers.setdefault("few-shot", {})[start] = {"losing": losing, "clearly": clearly}
     named = f" ({', '.join(clearly)})" if clearly else ""
     result.find(
-        f"Few-shot, {len(losing)} of {gain.count(len(gains['tasks']), 'unseen task')} score lower "
-        f"from {start} than by direct fine-tuning, {len(clearly)} of them with an interval over "
-        f"seeds below 0{named}."
+        f"Few-shot, {start} scores lower than {gains['baseline']} on {len(losing)} of "
+        f"{gain.count(len(gains['tasks']), 'unseen task')}, on {len(clearly)} of them with an "
+        f"interval over seeds below 0{named}."
     )
 
 
 def _seeds(cell: Mapping[str, Any]) -> list[float]:
     return list(cell["per_seed"].values())
+
+
+def _ends(values: list[float]) -> list[float] | None:
+    return [min(values), max(values)] if len(values) > 1 else None
 
 
 def _range(interval: list[float] | None) -> str | None:

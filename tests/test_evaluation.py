@@ -15,6 +15,7 @@ from toy_run import EOS, PAD, START, pack_rows, stack_groups, tiny_model
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
+from moe_jax.decoding.search import DecodingConfig
 from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
 from moe_jax.evaluation.scores import (
     TaskScore,
@@ -82,6 +83,15 @@ def learned():
 def evaluator(learned):
     model, _, _, mesh = learned
     return Evaluator(model, Tokens(), {"inputs": 6, "targets": 6}, 5, mesh)
+
+
+@pytest.mark.parametrize("name", ["forced_bos_id", "forced_eos_id"])
+def test_a_forced_token_is_in_the_vocabulary(name, learned):
+    model, _, _, mesh = learned
+    lengths, size = {"inputs": 6, "targets": 6}, model.config.vocabulary_size
+    Evaluator(model, Tokens(), lengths, 5, mesh, DecodingConfig(**{name: size - 1}))
+    with pytest.raises(UserError, match=f"{name} is {size}, but the vocabulary has {size} tokens"):
+        Evaluator(model, Tokens(), lengths, 5, mesh, DecodingConfig(**{name: size}))
 
 
 def test_the_loss_falls_from_chance_to_nothing(learned):

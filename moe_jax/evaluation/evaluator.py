@@ -43,7 +43,8 @@ class Evaluator:
         decoding: how answers are decoded; greedy if None.
 
     Raises:
-        UserError: inputs or answers are longer than the model's positions.
+        UserError: inputs or answers are longer than the model's positions, or a forced token is
+            not in its vocabulary.
     """
 
     def __init__(
@@ -63,6 +64,12 @@ class Evaluator:
         self.choice_length_penalty = decoding.choice_length_penalty
         self.length = length = decoding.max_length or lengths["targets"]
         model.config.check_lengths(**lengths, answers=length)
+        for name in ("forced_bos_id", "forced_eos_id"):
+            token, size = getattr(decoding, name), model.config.vocabulary_size
+            if token is not None and token >= size:
+                raise UserError(
+                    f"DecodingConfig.{name} is {token}, but the vocabulary has {size} tokens"
+                )
         self.ids = ids = DecodingIds(
             vocabulary.decoder_start_id, vocabulary.eos_id, vocabulary.pad_id
         )

@@ -65,8 +65,8 @@ def test_runs_that_dev_did_not_choose_need_no_test_score():
 
 def test_against_second_implementation():
     rng = np.random.default_rng(0)
-    tasks, seeds, starts = ["a", "b", "c"], [13, 21, 42, 87], ["untrained", "dense", "moe"]
-    score = rng.uniform(0.2, 0.9, (3, 3, 4))
+    tasks, seeds, starts = list("abcdef"), [13, 21, 42, 87], ["untrained", "dense", "moe"]
+    score = rng.uniform(0.2, 0.9, (6, 3, 4))
     rows = [
         row(task, start, seed, score[t, s, k])
         for t, task in enumerate(tasks)
@@ -81,7 +81,7 @@ def test_against_second_implementation():
         assert found["median"] == pytest.approx(np.median(of_task))
         assert found["mean_difference"] == pytest.approx((score[:, s] - score[:, 0]).mean())
         per_seed = [
-            np.mean([(score[t, s, k] - score[t, 0, k]) / score[t, 0].mean() for t in range(3)])
+            np.mean([(score[t, s, k] - score[t, 0, k]) / score[t, 0].mean() for t in range(6)])
             for k in range(4)
         ]
         assert list(found["per_seed"]) == ["13", "21", "42", "87"]
@@ -96,6 +96,13 @@ def test_against_second_implementation():
     assert difference["arg"] == pytest.approx(
         gains["starts"]["moe"]["arg"] - gains["starts"]["dense"]["arg"]
     )
+
+
+def test_few_tasks_have_no_interval():
+    """Of two to five that are as often better as worse, a bootstrap would exclude 0 too often."""
+    assert gain.bootstrap_interval([0.1, 0.2, 0.1, 0.2, 0.1]) is None
+    low, high = gain.bootstrap_interval([0.1, 0.2, 0.1, 0.2, 0.1, 0.2])
+    assert 0.1 <= low < 0.15 < high <= 0.2
 
 
 def test_grid_point_is_chosen_on_dev_and_the_first_of_equals():

@@ -31,6 +31,10 @@ from moe_jax.core.errors import UserError, nearest, shown
 # which would outweigh all other tasks of an average.
 NEAR_ZERO = 0.05
 
+# Of five values, all have one sign by chance in 6 % of cases: no interval of theirs that excludes 0
+# is one of 95 %.
+FEWEST = 6
+
 _KEYS = {
     "task": str,
     "metric": str,
@@ -70,9 +74,9 @@ def relative_gains(rows: Iterable[Mapping[str, Any]], baseline: str = "untrained
     Returns:
         The value of arg.json: `baseline`, `seeds`, `metrics` {task: metric}, `starts` {start:
         `arg`, `ci95` (t interval over seeds; None with one seed), `ci95_tasks` (bootstrap over
-        tasks; None with one task), `per_seed`, `median`, `mean_difference` (of scores, over all
-        tasks), `tasks` (how many count), `no_relative_gain` (names)}, `differences` (ARG of a
-        later start minus that of an earlier one: `arg`, `ci95`, `per_seed`) and `tasks` {task:
+        tasks; None with fewer than `FEWEST`), `per_seed`, `median`, `mean_difference` (of scores,
+        over all tasks), `tasks` (how many count), `no_relative_gain` (names)}, `differences` (ARG
+        of a later start minus that of an earlier one: `arg`, `ci95`, `per_seed`) and `tasks` {task:
         {start: `mean`, `std` (None with one seed), `per_seed`, `selected`, `relative_gain`}}. Gains
         are fractions (0.026 is 2.6 %); `relative_gain` is None if undefined.
 
@@ -163,9 +167,9 @@ def t_interval(values_K) -> list[float] | None:
 
 
 def bootstrap_interval(values_T, samples: int = 5000, seed: int = 0) -> list[float] | None:
-    """95 % percentile bootstrap interval of the mean of [T] floats; None when T < 2."""
+    """95 % percentile bootstrap interval of the mean of [T] floats; None when T < `FEWEST`."""
     values_T = np.asarray(values_T, np.float64)
-    if len(values_T) < 2:
+    if len(values_T) < FEWEST:
         return None
     draws = np.random.default_rng(seed).integers(0, len(values_T), (samples, len(values_T)))
     return [float(x) for x in np.percentile(values_T[draws].mean(-1), [2.5, 97.5])]

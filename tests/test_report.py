@@ -309,6 +309,17 @@ def test_equal_routes_are_reported_honestly(tmp_path):
     read_page(made.page)
 
 
+@pytest.mark.parametrize("wrong", [{"examples": None}, {"category": ["x"]}])
+def test_a_file_of_disabling_is_checked(tmp_path, wrong):
+    run = make_run(tmp_path / "run", ontology(12))
+    make_disabling(run)
+    value = files.read_json(run / "eval" / "test" / "disabling.json")
+    next(iter(value["tasks"].values())).update(wrong)
+    files.write_json(run / "eval" / "test" / "disabling.json", value)
+    with pytest.raises(UserError, match=r"disabling\.json: category or examples of"):
+        report(tmp_path / "report", {"run": run}, permutations=5)
+
+
 def test_disabling_without_categories_says_so(tmp_path):
     run = make_run(tmp_path / "run", ontology(12))
     make_disabling(run)

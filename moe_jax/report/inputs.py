@@ -130,6 +130,9 @@ def read_disabling(path: Path) -> dict[str, dict[str, Any]]:
                 losses = np.asarray([row["loss"], *np.ravel(row["without"])], np.float64)
                 if np.shape(row["without"]) != shape or not np.isfinite(losses).all():
                     raise UserError(f"{file}: the losses of {task!r} are not {shape} numbers")
+                texts = [row.get(level) or "" for level in ("category", "subcategory")]
+                if not _are(str, texts) or type(row["examples"]) is not int:
+                    raise UserError(f"{file}: category or examples of {task!r} are of another kind")
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
             raise UserError(f"{file}: not a file of disabling: {type(e).__name__} {e}") from e
         result[file.parent.name] = value

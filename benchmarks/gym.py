@@ -2,16 +2,14 @@
 
 import os
 from pathlib import Path
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from typing import TYPE_CHECKING
 
 from benchmarks.common import CACHE
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
-from moe_jax.data.cache import PreparedMixture, digest, read_mixture
-from moe_jax.data.prepared import ensure_prepared
-from moe_jax.data.request import Request
-from moe_jax.data.vocabulary import VocabularyConfig
+
+if TYPE_CHECKING:
+    from moe_jax.data.cache import PreparedMixture
 
 MIXTURE = "crossfit_train"
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "gym" / "crossfit"
@@ -27,7 +25,7 @@ def add_flags(arguments) -> None:
     )
 
 
-def mixture(crossfit_dir: str, cache_dir: str, vocabulary_size: int) -> PreparedMixture:
+def mixture(crossfit_dir: str, cache_dir: str, vocabulary_size: int) -> "PreparedMixture":
     """The few-shot training mixture; prepared if it is not in `cache_dir`.
 
     Without a CrossFit directory, a prepared mixture in `cache_dir` is used.
@@ -35,6 +33,12 @@ def mixture(crossfit_dir: str, cache_dir: str, vocabulary_size: int) -> Prepared
     Raises:
         UserError: there is neither.
     """
+    # Here, because a benchmark that has flags for data may run where none can be read.
+    from moe_jax.data.cache import digest, read_mixture
+    from moe_jax.data.prepared import ensure_prepared
+    from moe_jax.data.request import Request
+    from moe_jax.data.vocabulary import VocabularyConfig
+
     directory = Path(crossfit_dir)
     if not directory.is_dir():
         prepared = sorted(Path(cache_dir, str(vocabulary_size)).glob(f"mixtures/{MIXTURE}-*.json"))
@@ -58,6 +62,8 @@ def mixture(crossfit_dir: str, cache_dir: str, vocabulary_size: int) -> Prepared
 
 def _train(directory: Path, out: Path, size: int) -> None:
     """A tokenizer like BART's, of all training files."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

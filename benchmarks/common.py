@@ -3,6 +3,8 @@
 import argparse
 import datetime
 import importlib.metadata
+import json
+import math
 import os
 import platform
 import sys
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.core import files
+from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, by_group, make_mesh
 from moe_jax.kernels import memory
@@ -134,9 +136,13 @@ def interleave(
 
 
 class Report:
-    """A benchmark's results: each is printed and written to the JSON as soon as it is there."""
+    """A benchmark's results: each is printed and written to the JSON as soon as it is there.
 
-    def __init__(self, name: str, args: argparse.Namespace):
+    Args:
+        again: continues the JSON of an earlier process, if it is there.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace, again: bool = False):
         self._json = args.json
         self._result: dict[str, Any] = {
             "benchmark": name,
@@ -145,6 +151,8 @@ class Report:
             "rows": [],
             "ratios": {},
         }
+        if again and (path := paths.parse(args.json)).exists():
+            self._result |= json.loads(path.read_text())
 
     def times(
         self,
@@ -152,21 +160,24 @@ class Report:
         rounds: int,
         prefix: str = "",
         clock: Callable[[], float] = time.perf_counter,
+        steps: int = 1,
         **facts: Any,
     ) -> dict[str, float]:
         """Rows of interleaved runs; the median of each.
 
         Args:
+            steps: that each run takes; times are those of one.
             facts: columns of the rows; `<unit>_per_run` gives a column `<unit>_per_s`.
         """
         medians = {}
         for name, seconds in interleave(runs, rounds, clock).items():
+            seconds = [s / steps for s in seconds]
             median = medians[name] = float(np.median(seconds))
             row = {"what": prefix + name, "median_s": median}
             row |= {"min_s": min(seconds), "max_s": max(seconds)}
             for key, value in facts.items():
                 unit = key.removesuffix("_per_run")
-                row |= {key: value} if unit == key else {f"{unit}_per_s": value / median}
+                row |= {key: value} if unit == key else {f"{unit}_per_s": value / median / steps}
             self._add(row)
         return medians
 
@@ -175,9 +186,20 @@ class Report:
         self._add({"what": what, **facts})
 
     def ratio(self, name: str, value: float) -> None:
-        """One entry of `ratios`."""
+        """One entry of `ratios`.
+
+        Raises:
+            FloatingPointError: it is not a number.
+        """
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value}")
         self._result["ratios"][name] = float(f"{value:.4g}")
         print(f"  {name}: {value:.4g}", flush=True)
+        self._save()
+
+    def case(self, name: str, state: str) -> None:
+        """What has become of a case."""
+        self._result.setdefault("cases", {})[name] = state
         self._save()
 
     def _add(self, row: dict[str, Any]) -> None:
@@ -192,21 +214,27 @@ class Report:
 
     def finish(self) -> None:
         """Prints all results as a table."""
-        result = self._result
-        print(f"\n{result['benchmark']} ({result['scale']})")
-        for key, value in result["machine"].items():
-            print(f"  {key}: {value}")
-        rows = [
-            {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-            for row in result["rows"]
-        ]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        widths = [max(len(c), *(len(row.get(c, "")) for row in rows)) for c in columns]
-        for row in [dict(zip(columns, columns, strict=True)), *rows]:
-            cells = (row.get(c, "").ljust(w) for c, w in zip(columns, widths, strict=True))
-            print("  ".join(cells).rstrip())
-        print("ratios")
-        for name, value in result["ratios"].items():
+        show(self._result)
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Prints a report's JSON as a table."""
+    print(f"\n{result['benchmark']} ({result['scale']})")
+    for key, value in result["machine"].items():
+        print(f"  {key}: {value}")
+    rows = [
+        {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+        for row in result["rows"]
+    ]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    widths = [max(len(c), *(len(row.get(c, "")) for row in rows)) for c in columns]
+    for row in [dict(zip(columns, columns, strict=True)), *rows]:
+        cells = (row.get(c, "").ljust(w) for c, w in zip(columns, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    for part in ("cases", "ratios"):
+        if part in result:
+            print(part)
+        for name, value in result.get(part, {}).items():
             print(f"  {name}: {value}")
 
 
@@ -238,12 +266,16 @@ def random_batch(
 
 
 class Training:
-    """A model, its state and its jitted step on one device; `run(batch)` does one step."""
+    """A model, its state and its jitted step on one device; `run(batch)` does one step.
 
-    def __init__(self, model: TaskMoE, step_config: StepConfig | None = None, lazy: bool = False):
+    Args:
+        settings: of OptimizerConfig.
+    """
+
+    def __init__(self, model: TaskMoE, step_config: StepConfig | None = None, **settings: Any):
         self.model = model
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        config = OptimizerConfig(lazy=lazy)
+        config = OptimizerConfig(**settings)
         self.rates = {k: jnp.float32(v) for k, v in config.learning_rates.items()}
         with jax.set_mesh(self.mesh):
             optimizer = make_optimizer(config)
@@ -260,12 +292,32 @@ class Training:
         """The batch on the device."""
         return jax.device_put(dict(batch), by_group(self.mesh))
 
-    def run(self, batch: Mapping[str, Any]) -> float:
-        """Runs one step to its end; returns the loss."""
+    def compile(self, batch: Mapping[str, Any], options: Any = None) -> dict[str, float]:
+        """Compiles the step for such a batch: the seconds that took, and GiB that the program takes
+        with its state, as XLA has planned them."""
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self.step(self.state, batch, self.rates)
+            begin = time.perf_counter()
+            self.step = self.step.lower(self.state, batch, self.rates).compile(options)
+            seconds = time.perf_counter() - begin
+        plan = self.step.memory_analysis()
+        new = plan.output_size_in_bytes - plan.alias_size_in_bytes
+        size = plan.argument_size_in_bytes + plan.temp_size_in_bytes + new
+        return {"compile_s": seconds, "program_gib": size / 2**30}
+
+    def run(self, batch: Mapping[str, Any], steps: int = 1) -> float:
+        """Runs steps to the end of the last; returns its loss.
+
+        Raises:
+            FloatingPointError: it is not a number.
+        """
+        with jax.set_mesh(self.mesh):
+            for _ in range(steps):
+                self.state, metrics = self.step(self.state, batch, self.rates)
             jax.block_until_ready(self.state)
-        return float(metrics["loss"])
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        return loss
 
 
 def real_tokens(batch: Mapping[str, np.ndarray]) -> int:

@@ -122,8 +122,14 @@ class TorchTraining:
             self.model.parameters(), lr=1e-5, weight_decay=0.01, fused=True
         )
 
-    def run(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> float:
-        """Runs one step to its end; returns the loss per target token."""
+    def run(self, batches: Sequence[Mapping[str, torch.Tensor]], steps: int = 1) -> float:
+        """Runs steps, each over all batches, to the end of the last; returns its loss per target
+        token."""
+        for _ in range(steps):
+            loss = self._step(batches)
+        return float(loss)
+
+    def _step(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         total = 0.0
         for batch in batches:
@@ -140,7 +146,7 @@ class TorchTraining:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(total)
+        return total
 
 
 def unpack(batch: Mapping[str, np.ndarray]) -> list[Example]:

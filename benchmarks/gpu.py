@@ -2,44 +2,59 @@
 
     python -m benchmarks.gpu [--quick] [--only NAME] [--limit_s SECONDS] [--json FILE]
 
-The cases run in the order of `CASES`. Every figure is printed and written to the file of --json as
-soon as it is there, and no case begins after the time limit (150 s with --quick, otherwise 480).
+The cases run in the order of `CASES`, in another process. Every figure is printed and written to
+the file of --json as soon as it is there. A case that fails, or takes over two thirds of the time
+limit, loses no other (`cases`). At the limit all ends: 140 s with --quick, otherwise 470. Programs
+are compiled anew, unless JAX_COMPILATION_CACHE_DIR names a directory that keeps them.
 
 `mfu_<model>` is the share of the measured peak of a bfloat16 matrix product that the step's
 multiplications (three times those of the forward pass; attention and logits counted,
-recomputation and dropout not) amount to. `dense_to_torch_<model>` is time over time; PyTorch runs
-under bfloat16 autocast with `torch.compile` and SDPA. `routed_to_dense_E<n>` compares steps with
-8,192 tokens per group: 4 groups with 3 experts; with 24 experts, which AdamW updates whatever the
-batch is, 32 groups and, as `routed_to_dense_E24_4_groups`, 4. `cublas_to_all_<model>` is the time
-of the dense step if all matrix products are cuBLAS's, over that with XLA's choice of these and
-Triton's. `fused_to_plain_error` is about 1 if fused attention is right (`agreement`).
+recomputation and dropout not) amount to. `compile_s_<model>` is the time of tracing and compiling
+its step. `bart_large` is a loop over layers, `bart_large_unrolled` is none; `bart_base` is
+unrolled. `dense_to_torch_<model>` is time over time; PyTorch runs under bfloat16 autocast with
+`torch.compile` and SDPA. `tiny_step_ms` is of `models/tiny.gin` in stage 1 of the skills gym.
+`gib_64_rows` is what a step of `bart_large` with 64 rows takes with its state, once it has run.
+`routed_to_dense_E<n>` compares steps with 8,192 tokens per group: 4 groups with 3 experts; with 24
+experts, which AdamW updates whatever the batch is, 32 groups and, as
+`routed_to_dense_E24_4_groups`, 4. `cublas_to_all_<model>` is the time of the dense step if all
+matrix products are cuBLAS's, over that with XLA's choice of these and Triton's.
+`fused_to_plain_error` is about 1 if fused attention is right (`agreement`).
 The case `mixture` reads a prepared cache: make it with `python -m benchmarks.training --quick`, and
 copy its directory to the GPU machine.
 
-Needs no network, and of the project's dependencies only jax, flax, optax, orbax, torch and
-transformers, and the small wheels absl-py, array-record, gin-config, grain, sentencepiece and
-tokenizers.
+Needs no network, and of the project's dependencies only jax, flax, optax, and the small wheels
+sentencepiece and tokenizers; `to_torch` and `decoding` need torch and transformers, and `mixture`
+these and orbax, absl-py, array-record, gin-config and grain.
 """
 
 import argparse
 import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-# PyTorch needs memory beside JAX.
+# PyTorch needs memory beside JAX, which may take 70 GiB of an H100's 79.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if not any(
+    name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+):
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.885"
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import decoding, gym, routing, training
+from benchmarks import gym, routing
+from benchmarks.cases import run_cases, supervise
 from benchmarks.common import Report, Training, build, parse, parser, random_batch, run
-from moe_jax.core.errors import UserError, say
-from moe_jax.model.config import ModelConfig
+from moe_jax.core import paths
+from moe_jax.core.errors import UserError
+from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import init_params
 from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.step import PRNG, StepConfig
@@ -49,7 +64,18 @@ FAST = {
     "dtype": "bfloat16", "kept_activations": "products", "vocabulary_multiple": 128,
     "attention": "fused",
 }  # fmt: skip
-LIMIT_S = {"tiny": 480, "quick": 150, "full": 480}
+# `models/tiny.gin` in `runs/skills_gym_stage1.gin`, but what it keeps and unrolls: a third fewer
+# kernels than in a loop over layers that computes activations again.
+GYM = {
+    "vocabulary_size": 1024, "d_model": 64, "d_ff": 256, "heads": 4, "encoder_layers": 2,
+    "decoder_layers": 2, "max_positions": 256, "init_std": 0.08, "dropout_rate": 0.0, **FAST,
+    "kept_activations": "all", "unroll_layers": 2,
+}  # fmt: skip
+GYM_ROUTER = RouterConfig(
+    selection="argmax", experts_per_layer=1, hidden_dim=32, representation_dim=32
+)
+LIMIT_S = {"tiny": 1800, "quick": 140, "full": 470}
+STEPS = 5  # without waiting for each, as in training
 # case -> scale -> (model size, rows, input and target length)
 DENSE = {
     "bart_base": {
@@ -93,44 +119,46 @@ def peak(report: Report, args: argparse.Namespace) -> float:
     return result
 
 
-def dense(case: str) -> Callable[[Report, argparse.Namespace], None]:
-    """The case that measures a dense step of this size: its use of the peak, and how long the
-    first step took, which compiles."""
+def dense(case: str, unrolled: bool = False) -> Callable[[Report, argparse.Namespace], None]:
+    """The case that measures a dense step of this size: its use of the peak, and how long
+    compiling took."""
+    name = f"{case}_unrolled" if unrolled else case
 
     def measure(report: Report, args: argparse.Namespace) -> None:
         size, rows, lengths = DENSE[case][args.scale]
-        ours = dense_training(size)
+        ours = dense_training(size, unrolled)
         batch = ours.put(random_batch(ours.model, 1, rows, lengths))
-        begin = time.perf_counter()
-        ours.run(batch)
-        report.fact(f"{case}: first step, compilation included", s=time.perf_counter() - begin)
+        compiling = ours.compile(batch)
+        report.fact(f"dense {name}", **compiling)
+        report.ratio(f"compile_s_{name}", compiling["compile_s"])
         seconds = report.times(
-            {"jax": lambda: ours.run(batch)}, 2 * args.rounds, prefix=f"dense {case}, ", rows=rows,
-            lengths=lengths, tokens_per_run=rows * sum(lengths),
+            {"jax": partial(ours.run, batch, STEPS)}, 2 * args.rounds, prefix=f"dense {name}, ",
+            steps=STEPS, rows=rows, lengths=lengths, tokens_per_run=STEPS * rows * sum(lengths),
         )  # fmt: skip
         used = flops(ours.model.config, rows, lengths) / seconds["jax"] / peak(report, args)
-        report.ratio(f"mfu_{case}", used)
+        report.ratio(f"mfu_{name}", used)
 
     return measure
 
 
-def dense_training(size: str) -> Training:
-    """A dense model of this size, its layers unrolled: no loop copies what they keep."""
-    layers = build(size, 1).config.encoder_layers
-    return Training(build(size, 1, **FAST, unroll_layers=layers))
+def dense_training(size: str, unrolled: bool = False) -> Training:
+    """A dense model of this size.
+
+    Args:
+        unrolled: all layers are, also where the size has a loop over them.
+    """
+    config = build(size, 1).config
+    layers = config.encoder_layers if unrolled else config.unroll_layers
+    return Training(build(size, 1, **FAST | {"unroll_layers": layers}))
 
 
 def cublas(report: Report, args: argparse.Namespace) -> None:
     """The dense step without Triton's matrix products: XLA compiles and tries none of them, and
     adds biases in cuBLAS's."""
     size, rows, lengths = DENSE["bart_large"][args.scale]
-    every, only = dense_training(size), dense_training(size)
+    every, only = (dense_training(size, unrolled=True) for _ in range(2))
     batch = every.put(random_batch(every.model, 1, rows, lengths))
-    with jax.set_mesh(only.mesh):
-        lowered = only.step.lower(only.state, batch, only.rates)
-        begin = time.perf_counter()
-        only.step = lowered.compile({"xla_gpu_enable_triton_gemm": False})
-        report.fact("cuBLAS only: compiling", s=time.perf_counter() - begin)
+    report.fact("cuBLAS only", **only.compile(batch, {"xla_gpu_enable_triton_gemm": False}))
     seconds = report.times(
         {"all": partial(every.run, batch), "cuBLAS only": partial(only.run, batch)}, args.rounds,
         prefix="dense bart_large, products ", rows=rows, lengths=lengths,
@@ -149,8 +177,9 @@ def to_torch(report: Report, args: argparse.Namespace) -> None:
     theirs = torch.TorchTraining(torch.bart(ours.model.config), bfloat16=True, compiled=True)
     tensors = [torch.collate(torch.unpack(batch))]
     seconds = report.times(
-        {"jax": lambda: ours.run(on_device), "torch": lambda: theirs.run(tensors)}, args.rounds,
-        prefix="dense bart_base, ", rows=rows, lengths=lengths, tokens_per_run=rows * sum(lengths),
+        {"jax": partial(ours.run, on_device, STEPS), "torch": partial(theirs.run, tensors, STEPS)},
+        args.rounds, prefix="dense bart_base, ", steps=STEPS, rows=rows, lengths=lengths,
+        tokens_per_run=STEPS * rows * sum(lengths),
     )  # fmt: skip
     report.ratio("dense_to_torch_bart_base", seconds["jax"] / seconds["torch"])
 
@@ -167,18 +196,23 @@ def routed(experts: int, groups: int, key: str) -> Callable[[Report, argparse.Na
 
 def small_steps(report: Report, args: argparse.Namespace) -> None:
     """A step of a model that launches of kernels bound: `tiny`, as the skills gym trains it, its
-    groups one after the other and side by side."""
-    groups = 8
-    # A third fewer kernels than in a loop over layers that computes activations again.
-    model = build("tiny", 4, **FAST | {"kept_activations": "all", "unroll_layers": 2})
+    groups side by side and, without --quick, one after the other."""
+    groups, steps = 8, 4 * STEPS
+    small = {"encoder_layers": 1, "decoder_layers": 1} if args.scale == "tiny" else {}
+    model = build("tiny", 4, GYM_ROUTER, **GYM | small)
     batch = random_batch(model, groups, 2, (64, 24))
     runs = {}
-    for name, at_once in (("tiny", 1), ("tiny, groups side by side", groups)):
-        training = Training(model, StepConfig(groups_at_once=at_once))
-        runs[name] = partial(training.run, training.put(batch))
-    seconds = report.times(runs, 4 * args.rounds, experts=4, groups=groups, rows=2)
-    one_by_one, together = seconds.values()
-    report.ratio("side_by_side_to_loop_tiny", together / one_by_one)
+    for name, at_once in (("tiny", 0), ("tiny, one group at a time", 1)):
+        if at_once != 1 or args.scale != "quick":
+            config = StepConfig(label_smoothing=0.0, groups_at_once=at_once)
+            training = Training(model, config, shared_gradient=0.5)
+            runs[name] = partial(training.run, training.put(batch), steps)
+    seconds = report.times(
+        runs, 2 * args.rounds, steps=steps, experts=4, groups=groups, rows=2, lengths=(64, 24)
+    )
+    report.ratio("tiny_step_ms", 1e3 * seconds["tiny"])
+    if len(seconds) > 1:
+        report.ratio("side_by_side_to_loop_tiny", seconds["tiny"] / list(seconds.values())[1])
 
 
 def attention(report: Report, args: argparse.Namespace) -> None:
@@ -223,23 +257,29 @@ def agreement(report: Report, args: argparse.Namespace) -> None:
 
 
 def fits(report: Report, args: argparse.Namespace) -> None:
-    """The largest powers of two of rows that fit into memory."""
-    size, limit = ("tiny", 2) if args.scale == "tiny" else ("bart_large", 256)
-    training = Training(build(size, 1, **FAST))
-    rows = 1 if args.scale == "tiny" else 32
-    while rows <= limit:
+    """Whether 64 rows fit into the memory that JAX takes and, without --quick, how many more."""
+    size, first = ("tiny", 1) if args.scale == "tiny" else ("bart_large", 64)
+    for rows in (first, 2 * first, 4 * first)[: 1 if args.scale == "quick" else None]:
+        training = Training(build(size, 1, **FAST))
+        facts = {"model": size, "rows": rows, "lengths": (512, 512)}
         try:
-            training.run(training.put(random_batch(training.model, 1, rows, (512, 512))))
+            batch = training.put(random_batch(training.model, 1, rows, (512, 512)))
+            facts |= training.compile(batch)
+            training.run(batch)
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
-            break
-        report.fact("fits", model=size, rows=rows, lengths=(512, 512))
-        rows *= 2
+            return report.fact("does not fit", **facts)
+        report.fact("fits", **facts)
+        if rows == first:
+            report.ratio(f"gib_{rows}_rows", facts["program_gib"])
+        del training  # before the next one is made
 
 
 def mixture(report: Report, args: argparse.Namespace) -> None:
     """Steps on the real gym's mixture, against PyTorch and against one repeated batch."""
+    from benchmarks import training
+
     read, batches = training.read(args, report)
     shapes = training.ROW_SHAPES
     ours = training.on_mixture(
@@ -251,23 +291,27 @@ def mixture(report: Report, args: argparse.Namespace) -> None:
 
 def generation(report: Report, args: argparse.Namespace) -> None:
     """Decoding against `transformers`, and rows of several tasks against rows of one."""
+    from benchmarks import decoding
+
     decoding.against_generate(args, report, bfloat16=True)
     decoding.mixed_tasks(args, report, dtype="bfloat16")
 
 
+# First what --quick has time for.
 CASES: dict[str, Callable[[Report, argparse.Namespace], object]] = {
     "peak": peak,
     "bart_base": dense("bart_base"),
     "bart_large": dense("bart_large"),
     "tiny": small_steps,
+    "fits": fits,
     "routed_e3": routed(3, 4, "E3"),
     "to_torch": to_torch,
     "routed_e24": routed(24, 32, "E24"),
     "routed_e24_4_groups": routed(24, 4, "E24_4_groups"),
+    "bart_large_unrolled": dense("bart_large", unrolled=True),
     "cublas": cublas,
     "agreement": agreement,
     "attention": attention,
-    "fits": fits,
     "decoding": generation,
     "mixture": mixture,
 }
@@ -276,23 +320,21 @@ CASES: dict[str, Callable[[Report, argparse.Namespace], object]] = {
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--only", choices=CASES, action="append", help="repeatable")
-    arguments.add_argument("--limit_s", type=float, help="no case begins later than this")
+    arguments.add_argument("--limit_s", type=float, help="all ends then")
+    arguments.add_argument("--child", nargs="+", help="used internally: runs these cases here")
     gym.add_flags(arguments)
     args = parse(arguments)
-    if jax.default_backend() != "gpu" and args.scale != "tiny":
-        raise UserError("benchmarks.gpu needs a GPU; JAX finds " + jax.default_backend())
-    report, begin = Report("gpu", args), time.perf_counter()
-    limit = args.limit_s or LIMIT_S[args.scale]
-    for name in args.only or CASES:
-        if time.perf_counter() - begin > limit:
-            say(f"{name} and later cases are left out: {limit:.0f} s are over")
-            break
-        print(f"{name}, after {time.perf_counter() - begin:.0f} s", flush=True)
-        try:
-            CASES[name](report, args)
-        except (UserError, ImportError) as e:  # the other cases need neither data nor PyTorch
-            say(f"{name} is left out: {e}")
-    report.finish()
+    limit_s = args.limit_s or LIMIT_S[args.scale]
+    if args.child:
+        if jax.default_backend() != "gpu" and args.scale != "tiny":
+            raise UserError("benchmarks.gpu needs a GPU; JAX finds " + jax.default_backend())
+        cases = {name: partial(CASES[name], args=args) for name in args.child}
+        return run_cases(cases, Report("gpu", args, again=True), limit_s * 2 / 3)
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", directory)
+        json_file = paths.parse(args.json or Path(directory, "result.json"))
+        command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], f"--json={json_file}"]
+        supervise([*command, "--child"], args.only or list(CASES), json_file, limit_s)
 
 
 if __name__ == "__main__":

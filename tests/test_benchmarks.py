@@ -24,7 +24,8 @@ RATIOS = {
     "gpu": {
         "mfu_bart_base", "mfu_bart_large", "routed_to_dense_E3", "routed_to_dense_E24",
         "routed_to_dense_E24_4_groups", "cublas_to_all_bart_large", "fused_to_plain_attention",
-        "fused_to_plain_error", "side_by_side_to_loop_tiny",
+        "fused_to_plain_error", "side_by_side_to_loop_tiny", "tiny_step_ms", "gib_1_rows",
+        "compile_s_bart_base", "mfu_bart_large_unrolled",
     },
     "groups": {"side_by_side_to_loop_D32_T88_G2"},
     "memory": {"memory_E3_to_dense"},

@@ -70,6 +70,8 @@ def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     args.scale = "tiny" if args.tiny else "quick" if args.quick else "full"
     args.rounds = args.rounds or (5 if args.scale == "full" else 3)
     memory.run_in_main_thread()
+    # On a GPU, PyTorch and other processes need memory beside JAX.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

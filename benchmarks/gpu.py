@@ -37,13 +37,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# PyTorch needs memory beside JAX, which may take 70 GiB of an H100's 79.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-if not any(
-    name in os.environ for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-):
-    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.885"
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,6 +49,7 @@ from moe_jax.core import paths
 from moe_jax.core.errors import UserError
 from moe_jax.model.config import ModelConfig, RouterConfig
 from moe_jax.model.task_moe import init_params
+from moe_jax.planning.chips import fraction_variable
 from moe_jax.training.grouped_loss import group_loss
 from moe_jax.training.step import PRNG, StepConfig
 
@@ -332,6 +326,7 @@ def main() -> None:
         return run_cases(cases, Report("gpu", args, again=True), limit_s * 2 / 3)
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", directory)
+        os.environ.setdefault(fraction_variable(), "0.885")  # 70 GiB of an H100's 79
         json_file = paths.parse(args.json or Path(directory, "result.json"))
         command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], f"--json={json_file}"]
         supervise([*command, "--child"], args.only or list(CASES), json_file, limit_s)

@@ -7,6 +7,7 @@ rest.
 
 import faulthandler
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ def supervise(
     """
     begin, left, reason = time.monotonic(), list(names), f"{limit_s:.0f} s are over"
     json_file.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the other process, too
     while left and (remaining := limit_s - (time.monotonic() - begin)) > 0:
         try:
             code = subprocess.run([*command, *left], timeout=remaining, check=False).returncode

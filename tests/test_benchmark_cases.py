@@ -1,9 +1,11 @@
-"""`benchmarks.cases`: what a case does, the others run."""
+"""`benchmarks.cases`: whatever a case does, the others run."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -96,7 +98,27 @@ def test_a_limit_before_anything_began(tmp_path):
     assert found == {"cases": {"first": "0 s are over"}}
 
 
-def test_nothing_that_can_begin(tmp_path):
+def test_no_process_is_left_when_it_is_ended(tmp_path):
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(1000)"
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks.cases import supervise\n"
+        f"supervise([sys.executable, '-c', {child!r}], ['a'], Path({str(tmp_path / 'r')!r}), 1000)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.1)
+        assert parent.poll() is None
+    parent.terminate()
+    assert parent.wait() == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_nothing_that_can_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(SystemExit) as e:
         supervise([sys.executable, "-c", "exit(3)"], ["a", "b"], tmp_path / "result.json", 100)
     assert e.value.code == 3
@@ -116,8 +138,6 @@ def test_a_loss_that_is_not_a_number():
 
 
 def test_figures_are_of_single_steps(tmp_path):
-    import argparse
-
     report = Report("x", argparse.Namespace(json=None, scale="tiny"))
     clock = iter(range(1000)).__next__
     seconds = report.times({"a": lambda: None}, 3, clock=clock, steps=4, tokens_per_run=8)

@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.core.errors import UserError
 from moe_jax.kernels.attention import fused_attention
-from moe_jax.kernels.attention_form import MASKED, split
-from moe_jax.kernels.dropout import dropout
+from moe_jax.kernels.attention_form import split
 from moe_jax.kernels.softmax_attention import softmax_attention
 
 # Queries, keys and values: ([R, L, 3, H * D],) of self-attention; ([R, L_q, 1, H * D],
@@ -69,16 +68,8 @@ def attend(
         [R, L_q, H, D] in the dtype of `q`.
     """
     scale = q_RxLqxHxD.shape[-1] ** -0.5 if scale is None else scale
-    if dropout_rate == 0.0:
-        return softmax_attention(q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, mask, bias, scale)
-    scores = jnp.einsum("rqhd,rkhd->rhqk", q_RxLqxHxD, k_RxLkxHxD).astype(jnp.float32) * scale
-    if bias is not None:
-        scores = scores + bias.astype(jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask, scores, MASKED)
-    probabilities = jax.nn.softmax(scores).astype(q_RxLqxHxD.dtype)
-    probabilities = dropout(probabilities, dropout_rate, dropout_key)
-    return jnp.einsum("rhqk,rkhd->rqhd", probabilities, v_RxLkxHxD)
+    arrays = (q_RxLqxHxD, k_RxLkxHxD, v_RxLkxHxD, mask, bias, dropout_key)
+    return softmax_attention(*arrays, scale, dropout_rate)
 
 
 def attend_by_rows(

@@ -87,8 +87,12 @@ def infer(config: Config, settings: InferConfig) -> None:
     Raises:
         UserError: settings do not go together, or see `infer_lines` and `infer_split`.
     """
-    if settings.description and (settings.task is not None or settings.split is not None):
-        raise UserError("infer.description replaces infer.task, and describes lines: give it alone")
+    others = (settings.task, settings.split, settings.representations)
+    if settings.description and any(other is not None for other in others):
+        raise UserError(
+            "infer.description replaces infer.task and infer.representations, and describes lines:"
+            " give it alone"
+        )
     if settings.split is not None:
         if settings.input != "-":
             raise UserError("infer.input and infer.split: give one of them")

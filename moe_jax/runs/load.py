@@ -100,10 +100,17 @@ def with_tasks(
             not in it get the mean of all rows.
 
     Raises:
-        UserError: the file has no such row, see `read_representations`.
+        UserError: there is a file and no new task, or the file has no such row, see
+            `read_representations`.
     """
     new = [name for name in dict.fromkeys(names) if name not in run.task_ids]
     if not new:
+        if representations is not None:
+            those = names[0] if len(names) == 1 else f"all {len(names)} tasks"
+            raise UserError(
+                f"{representations}: representations are for tasks that the model was not trained"
+                f" on, but it was trained on {those}"
+            )
         return run
     run = with_drawn_routes(run)
     ids = {**run.task_ids, **{name: len(run.task_ids) + i for i, name in enumerate(new)}}

@@ -86,7 +86,7 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
     root = directory.root(run_config.model_dir)
     scored = root / "eval"
     asked = paths.absolute(run_config.model_dir)
-    if root != asked:
+    if root not in (asked, asked.parent):  # a step of its checkpoints
         scored /= f"step_{asked.name}"
     more = (*run_config.eval_mixtures, *settings.mixtures)
     mixtures = prepare_mixtures(data, *more, run=run_config.model_dir)
@@ -114,7 +114,7 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
         alike = "description is" if settings.unseen == "description" else "inputs are"
         for task, trained in nearest.items() if jax.process_index() == 0 else ():
             say(f"{task} takes the route of {trained}, whose {alike} most similar")
-        names = [name for mixture in mixtures.values() for name in mixture.names]
+        names = [task.name for m in mixtures.values() for task in m.with_split(split)]
         run = with_tasks(run, names, settings.representations, nearest)
         params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
         evaluator = Evaluator(

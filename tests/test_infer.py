@@ -209,7 +209,7 @@ def test_a_task_that_is_only_described(routed, monkeypatch, capsys):
         assert f"answers by the route of {task}, whose description is most similar" in said.err
     with pytest.raises(UserError, match="'Translate!' shares no word with that of a training task"):
         answers(description="Translate!")
-    for other in ({"task": "toy_sum"}, {"split": "test"}):
+    for other in ({"task": "toy_sum"}, {"split": "test"}, {"representations": "rows.json"}):
         with pytest.raises(UserError, match="describes lines: give it alone"):
             answers(description="Add.", **other)
 
@@ -247,6 +247,19 @@ def test_a_dense_model_has_no_routes(dense, rows, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("model_dir", ["routed", "dense"])
+def test_representations_of_a_task_that_was_trained_on_are_refused(model_dir, rows, request):
+    model_dir = request.getfixturevalue(model_dir)
+    model_dir = model_dir[0] if isinstance(model_dir, tuple) else model_dir
+    file = {"representations": str(rows[0])}
+    why = r"rows\.json: representations are for tasks that .* it was trained on "
+    for settings in ({}, {"MIXTURE_OR_TASK_NAME": "toy_train", "split": "test"}):
+        with pytest.raises(UserError, match=why + "toy_copy$"):
+            call(infer.infer, model_dir, task="toy_copy", **settings, **file)
+    with pytest.raises(UserError, match=why + "all 2 tasks$"):
+        call(eval_program.evaluate, model_dir, MIXTURE_OR_TASK_NAME="toy_train", **file)
+
+
+@pytest.mark.parametrize("model_dir", ["routed", "dense"])
 def test_a_misspelt_task_is_refused_with_the_nearest(model_dir, rows, request):
     model_dir = request.getfixturevalue(model_dir)
     model_dir = model_dir[0] if isinstance(model_dir, tuple) else model_dir
@@ -257,6 +270,12 @@ def test_a_misspelt_task_is_refused_with_the_nearest(model_dir, rows, request):
     # The task exists, but not in the mixture.
     with pytest.raises(UserError, match="no 'toy_reverse'"):
         call(infer.infer, model_dir, task="toy_reverse")
+
+
+def test_the_directory_of_checkpoints_stands_for_the_run(dense):
+    call(eval_program.evaluate, dense / "checkpoints", MIXTURE_OR_TASK_NAME="toy_train", examples=2)
+    assert (dense / "eval" / "toy_train_test").is_dir()
+    assert not list((dense / "eval").glob("step_*"))
 
 
 def test_a_line_ends_at_a_line_feed(dense, monkeypatch, capsys):
@@ -337,6 +356,15 @@ def test_answers_need_no_training_data(own, monkeypatch, capsys, tmp_path):
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and json.loads(said[0])["prediction"]
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_answers_do_not_need_the_model_that_the_vocabulary_came_from(own, monkeypatch, capsys):
+    gone = {"VocabularyConfig.path": "gone.model"}
+    lines = [f"{k} = {v!r}" for k, v in ({"MODEL_DIR": str(own)} | gone).items()]
+    gin_files.parse([], [*lines, "infer.task = 'toy_copy'"], [], from_model_dir=True)
+    monkeypatch.setattr("sys.stdin", stdin(b"copy: red blue\n"))
+    infer.infer(build(Config), build(infer.InferConfig))
+    assert json.loads(capsys.readouterr().out)["prediction"]
 
 
 def test_a_run_keeps_its_vocabulary_when_its_data_change(own, tmp_path):

@@ -176,7 +176,7 @@ def test_nothing_is_prepared_by_modules_that_were_not_given(project, change):
 
 def test_commands_without_gin_are_given_modules_by_flags(project):
     run = project / "run"
-    files.write_json(run / "config.json", {})
+    files.write_json(run / "config.json", {"RunConfig.seed": 0})
     settings = {"kind": "seqio", "factory": "stranger.py:make"}
     vocabulary.write_vocabulary(run / vocabulary.DIRECTORY, settings, {})
     checksums.seal(run / vocabulary.DIRECTORY)
@@ -194,6 +194,11 @@ def test_variables_that_execute_a_file_are_not_of_tasks(name, monkeypatch):
     with pytest.raises(UserError, match=f"the environment variable {name} is not one of tasks"):
         registry.set_environment({"MY_DATA": None, name: "after"})
     assert os.environ[name] == "before"
+
+
+def test_what_is_no_name_of_a_variable_is_refused():
+    with pytest.raises(UserError, match="the environment variable A=B is not one of tasks"):
+        registry.set_environment({"A=B": "x"})
 
 
 @pytest.mark.slow

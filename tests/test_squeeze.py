@@ -180,6 +180,14 @@ def test_soft_routes_are_refused_or_measured(tmp_path):
         assert f"by {np.abs(error).max():.3g} at most" in said[flag]
 
 
+def test_a_run_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"absent holds no run: there is no such directory$"):
+        to_hf(tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds no run: it has no config\.gin$"):
+        to_hf(tmp_path / "empty", tmp_path / "out")
+
+
 def test_averages_without_a_task_and_hard_routes(tmp_path):
     run = routed_run(tmp_path / "run", "t5", "argmax")
     with pytest.raises(UserError, match="which task"):

@@ -43,11 +43,12 @@ def to_hf(
         A line that describes what was written, with the measured error of an approximation.
 
     Raises:
-        UserError: no such checkpoint or task; a soft route without `average` or `approximate`; a
-            model that `transformers` does not support; or `out` exists.
+        UserError: no such run, checkpoint or task; a soft route without `average` or
+            `approximate`; a model that `transformers` does not support; or `out` exists.
     """
     files.check_new(out)
     root = directory.root(checkpoint)
+    directory.read_run_lines(root)  # or says that there is no run
     own = vocabulary.load_vocabulary(root / vocabulary.DIRECTORY)
     run = read_run(str(checkpoint), own.size)
     dense, plain, how = plain_model(run, task, own, average=average, approximate=approximate)

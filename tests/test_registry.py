@@ -173,6 +173,10 @@ def test_rates_flatten_mixtures_and_see_the_counts():
     seqio.MixtureRegistry.add("reg_worse", ["reg_a"], default_rate=lambda task: None)
     with pytest.raises(UserError, match="'reg_worse': a rate cannot be computed"):
         registry.rates("reg_worse", counts)
+    for number, rate in enumerate((float("nan"), float("inf"), -1)):
+        seqio.MixtureRegistry.add(f"reg_wrong_{number}", ["reg_a"], default_rate=rate)
+        with pytest.raises(UserError, match=f"'reg_wrong_{number}': the rate of 'reg_a' is "):
+            registry.rates(f"reg_wrong_{number}", counts)
     assert [t.name for t in registry.find_tasks("reg_outer", [])] == ["reg_a", "reg_b", "reg_c"]
     with pytest.raises(UserError, match=r"no task or mixture 'reg_oter'.*did you mean 'reg_outer'"):
         registry.find_tasks("reg_oter", [])

@@ -10,6 +10,7 @@ it.
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
     counts, and 0 for a split that a task lacks. A single task has rate 1.
 
     Raises:
-        UserError: a function failed.
+        UserError: a function failed, or a rate is negative or not finite.
     """
     if name not in seqio.MixtureRegistry.names():
         return {name: 1.0}
@@ -100,7 +101,7 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
     for task in mixture.tasks:  # shadows the method until the rates are known
         task.num_input_examples = lambda split, counts=examples[task.name]: counts.get(split, 0)
     try:
-        return {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
+        found = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
     except ZeroDivisionError:  # of a mixture in it, all rates are 0: there is nothing to train on
         return dict.fromkeys((task.name for task in mixture.tasks), 0.0)
     except Exception as e:  # whatever the user's function raises
@@ -108,6 +109,10 @@ def rates(name: str, examples: Mapping[str, Mapping[str, int]]) -> dict[str, flo
     finally:
         for task in mixture.tasks:
             del task.num_input_examples
+    for task, rate in found.items():
+        if not 0 <= rate < math.inf:
+            raise UserError(f"mixture {name!r}: the rate of {task!r} is {rate}, not a number >= 0")
+    return found
 
 
 def owners(name: str, modules: Sequence[ModuleType]) -> list[ModuleType]:
@@ -138,10 +143,10 @@ def set_environment(variables: Mapping[str, str | None]) -> None:
     """Sets environment variables for task modules, as files of a run or a cache have them.
 
     Raises:
-        UserError: it is one by which a program that starts would execute a file.
+        UserError: it is one by which a program that starts would execute a file, or no name.
     """
     for name, value in variables.items():
-        if re.fullmatch(r"(LD|DYLD)_.*|PYTHON.*|PATH", name):
+        if "=" in name or re.fullmatch(r"(LD|DYLD)_.*|PYTHON.*|PATH", name):
             raise UserError(f"the environment variable {name} is not one of tasks")
         if value is not None:
             os.environ[name] = value

@@ -90,7 +90,7 @@ def _add_all() -> None:
                 name,
                 source=seqio.FunctionDataSource(
                     functools.partial(_dataset, file=file, part=part, examples=examples),
-                    splits=("train", "validation" if part == "train" else "test"),
+                    splits=data.splits(file, part),
                 ),
                 preprocessors=_PREPROCESSORS,
                 postprocess_fn=answers_or_target,

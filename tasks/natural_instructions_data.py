@@ -29,7 +29,7 @@ DATA_DIR = "NATURAL_INSTRUCTIONS_DIR"
 POSITIVE_EXAMPLES = "NATURAL_INSTRUCTIONS_POSITIVE_EXAMPLES"
 PARTS = ("train", "test")
 _TEST_INSTANCES = 100  # the first ones of a test task, as the paper evaluates
-_MAX_VALIDATION = 100
+_HELD_OUT_OF, _MAX_VALIDATION = 10, 100  # one of so many instances of a training task; at most
 
 _NOW = "Now complete the following example -"
 
@@ -116,11 +116,36 @@ def _texts_of(file: Path, key: str) -> Sequence[str]:
     raise UserError(f'{file}: no "{key}"')
 
 
+def splits(file: Path, part: str) -> tuple[str, ...]:
+    """The splits of a task that have instances; see `read`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if part == "test":
+        return ("train", "test") if _has_instances(file, _TEST_INSTANCES + 1) else ("test",)
+    return ("train", "validation") if _has_instances(file, _HELD_OUT_OF) else ("train",)
+
+
+def _has_instances(file: Path, count: int) -> bool:
+    """Whether a task has so many instances. Of its file no more is read than it takes."""
+    text, found = "", 0
+    try:
+        with open(file, encoding="utf-8") as f:
+            while found < count and (more := f.read(max(1 << 16, len(text)))):
+                text += more
+                found = len(re.findall(r'"output"\s*:', text.partition('"Instances"')[2]))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: its instances cannot be read: {first_line(e)}") from e
+    return found >= count
+
+
 def read(file: Path, part: str, split: str, examples: int) -> list[Example]:
     """Examples of a split: inputs with definition and positive examples, then all valid outputs.
 
-    A test task has `test`, its first 100 instances, and `train`, the others. Of a training task
-    `validation` is a tenth of the instances, at most 100, chosen by a hash, and `train` the rest.
+    A test task has `test`, its first 100 instances, and `train`, the others, if it has more. Of a
+    training task `validation` is a tenth of the instances, at most 100, chosen by a hash, and
+    `train` the rest; one of less than 10 instances has no `validation`.
 
     Args:
         part: of the default split, "train" or "test".
@@ -141,7 +166,7 @@ def read(file: Path, part: str, split: str, examples: int) -> list[Example]:
         cut = slice(_TEST_INSTANCES) if split == "test" else slice(_TEST_INSTANCES, None)
         found = found[cut]
     else:
-        count = min(len(found) // 10, _MAX_VALIDATION)
+        count = min(len(found) // _HELD_OUT_OF, _MAX_VALIDATION)
         held_out = set(sorted(set(found), key=_digest)[:count])
         found = [e for e in found if (e in held_out) == (split == "validation")]
     if not found:

@@ -79,6 +79,25 @@ def test_splits_share_the_instances(root):
     assert len(unseen["train"]) == 7
 
 
+def test_a_task_has_the_splits_that_it_has_instances_for(tmp_path):
+    """Of the published test tasks some have 100 instances or fewer."""
+    path = tmp_path / "task.json"
+    for part, count, found in (
+        ("test", 101, ("train", "test")), ("test", 100, ("test",)),
+        ("train", 10, ("train", "validation")), ("train", 9, ("train",)),
+    ):  # fmt: skip
+        content = ni_layout.task(count, "x", positive=20)
+        content["Instances"][0]["input"] = '"output": "output": ' * 99
+        for indent in (None, 4):
+            path.write_text(json.dumps(content, indent=indent))
+            assert data.splits(path, part) == found
+        read = [data.read(path, part, split, 0) for split in found]
+        assert sum(map(len, read)) == count and all(read)
+    path.write_bytes(b'{"Instances": [\xff]}')
+    with pytest.raises(UserError, match=r"task\.json: its instances cannot be read: 'utf-8' codec"):
+        data.splits(path, "test")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

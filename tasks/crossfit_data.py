@@ -89,7 +89,7 @@ def partitions() -> dict[str, dict[str, list[str]]]:
     if not path:
         return PUBLISHED
     name = re.sub(r"\W", "_", Path(path).stem)
-    if name in PUBLISHED or name == "full":
+    if name in PUBLISHED or name.partition("_")[0] in ("full", "prompts"):
         raise UserError(f"{PARTITION}={path}: the name {name!r} is taken; rename the file")
     return PUBLISHED | {name: _checked_partition(path)}
 

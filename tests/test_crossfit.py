@@ -208,9 +208,10 @@ def test_own_partition(tmp_path, monkeypatch):
     path = _write(tmp_path / "my-own.json", json.dumps(lists | {"all": ["anli", "glue-rte"]}))
     monkeypatch.setenv("CROSSFIT_PARTITION", str(path))
     assert data.partitions()["my_own"] == lists
-    monkeypatch.setenv("CROSSFIT_PARTITION", str(_write(tmp_path / "random.json", "{}")))
-    with pytest.raises(UserError, match="'random' is taken"):
-        data.partitions()
+    for name in ("random", "full", "prompts", "full_random"):  # mixtures are called so
+        monkeypatch.setenv("CROSSFIT_PARTITION", str(_write(tmp_path / f"{name}.json", "{}")))
+        with pytest.raises(UserError, match=f"'{name}' is taken"):
+            data.partitions()
 
 
 def test_gin_settings(monkeypatch):

@@ -105,7 +105,8 @@ def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
         print(f"{category} / {subcategory}" if subcategory else category)
         for name in names:
             task = seqio.TaskRegistry.get(name)
-            scores = ", ".join(map(name_of, task.metric_fns)) or "no metric"
+            found = [*task.metric_fns, *task._metric_objs_constructor_args]
+            scores = ", ".join(map(name_of, found)) or "no metric"
             print(f"  {name:<44} {scores:<18} {_short(task.splits)}")
     if args.category is None:
         listed = {name: n for m in modules for name, n in getattr(m, "LISTED", {}).items()}
@@ -129,6 +130,8 @@ def _short(splits: Sequence[str]) -> str:
 def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     from moe_jax.data import registry, task_functions
 
+    if args.examples < 1:
+        raise UserError("--examples must be at least 1")
     tasks = _find_tasks(args, modules)
     task = tasks[0]
     if task.name != args.name:

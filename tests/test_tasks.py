@@ -53,6 +53,9 @@ def choose(example):
 feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
 PAIRS = {"train": [("is it?", "yes")] * 3, "validation": [("hm", "no")], "test": [("é", "no")]}
 
+class Object(seqio.metrics.Metric):
+    pass
+
 def add(name, preprocessors=(tokenize, append_eos), metric_fns=(accuracy,), **pairs):
     pairs = PAIRS | pairs
     seqio.TaskRegistry.add(
@@ -77,6 +80,8 @@ add("t_nan", metric_fns=(nan,))
 add("t_raises", metric_fns=(raises,))
 add("t_ranked", preprocessors=(choose, tokenize, append_eos),
     metric_fns=(accuracy, functools.partial(mean_score, scale=2.0)))
+seqio.TaskRegistry.add_provider("t_object", seqio.TaskRegistry.get("t_good").replace(
+    name="t_object", metric_fns=[], metric_objs=[Object]))
 seqio.MixtureRegistry.add("t_mix", ["t_good", "t_no_metric", "t_nan"], default_rate=1.0)
 """
 
@@ -164,7 +169,9 @@ def test_list(run):
     assert lines.index("no category") < lines.index("other / x") < lines.index("qa / binary")
     ranked = next(line for line in lines if line.startswith("  t_ranked "))
     assert ranked.split()[1:3] == ["accuracy,", "mean_score"]
-    assert lines[-1] == "13 tasks"
+    object_ = next(line for line in lines if line.startswith("  t_object "))
+    assert object_.split()[1] == "Object"
+    assert lines[-1] == "14 tasks"
     text, _ = run["list qa"]
     assert [line.split()[0] for line in text.splitlines()] == ["qa", "t_good", "1"]
     assert run["list qx"][1] == "error: no category 'qx'; there are: no category, other, qa"

@@ -51,6 +51,11 @@ def test_decode_stops_at_eos_and_skips_padding(ids):
         assert vocab.decode(padded) == vocab.decode(known)
 
 
+def test_short_texts_train_one():
+    model = vocabulary.SentencePieceVocabulary(vocabulary.train_sentencepiece(["yes", "no"], 300))
+    assert model.decode(model.encode("yes no")) == "yes no"
+
+
 def test_training_is_deterministic_and_uses_its_size():
     assert vocabulary.train_sentencepiece(TEXTS, 420) == MODEL
     assert 300 < SENTENCEPIECE.size <= 420
@@ -133,13 +138,21 @@ def test_missing_or_damaged_model_is_one_line(tmp_path, content):
     [
         {"kind": "sentencepice"},
         {"kind": "seqio"},
-        {"path": "/no/such.model"},
         {"trained_on": ("a", "b")},
     ],
 )
 def test_bad_settings(settings):
     with pytest.raises(UserError, match="VocabularyConfig"):
         VocabularyConfig(**settings)
+
+
+def test_a_path_is_absolute_and_need_not_be_there_until_it_is_read(tmp_path, monkeypatch):
+    """A run carries its vocabulary, and is read from other directories."""
+    monkeypatch.chdir(tmp_path)
+    config = VocabularyConfig(path="gone.model")
+    assert config.path == str(tmp_path / "gone.model")
+    with pytest.raises(UserError, match=r"VocabularyConfig\.path: no SentencePiece model at /"):
+        config.check()
 
 
 def test_a_damaged_vocabulary_of_a_run_is_named(tmp_path):

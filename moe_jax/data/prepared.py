@@ -24,8 +24,8 @@ def ensure_prepared(cache_dir: str | os.PathLike, request: Request) -> dict[str,
     Raises:
         UserError: unknown mixture (with the nearest names), unknown or empty split, a metric or
             postprocess function that another process cannot find, a target without EOS, an
-            unreadable source, no space or permission to write, a child process that died, a module
-            that may not be imported (see `modules.give`).
+            unreadable source or vocabulary, no space or permission to write, a child process that
+            died, a module that may not be imported (see `modules.give`).
     """
     found = look_up(cache_dir, request)
     if None in found.values():
@@ -53,6 +53,7 @@ def look_up(
 def _run_child(cache_dir: str | os.PathLike, request: Request, lock: int | None) -> None:
     for name in request.task_modules:
         modules.check_module(name)
+    request.vocabulary.check()
     if factory := request.vocabulary.factory:
         modules.check_function(factory)
     here = mirror.here(cache_dir)

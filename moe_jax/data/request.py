@@ -51,9 +51,7 @@ class Request:
         """
         names = (names,) if isinstance(names, str) else tuple(names)
         modules = (task_modules,) if isinstance(task_modules, str) else task_modules
-        if vocabulary.path:
-            vocabulary = dataclasses.replace(vocabulary, path=os.path.abspath(vocabulary.path))
-        elif vocabulary.kind == "sentencepiece" and not vocabulary.trained_on:
+        if vocabulary.kind == "sentencepiece" and not (vocabulary.path or vocabulary.trained_on):
             vocabulary = dataclasses.replace(vocabulary, trained_on=names[0])
         return cls(
             names,

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,12 @@ class VocabularyConfig(Configuration):
             raise UserError("VocabularyConfig.factory goes with kind='seqio', and only with it")
         if self.kind == "tokenizers" and not self.path:
             raise UserError("VocabularyConfig.kind 'tokenizers' needs VocabularyConfig.path")
+        if self.path:  # from anywhere: a run that stores it is read from other directories
+            object.__setattr__(self, "path", os.path.abspath(self.path))
+
+    def check(self) -> None:
+        """Raises a UserError where there is no model at `path`. A run does without: it has its own
+        copy."""
         if self.kind != "tokenizers" and self.path and not Path(self.path).is_file():
             raise UserError(f"VocabularyConfig.path: no SentencePiece model at {self.path}")
 
@@ -374,7 +381,7 @@ def train_sentencepiece(texts: Sequence[str], size: int) -> bytes:
                 byte_fallback=True,
                 normalization_rule_tsv=rules.name,
                 remove_extra_whitespaces=False,
-                max_sentence_length=max(len(text.encode()) for text in texts) + 1,
+                max_sentence_length=max(9, *(len(text.encode()) for text in texts)) + 1,
                 pad_id=0,
                 eos_id=1,
                 unk_id=2,
@@ -383,7 +390,7 @@ def train_sentencepiece(texts: Sequence[str], size: int) -> bytes:
                 minloglevel=2,
             )
         except RuntimeError as e:
-            reason = str(e).split("] ", 1)[-1]
+            reason = str(e).split("] ", 1)[-1] or str(e)
             raise UserError(f"cannot train a vocabulary of size {size}: {reason}") from e
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
     proto.normalizer_spec.ClearField("normalization_rule_tsv")  # the name of a temporary file

@@ -121,6 +121,22 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
     assert cache.find(cache_dir, request, "own") is not None
 
 
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, children, monkeypatch):
+    module = tmp_path / "own_tasks.py"
+    edit = 'if (HERE / "edit").exists():\n        path.write_text("new\\tnew\\n")\n    prefix'
+    module.write_text(MODULE.replace("prefix", edit, 1).replace("own", "edited"))
+    for name in "ab":
+        (tmp_path / f"{name}.tsv").write_text("old\told\n")
+    get = functools.partial(
+        ensure_prepared, tmp_path / "cache", Request.make("edited_a", str(module), BYTES)
+    )
+    (tmp_path / "edit").touch()
+    with pytest.raises(UserError, match="the sources of 'edited_a' changed while they were being"):
+        get()
+    (tmp_path / "edit").unlink()
+    assert get()["edited_a"].task("edited_a").records("train")[0].inputs_text == "new"
+
+
 def test_what_is_damaged_is_prepared_again(tmp_path, children, capsys):
     get = functools.partial(ensure_prepared, tmp_path, Request.make("toy_unseen", TASKS, BYTES))
     whole = get()["toy_unseen"]
@@ -311,6 +327,39 @@ seqio.TaskRegistry.add(
     lines = [line for line in capsys.readouterr().err.splitlines() if "choices" in line]
     said = "task 'own_choices': 2 targets of train are not among their choices"
     assert [line for line in lines if "among" in line] == [said]
+
+
+def test_large_numbers(tmp_path):
+    """A target beyond 64 bits is refused; the number of a question may be any."""
+    module = """
+import seqio
+import tensorflow as tf
+
+def read(split, shuffle_files, seed=None):
+    index = tf.constant([[2**40, 0], [2**40, 1], [7, 0]], tf.int64)
+    return tf.data.Dataset.from_tensor_slices(
+        {"inputs": ["x"] * 3, "targets": [str(2**70)] * 3, "idx": index}
+    )
+
+def number(text, example=None, is_target=False):
+    return int(text)
+
+feature = seqio.Feature(seqio.ByteVocabulary())
+for name, postprocess in (("large_target", number), ("large_question", None)):
+    seqio.TaskRegistry.add(
+        name, source=seqio.FunctionDataSource(read, splits=["train"]),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        postprocess_fn=postprocess, output_features={"inputs": feature, "targets": feature},
+    )
+"""
+    (tmp_path / "large.py").write_text(module)
+    get = functools.partial(prepare, tmp_path / "cache")
+    with pytest.raises(
+        UserError, match=r"'large_target', split 'train', example 0: 118059.* 64 bi"
+    ):
+        get("large_target", str(tmp_path / "large.py"), BYTES)
+    found = get("large_question", str(tmp_path / "large.py"), BYTES)["large_question"]
+    assert found.tasks[0].questions("train").tolist() == [1, 1, 0]
 
 
 def test_large_splits_are_several_shards(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from moe_jax.core.errors import shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -32,6 +34,7 @@ class Example:
     features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
+        """The bytes of the example. Raises an OverflowError for an integer beyond 64 bits."""
         record = {
             "inputs": self.inputs.astype("<i4").tobytes(),
             "targets": self.targets.astype("<i4").tobytes(),
@@ -52,6 +55,8 @@ class Example:
 
 def _pack_array(value: Any) -> msgpack.ExtType:
     """A NumPy array or scalar for msgpack; arrays of objects hold bytes, or arrays of them."""
+    if isinstance(value, int):  # msgpack asks about those of more than 64 bits
+        raise OverflowError(f"{shown(value)} has more than 64 bits")
     array = np.asarray(value)
     numeric = array.dtype != object
     content = array.tobytes() if numeric else array.ravel().tolist()

@@ -89,7 +89,7 @@ def materialise(cache_dir: Path, request: Request) -> None:
         ]
         behind = [name, *filter(None, [request.vocabulary.trained_on])]
         inputs = [*sources.files(behind), *request.vocabulary.files()]
-        mixture["inputs"] = {path: staleness.state(path) for path in inputs}
+        mixture["inputs"] = {path: sources.state(path) for path in inputs}
         mixture["environment"] = registry.environment(behind, sources.modules)
         read = [lengths[task.name] for task in members]
         mixture["lengths"] = next(filter(None, read), None)
@@ -117,7 +117,8 @@ class _Sources:
     def __init__(self, modules: Sequence[ModuleType]):
         self.modules = modules
         self._code = {module.__name__: source_files(module) for module in modules}
-        self._content = functools.cache(staleness.content)
+        # As it is before the tasks are read: what changes meanwhile is noticed.
+        self.state = functools.cache(staleness.state)
         self.ontology = declared.ontology(modules)
         self.descriptions = declared.descriptions(modules)
         self.prompts = declared.prompts(modules)
@@ -140,7 +141,7 @@ class _Sources:
     def digest(self, task: seqio.Task) -> str:
         """Hash of the code and data of one task."""
         paths = self.files([task.name])
-        contents = [(os.path.basename(path.rstrip("/")), self._content(path)) for path in paths]
+        contents = [(os.path.basename(path.rstrip("/")), self.state(path)[1]) for path in paths]
         environment = registry.environment([task.name], self.modules)
         return checksums.digest([FORMAT, environment, contents])
 
@@ -177,7 +178,10 @@ def _write_task(
                     f"{where}: targets do not end in EOS; add seqio.preprocessors.append_eos"
                 )
             outside[split] += bool(example.choices) and example.targets_text not in example.choices
-            writer.write(example, registry.question(row))
+            try:
+                writer.write(example, registry.question(row))
+            except OverflowError as e:
+                raise UserError(f"{where}: {e}") from e
         done = sum(len(w.lengths) for w in writers.values())
         bar.set_postfix_str(f"{done:,} examples", refresh=False)
     bar.update(1)
@@ -230,7 +234,8 @@ class _SplitWriter:
             shards.append((path.name, path.stat().st_size))
         numbers = {"lengths": self.lengths}
         if None not in self._questions:
-            numbers["questions"] = self._questions
+            # Only which are equal counts; their own numbers may be larger than int32.
+            numbers["questions"] = np.unique(self._questions, return_inverse=True)[1]
         for name, values in numbers.items():
             content = io.BytesIO()  # NumPy does not tell why it could not write to a file
             np.save(content, np.array(values, np.int32), allow_pickle=False)

@@ -139,7 +139,7 @@ def choose_shapes(
         lengths_by_task: for each task, integers [N, 2], tokens of inputs and targets.
         weights: for each task, its share of the examples drawn.
         limits: lengths at which examples are truncated.
-        count: maximum number of shapes; one of them is `limits`.
+        count: maximum number of shapes; with 1 it is `limits`.
     """
     if count == 1:
         return [limits] * len(lengths_by_task)

@@ -145,7 +145,8 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
     """
     if settings.task is None and not settings.description:
         raise UserError(
-            "infer.task is not set: give --gin.infer.task=NAME, or describe the task with"
+            "infer.task is not set: give --gin.infer.task=NAME, such as one of"
+            f" {config.run.model_dir}/task_table.json, or describe the task with"
             " --gin.infer.description='...'"
         )
     if settings.output != "-" and paths.parse(settings.output).is_dir():

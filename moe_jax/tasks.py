@@ -110,8 +110,10 @@ def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
             print(f"  {name:<44} {scores:<18} {_short(task.splits)}")
     if args.category is None:
         listed = {name: n for m in modules for name, n in getattr(m, "LISTED", {}).items()}
-        print("mixtures")
-        for name in sorted(seqio.MixtureRegistry.names()):
+        mixtures = sorted(seqio.MixtureRegistry.names())
+        if mixtures:
+            print("mixtures")
+        for name in mixtures:
             of = f" of {listed[name]}" if name in listed else ""
             print(f"  {name:<70} {len(seqio.MixtureRegistry.get(name).tasks)}{of} tasks")
     print(f"{sum(map(len, groups.values()))} tasks")

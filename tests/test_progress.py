@@ -34,6 +34,7 @@ def test_a_file_gets_a_line_now_and_then():
     outer = [line for line in lines if line.startswith("outer")]
     inner = [line for line in lines if line.startswith("inner")]
     assert 2 <= len(outer) <= 5 and "100%" in outer[-1] and "4/4" in outer[-1]
+    assert len({line.partition("[")[0] for line in outer}) == len(outer)  # each once
     assert 1 <= len(inner) <= 2 * 4
     assert not any("quick" in line for line in lines)
     assert any("cut short" in line and "2/9" in line for line in lines)

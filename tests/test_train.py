@@ -53,6 +53,13 @@ def test_scores_are_said_as_they_are_logged(whole):
     assert said == [(str(step), f"{score:.4f}") for step, score in lines.items()] and len(said) == 3
 
 
+def test_the_last_line_says_where_the_run_is_and_its_loss(whole):
+    model_dir, _, err = whole
+    loss = [line["loss"] for line in metrics(model_dir) if line["kind"] == "train"][-1]
+    end = f"{model_dir} is trained for 48 steps: loss {loss:.3f}, "
+    assert err.splitlines()[-1].startswith(end)
+
+
 def test_a_run_leaves_all_its_files(whole):
     model_dir, *_ = whole
     lines = metrics(model_dir)

@@ -26,11 +26,14 @@ class _Lines:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
+        self._written = ""
 
     def write(self, text: str) -> None:
         text = re.sub(r"\x1b\[A|[\r\n]", "", text).rstrip()
-        if text:
+        done = text.partition("[")[0]  # without times
+        if text and done != self._written:  # a bar that ends says once more how far it is
             self._stream.write(f"{text}\n")
+            self._written = done
 
     def flush(self) -> None:
         self._stream.flush()

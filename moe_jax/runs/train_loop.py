@@ -130,7 +130,7 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         # A run that was stopped or killed while it evaluated has saved before.
         if start and is_due(run.eval_period, start) and _lead_says(start not in log.scores):
             evaluate(start)
-        window, shapes = Window(meta.get("window", ())), set()
+        window, shapes, line = Window(meta.get("window", ())), set(), None
         for step in range(start + 1, run.train_steps + 1):
             # 1. The batch. It was made while the device was busy.
             batch = next(batches)
@@ -187,6 +187,8 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
         # ------------------------------------------------------------ results
         keep_routes(model_dir / "routes.json", run.train_steps)
         log.close()
+        if lead and line:
+            say(f"{model_dir} is trained for {run.train_steps} steps: {_postfix(line)}")
 
 
 def _begin(

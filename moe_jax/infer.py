@@ -21,6 +21,7 @@ capital of the country.'): it takes the route of the training task with the most
 description.
 """
 
+import collections
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
@@ -109,6 +110,10 @@ def infer_split(config: Config, settings: InferConfig) -> None:
     Raises:
         UserError: no task has it, or there is no such task.
     """
+    if settings.output != "-" and paths.parse(settings.output).is_file():
+        raise UserError(
+            f"infer.output {settings.output} is a file; answers to a split are files in a directory"
+        )
     run_config, data, split = config.run, config.data, settings.split
     mixture = prepare_mixtures(data, run=run_config.model_dir)[data.mixture_or_task_name]
     if settings.task is not None:
@@ -222,7 +227,11 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
 
 
 def _write(output: str, answers: Iterable[dict], file: str = "") -> None:
-    """Writes to standard output as answers come, or to `file` in `output`."""
+    """Writes to standard output as answers come, or to `file` in `output`. Of several processes,
+    all answer and the first one writes."""
+    if jax.process_index():
+        collections.deque(answers, maxlen=0)
+        return None
     if output != "-":
         place = paths.parse(output) / file if file else output
         files.write_jsonl(place, answers)

@@ -329,3 +329,10 @@ def test_source_files_are_the_users_own(tmp_path, monkeypatch):
     module = load_module("userpack.a")
     names = [Path(path).name for path in source_files(module)]
     assert names == ["__init__.py", "a.py", "b.py", "c.py"]
+
+
+def test_a_source_has_a_file_whose_name_is_no_utf_8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).touch()
+    before = staleness.state(str(tmp_path))
+    (tmp_path / "cafe.txt").touch()
+    assert staleness.changed(str(tmp_path), before)

@@ -319,6 +319,13 @@ def test_a_directory_for_answers_is_refused_before_the_work(dense, capsys, tmp_p
     assert not capsys.readouterr().err  # no checkpoint was read
 
 
+def test_a_file_for_the_answers_to_a_split_is_refused_before_the_work(dense, capsys, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="is a file; answers to a split are files in a directory"):
+        call(infer.infer, dense, split="test", output=str(tmp_path / "out"))
+    assert not capsys.readouterr().err
+
+
 def test_what_was_written_is_said(dense, capsys, tmp_path):
     (tmp_path / "in.txt").write_text("red\n")
     out = tmp_path / "out.jsonl"

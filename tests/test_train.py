@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from toy_run import bindings, finish, flags_of, metrics, start, start_together
+from toy_run import TASKS, bindings, finish, flags_of, metrics, start, start_together
 
 from moe_jax import __version__
 from moe_jax.training.checkpoints import load_params
@@ -196,6 +196,19 @@ def test_two_processes_give_the_metrics_of_one(whole, tmp_path):
                 np.testing.assert_allclose(line[name], other[name], rtol=1e-3, err_msg=str(line))
     steps = {int(p.name) for p in (model_dir / "checkpoints").iterdir() if p.name.isdigit()}
     assert 48 in steps
+
+
+def test_one_of_two_processes_writes_answers(whole, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("red blue\n9 2 4\n")
+    arguments = [
+        f"--gin.MODEL_DIR={whole[0]}", f"--gin.TASK_MODULES={TASKS!r}",
+        "--gin.infer.task=toy_copy", f"--gin.infer.input={lines}",
+    ]  # fmt: skip
+    alone = finish(start("infer", arguments))
+    assert alone.count("prediction") == 2
+    first, second = map(finish, start_together(2, arguments, "infer"))
+    assert first == alone and not second
 
 
 @pytest.mark.slow

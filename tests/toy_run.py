@@ -208,16 +208,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_together(count: int, arguments: list[str], **settings) -> list[subprocess.Popen]:
-    """Starts `train` as so many processes that train together; `settings` are those of `start`."""
+def start_together(
+    count: int, arguments: list[str], program: str = "train", **settings
+) -> list[subprocess.Popen]:
+    """Starts so many processes that work together; `settings` are those of `start`."""
     if count == 1:
-        return [start("train", arguments, **settings)]
+        return [start(program, arguments, **settings)]
     together = [
         "--multiprocess_gpu", f"--coordinator_address=127.0.0.1:{free_port()}",
         f"--process_count={count}",
     ]  # fmt: skip
     return [
-        start("train", [*arguments, *together, f"--process_index={index}"], **settings)
+        start(program, [*arguments, *together, f"--process_index={index}"], **settings)
         for index in range(count)
     ]
 

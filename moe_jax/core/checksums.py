@@ -37,7 +37,7 @@ def of_file(path: str | os.PathLike) -> str:
 def digest(value: Any) -> str:
     """Short hash of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return of_bytes(text.encode())[:16]
+    return of_bytes(text.encode(errors="surrogatepass"))[:16]  # file names may be no UTF-8
 
 
 def seal(directory: Path, without: Iterable[str] = ()) -> None:

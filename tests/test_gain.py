@@ -240,6 +240,13 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
     assert gain.bootstrap_interval([1.0]) is None
 
 
+def test_bootstrap_has_the_variance_of_a_mean():
+    values = np.random.default_rng(0).normal(size=6)
+    shares = gain.bootstrap_shares(np.random.default_rng(1), 100_000, 6)
+    np.testing.assert_allclose(shares.sum(1), 1.0)
+    assert np.var(shares @ values) == pytest.approx(np.var(values, ddof=1) / 6, rel=0.02)
+
+
 def test_needs_neither_jax_nor_tensorflow_nor_matplotlib():
     code = (
         "import sys, moe_jax.evaluation.gains\n"

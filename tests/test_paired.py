@@ -22,17 +22,23 @@ def rows(**score_TxK):
     ]
 
 
+DIFFERENT = rows(
+    dense=[[0.4, 0.6] * 2, [0.2, 0.2] * 2], moe=[[0.6, 0.6] * 2, [0.2, 0.3] * 2]
+)  # fmt: skip
+
+
 def test_by_hand():
-    found = compare(rows(dense=[[0.4, 0.6], [0.2, 0.2]], moe=[[0.6, 0.6], [0.2, 0.3]]))
-    assert (found.score, found.tasks, found.seeds, found.near_zero) == (0.35, 2, 2, ())
+    found = compare(DIFFERENT)
+    assert (found.score, found.tasks, found.seeds, found.near_zero) == (0.35, 2, 4, ())
     (moe,) = found.arms.values()
     assert moe.score == pytest.approx(1.7 / 4)
-    # differences: 0.2 0.0 / 0.0 0.1
+    # differences: 0.2 0.0 / 0.0 0.1, twice
     assert moe.difference.value == pytest.approx(0.3 / 4)
     assert moe.relative.value == pytest.approx(0.3 / 4 / 0.35)
     # gains: of a 0.1 over 0.5, of b 0.05 over 0.2
     assert moe.arg.value == pytest.approx((0.2 + 0.25) / 2)
-    # One seed and one task are drawn: the interval goes from the lowest to the highest cell.
+    # One task and three seeds are drawn: one in sixteen draws has one cell only, so the interval
+    # goes from the lowest to the highest.
     assert moe.difference.interval == pytest.approx((0.0, 0.2))
     assert moe.relative.interval == pytest.approx((0.0, 0.5))  # 0.2 over 0.4 and 0.1 over 0.2
     assert moe.arg.interval == pytest.approx((0.0, 0.5))  # 0.1 over the mean 0.2
@@ -132,14 +138,20 @@ def test_intervals_cover_the_truth(task_spread, seed_spread, least):
 def test_one_seed_or_one_task():
     found = compare(rows(dense=[[0.5]], moe=[[0.6]])).arms["moe"]
     assert found.difference.interval is None and found.arg.interval is None
-    one_seed = compare(rows(dense=[[0.5], [0.5]], moe=[[0.6], [0.8]]))
-    assert one_seed.arms["moe"].difference.interval == pytest.approx((0.1, 0.3))
+    moe = [0.6, 0.8, 0.5, 0.7, 0.7, 0.4]
+    for few in (2, 5):  # which have all one sign by chance too often
+        table = rows(dense=[[0.5]] * few, moe=[[x] for x in moe[:few]])
+        assert compare(table).arms["moe"].difference.interval is None
+    one_seed = compare(rows(dense=[[0.5]] * 6, moe=[[x] for x in moe]))
     assert "with one seed" in text_table(one_seed)
-    one_task = compare(rows(dense=[[0.5, 0.5]], moe=[[0.6, 0.8]])).arms["moe"]
-    assert one_task.difference.interval == pytest.approx((0.1, 0.3))
+    one_task = compare(rows(dense=[[0.5] * 6], moe=[moe]))
+    for found in (one_seed, one_task):
+        low, high = found.arms["moe"].difference.interval
+        assert -0.1 < low < 0.7 / 6 < high < 0.3
     # One task counts, under one seed: nothing is known about chance.
-    near = compare(rows(dense=[[0.5], [0.0]], moe=[[0.6], [0.8]])).arms["moe"]
+    near = compare(rows(dense=[[0.5]] + [[0.0]] * 5, moe=[[x] for x in moe])).arms["moe"]
     assert near.arg.value == pytest.approx(0.2) and near.arg.interval is None
+    assert near.difference.interval is not None
 
 
 def test_baseline_of_zeros():
@@ -182,7 +194,7 @@ def test_order_of_rows_and_json():
 
 
 def test_table_and_sentences_show_the_figures():
-    found = compare(rows(dense=[[0.4, 0.6], [0.2, 0.2]], moe=[[0.6, 0.6], [0.2, 0.3]]))
+    found = compare(DIFFERENT)
     (line,) = [line for line in text_table(found).splitlines() if line.startswith("moe")]
     assert line.split("  ")[0] == "moe"
     for text in ("0.425", "+0.075", "+0.000 to +0.200", "+21.4 %", "+22.5 %", "+0.0 % to +50.0 %"):
@@ -191,7 +203,7 @@ def test_table_and_sentences_show_the_figures():
         "moe minus dense: +0.075 (+0.000 to +0.200); relative +21.4 % (+0.0 % to +50.0 %); "
         "ARG over dense +22.5 % (+0.0 % to +50.0 %)."
     )
-    assert "2 tasks and 2 seeds" in sentences(found)[1]
+    assert "2 tasks and 4 seeds" in sentences(found)[1]
     near = compare(rows(dense=[[0.4, 0.6], [0.0, 0.08]], moe=[[0.6, 0.6], [0.2, 0.3]]))
     assert "scores below 0.05 there: b." in text_table(near).splitlines()[-1]
 

@@ -12,9 +12,8 @@ model. It leaves out tasks whose baseline is near zero; the other two count ever
 Seeds and tasks are crossed: a seed's model, lucky or not, is scored on all tasks, and a task, easy
 or not, under all seeds. So neither alone says how far chance goes. Each bootstrap sample draws
 seeds with replacement and tasks with replacement, and has the scores of the drawn tasks under the
-drawn seeds (the pigeonhole bootstrap: Owen 2007, arXiv 0712.1111). It draws one seed and one task
-less than there are. With as many, the variance of a mean of n would be too small by (n - 1)/n,
-half of it with two seeds (Rao and Wu 1988, Journal of the American Statistical Association 83).
+drawn seeds (the pigeonhole bootstrap: Owen 2007, arXiv 0712.1111), one seed and one task less than
+there are (`gains.bootstrap_shares`).
 """
 
 import dataclasses
@@ -25,15 +24,15 @@ from typing import Any
 import numpy as np
 
 from moe_jax.core.errors import UserError, nearest
-from moe_jax.evaluation.gains import NEAR_ZERO, aligned, count, percent
+from moe_jax.evaluation.gains import FEWEST, NEAR_ZERO, aligned, bootstrap_shares, count, percent
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A figure and its 95 % interval.
 
-    The interval is None if only one task and one seed count, or if an end is infinite because the
-    baseline scores 0 on most tasks.
+    The interval is None if fewer than `FEWEST` scores of tasks under seeds count, or if an end is
+    infinite because the baseline scores 0 on most tasks.
     """
 
     value: float
@@ -98,14 +97,14 @@ def compare(
     base_TxK = score_AxTxK[arms.index(baseline)]
     counts_T = base_TxK.mean(1) >= NEAR_ZERO
     rng = np.random.default_rng(seed)
-    task_BxT, seed_BxK = _weights(rng, samples, len(tasks)), _weights(rng, samples, len(seeds))
+    task_BxT, seed_BxK = (bootstrap_shares(rng, samples, len(n)) for n in (tasks, seeds))
     # A sample in which no task counts says nothing about `arg`.
     counted_B = task_BxT @ counts_T
     some_B = counted_B > 0
 
     def estimate(value: float, value_B: np.ndarray, tasks: int = len(tasks)) -> Estimate:
         low, high = np.quantile(value_B, (0.025, 0.975), method="inverted_cdf").tolist()
-        known = tasks * len(seeds) > 1 and math.isfinite(low) and math.isfinite(high)
+        known = tasks * len(seeds) >= FEWEST and math.isfinite(low) and math.isfinite(high)
         return Estimate(float(value), (low, high) if known else None)
 
     def means(values_TxK: np.ndarray) -> np.ndarray:
@@ -192,13 +191,6 @@ def _ratio(difference_B: np.ndarray, baseline_B: np.ndarray) -> np.ndarray:
         return np.nan_to_num(
             difference_B / np.maximum(baseline_B, 0), posinf=np.inf, neginf=-np.inf
         )
-
-
-def _weights(rng: np.random.Generator, samples: int, n: int) -> np.ndarray:
-    """[B, n]: the share of each of n things in n - 1 draws with replacement (n = 1: all of it)."""
-    if n == 1:
-        return np.ones((samples, 1))
-    return rng.multinomial(n - 1, np.full(n, 1 / n), size=samples) / (n - 1)
 
 
 def _table(

@@ -6,8 +6,9 @@
 For every starting point, task of the mixture and few-shot sample: trains on the task's few examples
 with every learning rate and batch size and scores each on dev. The best one is scored on test.
 Writes MODEL_DIR/runs.jsonl, arg.{json,csv,txt} (gains over direct fine-tuning) and gains.json
-(gains over the dense model, with intervals); no gains where FinetuneConfig.starts leaves out a
-start that they are over. Started again, the command continues after the last line of runs.jsonl.
+(gains over the dense model, with intervals): no gains where FinetuneConfig.starts has no
+'untrained', no gains.json where it has no 'dense'. Started again, the command continues after the
+last line of runs.jsonl.
 """
 
 from moe_jax.runs import flags

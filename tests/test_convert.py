@@ -217,7 +217,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert "save_pretrained" in fails("from-hf", tmp_path / "torch", tmp_path / "out")
     (tmp_path / "torch" / WEIGHTS).write_bytes(b"damaged")
     assert "cannot read" in fails("from-hf", tmp_path / "torch", tmp_path / "out")
-    assert "vocabulary.json" in fails("to-hf", tmp_path / "torch", tmp_path / "out")
+    assert "config.json is no run's" in fails("to-hf", tmp_path / "torch", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert "exists" in fails("from-hf", DATA / "bart", tmp_path / "full")

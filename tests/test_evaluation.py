@@ -201,6 +201,14 @@ def test_scores_and_predictions_are_written(scores, tmp_path):
     assert lines[0]["prediction"] in lines[0]["references"]
 
 
+def test_scores_of_an_evaluation_before_are_gone_while_it_is_written(scores, tmp_path):
+    write_scores(tmp_path, scores)
+    no_json = dataclasses.replace(scores[0], predictions=[{"prediction": object()}])
+    with pytest.raises(TypeError):
+        write_scores(tmp_path, [no_json])
+    assert not (tmp_path / "scores.jsonl").exists()
+
+
 def test_prompts_of_a_dataset_are_summed_up(scores, tmp_path):
     def of(dataset, score, metric="ACC"):
         task = types.SimpleNamespace(name="t", dataset=dataset, category="", subcategory="")

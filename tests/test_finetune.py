@@ -231,12 +231,20 @@ def test_runs_resumes_and_reports(tmp_path):
     path.write_text("".join(whole[:3]) + whole[3][:20])
     finish(start("finetune", flags_of(lines)))
     assert path.read_text() == text
-    # A start alone has the same scores; there are no gains without the other starts.
+    # A start alone has the same scores; there are gains only over starts that are there.
     alone = [line for line in lines if not line.startswith(("MODEL_DIR", "DENSE_DIR"))]
     alone += [f"MODEL_DIR = {str(tmp_path / 'alone')!r}", "FinetuneConfig.starts = ('moe',)"]
     finish(start("finetune", flags_of(alone)))
     assert list(files.read_jsonl(tmp_path / "alone" / "runs.jsonl")) == rows[4:]
     assert not (tmp_path / "alone" / "arg.json").exists()
+    two = [line for line in lines if not line.startswith("MODEL_DIR")]
+    two += [
+        f"MODEL_DIR = {str(tmp_path / 'two')!r}",
+        "FinetuneConfig.starts = ('untrained', 'moe')",
+    ]
+    finish(start("finetune", flags_of(two)))
+    assert files.read_json(tmp_path / "two" / "arg.json")["starts"].keys() == {"moe"}
+    assert not (tmp_path / "two" / "gains.json").exists()
 
 
 def test_what_is_adapted():

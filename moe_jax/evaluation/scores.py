@@ -68,6 +68,8 @@ def write_scores(directory: str | Path, scores: list[TaskScore]) -> None:
     The last means that all is there.
     """
     directory = paths.parse(directory)
+    for earlier in ("scores.jsonl", "prompts.jsonl"):
+        (directory / earlier).unlink(missing_ok=True)
     files.write_jsonl(
         directory / "predictions.jsonl", (row for score in scores for row in score.predictions)
     )

@@ -141,7 +141,7 @@ def read_lines(model_dir: str | Path) -> Lines:
         lines = _read_gin(path)
     for name in lines:  # which become lines of gin: not an import, nor a macro
         if not _SETTING.fullmatch(name):
-            raise UserError(f"{path}: {shown(name)} is no setting")
+            raise UserError(f"{path} is no run's: {shown(name)} is no setting")
     remat = lines.pop("ModelConfig.remat", None)  # what it was called in older runs
     if remat is not None:
         lines["ModelConfig.kept_activations"] = "inputs" if remat else "all"

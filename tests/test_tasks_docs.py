@@ -38,8 +38,12 @@ def test_commands_run(tmp_path):
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "XLA_FLAGS": "",  # one device
     }
     write_crossfit(tmp_path / "data" / "crossfit")
+    text = tmp_path / "data" / "text" / "plain.txt"
+    text.parent.mkdir()
+    text.write_text("".join(f"A line of {n} words, one after the other.\n" for n in range(200)))
     found = [f"python -c {shlex.quote(LAYOUTS)}", *commands(ROOT / "docs" / "tasks.md")]
     assert len(found) > 4
     for command in found:

@@ -381,7 +381,7 @@ def train_sentencepiece(texts: Sequence[str], size: int) -> bytes:
                 byte_fallback=True,
                 normalization_rule_tsv=rules.name,
                 remove_extra_whitespaces=False,
-                max_sentence_length=max(9, *(len(text.encode()) for text in texts)) + 1,
+                max_sentence_length=max([9, *(len(text.encode()) for text in texts)]) + 1,
                 pad_id=0,
                 eos_id=1,
                 unk_id=2,

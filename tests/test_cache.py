@@ -246,7 +246,7 @@ def test_resolve_and_load_module(tmp_path, monkeypatch):
         load_module("other.py")
     with pytest.raises(UserError, match="cannot import module 'no_such_module'"):
         load_module("no_such_module")
-    for name in ("", ".relative", "a..b", 3):
+    for name in ("", ".relative", "a..b", 3, 300 * "a"):
         with pytest.raises(UserError, match="is no module's name"):
             load_module(name)
     (tmp_path / "late.py").write_text("import gin\n@gin.configurable\ndef late(): pass\n")

@@ -23,9 +23,9 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
 
 
 def did_you_mean(values: Iterable[Any]) -> str:
-    """The hint of `nearest`, at these values; '' without any."""
+    """The hint of `nearest`, at these values; '' without any, or if they are too long to read."""
     values = " or ".join(map(repr, values))
-    return f"; did you mean {values}?" if values else ""
+    return f"; did you mean {values}?" if 0 < len(values) <= 500 else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -203,7 +203,7 @@ def name_of(module: ModuleType) -> str:
 
 
 def _load_package(name: str) -> ModuleType:
-    if not all(name.split(".")):
+    if not all(name.split(".")) or len(name) > 255:  # too long for a file
         raise UserError(f"{shown(name)} is no module's name")
     try:
         return importlib.import_module(full_name(name))
@@ -260,7 +260,7 @@ def _cannot_import(name: str, error: Exception) -> UserError:
         return error
     reason = str(error) if isinstance(error, ImportError) else what_failed(error)
     beside = Path(name).with_name(f"{getattr(error, 'name', None)}.py")
-    if isinstance(error, ModuleNotFoundError) and beside.is_file():
+    if isinstance(error, ModuleNotFoundError) and os.path.isfile(beside):
         reason += f"; to find {beside}, give its directory in PYTHONPATH"
     return UserError(f"cannot import {name}: {reason}")
 

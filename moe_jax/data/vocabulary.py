@@ -77,7 +77,7 @@ class VocabularyConfig(Configuration):
     def check(self) -> None:
         """Raises a UserError where there is no model at `path`. A run does without: it has its own
         copy."""
-        if self.kind != "tokenizers" and self.path and not Path(self.path).is_file():
+        if self.kind != "tokenizers" and self.path and not os.path.isfile(self.path):
             raise UserError(f"VocabularyConfig.path: no SentencePiece model at {self.path}")
 
     def files(self) -> list[str]:

@@ -98,13 +98,6 @@ def test_against_second_implementation():
     )
 
 
-def test_few_tasks_have_no_interval():
-    """Of two to five that are as often better as worse, a bootstrap would exclude 0 too often."""
-    assert gain.bootstrap_interval([0.1, 0.2, 0.1, 0.2, 0.1]) is None
-    low, high = gain.bootstrap_interval([0.1, 0.2, 0.1, 0.2, 0.1, 0.2])
-    assert 0.1 <= low < 0.15 < high <= 0.2
-
-
 def test_grid_point_is_chosen_on_dev_and_the_first_of_equals():
     rows = [
         row("a", "untrained", 0, test=0.9, dev=0.1, rate=1e-3),
@@ -228,23 +221,6 @@ def test_files_agree(tmp_path):
     assert len(body) == 2 + 3
     ends = {line.rindex("%") for line in body if "%" in line}
     assert len(ends) == 1  # the columns are aligned
-
-
-def test_bootstrap_interval_covers_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    hits = 0
-    for trial in range(200):
-        low, high = gain.bootstrap_interval(rng.normal(2, 1, 40), samples=400, seed=trial)
-        hits += low <= 2 <= high
-    assert 0.88 <= hits / 200 <= 0.99
-    assert gain.bootstrap_interval([1.0]) is None
-
-
-def test_bootstrap_has_the_variance_of_a_mean():
-    values = np.random.default_rng(0).normal(size=6)
-    shares = gain.bootstrap_shares(np.random.default_rng(1), 100_000, 6)
-    np.testing.assert_allclose(shares.sum(1), 1.0)
-    assert np.var(shares @ values) == pytest.approx(np.var(values, ddof=1) / 6, rel=0.02)
 
 
 def test_needs_neither_jax_nor_tensorflow_nor_matplotlib():

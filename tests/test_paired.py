@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from moe_jax.core.errors import UserError
 from moe_jax.evaluation import gains
@@ -23,65 +24,77 @@ def rows(**score_TxK):
 
 
 DIFFERENT = rows(
-    dense=[[0.4, 0.6] * 2, [0.2, 0.2] * 2], moe=[[0.6, 0.6] * 2, [0.2, 0.3] * 2]
+    dense=[[0.4, 0.6] * 2, [0.2, 0.2] * 2] * 3, moe=[[0.6, 0.6] * 2, [0.2, 0.3] * 2] * 3
 )  # fmt: skip
 
 
 def test_by_hand():
     found = compare(DIFFERENT)
-    assert (found.score, found.tasks, found.seeds, found.near_zero) == (0.35, 2, 4, ())
+    assert (found.tasks, found.seeds, found.near_zero) == (6, 4, ())
+    assert found.score == pytest.approx(0.35)
     (moe,) = found.arms.values()
     assert moe.score == pytest.approx(1.7 / 4)
-    # differences: 0.2 0.0 / 0.0 0.1, twice
+    # differences: 0.2 0.0 / 0.0 0.1, all of them several times
     assert moe.difference.value == pytest.approx(0.3 / 4)
     assert moe.relative.value == pytest.approx(0.3 / 4 / 0.35)
     # gains: of a 0.1 over 0.5, of b 0.05 over 0.2
     assert moe.arg.value == pytest.approx((0.2 + 0.25) / 2)
-    # One task and three seeds are drawn: one in sixteen draws has one cell only, so the interval
-    # goes from the lowest to the highest.
-    assert moe.difference.interval == pytest.approx((0.0, 0.2))
-    assert moe.relative.interval == pytest.approx((0.0, 0.5))  # 0.2 over 0.4 and 0.1 over 0.2
-    assert moe.arg.interval == pytest.approx((0.0, 0.5))  # 0.1 over the mean 0.2
+    for figure, least, most in (
+        (moe.difference, 0.0, 0.2),
+        (moe.relative, 0.0, 0.5),  # 0.2 over 0.4 and 0.1 over 0.2
+        (moe.arg, 0.0, 0.5),  # 0.1 over the mean 0.2
+    ):
+        low, high = figure.interval
+        assert least <= low < figure.value < high <= most
 
 
 def every_draw(dense_TxK, moe_TxK):
-    """(difference, relative, arg) [n, 3] of all equally likely bootstrap samples, one by one."""
+    """(difference, relative, mean gain) [n, 3] of all equally likely samples."""
     tasks, seeds = dense_TxK.shape
-    found = []
-    for drawn in itertools.product(range(tasks), repeat=tasks - 1):
-        for of_seeds in itertools.product(range(seeds), repeat=seeds - 1):
-            cells = [(t, k) for t in drawn for k in of_seeds]
-            dense = np.mean([dense_TxK[c] for c in cells])
-            moe = np.mean([moe_TxK[c] for c in cells])
-            gain = [
-                (moe_TxK[t, k] - dense_TxK[t, k]) / np.mean(dense_TxK[t])
-                for t, k in cells
-                if np.mean(dense_TxK[t]) >= 0.05
-            ]
-            found.append((moe - dense, moe / dense - 1, np.mean(gain) if gain else np.nan))
-    return np.array(found)
+    task_AxD = np.array(list(itertools.product(range(tasks), repeat=tasks - 1)))
+    seed_BxD = np.array(list(itertools.product(range(seeds), repeat=seeds - 1)))
+
+    def means(values_TxK):
+        return values_TxK[task_AxD[:, None, :, None], seed_BxD[:, None, :]].mean((2, 3)).ravel()
+
+    gain_TxK = (moe_TxK - dense_TxK) / dense_TxK.mean(1, keepdims=True)
+    dense, moe, gain = map(means, (dense_TxK, moe_TxK, gain_TxK))
+    return np.transpose([moe - dense, moe / dense - 1, gain])
+
+
+def level(values_TxK):
+    """The share of draws below an interval, by Satterthwaite's degrees of freedom."""
+    tasks, seeds = values_TxK.shape
+    of_tasks, of_seeds = stats.sem(values_TxK.mean(1)) ** 2, stats.sem(values_TxK.mean(0)) ** 2
+    freedom = (of_tasks + of_seeds) ** 2 / (of_tasks**2 / (tasks - 1) + of_seeds**2 / (seeds - 1))
+    return stats.norm.cdf(stats.t.ppf(0.025, freedom))
 
 
 def test_against_every_draw():
     rng = np.random.default_rng(3)
-    dense, moe = rng.uniform(0.2, 0.8, (2, 4, 3))
+    dense, moe = rng.uniform(0.2, 0.8, (2, 7, 3))
     dense[2] = 0.02, 0.05, 0.04  # near zero
-    draws = every_draw(dense, moe)
-    assert len(draws) == 4**3 * 3**2
+    kept = [0, 1, 3, 4, 5, 6]
+    all_draws, of_kept = every_draw(dense, moe), every_draw(dense[kept], moe[kept])
+    assert len(all_draws) == 7**6 * 3**2 and len(of_kept) == 6**5 * 3**2
     comparison = compare(rows(dense=dense, moe=moe), samples=40_000)
     assert comparison.near_zero == ("c",)
     found = comparison.arms["moe"]
-    kept = [0, 1, 3]
     ratio = moe[kept].mean(1) / dense[kept].mean(1) - 1
     assert found.arg.value == pytest.approx(ratio.mean())
     assert found.relative.value == pytest.approx(moe.mean() / dense.mean() - 1)
-    for i, figure in enumerate((found.difference, found.relative, found.arg)):
-        low, high = figure.interval
-        exact = draws[~np.isnan(draws[:, i]), i]
-        for end, level in ((low, 0.025), (high, 0.975)):
+    below = level(moe - dense)
+    gain = (moe - dense)[kept] / dense[kept].mean(1, keepdims=True)
+    for figure, exact, share in (
+        (found.difference, all_draws[:, 0], below),
+        (found.relative, all_draws[:, 1], below),
+        (found.arg, of_kept[:, 2], level(gain)),
+    ):
+        assert 0.005 < share < 0.024
+        for end, at in zip(figure.interval, (share, 1 - share), strict=True):
             # Within the noise of so many samples.
-            below, above = np.quantile(exact, [level - 0.005, level + 0.005])
-            assert below - 1e-9 <= end <= above + 1e-9
+            lowest, highest = np.quantile(exact, [at - 0.002, at + 0.002])
+            assert lowest - 1e-9 <= end <= highest + 1e-9
             assert np.abs(exact - end).min() < 1e-9  # it is the value of a possible draw
 
 
@@ -135,22 +148,22 @@ def test_intervals_cover_the_truth(task_spread, seed_spread, least):
     assert (hits / trials >= least).all() and (hits / trials <= 0.995).all()
 
 
-def test_one_seed_or_one_task():
-    found = compare(rows(dense=[[0.5]], moe=[[0.6]])).arms["moe"]
-    assert found.difference.interval is None and found.arg.interval is None
+def test_one_seed_or_few_tasks():
     moe = [0.6, 0.8, 0.5, 0.7, 0.7, 0.4]
-    for few in (2, 5):  # which have all one sign by chance too often
-        table = rows(dense=[[0.5]] * few, moe=[[x] for x in moe[:few]])
-        assert compare(table).arms["moe"].difference.interval is None
+    for few in range(1, 6):  # which have all one sign by chance too often
+        for seeds in (1, 2, 8):
+            table = rows(dense=[[0.5] * seeds] * few, moe=[[x] * seeds for x in moe[:few]])
+            found = compare(table)
+            gain = found.arms["moe"]
+            assert gain.difference.interval is gain.relative.interval is gain.arg.interval is None
+            assert "too few for intervals" in text_table(found)
     one_seed = compare(rows(dense=[[0.5]] * 6, moe=[[x] for x in moe]))
     assert "with one seed" in text_table(one_seed)
-    one_task = compare(rows(dense=[[0.5] * 6], moe=[moe]))
-    for found in (one_seed, one_task):
-        low, high = found.arms["moe"].difference.interval
-        assert -0.1 < low < 0.7 / 6 < high < 0.3
-    # One task counts, under one seed: nothing is known about chance.
-    near = compare(rows(dense=[[0.5]] + [[0.0]] * 5, moe=[[x] for x in moe])).arms["moe"]
-    assert near.arg.value == pytest.approx(0.2) and near.arg.interval is None
+    low, high = one_seed.arms["moe"].difference.interval
+    assert -0.1 < low < 0.7 / 6 < high < 0.3
+    # Of six tasks, five count in ARG.
+    near = compare(rows(dense=[[0.5]] * 5 + [[0.0]], moe=[[x] for x in moe])).arms["moe"]
+    assert near.arg.value == pytest.approx(0.32) and near.arg.interval is None
     assert near.difference.interval is not None
 
 
@@ -180,7 +193,7 @@ def test_relative_gain_and_difference_have_one_sign(shift):
 
 def test_order_of_rows_and_json():
     rng = np.random.default_rng(1)
-    lines = rows(**{arm: rng.uniform(0.1, 0.9, (5, 3)) for arm in ("dense", "moe", "average")})
+    lines = rows(**{arm: rng.uniform(0.1, 0.9, (6, 3)) for arm in ("dense", "moe", "average")})
     found = compare(lines)
     assert compare(iter(lines)) == found  # the same seed
     assert compare(lines, seed=1) != found
@@ -197,13 +210,13 @@ def test_table_and_sentences_show_the_figures():
     found = compare(DIFFERENT)
     (line,) = [line for line in text_table(found).splitlines() if line.startswith("moe")]
     assert line.split("  ")[0] == "moe"
-    for text in ("0.425", "+0.075", "+0.000 to +0.200", "+21.4 %", "+22.5 %", "+0.0 % to +50.0 %"):
+    for text in ("0.425", "+0.075", "+0.020 to +0.160", "+21.4 %", "+22.5 %", "+8.0 % to +40.0 %"):
         assert text in line
     assert sentences(found)[0] == (
-        "moe minus dense: +0.075 (+0.000 to +0.200); relative +21.4 % (+0.0 % to +50.0 %); "
-        "ARG over dense +22.5 % (+0.0 % to +50.0 %)."
+        "moe minus dense: +0.075 (+0.020 to +0.160); relative +21.4 % (+3.8 % to +44.4 %); "
+        "ARG over dense +22.5 % (+8.0 % to +40.0 %)."
     )
-    assert "2 tasks and 4 seeds" in sentences(found)[1]
+    assert "6 tasks and 4 seeds" in sentences(found)[1]
     near = compare(rows(dense=[[0.4, 0.6], [0.0, 0.08]], moe=[[0.6, 0.6], [0.2, 0.3]]))
     assert "scores below 0.05 there: b." in text_table(near).splitlines()[-1]
 

@@ -26,14 +26,11 @@ from scipy import stats
 
 from moe_jax.core import files, paths
 from moe_jax.core.errors import UserError, nearest, shown
+from moe_jax.evaluation.bootstrap import bootstrap_interval
 
 # Five right answers in a hundred. A gain over less is mostly noise: of 0.15 over 0.005, +2,900 %,
 # which would outweigh all other tasks of an average.
 NEAR_ZERO = 0.05
-
-# Of five values, all have one sign by chance in 6 % of cases: no interval of theirs that excludes 0
-# is one of 95 %. With fewer, there is no bootstrap interval, here and in `paired`.
-FEWEST = 6
 
 _KEYS = {
     "task": str,
@@ -74,11 +71,12 @@ def relative_gains(rows: Iterable[Mapping[str, Any]], baseline: str = "untrained
     Returns:
         The value of arg.json: `baseline`, `seeds`, `metrics` {task: metric}, `starts` {start:
         `arg`, `ci95` (t interval over seeds; None with one seed), `ci95_tasks` (bootstrap over
-        tasks; None with fewer than `FEWEST`), `per_seed`, `median`, `mean_difference` (of scores,
-        over all tasks), `tasks` (how many count), `no_relative_gain` (names)}, `differences` (ARG
-        of a later start minus that of an earlier one: `arg`, `ci95`, `per_seed`) and `tasks` {task:
-        {start: `mean`, `std` (None with one seed), `per_seed`, `selected`, `relative_gain`}}. Gains
-        are fractions (0.026 is 2.6 %); `relative_gain` is None if undefined.
+        tasks; None with fewer than `bootstrap.FEWEST`), `per_seed`, `median`, `mean_difference` (of
+        scores, over all tasks), `tasks` (how many count), `no_relative_gain` (names)},
+        `differences` (ARG of a later start minus that of an earlier one: `arg`, `ci95`, `per_seed`)
+        and `tasks` {task: {start: `mean`, `std` (None with one seed), `per_seed`, `selected`,
+        `relative_gain`}}. Gains are fractions (0.026 is 2.6 %); `relative_gain` is None if
+        undefined.
 
     Raises:
         UserError: no rows; a row without a key or with a score that is not a finite number; a task
@@ -164,26 +162,6 @@ def t_interval(values_K) -> list[float] | None:
         return None
     half = stats.t.ppf(0.975, len(values_K) - 1) * values_K.std(ddof=1) / math.sqrt(len(values_K))
     return [float(values_K.mean() - half), float(values_K.mean() + half)]
-
-
-def bootstrap_interval(values_T, samples: int = 5000, seed: int = 0) -> list[float] | None:
-    """95 % percentile bootstrap interval of the mean of [T] floats; None when T < `FEWEST`."""
-    values_T = np.asarray(values_T, np.float64)
-    if len(values_T) < FEWEST:
-        return None
-    mean_B = bootstrap_shares(np.random.default_rng(seed), samples, len(values_T)) @ values_T
-    return [float(x) for x in np.percentile(mean_B, [2.5, 97.5])]
-
-
-def bootstrap_shares(rng: np.random.Generator, samples: int, n: int) -> np.ndarray:
-    """[B, n]: the share of each of n things in n - 1 draws with replacement (n = 1: all of it).
-
-    With n draws, the variance of a mean of n would be too small by (n - 1)/n, half of it for two
-    (Rao and Wu 1988, Journal of the American Statistical Association 83).
-    """
-    if n == 1:
-        return np.ones((samples, 1))
-    return rng.multinomial(n - 1, np.full(n, 1 / n), size=samples) / (n - 1)
 
 
 def write(directory: str | os.PathLike, gains: Mapping[str, Any]) -> None:

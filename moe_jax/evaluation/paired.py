@@ -9,11 +9,7 @@ With x[t, s] and b[t, s] the scores of an arm and of the baseline on task t, see
 `arg` is the average relative gain of `gains`, here over another baseline: the dense multi-task
 model. It leaves out tasks whose baseline is near zero; the other two count every task.
 
-Seeds and tasks are crossed: a seed's model, lucky or not, is scored on all tasks, and a task, easy
-or not, under all seeds. So neither alone says how far chance goes. Each bootstrap sample draws
-seeds with replacement and tasks with replacement, and has the scores of the drawn tasks under the
-drawn seeds (the pigeonhole bootstrap: Owen 2007, arXiv 0712.1111), one seed and one task less than
-there are (`gains.bootstrap_shares`).
+`bootstrap` makes the intervals.
 """
 
 import dataclasses
@@ -24,15 +20,16 @@ from typing import Any
 import numpy as np
 
 from moe_jax.core.errors import UserError, nearest
-from moe_jax.evaluation.gains import FEWEST, NEAR_ZERO, aligned, bootstrap_shares, count, percent
+from moe_jax.evaluation.bootstrap import FEWEST, Bootstrap
+from moe_jax.evaluation.gains import NEAR_ZERO, aligned, count, percent
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A figure and its 95 % interval.
 
-    The interval is None if fewer than `FEWEST` scores of tasks under seeds count, or if an end is
-    infinite because the baseline scores 0 on most tasks.
+    The interval is None if fewer than `bootstrap.FEWEST` tasks count, or if an end is infinite
+    because the baseline scores 0 on most tasks.
     """
 
     value: float
@@ -96,34 +93,25 @@ def compare(
         raise UserError(f"no arm is called {baseline!r}{nearest(baseline, arms)}")
     base_TxK = score_AxTxK[arms.index(baseline)]
     counts_T = base_TxK.mean(1) >= NEAR_ZERO
-    rng = np.random.default_rng(seed)
-    task_BxT, seed_BxK = (bootstrap_shares(rng, samples, len(n)) for n in (tasks, seeds))
-    # A sample in which no task counts says nothing about `arg`.
-    counted_B = task_BxT @ counts_T
-    some_B = counted_B > 0
-
-    def estimate(value: float, value_B: np.ndarray, tasks: int = len(tasks)) -> Estimate:
-        low, high = np.quantile(value_B, (0.025, 0.975), method="inverted_cdf").tolist()
-        known = tasks * len(seeds) >= FEWEST and math.isfinite(low) and math.isfinite(high)
-        return Estimate(float(value), (low, high) if known else None)
-
-    def means(values_TxK: np.ndarray) -> np.ndarray:
-        """[B]: the mean of each bootstrap sample."""
-        return np.einsum("bt,bt->b", task_BxT, seed_BxK @ values_TxK.T)
+    drawn = Bootstrap(len(tasks), len(seeds), samples, seed)
+    counted = Bootstrap(int(counts_T.sum()), len(seeds), samples, seed)
 
     def gain(score_TxK: np.ndarray) -> Gain:
         difference_TxK = score_TxK - base_TxK
-        difference, difference_B = difference_TxK.mean(), means(difference_TxK)
+        difference = float(difference_TxK.mean())
         relative = arg = None
         if base_TxK.mean() > 0:
-            relative_B = _ratio(difference_B, means(base_TxK))
-            relative = estimate(difference / base_TxK.mean(), relative_B)
+            interval = drawn.interval(difference_TxK, base_TxK)
+            relative = Estimate(difference / float(base_TxK.mean()), interval)
         if counts_T.any():
-            scale_T = np.where(counts_T, base_TxK.mean(1), np.inf)  # a gain of 0: adds nothing
-            gain_TxK = difference_TxK / scale_T[:, None]
-            arg_B = means(gain_TxK)[some_B] / counted_B[some_B]
-            arg = estimate(gain_TxK[counts_T].mean(), arg_B, tasks=int(counts_T.sum()))
-        return Gain(float(score_TxK.mean()), estimate(difference, difference_B), relative, arg)
+            gain_TxK = difference_TxK[counts_T] / base_TxK[counts_T].mean(1, keepdims=True)
+            arg = Estimate(float(gain_TxK.mean()), counted.interval(gain_TxK))
+        return Gain(
+            score=float(score_TxK.mean()),
+            difference=Estimate(difference, drawn.interval(difference_TxK)),
+            relative=relative,
+            arg=arg,
+        )
 
     return Comparison(
         baseline=baseline,
@@ -169,7 +157,9 @@ def sentences(comparison: Comparison) -> list[str]:
 def _notes(comparison: Comparison) -> list[str]:
     tasks, seeds = count(comparison.tasks, "task"), count(comparison.seeds, "seed")
     notes = [f"Paired by task and seed; 95 % intervals over {tasks} and {seeds}."]
-    if comparison.seeds == 1:
+    if comparison.tasks < FEWEST:
+        notes = [f"Paired by task and seed; {tasks} are too few for intervals."]
+    elif comparison.seeds == 1:
         notes[0] = notes[0][:-1] + ": with one seed, what its luck did is not in them."
     if comparison.near_zero:
         notes.append(
@@ -183,14 +173,6 @@ def _interval(figure: Estimate | None, form) -> str:
     if figure is None or figure.interval is None:
         return "–"
     return " to ".join(map(form, figure.interval))
-
-
-def _ratio(difference_B: np.ndarray, baseline_B: np.ndarray) -> np.ndarray:
-    """Quotients; infinite, with the difference's sign, where the baseline is 0 or below."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(
-            difference_B / np.maximum(baseline_B, 0), posinf=np.inf, neginf=-np.inf
-        )
 
 
 def _table(

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.evaluation.gains import bootstrap_interval, count
+from moe_jax.evaluation.bootstrap import bootstrap_interval
+from moe_jax.evaluation.gains import count
 from moe_jax.report import figures, page
 from moe_jax.report.features import FEATURES, answer
 from moe_jax.report.inputs import NO_CATEGORY, Run

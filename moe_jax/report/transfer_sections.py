@@ -9,6 +9,7 @@ import numpy as np
 from moe_jax.core.errors import UserError
 from moe_jax.evaluation import gains as gain
 from moe_jax.evaluation import paired
+from moe_jax.evaluation.bootstrap import bootstrap_interval
 from moe_jax.report import figures, names, page
 from moe_jax.report.inputs import Run
 from moe_jax.report.page import Link
@@ -146,7 +147,7 @@ def _against_single(
     difference = {t: scored[t]["score"] - alone[t]["score"] for t in scored}
     losing = sorted((t for t in scored if difference[t] < -1e-9), key=difference.get)
     mean = float(np.mean(list(difference.values())))
-    ci95 = gain.bootstrap_interval(list(difference.values()))
+    ci95 = bootstrap_interval(list(difference.values()))
     result.numbers.setdefault(split, {})[run] = {
         "tasks": len(scored),
         "mean_difference": mean,

@@ -212,6 +212,21 @@ def test_disabling_stands_beside_the_correlation(tmp_path):
             assert row["ratio"] == pytest.approx(row["rise"] / row["rise_elsewhere"])
 
 
+def test_subcategories_of_one_name_in_two_categories_are_two(tmp_path):
+    places = ontology(24)
+    for t, (task, (category, _)) in enumerate(places.items()):
+        places[task] = (category, f"kind {t // 4 % 3}")
+    run = make_run(tmp_path / "run", places)
+    make_disabling(run)
+    report(tmp_path / "report", {"run": run}, permutations=5)
+    numbers = files.read_json(tmp_path / "report" / "report.json")
+    found = numbers["disabling"]["test"]["subcategory"]["rows"]
+    assert len({row["subcategory"] for row in found}) == 12
+    assert numbers["agreement"]["subcategories"]["classes"] == 12
+    risen = {row["subcategory"] for row in found if row["rise"] > 1e-9}
+    assert risen == {f"extractive / kind {i}" for i in range(3)}
+
+
 def test_tasks_that_lose_against_training_alone_are_named(tmp_path):
     places = ontology(6)
     run = make_run(tmp_path / "run", places)

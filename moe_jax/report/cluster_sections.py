@@ -179,8 +179,8 @@ def levels(routes: Routes) -> tuple[list[int], dict[str, list[str]]]:
     """The tasks that the ontology knows, and the label of each at both of its levels."""
     known = [i for i, c in enumerate(routes.categories) if c != NO_CATEGORY]
     return known, {
-        "categories": [routes.categories[i] for i in known],
-        "subcategories": [f"{routes.categories[i]} / {routes.subcategories[i]}" for i in known],
+        "categories": [routes.labels("category")[i] for i in known],
+        "subcategories": [routes.labels("subcategory")[i] for i in known],
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.report import figures, page, statistics
 from moe_jax.report.cluster_sections import LEVEL
 from moe_jax.report.features import FEATURES
-from moe_jax.report.inputs import NO_CATEGORY, Run
+from moe_jax.report.inputs import NO_CATEGORY, Run, label
 from moe_jax.report.route_sections import columns
 from moe_jax.report.sections import Section
 
@@ -163,10 +163,11 @@ def _by_level(
     rises: dict[str, list[np.ndarray]] = {}
     for row in value["tasks"].values():
         rise_F = np.ravel(row["without"]) - row["loss"]
-        rises.setdefault(row.get(level) or NO_CATEGORY, []).append(rise_F)
+        name = label(level, row.get("category"), row.get("subcategory"))
+        rises.setdefault(name, []).append(rise_F)
     names = sorted(rises, key=lambda c: (c == NO_CATEGORY, c))
     rise_CxF = np.array([np.mean(rises[c], 0) for c in names])
-    labels = routes.categories if level == "category" else routes.subcategories
+    labels = routes.labels(level)
     r_CxF = np.array([statistics.membership(routes.route_TxNxE, labels, c) for c in names])
     experts, rows = columns(routes), []
     everything = {c: np.array(rises[c]) for c in names}

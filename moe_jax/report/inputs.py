@@ -36,6 +36,20 @@ class Routes:
     def experts(self) -> int:
         return self.route_TxNxE.shape[2]
 
+    def labels(self, level: str) -> list[str]:
+        """The label of each task at a level of the ontology; see `label`."""
+        pairs = zip(self.categories, self.subcategories, strict=True)
+        return [label(level, category, subcategory) for category, subcategory in pairs]
+
+
+def label(level: str, category: str | None, subcategory: str | None) -> str:
+    """A task's `category`, or its `subcategory` after that: two categories may have one of a name.
+
+    A task without a subcategory is labelled by its category at both levels.
+    """
+    category = category or NO_CATEGORY
+    return f"{category} / {subcategory}" if level == "subcategory" and subcategory else category
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

@@ -72,9 +72,9 @@ def backward(form: Form, packed: Packed, attended: Attended, dy: jax.Array):
     (dk, dv, d_bias), dq = jax.lax.scan(one, nothing, blocks)
     if d_bias is not None:
         d_bias = d_bias[:, : form.distances]
-    dk, dv = (d.reshape(*d.shape[:2], -1).astype(form.dtype) for d in (dk, dv))
-    dq = _joined(dq, form)
-    return packed.joined(dq.reshape(*dq.shape[:2], -1), dk, dv), d_bias
+    gradients = _joined(dq, form), dk, dv
+    gradients = (d.reshape(*d.shape[:2], -1).astype(form.dtype) for d in gradients)
+    return packed.joined(*gradients), d_bias
 
 
 class _Rows(NamedTuple):

@@ -178,10 +178,9 @@ def agreement(
 def levels(routes: Routes) -> tuple[list[int], dict[str, list[str]]]:
     """The tasks that the ontology knows, and the label of each at both of its levels."""
     known = [i for i, c in enumerate(routes.categories) if c != NO_CATEGORY]
-    return known, {
-        "categories": [routes.labels("category")[i] for i in known],
-        "subcategories": [routes.labels("subcategory")[i] for i in known],
-    }
+    levels = {"categories": "category", "subcategories": "subcategory"}
+    labels = {name: routes.labels(level) for name, level in levels.items()}
+    return known, {name: [of_task[i] for i in known] for name, of_task in labels.items()}
 
 
 def _clusters_finding(level: str, numbers: dict, ami: statistics.Agreement) -> str:

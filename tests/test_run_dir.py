@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import gin
 import pytest
 
 from moe_jax.core.errors import UserError
@@ -62,29 +61,14 @@ def test_a_run_goes_on_under_its_own_configuration(tmp_path):
     directory.check_config(tmp_path, configs(*SETTINGS, "ModelConfig.attention = 'fused'"))
 
 
-@pytest.mark.parametrize(("remat", "kept"), [(True, "inputs"), (False, "all")])
-def test_runs_from_when_what_layers_keep_was_called_remat(remat, kept, tmp_path):
-    directory.write_config(tmp_path, configs(*SETTINGS))
-    path = tmp_path / directory.CONFIG_JSON
-    lines = json.loads(path.read_text())
-    del lines["ModelConfig.kept_activations"]
-    path.write_text(json.dumps({**lines, "ModelConfig.remat": remat}))
-    assert directory.read_config(tmp_path).model.kept_activations == kept
-    directory.check_config(tmp_path, configs(*SETTINGS))
-    gin_files.parse([], [f"MODEL_DIR = {str(tmp_path)!r}"], [], from_model_dir=True)
-    assert gin.query_parameter("ModelConfig.kept_activations") == kept
-
-
 def test_runs_that_call_the_built_in_tasks_by_their_former_names(tmp_path):
     full = "TASK_MODULES = ('moe_jax.builtin_tasks.skills_gym', 'mine')"
     former = "TASK_MODULES = ('tasks.skills_gym', 'mine')"
     assert configs(*SETTINGS, former) == configs(*SETTINGS, full)
     directory.write_config(tmp_path, configs(*SETTINGS, full))
-    for name in (directory.CONFIG_JSON, directory.CONFIG):
-        text = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(text.replace("moe_jax.builtin_tasks.", "tasks."))
-        directory.check_config(tmp_path, configs(*SETTINGS, full))
-        (tmp_path / directory.CONFIG_JSON).unlink(missing_ok=True)  # older runs have config.gin
+    path = tmp_path / directory.CONFIG_JSON
+    path.write_text(path.read_text().replace("moe_jax.builtin_tasks.", "tasks."))
+    directory.check_config(tmp_path, configs(*SETTINGS, full))
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -106,13 +90,11 @@ def test_another_configurations_run_is_refused(line, message, tmp_path):
 
 def test_a_setting_newer_than_the_run_had_its_default(tmp_path):
     directory.write_config(tmp_path, configs(*SETTINGS))
-    (tmp_path / "config.json").unlink()  # as runs were written before it
-    path = tmp_path / "config.gin"
-    newer = ("DataConfig.row_shapes", "OptimizerConfig.lazy", "VocabularyConfig.size")
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not line.startswith(newer)]
-    assert len(kept) == len(lines) - len(newer)
-    path.write_text("".join(kept))
+    path = tmp_path / directory.CONFIG_JSON
+    lines = json.loads(path.read_text())
+    for newer in ("DataConfig.row_shapes", "OptimizerConfig.lazy", "VocabularyConfig.size"):
+        del lines[newer]
+    path.write_text(json.dumps(lines))
     directory.check_config(tmp_path, configs(*SETTINGS))
     with pytest.raises(UserError, match=r"there DataConfig\.row_shapes is 1, here 3"):
         directory.check_config(tmp_path, configs(*SETTINGS, "DataConfig.row_shapes = 3"))
@@ -126,7 +108,7 @@ def test_the_task_table_keeps_its_order(tmp_path):
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path} holds no run: it has no config.gin"):
+    with pytest.raises(UserError, match=f"{tmp_path} holds no run: it has no config.json"):
         directory.read_config(tmp_path)
     with pytest.raises(UserError, match="absent holds no run: there is no such directory"):
         directory.read_config(tmp_path / "absent")

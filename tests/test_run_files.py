@@ -23,8 +23,6 @@ ROWS = [{"step": 1, "kind": "train", "loss": 2.5}, {"step": 2, "kind": "eval", "
 FILES = {
     "config.json": (lambda d: directory.write_config(d, Config(RunConfig(), DATA)),
                     directory.read_config),
-    "config.gin": (lambda d: files.write_text(d / "config.gin", directory.gin_text(
-        directory.config_lines(Config(RunConfig(), DATA)))), directory.read_config),
     "task_table.json": (lambda d: directory.write_task_table(d, ["a", "b"]),
                         directory.read_task_table),
     "metrics.jsonl": (lambda d: files.write_jsonl(d / "metrics.jsonl", ROWS),
@@ -120,6 +118,7 @@ def test_a_run_is_read_and_not_executed(tmp_path, monkeypatch):
     given = [f"MODEL_DIR = {str(run)!r}", "CACHE_DIR = 'cache'"]
     for lines, message in (
         ({"RunConfig.extensions": [f"{tmp_path}/evil.py"]}, "names the module"),
+        ({"RunConfig.extensions": ["a\nb"]}, r"'a\\nb' is no module's name"),
         ({"RunConfig.extensions": "evil"}, r"names the module evil: .* --gin\.EXTENSIONS=evil$"),
         ({"EXTENSIONS": ["evil.py"]}, "is no setting"),
         ({"import evil\nModelConfig.experts": 3}, "is no setting"),
@@ -139,16 +138,10 @@ def test_a_run_is_read_and_not_executed(tmp_path, monkeypatch):
         gin_files.parse([], given, [], from_model_dir=True)
         with pytest.raises(UserError, match=f"{run} names the .*evil.py.*: if you trust its code"):
             prepare_mixtures(build(Config).data, run=str(run))
-    # A config.gin is no longer looked at beside config.json, nor executed without it.
+    # A config.gin is not looked at, nor executed.
     files.write_json(run / "config.json", {"RunConfig.seed": 3})
     (run / "config.gin").write_text("import evil\nRunConfig.seed = @evil.x()\n")
     gin_files.parse([], given, [], from_model_dir=True)
-    (run / "config.json").unlink()
-    with pytest.raises(UserError, match="is no plain value"):
-        gin_files.parse([], given, [], from_model_dir=True)
-    (run / "config.gin").write_text("import evil # = 3\n")
-    with pytest.raises(UserError, match="is no setting"):
-        gin_files.parse([], given, [], from_model_dir=True)
     assert not proof.exists()
 
 

@@ -101,7 +101,7 @@ def check_module(name: str, named_by: str | os.PathLike = "") -> None:
     Raises:
         UserError: it is neither shipped (see `is_shipped`) nor given by the user.
     """
-    if not isinstance(name, str):
+    if not isinstance(name, str) or len(name.splitlines()) != 1:
         raise UserError(f"{shown(name)} is no module's name")
     if _given is not None and _full(name) not in _given and not is_shipped(name):
         raise _refusal(f"the module {name}", name, named_by)

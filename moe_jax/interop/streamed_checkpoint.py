@@ -13,7 +13,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from moe_jax.core import checksums
-from moe_jax.training.checkpoint_files import SEALED
 from moe_jax.training.checkpoints import DIRECTORY
 
 _FILE_BYTES = 1 << 27  # data waits in memory until it fills a file
@@ -74,5 +73,5 @@ def save_params(model_dir: Path, step: int, params: Any, meta: dict[str, Any]) -
         args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)
         checkpointer.save(place / "params", args=args)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        checkpointer.save(place / "meta", args=ocp.args.JsonSave({**meta, SEALED: True}))
+        checkpointer.save(place / "meta", args=ocp.args.JsonSave(meta))
     checksums.seal(place)

@@ -4,7 +4,6 @@ The configuration is written twice: `config.json` for programs, `config.gin` for
 --gin_file. Reading uses no gin and imports no module that the files name.
 """
 
-import ast
 import dataclasses
 import re
 import subprocess
@@ -42,7 +41,6 @@ _ORDER = re.compile(
     r"DataConfig\.(rows_per_group|pack|row_shapes|lengths|mixing\w*|cap)|RunConfig\.seed"
 )
 _MACROS = dict(re.findall(r"^(\w+\.\w+) = %(\w+)$", BASE_BINDINGS, re.M))
-_NAMES = {macro: binding for binding, macro in _MACROS.items()}
 
 _SETTING = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", re.ASCII)
 
@@ -133,34 +131,13 @@ def read_lines(model_dir: str | Path) -> Lines:
         UserError: the file cannot be parsed, or names what is no setting.
     """
     path = paths.parse(model_dir) / CONFIG_JSON
-    if path.exists():
-        lines = files.read_object(path)
-        lines = {name: tuple(v) if isinstance(v, list) else v for name, v in lines.items()}
-    else:
-        path = path.with_name(CONFIG)
-        lines = _read_gin(path)
+    if not path.exists():
+        return {}
+    lines = files.read_object(path)
+    lines = {name: tuple(v) if isinstance(v, list) else v for name, v in lines.items()}
     for name in lines:  # which become lines of gin: not an import, nor a macro
         if not _SETTING.fullmatch(name):
             raise UserError(f"{path} is no run's: {shown(name)} is no setting")
-    remat = lines.pop("ModelConfig.remat", None)  # what it was called in older runs
-    if remat is not None:
-        lines["ModelConfig.kept_activations"] = "inputs" if remat else "all"
-    return lines
-
-
-def _read_gin(path: Path) -> Lines:
-    """Reads a config.gin, for runs that have no config.json."""
-    if not path.exists():
-        return {}
-    lines: Lines = {}
-    for number, line in enumerate(files.read_text(path).splitlines(), 1):
-        name, equals, text = line.partition(" = ")
-        if not equals or re.fullmatch(r"@\w+\(\)", text):  # its fields have their own lines
-            continue
-        try:
-            lines[_NAMES.get(name, name)] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
-            raise UserError(f"{path}:{number}: {shown(line)} is no plain value") from e
     return lines
 
 
@@ -192,7 +169,7 @@ def read_run_lines(model_dir: str | Path) -> Lines:
     if lines := read_lines(model_dir):
         return lines
     there = paths.parse(model_dir).exists()
-    reason = f"it has no {CONFIG}" if there else "there is no such directory"
+    reason = f"it has no {CONFIG_JSON}" if there else "there is no such directory"
     raise UserError(f"{model_dir} holds no run: {reason}")
 
 

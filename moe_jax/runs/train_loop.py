@@ -221,9 +221,6 @@ def _begin(
         raise UserError(f"{run.model_dir} was trained on another task table")
     if meta["data"] != mixture.fingerprint:
         raise UserError(f"the data changed since {run.model_dir} was trained on it")
-    if not meta.get("parts"):  # in older checkpoints
-        groups = before["DataConfig.batch_size"] // config.data.rows_per_group
-        meta["parts"] = [[meta["step"], groups]]
     _announce(config, before, meta["step"])
     return state, meta
 

@@ -10,14 +10,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from moe_jax.core import checksums, files, paths
-from moe_jax.core.errors import UserError, say
+from moe_jax.core.errors import UserError
 from moe_jax.core.paths import Path
 
 COMMITTED = "commit_success.txt"
-SEALED = "sealed"  # of the meta data: there are checksums beside them
 DAMAGED = ".damaged"
 _OLD = ".old"  # is being removed
 _LEFT = re.compile(rf"\d+({re.escape(_OLD)}|\.orbax-checkpoint-tmp.*)")
@@ -101,19 +98,9 @@ def _are(kind: type, values: Any) -> bool:
 def damage(place: Path, parts: Sequence[str] = ("",)) -> str | None:
     """What is wrong with a checkpoint, in words that name the file; None where nothing is.
 
-    One that was written before there were checksums is taken as it is, and that is said.
-
     Args:
         parts: what its files' names begin with that are to be read.
     """
-    if checksums.is_sealed(place):
-        return checksums.damage(place, parts)
-    try:
-        meta = read_meta(place)
-    except UserError as e:
-        return str(e)
-    if SEALED in meta:
+    if not checksums.is_sealed(place):
         return f"{place / checksums.FILE} is missing"
-    if jax.process_index() == 0:
-        say(f"{place} has no checksums: it was written by an earlier version, and is read as it is")
-    return None
+    return checksums.damage(place, parts)

@@ -19,8 +19,8 @@ from moe_jax.core.errors import UserError
 from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import parameter_shapes
 from moe_jax.training import checkpoint_files
-from moe_jax.training.checkpoint_files import DAMAGED, SEALED, damage, steps
-from moe_jax.training.shapes import check_shapes, merge_heads
+from moe_jax.training.checkpoint_files import DAMAGED, damage, steps
+from moe_jax.training.shapes import check_shapes
 from moe_jax.training.step import TrainState
 
 DIRECTORY = "checkpoints"
@@ -107,7 +107,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        meta = {**meta, "step": step, "shapes": parameter_shapes(state.params), SEALED: True}
+        meta = {**meta, "step": step, "shapes": parameter_shapes(state.params)}
         with self._saving():
             self._checkpointer.save(
                 self.directory / str(step),
@@ -269,6 +269,6 @@ def load_params(path: str | Path) -> tuple[Params, dict[str, Any]]:
         checkpointer = ocp.PyTreeCheckpointer()
         tree = checkpointer.metadata(place / "params").item_metadata.tree
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        params = merge_heads(checkpointer.restore(place / "params", restore_args=args))
+        params = checkpointer.restore(place / "params", restore_args=args)
     _say(f"read {place}")
     return params, meta

@@ -20,21 +20,6 @@ def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], sour
             raise UserError(f"{source}: {name} {has}, the model {needs}")
 
 
-def merge_heads(params: Params) -> Params:
-    """Merges the axes of heads and head width, which were separate in early checkpoints of 0.1."""
-
-    def merged(path, p):
-        *_, block, name = (key.key for key in path) if len(path) > 1 else ("", "")
-        if not block.endswith("_attention"):
-            return p
-        if name == "out_kernel":  # [layer, expert, H, K, D]
-            return p.reshape(*p.shape[:2], -1, p.shape[-1])
-        own = {"out_bias": 3}.get(name, 5 if name.endswith("_kernel") else 4)
-        return p.reshape(*p.shape[: own - 1], -1) if p.ndim > own else p
-
-    return jax.tree_util.tree_map_with_path(merged, params)
-
-
 def split_layers(backbone: Params, config: ModelConfig) -> Params:
     """Moves the vanilla layers of `config` out of a dense backbone's routed layers."""
     result = {**backbone}

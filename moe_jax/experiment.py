@@ -72,7 +72,7 @@ def _experiment(root: Path, settings: ExperimentConfig) -> None:
     )
     print("\n" + "\n".join(text_tables(results)))
     print("Results:")
-    for finding in made.findings:
+    for finding in made.summary:
         print(f"- {finding}")
     print(f"\n{clock(time.perf_counter() - begin)} in all; the report is {made.page},")
     print(f"all numbers are in {root / RESULTS}")

@@ -88,14 +88,14 @@ def predictions(places: dict[str, tuple], examples: int = 8) -> list[dict]:
     return lines
 
 
-def make_disabling(run: Path, needed: str = "extractive") -> None:
-    """Writes disabling.json: without expert 0 of the first layer, one category loses 1 nat."""
+def make_disabling(run: Path, needed: str = "extractive", expert: int = 0) -> None:
+    """Writes disabling.json: without an expert of the first layer, one category loses 1 nat."""
     routes = files.read_json(run / "routes.json")
     shape = (len(routes["layers"]), routes["experts"])
     tasks = {}
     for task, row in routes["tasks"].items():
         without = np.full(shape, 2.0)
-        without[0, 0] += row["category"] == needed
+        without[0, expert] += row["category"] == needed
         tasks[task] = {"category": row["category"], "subcategory": row["subcategory"],
                        "examples": 4, "loss": 2.0,
                        "without": without.tolist()}  # fmt: skip

@@ -91,7 +91,7 @@ def test_the_report_has_all_arms(plan, tmp_path):
             assert as_shown["arms"] == {names.get(a, a): g for a, g in found["arms"].items()}
     # Two tasks and two seeds are too few for an interval.
     said = "Few-shot scores on unseen tasks: mixture of experts against dense +0.100, relative"
-    assert any(f.startswith(said) for f in made.findings)
+    assert any(f.startswith(said) for f in made.summary)
     page = made.page.read_text()
     assert "All arms" in page and "minus random" in page and "+25.0 %" in page
     # Of one seed, other sections have these findings.

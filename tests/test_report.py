@@ -115,7 +115,10 @@ def test_whole_report(tmp_path, tasks, layers, experts, seeds):
     assert len(routes["rows"]) == tasks and len(routes["columns"]) == layers * experts
     assert numbers["runs"]["moe"]["commit"] == COMMIT
     assert numbers["runs"].keys() == {"dense", "moe", "few-shot adaptation"}
-    assert numbers["findings"] == made.findings
+    assert numbers["findings"] == made.findings and numbers["summary"] == made.summary
+    assert {*made.summary} < {*made.findings} and len(made.summary) < 10
+    for said in ("Mean score on", "ARG of mixture of experts over direct", "Clusters of routes"):
+        assert any(s.startswith(said) for s in made.summary)
     assert numbers["agreement"]["categories"]["ami"]["value"] > 0.8
     *_, last = numbers["evolution"].values()
     for name in ("ami", "neighbour_accuracy"):
@@ -135,8 +138,8 @@ def test_whole_report(tmp_path, tasks, layers, experts, seeds):
     assert mixture["no_relative_gain"] == ["unseen_3"]
     assert (mixture["ci95"] is None) == (seeds == 1)
     over_dense = numbers["adaptation"]["over_dense"]["arms"]["mixture of experts"]["difference"]
-    start = f"mixture of experts minus dense: {over_dense['value']:+.3f} ("
-    assert any(sentence.startswith(start) for sentence in made.findings)
+    start = f"Few-shot, mixture of experts minus dense: {over_dense['value']:+.3f} ("
+    assert any(sentence.startswith(start) for sentence in made.summary)
     assert "untrained" not in page.text
     # A bar reaches from the lowest to the highest seed, and so is within the scores.
     rows = [row for row in files.read_jsonl(finetune / "runs.jsonl") if row["task"] == "unseen_0"]
@@ -212,6 +215,21 @@ def test_disabling_stands_beside_the_correlation(tmp_path):
             assert row["ratio"] == pytest.approx(row["rise"] / row["rise_elsewhere"])
 
 
+def test_how_many_subcategories_need_the_expert_that_is_most_tied_to_them(tmp_path):
+    run, needing = make_run(tmp_path / "run", ontology(24)), 0
+    for expert in range(3):
+        make_disabling(run, "extractive", expert)
+        made = report(tmp_path / "report", {"run": run}, permutations=2)
+        numbers = files.read_json(tmp_path / "report" / "report.json")["disabling"]["test"]
+        tied = numbers["subcategory"]["most_tied"]
+        planted = [r for r in tied if r["expert"] == f"encoder.0 expert {expert}"]
+        count = sum(r["subcategory"].startswith("extractive") for r in planted)
+        said = f"the loss of {count} of 12 subcategories rises at least twice as much"
+        assert any(said in sentence for sentence in made.summary)
+        needing += count
+    assert needing
+
+
 def test_subcategories_of_one_name_in_two_categories_are_two(tmp_path):
     places = ontology(24)
     for t, (task, (category, _)) in enumerate(places.items()):
@@ -240,7 +258,7 @@ def test_tasks_that_lose_against_training_alone_are_named(tmp_path):
     found = files.read_json(tmp_path / "report" / "report.json")["transfer"]["test"]["run"]
     assert found["losing"] == [lower] and found["tasks"] == 2
     assert found["mean_difference"] == pytest.approx(0)
-    assert "1 of 2 tasks lose" in " ".join(made.findings)
+    assert "1 of 2 tasks lose" in " ".join(made.summary)
     with pytest.raises(UserError, match="has no runs of single tasks"):
         report(tmp_path / "report", {"run": run}, single=tmp_path / "absent")
 

@@ -10,7 +10,7 @@ from moe_jax.report.cluster_sections import PERMUTATIONS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Builds the report and prints its findings."""
+    """Builds the report and prints its summary."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_jax.report",
         description="Writes one self-contained HTML page with the scores and routes of runs.",
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = build.report(
         args.output, runs, args.finetune, args.model, args.single, args.permutations
     )
-    print("\n".join(made.findings))
+    print("\n".join(made.summary))
     print(f"report: {made.page}")
 
 

@@ -45,12 +45,13 @@ def arms(results: Mapping[str, Any]) -> Section:
             gain = comparison["arms"].get(names.MIXTURE)
             # Of one seed, the other sections say it already.
             if gain is not None and len(seeds) > 1 and gain["relative"] is not None:
-                result.findings.append(
+                result.find(
                     f"{MEASURES[measure]}: {names.MIXTURE} against {baseline}"
                     f" {gain['difference']['value']:+.3f}"
                     f"{_range(gain['difference'], '{:+.3f}'.format)}, relative"
                     f" {percent(gain['relative']['value'])}{_range(gain['relative'], percent)},"
-                    f" over {count(comparison['tasks'], 'task')} and {count(len(seeds), 'seed')}."
+                    f" over {count(comparison['tasks'], 'task')} and {count(len(seeds), 'seed')}.",
+                    main=baseline == names.DENSE,
                 )
     return result
 

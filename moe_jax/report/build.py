@@ -26,10 +26,11 @@ from moe_jax.report.sections import Section
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The path of the page, and its findings as sentences."""
+    """The path of the page, its findings as sentences, and those that it begins with."""
 
     page: Path
     findings: list[str]
+    summary: list[str]
 
 
 def report(
@@ -110,9 +111,11 @@ def _write(
     output: Path, finetune: str | os.PathLike | None, model: Run | None, parts: list[Section]
 ) -> Report:
     findings = [sentence for part in parts for sentence in part.findings]
+    summary = [sentence for part in parts for sentence in part.main] or findings
     numbers = {
         "model": model and model.name,
         "finetune": None if finetune is None else str(finetune),
+        "summary": summary,
         "findings": findings,
         **{part.name: part.numbers for part in parts},
     }
@@ -121,12 +124,13 @@ def _write(
     if model and model.origin.get("date"):
         about += f", whose training began {model.origin['date']}"
     about += "" if finetune is None else f"; few-shot adaptation in {finetune}"
-    shown = {"summary": ("Summary", page.bullets(findings))}
+    rest = page.details(f"All {len(findings)} findings", page.bullets(findings))
+    shown = {"summary": ("Summary", page.bullets(summary) + rest * (summary != findings))}
     shown |= {part.name: (part.title, "".join(part.parts)) for part in parts}
     drawn = {name: figure for part in parts for name, figure in part.figures.items()}
     html = page.page("Task-level mixture of experts", about, shown, _finite(drawn))
     files.write_text(output / "index.html", html)
-    return Report(output / "index.html", findings)
+    return Report(output / "index.html", findings, summary)
 
 
 def _finite(value: Any) -> Any:

@@ -135,7 +135,8 @@ def agreement(
         result.find(
             f"{_clusters_finding(level, numbers, ami)}; the task with the most similar route is of "
             f"the same one for {100 * near.value:.0f} % of tasks (shuffled "
-            f"{100 * near.control_mean:.0f} %, p = {near.p_value:.2g})."
+            f"{100 * near.control_mean:.0f} %, p = {near.p_value:.2g}).",
+            main=True,
         )
     if not rows:
         return result

@@ -189,17 +189,21 @@ def _by_level(
         "most_tied": [dict(zip((*keys, "ratio"), row, strict=True)) for row in tied],
         "rows": [dict(zip(keys, row, strict=True)) for row in rows],
     }
-    if tied:
-        expert, category, r, rise, elsewhere, ratio = tied[0]
-        other = "" if elsewhere is None else f", of the others by {page.signed(elsewhere)}"
-        times = "" if ratio is None or rise <= 0 else f": {ratio:.1f} times"
-        overall = "" if predicted is None else (
-            f" Over all experts, correlation and rise correlate by {predicted:+.2f}."
-        )  # fmt: skip
+    compared = [row for row in tied if row[4] is not None]
+    if compared:
+        twice = sum(rise > 0 and rise >= 2 * elsewhere for *_, rise, elsewhere, _ in compared)
+        expert, category, _, rise, elsewhere, _ = max(compared, key=lambda row: row[3])
         result.find(
-            f"Without {expert}, the one most tied to a {level} (“{category}”, r = {r:+.2f}), the "
-            f"loss of that {level} rises by {page.signed(rise)} nats per token{other}{times} "
-            f"(“{evaluation}”).{overall}"
+            f"“{evaluation}”: without the expert that is most tied to it, the loss of {twice} of "
+            f"{len(compared)} {level[:-1]}ies rises at least twice as much as that of the others. "
+            f"It rises most for “{category}” without {expert}, by {page.signed(rise)} nats per "
+            f"token (others {page.signed(elsewhere)}).",
+            main=level == LEVELS[-1],
+        )
+    if predicted is not None:
+        result.find(
+            f"“{evaluation}”: over all experts, correlation with a {level} and rise of its loss "
+            f"correlate by {predicted:+.2f}."
         )
     reach = float(max(1e-6, np.abs(rise_CxF).max()))
     result.draw(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-DIRECT, MIXTURE = "direct fine-tuning", "mixture of experts"
+DIRECT, DENSE, MIXTURE = "direct fine-tuning", "dense", "mixture of experts"
 _NAMES = {"direct": DIRECT, "untrained": DIRECT, "routed": MIXTURE, "moe": MIXTURE}
 
 

@@ -77,7 +77,7 @@ def _routes(
             f"The {tasks} tasks of “{run.name}” take {distinct} different routes; the largest "
             f"cosine distance between two of them is {spread:.2g} (0 is the same, 1 disjoint)."
         )
-    result.find(sentence)
+    result.find(sentence, main=True)
     result.explain(
         f"{count(layers, 'routed layer')} with {count(experts, 'expert')} each, at step "
         f"{routes.step}. Rows are tasks, columns experts layer by layer. The slider shows the "

@@ -117,7 +117,7 @@ def _evaluation(
         },
     }
     result.numbers[evaluation] = numbers
-    result.find(_score_sentence(evaluation, numbers))
+    result.find(_score_sentence(evaluation, numbers), main=True)
     if len(names) > 1:
         result.explain(
             f"In brackets, the difference from {names[0]} on the same tasks with a bootstrap "

@@ -11,21 +11,28 @@ from moe_jax.report import page
 
 @dataclasses.dataclass
 class Section:
-    """One section of the page: its markup, its findings in words, its numbers, its figures."""
+    """One section of the page: its markup, its findings in words, its numbers, its figures.
+
+    Attributes:
+        main: those of the findings that the page begins with.
+    """
 
     name: str
     title: str
     parts: list[str] = dataclasses.field(default_factory=list)
     findings: list[str] = dataclasses.field(default_factory=list)
+    main: list[str] = dataclasses.field(default_factory=list)
     numbers: Any = None
     figures: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def add(self, *parts: str) -> None:
         self.parts.extend(parts)
 
-    def find(self, sentence: str) -> None:
+    def find(self, sentence: str, main: bool = False) -> None:
         """Adds a finding, which is also a paragraph of the section."""
         self.findings.append(sentence)
+        if main:
+            self.main.append(sentence)
         self.add(page.paragraph(sentence))
 
     def explain(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,10 @@ def adaptation(rows: list[dict] | None) -> Section:
         result.lack(f"Relative gains are left out: {e}.")
         return result
     result.numbers = gains | {"over_dense": dataclasses.asdict(over_dense)}
-    for sentence in gain.sentences(gains) + paired.sentences(over_dense):
-        result.find(sentence)
+    for start, sentence in zip_longest(gains["starts"], gain.sentences(gains)):
+        result.find(sentence, main=start == names.MIXTURE)
+    for start, sentence in zip_longest(over_dense.arms, paired.sentences(over_dense)):
+        result.find(f"Few-shot, {sentence}" if start else sentence, main=start == names.MIXTURE)
     baseline, others, seeds = gains["baseline"], list(gains["starts"]), len(gains["seeds"])
     result.explain(
         f"The relative gain of a task is (score − {baseline}) / {baseline}, with scores "
@@ -158,7 +161,8 @@ def _against_single(
     interval = f", 95 % interval over tasks {ci95[0]:+.3f} to {ci95[1]:+.3f}" if ci95 else ""
     result.find(
         f"“{run}” scores {mean:+.3f} against training on single tasks ({split}{interval}); "
-        f"{len(losing)} of {gain.count(len(scored), 'task')} lose."
+        f"{len(losing)} of {gain.count(len(scored), 'task')} lose.",
+        main=True,
     )
     if losing:
         result.table(

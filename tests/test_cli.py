@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import forked
 import pytest
 from toy_run import bindings, flags_of, start
 
@@ -179,39 +180,46 @@ def test_what_is_not_set_is_named():
     assert "MODEL_DIR = None" in BASE_BINDINGS
 
 
-def one_error_line(process) -> str:
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1, err[-2000:]
+def one_error_line(code: int, _: str, err: str) -> str:
+    assert code == 1, err[-2000:]
     assert "Traceback" not in err, err[-2000:]
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: "), err[-2000:]
     return last
 
 
-def test_every_program_ends_bad_input_in_one_line(tmp_path):
-    bad = ["--gin_file=missing.gin"]
-    processes = {name: start(name, bad) for name in PROGRAMS}
-    for process in processes.values():
-        assert one_error_line(process).startswith("error: no gin file 'missing.gin'")
+def line_of(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=300)
+    return one_error_line(process.returncode, out, err)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_ends_bad_input_in_one_line(program):
+    line = one_error_line(*forked.run(program, ["--gin_file=missing.gin"]))
+    assert line.startswith("error: no gin file 'missing.gin'")
+
+
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--train_steps=5", "there is no flag --train_steps; did you mean '--gin.TRAIN_STEPS'?"),
+    ("--dtype=bfloat16", "there is no flag --dtype; did you mean '--gin.ModelConfig.dtype'?"),
+    ("--gin_fle=x", "there is no flag --gin_fle; did you mean '--gin_file' or"),
+    ("--gin.TRAIN_STEPS", "--gin.TRAIN_STEPS has no value: give --gin.TRAIN_STEPS=VALUE"),
+    ("--process_index=x", "flag --process_index=x: invalid literal"),
+    ("--process_count=2", "--process_count is for --multiprocess_gpu, which is not given"),
+])  # fmt: skip
+def test_a_bad_flag(flag, message):
+    assert one_error_line(*forked.run("train", [flag])).startswith(f"error: {message}")
+
+
+def test_bad_settings_that_the_data_or_files_show(tmp_path):
     (tmp_path / "file").write_text("")
-    flags = {
-        "--train_steps=5": "there is no flag --train_steps; did you mean '--gin.TRAIN_STEPS'?",
-        "--dtype=bfloat16": "there is no flag --dtype; did you mean '--gin.ModelConfig.dtype'?",
-        "--gin_fle=x": "there is no flag --gin_fle; did you mean '--gin_file' or",
-        "--gin.TRAIN_STEPS": "--gin.TRAIN_STEPS has no value: give --gin.TRAIN_STEPS=VALUE",
-        "--process_index=x": "flag --process_index=x: invalid literal",
-        "--process_count=2": "--process_count is for --multiprocess_gpu, which is not given",
-    }
-    processes = {flag: start("train", [flag]) for flag in flags}
-    for flag, process in processes.items():
-        assert one_error_line(process).startswith(f"error: {flags[flag]}")
     lines = flags_of(bindings(tmp_path / "run", EVAL_PERIOD=5, RunConfig__eval_split="dev"))
-    assert "EVAL_PERIOD=0 trains without scores" in one_error_line(start("train", lines))
+    assert "EVAL_PERIOD=0 trains without" in one_error_line(*forked.run("train", lines))
     lines = flags_of(bindings(tmp_path / "file", TRAIN_STEPS=1))
-    assert f"{tmp_path / 'file'} is a file, not a dir" in one_error_line(start("train", lines))
-    lines = bindings(tmp_path / "run", MIXTURE_OR_TASK_NAME="toy_trian")
-    process = start("train", [f"--gin_bindings={line}" for line in lines])
-    assert "'toy_trian'" in (line := one_error_line(process)) and "'toy_train'" in line
+    line = one_error_line(*forked.run("train", lines))
+    assert f"{tmp_path / 'file'} is a file, not a dir" in line
+    lines = flags_of(bindings(tmp_path / "run", MIXTURE_OR_TASK_NAME="toy_trian"))
+    assert "'toy_trian'" in (line := line_of(start("train", lines))) and "'toy_train'" in line
 
 
 def test_a_directory_in_which_another_process_works(tmp_path):
@@ -229,10 +237,8 @@ def test_a_directory_in_which_another_process_works(tmp_path):
             for name in names
         }
         for process in started.values():
-            line = one_error_line(process)
-            assert (
-                f"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}" in line
-            )
+            in_use = f"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}"
+            assert in_use in line_of(process)
 
 
 FAILING = """
@@ -251,7 +257,7 @@ flags.run(main, RunConfig)
 
 def test_a_device_whose_memory_is_too_small_is_one_line():
     """More bytes than a process can address."""
-    line = one_error_line(start("", [], code=FAILING.format(fails="jnp.zeros(1 << 60, jnp.int8)")))
+    line = line_of(start("", [], code=FAILING.format(fails="jnp.zeros(1 << 60, jnp.int8)")))
     assert line.startswith("error: out of device memory (RESOURCE_EXHAUSTED: ")
     assert "StepConfig.groups_at_once=1" in line and "`moe_jax plan`" in line
 
@@ -285,26 +291,24 @@ def test_every_setting_is_documented():
     assert set(help.MACROS) == macros
 
 
-def test_help_lists_the_settings_and_ends_well():
-    processes = {name: start(name, ["--help"]) for name in COMMANDS}
-    for name, process in processes.items():
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, f"{name}: {err[-2000:]}"
-        for setting in [*COMMANDS[name], "--gin.MODEL_DIR", "--gin_file"]:
-            assert setting in out, f"{name} --help has no {setting}"
-        # What is given most comes first.
-        order = ["\nMacros", "BATCH_SIZE", "(default: 32)", "\nFlags", "\n  --gin_file\n",
-                 "\n  --compilation_cache_dir\n", "\nSettings"]  # fmt: skip
-        assert sorted(order, key=out.index) == order, name
-        # Commands are shown as a shell takes them.
-        example = out[: out.index("\n\n", out.index("    "))]
-        assert all(line.endswith("\\") for line in re.findall(r".+(?=\n {8})", example)), example
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_the_settings_and_ends_well(command):
+    code, out, err = forked.run(command, ["--help"])
+    assert code == 0, err[-2000:]
+    for setting in [*COMMANDS[command], "--gin.MODEL_DIR", "--gin_file"]:
+        assert setting in out
+    # What is given most comes first.
+    order = ["\nMacros", "BATCH_SIZE", "(default: 32)", "\nFlags", "\n  --gin_file\n",
+             "\n  --compilation_cache_dir\n", "\nSettings"]  # fmt: skip
+    assert sorted(order, key=out.index) == order
+    # Commands are shown as a shell takes them.
+    example = out[: out.index("\n\n", out.index("    "))]
+    assert all(line.endswith("\\") for line in re.findall(r".+(?=\n {8})", example)), example
 
 
-def test_a_command_without_arguments_says_what_it_needs():
-    processes = {name: start(name, []) for name in COMMANDS}
-    for process in processes.values():
-        one_error_line(process)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_without_arguments_says_what_it_needs(command):
+    one_error_line(*forked.run(command, []))
 
 
 # ------------------------------------------------------------------------------ values and files

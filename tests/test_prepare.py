@@ -63,6 +63,21 @@ def children(monkeypatch) -> list[Request]:
     return started
 
 
+@pytest.fixture
+def here(monkeypatch) -> list[Request]:
+    """The requests that this process prepared, in place of a child."""
+    from moe_jax.data.materialise import materialise
+
+    done = []
+
+    def run(cache_dir, request, lock):
+        done.append(request)
+        materialise(Path(cache_dir), request)
+
+    monkeypatch.setattr(prepared, "_run_child", run)
+    return done
+
+
 def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
     monkeypatch.delenv("OWN_PREFIX", raising=False)
     module = tmp_path / "own_tasks.py"
@@ -121,7 +136,7 @@ def test_kill_resume_and_staleness(tmp_path, children, monkeypatch):
     assert cache.find(cache_dir, request, "own") is not None
 
 
-def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, children, monkeypatch):
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, here):
     module = tmp_path / "own_tasks.py"
     edit = 'if (HERE / "edit").exists():\n        path.write_text("new\\tnew\\n")\n    prefix'
     module.write_text(MODULE.replace("prefix", edit, 1).replace("own", "edited"))
@@ -137,7 +152,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, children, m
     assert get()["edited_a"].task("edited_a").records("train")[0].inputs_text == "new"
 
 
-def test_what_is_damaged_is_prepared_again(tmp_path, children, capsys):
+def test_what_is_damaged_is_prepared_again(tmp_path, here, capsys):
     get = functools.partial(ensure_prepared, tmp_path, Request.make("toy_unseen", TASKS, BYTES))
     whole = get()["toy_unseen"]
     task = whole.tasks[0]
@@ -149,10 +164,10 @@ def test_what_is_damaged_is_prepared_again(tmp_path, children, capsys):
         assert capsys.readouterr().err.startswith(f"damaged, and prepared again: {path} is not")
         assert again.fingerprint == whole.fingerprint and path.read_bytes() == content
         np.testing.assert_array_equal(again.tasks[0].lengths("train"), task.lengths("train"))
-    assert len(children) == 3
+    assert len(here) == 3
 
 
-def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
+def test_processes_that_want_the_same_wait_for_one(tmp_path, here):
     actual, request = [], Request.make("toy_unseen", TASKS, BYTES)
 
     def get():
@@ -163,7 +178,7 @@ def test_processes_that_want_the_same_wait_for_one(tmp_path, children):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(actual) == 3 and len(children) == 1
+    assert len(actual) == 3 and len(here) == 1
 
 
 def test_a_mistake_in_the_child_is_one_line_here(tmp_path, capfd):
@@ -209,7 +224,7 @@ def test_modules_of_other_tasks_do_not_count(tmp_path, monkeypatch):
     assert stored["other_mix"]["environment"] == {"OTHER": "1"}
 
 
-def test_main_prints_what_it_prepared(tmp_path, capsys, monkeypatch):
+def test_main_prints_what_it_prepared(tmp_path, here, capsys):
     settings = {
         "mixture_or_task_name": "toy_unseen",
         "task_modules": [TASKS],

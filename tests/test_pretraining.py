@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gin
@@ -129,22 +127,24 @@ def test_pieces_fit_into_rows_and_restore_the_text(root, prepared):
         assert len(same) > 20 and np.mean(same) < 0.1
 
 
-def test_a_vocabulary_without_sentinels_is_named(root, tmp_path):
-    request = Request.make(
-        "pretraining_infilling", MODULE, VocabularyConfig("bytes"),
-        environment={data.DATA_DIR: str(root)}, lengths={"inputs": 64, "targets": 40},
-    )  # fmt: skip
+def test_a_vocabulary_without_sentinels_is_named():
+    import seqio
+
+    from moe_jax.builtin_tasks import pretraining
+
+    features = {"inputs": seqio.Feature(seqio.ByteVocabulary())}
     with pytest.raises(UserError, match=r"a vocabulary with 1 sentinels: --gin.*extra_ids=1"):
-        ensure_prepared(tmp_path, request)
+        pretraining._infilling(None, {"inputs": 64, "targets": 40}, features)
 
 
-def test_an_unset_directory_is_named():
-    code = (
-        "from moe_jax.data import registry;"
-        f"registry.find_tasks('pretraining_spans', registry.load_task_modules([{MODULE!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "'pretraining_spans' needs PRETRAINING_DIR (in gin: pretraining.data_dir)" in done.stderr
+def test_an_unset_directory_is_named(monkeypatch):
+    from moe_jax.data import registry
+
+    monkeypatch.delenv(data.DATA_DIR, raising=False)
+    modules = registry.load_task_modules([MODULE])
+    message = r"'pretraining_spans' needs PRETRAINING_DIR \(in gin: pretraining.data_dir\)"
+    with pytest.raises(UserError, match=message):
+        registry.find_tasks("pretraining_spans", modules)
 
 
 SMALL = {

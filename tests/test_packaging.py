@@ -17,6 +17,7 @@ from packaging.version import Version
 from test_docs import NOT_HERE, run_document
 
 from moe_jax import __main__ as console
+from moe_jax.data.modules import DEFAULT_TASK_MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,11 +104,11 @@ def test_arguments_reach_the_command():
 def test_commands_beside_a_module_called_tasks(tmp_path):
     """T5X users often have their own `tasks.py` in the working directory."""
     (tmp_path / "tasks.py").write_text("raise RuntimeError('imported the wrong tasks')")
+    modules = ("tasks.skills_gym", *DEFAULT_TASK_MODULES)  # by its former name, and all
     arguments = ["--gin.MIXTURE_OR_TASK_NAME=skills_capital_of", "--gin.CACHE_DIR=cache"]
-    for more in ([], ["--gin.TASK_MODULES=('tasks.skills_gym',)"]):
-        done = moe_jax("prepare", *arguments, *more, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "skills_capital_of: 1 tasks" in done.stdout
+    done = moe_jax("prepare", *arguments, f"--gin.TASK_MODULES={modules}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "skills_capital_of: 1 tasks" in done.stdout
 
 
 def test_modules_of_a_package_called_tasks(tmp_path):

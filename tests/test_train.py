@@ -1,5 +1,6 @@
 """Whole training runs in processes of their own: exact resume, two processes, no TensorFlow."""
 
+import dataclasses
 import json
 import random
 import re
@@ -13,6 +14,9 @@ import pytest
 from toy_run import TASKS, bindings, finish, flags_of, metrics, start, start_together
 
 from moe_jax import __version__
+from moe_jax.core.errors import UserError
+from moe_jax.runs import directory
+from moe_jax.runs.train_loop import _announce
 from moe_jax.training.checkpoints import load_params
 
 # All sources of randomness are on: noise, exploration, dropout, data order.
@@ -157,12 +161,10 @@ def test_a_finished_run_goes_on_for_longer_with_other_batches_on_another_mesh(wh
     np.testing.assert_allclose(lines[-1]["learning_rate"], peak * 1 / (52 - 3), rtol=1e-5)
     meta = json.loads((model_dir / "checkpoints" / "52" / "meta" / "metadata").read_text())
     assert meta["parts"] == [[48, 4], [4, 8]]  # groups of 2 rows
-    process = start("train", flags_of(bindings(model_dir, **SETTINGS)))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert err.splitlines()[-1].startswith(
-        f"error: {model_dir} is at step 52, beyond TRAIN_STEPS 48"
-    )
+    config = directory.read_config(model_dir)
+    shorter = dataclasses.replace(config, run=dataclasses.replace(config.run, train_steps=48))
+    with pytest.raises(UserError, match=f"^{model_dir} is at step 52, beyond TRAIN_STEPS 48"):
+        _announce(shorter, directory.config_lines(config), 52)
 
 
 def start_two(model_dir):

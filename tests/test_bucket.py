@@ -1,5 +1,6 @@
 """Files, locks, checkpoints and the cache in a bucket: whole or absent, as on disk."""
 
+import errno
 import json
 import os
 import subprocess
@@ -263,3 +264,18 @@ def test_a_cache_is_copied_once_and_checked(top, bucket, tmp_path, monkeypatch, 
     mirror.publish(top, request)
     monkeypatch.setenv("HOME", str(tmp_path / "fourth host"))
     assert None not in look_up(top, request).values()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_here_is_no_damage_there(number, tmp_path, monkeypatch):
+    source = tmp_path / "source"  # in place of a bucket
+    files.write_text(source / "file", "content")
+    checksums.seal(source)
+
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=f"cannot write .*: {os.strerror(number)}"):
+        mirror._fetch_directory(source, tmp_path / "copy")
+    assert checksums.is_sealed(source) and not (tmp_path / "copy").exists()

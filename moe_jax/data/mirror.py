@@ -96,8 +96,18 @@ def _fetch_directory(source: paths.Path, target: Path) -> None:
             if problem := checksums.damage(new):
                 raise UserError(problem.replace(str(new), str(source)))
     except UserError as e:
+        if not _is_damage(e):
+            raise
         say(f"damaged, and prepared again: {e}")
         (source / checksums.FILE).unlink(missing_ok=True)  # so that it is written again
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether an error is about what the bucket holds: not that it cannot be reached, or that there
+    is no room here."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, FileNotFoundError) or not isinstance(error, paths.errors())
 
 
 def _publish_directory(source: Path, target: paths.Path) -> None:

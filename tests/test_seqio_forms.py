@@ -23,7 +23,8 @@ from moe_jax import eval as eval_program
 from moe_jax import infer as infer_program
 from moe_jax import tasks
 from moe_jax.data.example import Example
-from moe_jax.data.vocabulary import VocabularyConfig, train_sentencepiece
+from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.data.vocabulary_training import train_sentencepiece
 from moe_jax.runs import gin_files
 from moe_jax.runs.config import Config, DataConfig
 from moe_jax.runs.configurables import build

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from moe_jax.core import checksums
 from moe_jax.core.errors import UserError
-from moe_jax.data import vocabulary
+from moe_jax.data import vocabulary, vocabulary_training
 from moe_jax.data.vocabulary import VocabularyConfig
+from moe_jax.data.vocabulary_training import train_sentencepiece
 from moe_jax.runs import directory
 
 TEXTS = [f"The {c} cat no. {n} sat,\nthen  left." for c in ("red", "old") for n in range(300)]
-MODEL = vocabulary.train_sentencepiece(TEXTS, 420)
+MODEL = train_sentencepiece(TEXTS, 420)
 SENTENCEPIECE = vocabulary.SentencePieceVocabulary(MODEL)
 BYTES = vocabulary.ByteVocabulary()
 # "\r\n" and "▁" are the documented exceptions; surrogates are not text.
@@ -52,12 +53,12 @@ def test_decode_stops_at_eos_and_skips_padding(ids):
 
 
 def test_short_texts_train_one():
-    model = vocabulary.SentencePieceVocabulary(vocabulary.train_sentencepiece(["yes", "no"], 300))
+    model = vocabulary.SentencePieceVocabulary(train_sentencepiece(["yes", "no"], 300))
     assert model.decode(model.encode("yes no")) == "yes no"
 
 
 def test_training_is_deterministic_and_uses_its_size():
-    assert vocabulary.train_sentencepiece(TEXTS, 420) == MODEL
+    assert train_sentencepiece(TEXTS, 420) == MODEL
     assert 300 < SENTENCEPIECE.size <= 420
     sentence = "The red cat no. 12 sat,\nthen  left."
     assert len(SENTENCEPIECE.encode(sentence)) < len(sentence) / 2
@@ -66,8 +67,8 @@ def test_training_is_deterministic_and_uses_its_size():
 
 
 def test_long_collections_are_sampled_evenly(monkeypatch):
-    monkeypatch.setattr(vocabulary, "MAX_CHARACTERS", 1000)
-    kept = list(vocabulary._sample(["x" * 10] * 500 + ["y" * 10] * 500))
+    monkeypatch.setattr(vocabulary_training, "MAX_CHARACTERS", 1000)
+    kept = list(vocabulary_training._sample(["x" * 10] * 500 + ["y" * 10] * 500))
     assert 900 <= sum(map(len, kept)) <= 1010
     assert kept.count("x" * 10) == kept.count("y" * 10)
 
@@ -75,12 +76,12 @@ def test_long_collections_are_sampled_evenly(monkeypatch):
 @pytest.mark.parametrize("size", [3, 200])
 def test_size_below_bytes_is_refused(size):
     with pytest.raises(UserError, match=f"vocabulary of size {size}"):
-        vocabulary.train_sentencepiece(TEXTS, size)
+        train_sentencepiece(TEXTS, size)
 
 
 def test_no_text_is_refused():
     with pytest.raises(UserError, match="no text"):
-        vocabulary.train_sentencepiece(["", ""], 300)
+        train_sentencepiece(["", ""], 300)
 
 
 @pytest.mark.parametrize("text", ["The old cat\nsat", "naïve  日本", "a\r\nb", ""])

@@ -15,6 +15,7 @@ from moe_jax.data import registry, vocabulary
 from moe_jax.data.registry import seqio  # not `import seqio`: this import is quiet
 from moe_jax.data.request import Request
 from moe_jax.data.seqio_tokenizers import SeqioTokenizers
+from moe_jax.data.vocabulary_training import train_sentencepiece
 
 
 def prepare_vocabulary(
@@ -46,7 +47,7 @@ def prepare_vocabulary(
         name = checksums.digest([config.size, config.extra_ids, config.trained_on, digests])
         if not is_whole(parent / name):
             print(f"training a vocabulary on {config.trained_on!r}", file=sys.stderr)
-            model = vocabulary.train_sentencepiece(_texts(trainers, request.lengths), config.size)
+            model = train_sentencepiece(_texts(trainers, request.lengths), config.size)
             _save_vocabulary(parent / name, _sentencepiece(model, config.extra_ids))
         return name, seqio.SentencePieceVocabulary(str(parent / name / vocabulary.MODEL))
     settings = {}

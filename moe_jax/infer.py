@@ -24,30 +24,29 @@ description.
 import collections
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax.core import files, paths
 from moe_jax.core.configuration import Configuration, Name, PathName, Text
 from moe_jax.core.errors import UserError, nearest, say
 from moe_jax.core.sharding import make_mesh
-from moe_jax.data.packing import encode_inputs
-from moe_jax.data.vocabulary import load_vocabulary
+from moe_jax.data.vocabulary import Vocabulary, load_vocabulary
 from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.evaluation.inference import Mode, inferences
-from moe_jax.evaluation.scores import route_json
+from moe_jax.evaluation.lines import Line, line_answers, read_lines
+from moe_jax.model.experts import Params
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, flags
 from moe_jax.runs.config import Config
-from moe_jax.runs.load import load_run, with_tasks
+from moe_jax.runs.load import Run, load_run, with_tasks
 from moe_jax.runs.mixtures import prepare_mixtures, run_vocabulary, trained_mixture
 from moe_jax.unseen.descriptions import Descriptions
 from moe_jax.unseen.zero_shot import Resemblance, routes_of_new, trained_on
-
-Line = tuple[int, str]  # number, from 1, and text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +127,7 @@ def infer_split(config: Config, settings: InferConfig) -> None:
         new = {name: mixture for name in found if name not in run.task_ids}
         alike, given = routes_of_new(run, new, settings.unseen, config, split, mesh)
         run = with_tasks(run, names, settings.representations, alike)
-        params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
-        evaluator = Evaluator(
-            run.model, vocabulary, data.lengths, run_config.eval_batch_rows, mesh, config.decoding
-        )
-        routes = np.asarray(evaluator.routes(params, run.step)) if run.model.routed else None
+        evaluator, params, routes = _loaded(config, run, vocabulary, mesh)
         for name in names:
             table, row = routes, run.task_ids[name]
             if name in given:
@@ -159,7 +154,9 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
             f"infer.output {settings.output} is a directory; answers to lines are a file"
         )
     # A file is looked through before the work; standard input is answered as it comes.
-    lines = _lines(settings.input) if settings.input == "-" else list(_lines(settings.input))
+    lines: Iterable[Line] = read_lines(settings.input)
+    if settings.input != "-":
+        lines = list(lines)
     task, output, representations = settings.task, settings.output, settings.representations
     run_config, data = config.run, config.data
     # What it was trained on is looked at only where the run itself does not say enough.
@@ -183,47 +180,34 @@ def infer_lines(config: Config, settings: InferConfig) -> None:
             " infer.representations=FILE, which has its row, or MIXTURE_OR_TASK_NAME=NAME, which"
             f" has the task{nearest(task, known)}"
         )
-    rows = run_config.eval_batch_rows
     mesh = make_mesh(config.mesh)
-
-    def answers() -> Iterator[dict]:
-        table = np.asarray(evaluator.routes(params, run.step)) if run.model.routed else None
-        row_R, limit, cut = np.full(rows, run.task_ids[task]), data.lengths["inputs"], []
-        for numbered in _batches(lines, rows):
-            texts = [text for _, text in numbered]
-            filled = [*texts, *[""] * (rows - len(texts))]
-            arrays = encode_inputs(vocabulary, filled, limit)
-            arrays["input_segments"][len(texts) :] = 0
-            full_R = arrays["input_segments"].all(1)
-            cut += [n for (n, text), full in zip(numbered, full_R, strict=False)
-                    if full and len(vocabulary.inputs.encode(text)) >= limit]  # fmt: skip
-            if resemblance is not None:
-                table, row_R = resemblance.of_rows(arrays), np.arange(rows)
-            # Lines, like examples, are numbered from 0 where they seed sampling.
-            line_R = numbered[0][0] - 1 + np.arange(rows)
-            predictions = evaluator.predict(params, table, row_R, arrays, line_R)
-            shown = zip(numbered, predictions, row_R, strict=False)
-            for (number, text), prediction, row in shown:
-                inputs = {"inputs_pretokenized": text}
-                route = None if table is None else route_json(table[row])
-                yield {"inputs": inputs, "prediction": prediction, "line": number, "route": route}
-        if cut:
-            more = f", and {len(cut) - 1} more" if len(cut) > 1 else ""
-            say(f"TASK_FEATURE_LENGTHS cuts inputs after {limit} tokens: line {cut[0]}{more}")
-
     with jax.set_mesh(mesh):
-        resemblance, alike = None, {}
+        of_rows, alike = None, {}
         if representations is None and task not in run.task_ids:
             if settings.unseen == "input" and run.model.routed:
                 trained = trained_mixture(run_config.model_dir, data)
-                resemblance = Resemblance(run, trained, data.lengths, rows, mesh)
+                rows = run_config.eval_batch_rows
+                of_rows = Resemblance(run, trained, data.lengths, rows, mesh).of_rows
             else:
                 new = {task: mixture}
                 alike, _ = routes_of_new(run, new, settings.unseen, config, "", mesh)
         run = with_tasks(run, [task], representations, alike)
-        params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
-        evaluator = Evaluator(run.model, vocabulary, data.lengths, rows, mesh, config.decoding)
-        _write(output, answers())
+        evaluator, params, routes = _loaded(config, run, vocabulary, mesh)
+        row = run.task_ids[task]
+        _write(output, line_answers(evaluator, params, lines, routes, row, of_rows))
+
+
+def _loaded(
+    config: Config, run: Run, vocabulary: Vocabulary, mesh: Mesh
+) -> tuple[Evaluator, Params, np.ndarray | None]:
+    """(what answers, parameters on the devices, routes [T, N, E] of the task table or None)."""
+    params = jax.device_put(run.params, parameter_shardings(run.model, mesh))
+    evaluator = Evaluator(
+        run.model, vocabulary, config.data.lengths, config.run.eval_batch_rows, mesh,
+        config.decoding,
+    )  # fmt: skip
+    routes = np.asarray(evaluator.routes(params, run.step)) if run.model.routed else None
+    return evaluator, params, routes
 
 
 def _write(output: str, answers: Iterable[dict], file: str = "") -> None:
@@ -239,41 +223,6 @@ def _write(output: str, answers: Iterable[dict], file: str = "") -> None:
     for answer in answers:
         sys.stdout.write(files.json_line(answer))
         sys.stdout.flush()
-
-
-def _batches(lines: Iterable[Line], rows: int) -> Iterator[list[Line]]:
-    """Lists of so many lines; those before a bad one come before its error."""
-    batch: list[Line] = []
-    try:
-        for line in lines:
-            batch.append(line)
-            if len(batch) == rows:
-                yield batch
-                batch = []
-    except UserError:
-        if batch:
-            yield batch
-        raise
-    if batch:
-        yield batch
-
-
-def _lines(path: str) -> Iterator[Line]:
-    """(number, text) of every line, without the byte order mark and carriage returns of Windows.
-
-    Raises:
-        UserError: the file cannot be read, or a line is no UTF-8: when that line is reached.
-    """
-    try:
-        with sys.stdin.buffer if path == "-" else paths.parse(path).open("rb") as f:
-            for number, line in enumerate(f, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                try:
-                    yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-                except UnicodeDecodeError as e:
-                    raise UserError(f"{path}:{number}: the line is not UTF-8") from e
-    except paths.errors() as e:
-        raise UserError(f"cannot read {path}: {paths.reason(e)}") from e
 
 
 if __name__ == "__main__":

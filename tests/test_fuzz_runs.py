@@ -13,11 +13,11 @@ from report_runs import make_disabling, make_finetune, make_run, ontology
 from test_checkpoints import saved
 from test_fuzz_data import strict_json
 
-from moe_jax import infer
 from moe_jax.core.configuration import hints
 from moe_jax.core.errors import UserError
 from moe_jax.data.packing import encode_inputs
 from moe_jax.data.vocabulary import ByteVocabulary, read_tokenizers
+from moe_jax.evaluation.lines import read_lines
 from moe_jax.report import inputs
 from moe_jax.runs import configurables, directory, gin_files
 from moe_jax.runs.config import BASE_BINDINGS, Config, DataConfig, RunConfig
@@ -227,7 +227,7 @@ def test_lines_of_infer(count, tmp_path):
     for rng in count:
         content = damaged(rng, LINES if rng.randrange(5) else LINES * 40)
         path.write_bytes(content)
-        found = count.outcome(path, content, lambda path: list(infer._lines(path)), str(path))
+        found = count.outcome(path, content, lambda path: list(read_lines(path)), str(path))
         lines = content.removesuffix(b"\n").split(b"\n") if content else []
         if isinstance(found, UserError):
             number = int(str(found).removeprefix(f"{path}:").split(":")[0])

@@ -1,5 +1,7 @@
-"""Artificial run directories for tests of the report."""
+"""Artificial run directories for tests of the report, and its pages as they are read back."""
 
+import html.parser
+import json
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,53 @@ def make_finetune(path: Path, tasks: int, seeds: int = 3, starts=("untrained", "
                     )
     files.write_jsonl(path / "runs.jsonl", rows)
     return path
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags close in order; collects ids, links, figures, rows and text."""
+
+    VOID = ("meta", "br", "link", "input")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.ids, self.references, self.figures = [], [], [], []
+        self.rows, self.text = 0, ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        self.references += [attributes[k] for k in ("href", "src", "action") if k in attributes]
+        if tag == "figure":
+            self.figures.append(attributes["data-figure"])
+        self.rows += tag == "tr"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data + " "
+
+
+def drawings(text: str) -> dict[str, dict]:
+    """The figures in a page as values."""
+    _, _, rest = text.partition('<script type="application/json" id="figures">')
+    return json.loads(rest.partition("</script>")[0])
+
+
+def read_page(path: Path) -> Page:
+    text = path.read_text(encoding="utf-8")
+    assert not any(mark in text for mark in ("://", 'src="//', "@import", "url("))
+    actual = Page(text)
+    assert all(r.startswith("#") and r[1:] in actual.ids for r in actual.references)
+    drawn = drawings(text)
+    assert sorted(drawn) == sorted(actual.figures)
+    for figure in drawn.values():
+        assert all(not link or link[1:] in actual.ids for link in figure.get("links", ()))
+    return actual

@@ -17,7 +17,6 @@ from moe_jax.model.task_moe import init_params
 
 E = 4
 # Encoder: 3 routed layers; decoder: 2 routed and 1 vanilla.
-DEPTH = {"encoder": 3, "decoder": 2}
 
 
 def tree(rng, experts):

@@ -252,7 +252,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_new(path: str | os.PathLike) -> None:
-    """Raises a UserError if `path` exists, unless it is an empty directory, or is in a bucket."""
+    """Raises a UserError if `path` is in a bucket, or exists and is no empty directory."""
     path = paths.local(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists: give another place, or remove it")

@@ -26,7 +26,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextlib.contextmanager
-def lease(path: paths.Path, wait: bool = False) -> Iterator[None]:
+def lease(path: paths.Path, wait: bool) -> Iterator[None]:
     """Context: this process alone holds the lock `path`.
 
     Args:

@@ -22,6 +22,7 @@ GROUP_AXES = ("data", "fsdp", "expert")
 # Parameters are sharded over these axes together. When a layer is computed, its weights are sent
 # over them (`model.placement`).
 SHARD_AXES = ("fsdp", "expert")
+_MOST_CORES = 8  # that are devices
 
 # logical axis -> mesh axes. A name missing here is an error, because JAX would silently replicate
 # it. The axis of experts is never sharded: every device holds a part of every expert, so a layer
@@ -66,14 +67,14 @@ class MeshConfig(Configuration):
     model: Annotated[int, Range(1, 2**20)] = 1
 
 
-def device_per_core(most: int = 8) -> None:
+def device_per_core() -> None:
     """Makes each CPU core a device, for programs whose parts are too small to share cores.
 
     Before JAX starts; afterwards, or where XLA_FLAGS give a number of devices, nothing changes.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started
-            cores = min(most, len(os.sched_getaffinity(0)))
+            cores = min(_MOST_CORES, len(os.sched_getaffinity(0)))
             jax.config.update("jax_num_cpu_devices", cores)
 
 

@@ -33,6 +33,8 @@ from moe_jax.model.experts import Params, gather
 from moe_jax.model.placement import Placement
 from moe_jax.model.task_moe import TaskMoE, parameter_shardings, routes_of
 
+_WINDOW = 64  # batches whose examples are sorted by length
+
 
 class Evaluator:
     """Decodes and scores. Compiles once per bucket of lengths, for all tasks.
@@ -310,12 +312,10 @@ def length_bucket(length: int, longest: int) -> int:
     return bucket
 
 
-def _by_length(
-    batches: Iterable[tuple[Batch, list]], rows: int, window: int = 64
-) -> Iterator[tuple[Batch, list]]:
-    """Batches [R, L] of examples of similar length, sorted within `window` batches."""
+def _by_length(batches: Iterable[tuple[Batch, list]], rows: int) -> Iterator[tuple[Batch, list]]:
+    """Batches [R, L] of examples of similar length, sorted within `_WINDOW` batches."""
     batches = iter(batches)
-    while taken := list(islice(batches, window)):
+    while taken := list(islice(batches, _WINDOW)):
         examples = [example for _, of_batch in taken for example in of_batch]
         arrays = {k: np.concatenate([batch[k] for batch, _ in taken]) for k in taken[0][0]}
         order = np.argsort(np.count_nonzero(arrays["input_segments"], 1), kind="stable")

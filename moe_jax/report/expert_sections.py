@@ -23,7 +23,8 @@ def correlations(run: Run, features: Mapping[str, Mapping[str, float]]) -> Secti
     untested = sorted(set(routes.categories) - {NO_CATEGORY, *categories})
     if untested:
         result.lack(
-            f"Not tested, having fewer than 3 tasks inside or outside: {', '.join(untested)}."
+            f"Not tested, having fewer than {statistics.FEWEST} tasks inside or outside:"
+            f" {', '.join(untested)}."
         )
     measured = {
         name: np.array([features.get(t, {}).get(name, np.nan) for t in routes.tasks])
@@ -33,7 +34,7 @@ def correlations(run: Run, features: Mapping[str, Mapping[str, float]]) -> Secti
         result.lack("No eval/*/predictions.jsonl, so no measured features.")
     tested = statistics.correlations(routes.route_TxNxE, categories, measured)
     if not tested.tests:
-        why = "no category has 3 tasks inside and 3 outside"
+        why = f"no category has {statistics.FEWEST} tasks inside and {statistics.FEWEST} outside"
         if tested.names:
             why = "every expert's weight is the same for all tasks"
         sentence = f"No expert can be tested against a category: {why}."

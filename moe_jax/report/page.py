@@ -84,7 +84,7 @@ def table(
     )
 
 
-def figure(name: str, caption: str = "") -> str:
+def figure(name: str, caption: str) -> str:
     """The place where figures.js draws the figure of this name."""
     note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure data-figure="{escape(name)}">{note}</figure>'

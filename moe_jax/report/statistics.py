@@ -17,6 +17,9 @@ from sklearn.metrics.cluster import expected_mutual_information
 LINKAGE = "average"
 # Routes closer than this (cosine distance) count as equal: the precision of a float32 softmax.
 SAME_ROUTE = 1e-9
+# Tasks inside and outside of a category: with fewer, a correlation means little.
+FEWEST = 3
+_AT_ONCE = 2000  # permutations in memory
 
 
 def similarity(route_TxNxE: np.ndarray) -> np.ndarray:
@@ -108,7 +111,7 @@ def agreement(
 
 
 def neighbour_agreement(
-    labels_T: Sequence, similarity_TxT: np.ndarray, permutations: int = 1000, seed: int = 0
+    labels_T: Sequence, similarity_TxT: np.ndarray, permutations: int, seed: int = 0
 ) -> Agreement:
     """The share of tasks whose nearest neighbour has the same label, against shuffled labels.
 
@@ -194,15 +197,12 @@ class Correlations:
         return [tuple(i) for i in order]
 
 
-def memberships(categories_T: Sequence[str], minimum: int = 3) -> dict[str, np.ndarray]:
-    """{category: 0 or 1 [T]} of categories with at least `minimum` tasks inside and outside.
-
-    With fewer, a correlation means little.
-    """
+def memberships(categories_T: Sequence[str]) -> dict[str, np.ndarray]:
+    """{category: 0 or 1 [T]} of categories with at least `FEWEST` tasks inside and outside."""
     result = {}
     for name in dict.fromkeys(categories_T):
         member_T = np.array([c == name for c in categories_T], np.float64)
-        if minimum <= member_T.sum() <= len(member_T) - minimum:
+        if FEWEST <= member_T.sum() <= len(member_T) - FEWEST:
             result[name] = member_T
     return result
 
@@ -250,7 +250,7 @@ def correlations(
 
 
 def _correlated(
-    weight_TxF: np.ndarray, value_TxC: np.ndarray, permutations: int, seed: int, at_once: int = 2000
+    weight_TxF: np.ndarray, value_TxC: np.ndarray, permutations: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(correlation, two-sided p) [C, F]; NaN where nothing varies."""
     tasks, shape = len(weight_TxF), (value_TxC.shape[1], weight_TxF.shape[1])
@@ -267,8 +267,8 @@ def _correlated(
     r_VxW = value_TxV.T @ weight_TxW
     rng = np.random.default_rng(seed)
     as_far_VxW = np.zeros(r_VxW.shape)
-    for start in range(0, permutations, at_once):
-        count = min(at_once, permutations - start)
+    for start in range(0, permutations, _AT_ONCE):
+        count = min(_AT_ONCE, permutations - start)
         order_PxT = rng.permuted(np.tile(np.arange(tasks), (count, 1)), axis=1)
         for v, value_T in enumerate(value_TxV.T):
             shuffled_PxW = np.abs(value_T[order_PxT] @ weight_TxW)

@@ -219,8 +219,8 @@ def test_fresh_experts_are_copies_with_noise():
     model = tiny_model(
         experts=3, d_model=40, d_ff=50, encoder_layers=2, expert_noise=0.01, init_std=1.0
     )
-    boxed = init_params(model, jax.random.key(0))["backbone"]["encoder"]["layers"]["routed"]
-    kernel = boxed["feed_forward"]["in_kernel"]
+    layers = jax.jit(lambda key: init_params(model, key)["backbone"]["encoder"]["layers"]["routed"])
+    kernel = layers(jax.random.key(0))["feed_forward"]["in_kernel"]
     assert kernel.names == ("layer", "expert", "embed", "gate", "mlp")
     value = np.asarray(kernel.value)[:, :, :, 0]
     assert value.shape == (2, 3, 40, 50)

@@ -158,6 +158,15 @@ def test_soft_routes_are_refused_or_measured(tmp_path):
         for flag in ("approximate", "average")
     }
     one_hot = np.eye(3, dtype=np.float32)[route.argmax(-1)]
+    # The tokens on which the error is measured.
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.integers(0, config.vocabulary_size, (2, 8, 32), dtype=np.int32)
+    targets[:, 0] = 2
+    ones = np.ones((8, 32), np.int32)
+    places = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
+    arrays = {"inputs": inputs, "decoder_inputs": targets, "input_segments": ones}
+    arrays |= {"target_segments": ones, "input_positions": places, "target_positions": places}
+    mixed = logits(config, backbone, jnp.asarray(route), arrays)
     for flag, weights in (("approximate", one_hot), ("average", route)):
         # The same by hand: the weighted mean of the experts of each layer.
         written = all_tensors(tmp_path / flag)
@@ -166,16 +175,7 @@ def test_soft_routes_are_refused_or_measured(tmp_path):
         for i in range(2):
             name = f"model.decoder.layers.{i}.fc2.weight"
             np.testing.assert_allclose(written[name], mean[i].T, atol=1e-6)
-        # The reported error, measured again on the same tokens.
-        rng = np.random.default_rng(0)
-        inputs, targets = rng.integers(0, config.vocabulary_size, (2, 8, 32), dtype=np.int32)
-        targets[:, 0] = 2
-        ones = np.ones((8, 32), np.int32)
-        places = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32))
-        arrays = {"inputs": inputs, "decoder_inputs": targets, "input_segments": ones}
-        arrays |= {"target_segments": ones, "input_positions": places, "target_positions": places}
         squeezed = squeeze(backbone, config, weights)
-        mixed = logits(config, backbone, jnp.asarray(route), arrays)
         error = mixed - logits(dense, squeezed, None, arrays)
         assert f"by {np.abs(error).max():.3g} at most" in said[flag]
 

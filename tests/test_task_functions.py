@@ -245,3 +245,11 @@ def test_values_for_json():
                        ({1}, TypeError), (object(), TypeError), (1j, TypeError)):  # fmt: skip
         with pytest.raises(error):
             to_json(bad)
+
+
+def test_a_number_that_no_float_holds_is_named():
+    def huge():
+        return {"x": 10**400}
+
+    with pytest.raises(UserError, match="task 't': metric huge: 'x' must be a number, is 1000"):
+        add_metric({}, "t", huge, huge)

@@ -47,7 +47,7 @@ def add_metric(
                 continue
         try:
             score = float(value)
-        except (TypeError, ValueError) as e:
+        except (OverflowError, TypeError, ValueError) as e:
             raise UserError(f"{who}: {name!r} must be a number, is {shown(value)}") from e
         if not math.isfinite(score):
             raise UserError(f"{who}: {name!r} must be a finite number, is {value}")

@@ -20,9 +20,9 @@ def run(program: str, arguments: list[str]) -> tuple[int, str, str]:
     """(exit code, output, what standard error says) of a command on one device."""
     with tempfile.TemporaryDirectory() as directory:
         streams = [Path(directory) / name for name in ("stdout", "stderr")]
-        process = _FORKS.Process(target=_main, args=(program, arguments, streams))
+        process = _FORKS.Process(target=_main, args=(program, arguments, streams), daemon=True)
         process.start()
-        process.join()
+        process.join(300)
         return process.exitcode, *(stream.read_text() for stream in streams)
 
 

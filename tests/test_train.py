@@ -147,7 +147,9 @@ def test_a_finished_run_goes_on_for_longer_with_other_batches_on_another_mesh(wh
     model_dir = tmp_path / "longer"
     shutil.copytree(whole[0], model_dir)
     changes = {"TRAIN_STEPS": 52, "BATCH_SIZE": 16, "MeshConfig__fsdp": 2, "EVAL_PERIOD": 0,
-               "CHECKPOINT_PERIOD": 3, "StepConfig__groups_at_once": 1}  # fmt: skip
+               "CHECKPOINT_PERIOD": 3, "StepConfig__groups_at_once": 1,
+               # A run that goes on does not read its start again.
+               "INITIAL_CHECKPOINT_PATH": str(tmp_path / "gone")}  # fmt: skip
     process = start("train", flags_of(bindings(model_dir, **SETTINGS | changes)), devices=2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

@@ -12,17 +12,19 @@ route of the training task whose inputs are most similar (with eval.unseen='desc
 description is), another one that eval.unseen chooses, or that of its representation in a file that
 `represent` made (eval.representations=FILE). With eval.disable_examples=N there is also
 disabling.json: the loss of every task with each expert off in turn. eval.without="('decoder.5.2',)"
-scores all tasks without these experts, into eval/NAME_SPLIT_without_decoder.5.2/.
+scores all tasks without these experts, into eval/NAME_SPLIT_without_decoder.5.2/. The names of many
+experts are a hash there, and its without.json lists them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import numpy as np
 
-from moe_jax.core import files, paths
+from moe_jax.core import checksums, files, paths
 from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Names, PathName, Range
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.sharding import make_mesh
@@ -122,7 +124,7 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
         )
         ending = split
         if off_NxE is not None:
-            ending += f"_without_{'_'.join(settings.without)}"
+            ending += f"_without_{_named(settings.without)}"
             routes_TxNxE = np.asarray(evaluator.routes(params, run.step))
             liked_TxNxE = preferences(run.model, params, run.step)
             given = {
@@ -136,6 +138,8 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
             place = scored / f"{mixture.name}_{ending}"
             if jax.process_index() == 0:
                 write_scores(place, scores)
+                if settings.without:
+                    files.write_json(place / "without.json", list(settings.without))
                 _show(scores, place)
             if settings.disable_examples:
                 found = disabling(
@@ -144,6 +148,12 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
                 )  # fmt: skip
                 if jax.process_index() == 0:
                     files.write_json(place / "disabling.json", found)
+
+
+def _named(without: Sequence[str]) -> str:
+    """Experts in the name of a directory: many by a hash, as a name has at most 255 bytes."""
+    name = "_".join(without)
+    return name if len(name) <= 100 else f"{len(without)}_experts_{checksums.digest(name)}"
 
 
 def _show(scores: list[TaskScore], place: Path) -> None:

@@ -9,7 +9,7 @@ from toy_run import tiny_model, tiny_params
 from moe_jax.core.errors import UserError
 from moe_jax.core.sharding import MeshConfig, make_mesh
 from moe_jax.data.pipeline import eval_batches
-from moe_jax.eval import EvalConfig
+from moe_jax.eval import EvalConfig, _named
 from moe_jax.evaluation.disabling import disabling, experts_named, without, without_each
 from moe_jax.evaluation.evaluator import Evaluator
 from moe_jax.model.task_moe import parameter_shardings
@@ -99,3 +99,10 @@ def test_several_experts_off_by_hand():
 def test_a_negative_number_of_examples_is_refused():
     with pytest.raises(UserError, match="disable_examples"):
         EvalConfig(disable_examples=-1)
+
+
+def test_many_experts_that_are_off_fit_into_a_name():
+    layers = [f"{side}.{layer}" for side in ("encoder", "decoder") for layer in range(12)]
+    names = {_named([f"{layer}.{expert}" for layer in layers]) for expert in (0, 1)}
+    assert len(names) == 2 and all(name.startswith("24_experts_") for name in names)
+    assert _named(["decoder.5.2"]) == "decoder.5.2"

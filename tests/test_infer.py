@@ -231,6 +231,7 @@ def test_experts_are_disabled_on_request(routed, dense):
     place = place.with_name(f"toy_unseen_test_without_decoder.0.{last}")
     (row,) = files.read_jsonl(place / "predictions.jsonl")
     assert row["route"] == [first, 1 - last]  # of two experts
+    assert files.read_json(place / "without.json") == [f"decoder.0.{last}"]
     given["disable_examples"] = 2
     with pytest.raises(UserError, match=r"with eval\.unseen 'input' a task has no router's"):
         call(eval_program.evaluate, model_dir, unseen="input", **given)

@@ -69,12 +69,10 @@ def here(monkeypatch) -> list[Request]:
     from moe_jax.data.materialise import materialise
 
     done = []
-
-    def run(cache_dir, request, lock):
-        done.append(request)
-        materialise(Path(cache_dir), request)
-
-    monkeypatch.setattr(prepared, "_run_child", run)
+    monkeypatch.setattr(
+        prepared, "_run_child",
+        lambda place, request, _: (done.append(request), materialise(Path(place), request)),
+    )  # fmt: skip
     return done
 
 
@@ -192,11 +190,8 @@ def test_a_mistake_in_the_child_is_one_line_here(tmp_path, capfd):
 
 def test_splits_and_names(tmp_path, capsys):
     mixtures = prepare(tmp_path, NAMES, TASKS, BYTES, splits=["train", "fewshot_13_train"])
-    assert [tuple(t.splits) for m in mixtures.values() for t in m.tasks] == [
-        ("train",),
-        ("train",),
-        ("train", "fewshot_13_train"),
-    ]
+    found = [tuple(t.splits) for m in mixtures.values() for t in m.tasks]
+    assert found == [("train",), ("train",), ("train", "fewshot_13_train")]
     assert "prepared 3 tasks, 188 examples" in capsys.readouterr().err
     prepare(tmp_path, NAMES, TASKS, BYTES, splits=["train", "fewshot_13_train"])
     assert "prepared" not in capsys.readouterr().err
@@ -308,8 +303,7 @@ def _register(name, *, splits=("train",), texts=("a", "b"), metric=None, append_
     ],
 )
 def test_mistakes_are_one_line_and_leave_no_task(tmp_path, request, options, config, message):
-    name = f"bad_{request.node.callspec.id.replace('-', '_')}"[:40]
-    name = "".join(c if c.isalnum() else "_" for c in name)
+    name = "bad_" + "".join(c if c.isalnum() else "_" for c in request.node.callspec.id)[:36]
     _register(name, **options)
     with pytest.raises(UserError, match=message.format(name)) as caught:
         prepare(tmp_path, name, [], config)
@@ -403,4 +397,4 @@ def test_no_permission_is_one_line(tmp_path):
 def test_a_file_in_place_of_the_cache_is_one_line(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match="is a file, not a directory"):
-        prepare(Path(tmp_path / "cache"), "toy_train", TASKS, BYTES)
+        prepare(tmp_path / "cache", "toy_train", TASKS, BYTES)

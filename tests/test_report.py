@@ -24,7 +24,6 @@ from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.report import figures
 from moe_jax.report.build import report
-from moe_jax.report.features import features
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -255,24 +254,6 @@ def test_a_number_is_bold_only_if_the_interval_excludes_0(tmp_path):
     assert bold(made.page.read_text()) == ["0.600", "0.600"]  # all tasks, category x
     made = report(tmp_path / "bc", {"b": tmp_path / "b", "c": tmp_path / "c"})
     assert bold(made.page.read_text()) == []
-
-
-def test_measured_features_by_hand():
-    lines = [
-        {"task": "copy", "input": "The red fox!", "references": "red"},
-        {"task": "copy", "input": "a blue Fox", "references": ["blue fox", "x"]},
-        {"task": "label", "input": "good", "references": "yes"},
-        {"task": "label", "input": "bad bad", "references": "yes"},
-    ]
-    found = features(lines)
-    assert found["copy"] == {
-        "input length": 3, "output length": 1.5, "extractiveness": 1, "label entropy": 1,
-        "closed-book": 0,
-    }  # fmt: skip
-    assert found["label"]["label entropy"] == 0 and found["label"]["extractiveness"] == 0
-    assert features([{"task": "t", "input": "who?", "references": x} for x in "ab"])["t"][
-        "closed-book"
-    ] == pytest.approx(1)
 
 
 def test_packed_values_are_read_back():

@@ -8,6 +8,7 @@ from scipy import stats
 from sklearn.metrics import adjusted_mutual_info_score
 
 from moe_jax.report import statistics
+from moe_jax.report.features import features
 
 
 def random_routes(tasks, layers, experts, rng):
@@ -201,3 +202,21 @@ def test_entropy_and_task_information():
     # Layer 0: each task its own expert; layer 1: the same for all; layer 2: undecided.
     route = np.stack([np.eye(3), np.eye(3)[[1, 1, 1]], np.full((3, 3), 1 / 3)], 1)
     np.testing.assert_allclose(statistics.task_information(route), [1, 0, 0], atol=1e-12)
+
+
+def test_measured_features_by_hand():
+    lines = [
+        {"task": "copy", "input": "The red fox!", "references": "red"},
+        {"task": "copy", "input": "a blue Fox", "references": ["blue fox", "x"]},
+        {"task": "label", "input": "good", "references": "yes"},
+        {"task": "label", "input": "bad bad", "references": "yes"},
+    ]
+    found = features(lines)
+    assert found["copy"] == {
+        "input length": 3, "output length": 1.5, "extractiveness": 1, "label entropy": 1,
+        "closed-book": 0,
+    }  # fmt: skip
+    assert found["label"]["label entropy"] == 0 and found["label"]["extractiveness"] == 0
+    assert features([{"task": "t", "input": "who?", "references": x} for x in "ab"])["t"][
+        "closed-book"
+    ] == pytest.approx(1)

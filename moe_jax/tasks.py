@@ -11,25 +11,19 @@ Exit status 1 means that the command line is wrong or, for `check`, that a task 
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from moe_jax import metrics
 from moe_jax.core.ending import one_line
 from moe_jax.core.errors import UserError
-from moe_jax.core.user_code import what_failed
 from moe_jax.data import declared
 from moe_jax.data.modules import DEFAULT_TASK_MODULES, give
+from moe_jax.metrics import METRICS
 
 LENGTHS = {"inputs": 512, "targets": 64}  # of features, unless others are given
 
 # `moe_jax.data.registry` imports TensorFlow (5 s): only inside functions, not for --help.
-
-Row = dict[str, Any]  # one example of a SeqIO task, as NumPy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,6 +125,7 @@ def _short(splits: Sequence[str]) -> str:
 
 def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
     from moe_jax.data import registry, task_functions
+    from moe_jax.evaluation import checking
 
     if args.examples < 1:
         raise UserError("--examples must be at least 1")
@@ -145,9 +140,9 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
         print(f"  asks for: {description}")
     print(f"  splits:   {', '.join(task.splits)}")
     split = args.split or ("train" if "train" in task.splits else next(iter(task.splits), ""))
-    rows = _rows(task, split, args.examples, LENGTHS)
-    scored = _scored(task, rows, modules)
-    print(f"  metrics:  {_metrics(scored)}")
+    rows = checking.first_rows(task, split, args.examples, LENGTHS)
+    scored = checking.scored(task, rows, modules)
+    print(f"  metrics:  {checking.scored_by(scored)}")
     for number, row in enumerate(rows, 1):
         print(f"example {number} of {split}")
         for feature in registry.FEATURES:
@@ -166,139 +161,23 @@ def _show(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
 
 
 def _check(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
+    from moe_jax.evaluation import checking
+
     if min(args.examples, args.inputs_length, args.targets_length) < 1:
         raise UserError("--examples, --inputs_length and --targets_length must be at least 1")
     limits = {"inputs": args.inputs_length, "targets": args.targets_length}
     failed = []
     for task in _find_tasks(args, modules):
         print(task.name)
-        problems = list(_problems(task, limits, args.examples, modules))
-        for problem in problems:
-            print(f"  problem: {problem}")
-        print(f"  {'NOT USABLE' if problems else 'ok'}", flush=True)
-        if problems:
-            failed.append(f"{task.name}: {problems[0]}")
+        found = checking.check(task, limits, args.examples, modules, METRICS)
+        for line in found.facts + [f"problem: {problem}" for problem in found.problems]:
+            print(f"  {line}")
+        print(f"  {'NOT USABLE' if found.problems else 'ok'}", flush=True)
+        if found.problems:
+            failed.append(f"{task.name}: {found.problems[0]}")
     if failed:
         more = f" (and {len(failed) - 1} more tasks)" if len(failed) > 1 else ""
         raise UserError(f"not usable: {failed[0]}{more}")
-
-
-def _problems(
-    task: Any, limits: dict[str, int], count: int, modules: Sequence[ModuleType]
-) -> Iterator[str]:
-    """Prints a summary of the task's splits; yields each problem as one line."""
-    if not task.splits:
-        yield "no splits"
-    for split in ("train", "validation", "test"):
-        if split not in task.splits:
-            print(f"  note: no {split} split")
-    scored = None
-    for split in task.splits:
-        try:
-            rows = _rows(task, split, count, limits)
-        except UserError as e:
-            yield str(e)
-            continue
-        if not rows:
-            yield f"{split}: the split is empty"
-            continue
-        yield from (f"{split}: {problem}" for problem in _row_problems(task, rows))
-        at_least = "at least " if len(rows) == count else ""
-        print(f"  {split}: {at_least}{len(rows)} examples")
-        if split.startswith("fewshot_"):
-            continue  # they sample the other splits
-        for feature, limit in limits.items():
-            print(f"    {feature:<8} {length_summary([len(r[feature]) for r in rows], limit)}")
-        if scored is None or split in ("validation", "test"):
-            scored = split, rows
-    if scored is not None:
-        yield from _metric_problems(task, *scored, modules)
-
-
-def _row_problems(task: Any, rows: Sequence[Row]) -> Iterator[str]:
-    for feature in ("inputs", "targets"):
-        spec = task.output_features[feature]
-        size = spec.vocabulary.vocab_size
-        for index, row in enumerate(rows):
-            ids = row[feature]
-            if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-                yield f"{feature} must be 1-D integers, example {index} is {ids.dtype}{ids.shape}"
-            elif not len(ids) or (spec.add_eos and len(ids) == 1):
-                yield f"{feature} of example {index} is empty"
-            elif spec.add_eos and ids[-1] != spec.vocabulary.eos_id:
-                yield f"{feature} of example {index} has no EOS: add append_eos to preprocessors"
-            elif ids.min() < 0 or ids.max() >= size:
-                yield f"{feature} of example {index} has ids outside 0..{size - 1}"
-            else:
-                continue
-            break  # one example is enough
-
-
-def _metric_problems(
-    task: Any, split: str, rows: Sequence[Row], modules: Sequence[ModuleType]
-) -> Iterator[str]:
-    """Scores targets as answers, by the code that training and `eval` use."""
-    from moe_jax.data import registry, task_functions
-    from moe_jax.data.vocabulary import SeqioVocabulary, TwoVocabularies
-    from moe_jax.evaluation.functions import score_targets
-
-    if not task.metric_objs:
-        print("  note: no metrics: the task can be trained on, and is not evaluated")
-        return
-    try:
-        prepared = _scored(task, rows, modules)
-        if prepared.seqio is not None:
-            print(f"  note: scored {_metrics(prepared)}: evaluation imports TensorFlow")
-        keep = prepared.seqio is not None
-        examples = {i: task_functions.example(task, row, keep) for i, row in enumerate(rows)}
-        sides = [SeqioVocabulary(own) for own in registry.own_vocabularies(task)]
-        scores, lines = score_targets(prepared, TwoVocabularies(*sides), examples)
-    except UserError as e:
-        yield str(e)
-        return
-    what = f"targets of {split} as predictions"
-    if prepared.outputs != {"prediction"}:
-        what += ", -1 for every token"
-    print(f"  {what}: {', '.join(f'{name} {value:.4g}' for name, value in scores.items())}")
-    if any(value < 0.999 for name, value in scores.items() if name in metrics.METRICS):
-        print("  note: a perfect model scores less than 1 (constant or unmatchable targets)")
-    outside = sum(
-        bool(example.choices)
-        and lines[i].get("prediction", example.choices[0]) not in example.choices
-        for i, example in examples.items()
-    )
-    if outside:
-        print(f"  note: {outside} targets of {split} are not among their answer choices")
-
-
-def _scored(task: Any, rows: Sequence[Row], modules: Sequence[ModuleType]) -> Any:
-    """The `PreparedTask` that evaluation would have, without its examples.
-
-    Raises:
-        UserError: its metrics take what no model here gives.
-    """
-    from moe_jax.data import cache, task_functions
-
-    spec = task_functions.scoring(task, rows, modules)
-    spec |= dict.fromkeys(("category", "subcategory", "description", "dataset"), "")
-    return cache.task_of({**spec, "splits": {}}, Path(), 1.0)
-
-
-def _metrics(task: Any) -> str:
-    """Who scores a `PreparedTask`: its functions by name, or SeqIO."""
-    if task.seqio is not None:
-        return f"by SeqIO, from {', '.join(task.seqio.outputs)}"
-    return ", ".join([*task.metrics, *task.score_metrics]) or "none"
-
-
-def length_summary(lengths: Sequence[int], limit: int) -> str:
-    """Percentiles of token counts and the share of examples over `limit`, as one line."""
-    p50, p90, p99 = np.percentile(lengths, [50, 90, 99])
-    share = np.mean(np.asarray(lengths) > limit)
-    return (
-        f"tokens: median {p50:.0f}, 90% {p90:.0f}, 99% {p99:.0f}, longest {max(lengths)}; "
-        f"{share:.1%} truncated at {limit}"
-    )
 
 
 # ---- shared ----
@@ -321,27 +200,6 @@ def _find_tasks(args: argparse.Namespace, modules: Sequence[ModuleType]) -> list
     except Exception as e:
         raise UserError(f"--vocabulary {args.vocabulary} is not a SentencePiece model") from e
     return [registry.with_vocabulary(task, vocabulary) for task in tasks]
-
-
-def _rows(task: Any, split: str, count: int, lengths: dict[str, int]) -> list[Row]:
-    """First examples of a split in the source's order, preprocessed and not truncated.
-
-    Raises:
-        UserError: no such split, or an error of the task's own code, as one line.
-    """
-    from moe_jax.data import registry
-
-    rows: list[Row] = []
-    try:
-        for _, batch in registry.read(task, [split], lengths):
-            rows += batch
-            if len(rows) >= count:
-                break
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(what_failed(e)) from e
-    return rows[:count]
 
 
 if __name__ == "__main__":

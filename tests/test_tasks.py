@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax import tasks
-
 ROOT = Path(__file__).resolve().parent.parent
 
 MODULE = """
@@ -284,8 +282,10 @@ def test_choices_and_metrics_of_scores(run):
 
 
 def test_length_summary():
+    from moe_jax.evaluation.checking import length_summary  # imports TensorFlow
+
     lengths = np.random.default_rng(0).permutation(np.arange(1, 102))
-    assert tasks.length_summary(lengths, 91) == (
+    assert length_summary(lengths, 91) == (
         "tokens: median 51, 90% 91, 99% 100, longest 101; 9.9% truncated at 91"
     )
 

@@ -123,11 +123,15 @@ def test_sources_are_read_and_not_imported(project):
     ("d", modules.check_module, "--gin.EXTENSIONS=\"('c.py', 'd')\""),
     ("v.py:make", modules.check_function, "--gin.VocabularyConfig.factory=v.py:make"),
     ("e:f", modules.check_function, "--gin.EXTENSIONS=\"('c.py', 'e')\""),
+    ("my files/v.py:g", modules.check_function, '--gin.VocabularyConfig.x="my files/v.py:g"'),
+    ("$v.py:g", modules.check_function, "--gin.VocabularyConfig.y='$v.py:g'"),
 ])  # fmt: skip
 def test_the_error_names_the_run_the_file_and_the_flag(name, check, how):
     give(["mine"])
     named_in("/run", {"TASK_MODULES": ("/run/a.py", "b"), "EXTENSIONS": ("c.py",),
-                      "VocabularyConfig.factory": ("v.py:make",)})  # fmt: skip
+                      "VocabularyConfig.factory": ("v.py:make",),
+                      "VocabularyConfig.x": ("my files/v.py:g",),
+                      "VocabularyConfig.y": ("$v.py:g",)})  # fmt: skip
     with pytest.raises(UserError) as error:
         check(name)
     kind = "function" if ":" in name else "module"

@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -51,6 +52,12 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits; endless nesting
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def quoted(value: str) -> str:
+    """A value as a shell takes it, in double quotes if need be and they are enough."""
+    safe = shlex.quote(value)
+    return safe if safe == value or set('"$`\\!') & set(value) else f'"{value}"'
 
 
 def say(text: str) -> None:

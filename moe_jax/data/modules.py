@@ -22,7 +22,7 @@ from typing import Any
 import gin
 
 import moe_jax
-from moe_jax.core.errors import UserError, shown
+from moe_jax.core.errors import UserError, quoted, shown
 from moe_jax.core.user_code import what_failed
 from moe_jax.data.sources import mentioned
 
@@ -161,9 +161,9 @@ def _refusal(what: str, name: str, named_by: str | os.PathLike) -> UserError:
         values = (*values, module)
     if _flag:
         others = (name for name in sorted(_given) if not is_shipped(name) and ":" not in name)
-        how = f"{_flag}={','.join([*others, module])}"
+        how = f"{_flag}=" + quoted(",".join([*others, module]))
     else:
-        how = f"--gin.{setting}=" + (values[0] if len(values) == 1 else f'"{values}"')
+        how = f"--gin.{setting}=" + quoted(values[0] if len(values) == 1 else str(values))
     source = f"{named_by}, read for {run}," if named_by and run else named_by or run or "a file"
     return UserError(f"{source} names {what}: if you trust its code, give {how}")
 

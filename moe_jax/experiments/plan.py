@@ -62,7 +62,7 @@ class Plan:
             raise UserError(f"experiment.seeds {tuple(settings.seeds)} has one twice")
         given = dict(flags.given_bindings())
         if "SEED" in given:
-            raise UserError("SEED is one of experiment.seeds: give --gin.experiment.seeds=(N,)")
+            raise UserError("SEED is one of experiment.seeds: give --gin.experiment.seeds='(N,)'")
         self._given = {k: v for k, v in given.items() if not k.startswith("experiment.")}
         data = self._config(settings.dense, {}).data
         prepared = prepare_mixtures(data, settings.unseen)

@@ -177,6 +177,7 @@ def find(name: str, search_paths: Sequence[str]) -> Path:
     Raises:
         UserError: it is in none of them; the nearest names are given.
     """
+    search_paths = list(dict.fromkeys(map(str, search_paths)))
     for parent in ["", *search_paths]:
         path = paths.parse(name if paths.in_bucket(name) else os.path.join(parent, name))
         if path.is_file():
@@ -212,10 +213,14 @@ def called(name: str) -> list[str]:
 
 def _explain(error: Exception) -> str:
     """Gin's message in one line, with the nearest names."""
-    message = str(error.args[0]) if isinstance(error, TokenError) else first_line(error)
+    if isinstance(error, TokenError):
+        return "a bracket is not closed"
+    message = re.sub(r" \(line \d+\)$", "", first_line(error)).rstrip(".")
     if message.startswith("malformed node"):  # a name where only values are; Python's words
-        return "it is no value: texts in brackets need quotes, as in {'inputs': 64}"
-    message = message.rstrip(".")
+        return (
+            "a value is a number, True, False, None, or a text in quotes, such as 'text' or"
+            " {'inputs': 64}"
+        )
     unset = re.search(r"No bindings specified for '(\w+)/gin.macro'", message)
     if unset:
         known = re.findall(r"^(\w+) =", BASE_BINDINGS, re.MULTILINE)

@@ -330,6 +330,12 @@ def test_tasks_without_ontology_and_one_expert(tmp_path):
     assert "every expert's weight is the same for all tasks" in " ".join(made.findings)
 
 
+def test_tasks_without_ontology_and_several_experts(tmp_path):
+    run = make_run(tmp_path / "run", {f"t{i}": (None, None) for i in range(5)}, 2, 3)
+    findings = " ".join(report(tmp_path / "report", {"run": run}).findings)
+    assert "the ontology cannot be measured: no task has a category" in findings
+
+
 def test_which_run_the_page_is_about(tmp_path):
     places = ontology(6)
     runs = {

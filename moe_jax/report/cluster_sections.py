@@ -84,13 +84,13 @@ def agreement(
     """Adjusted mutual information and nearest neighbours, against labels and routes by chance."""
     routes = run.routes
     result = Section("agreement", "Do the routes agree with human categories?", numbers={})
-    reason = degenerate(similarity_TxT)
+    known, labels_of = levels(routes)
+    reason = degenerate(similarity_TxT) or ("" if known else "no task has a category")
     if reason:
         sentence = f"Agreement of routes with the ontology cannot be measured: {reason}."
         result.findings.append(sentence)
         result.lack(sentence)
         return result
-    known, labels_of = levels(routes)
     inside_TxT = similarity_TxT[np.ix_(known, known)]
     random_RxTxT = [
         statistics.similarity(statistics.random_routes(routes.route_TxNxE[known], seed + draw))

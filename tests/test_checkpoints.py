@@ -105,6 +105,12 @@ def test_the_first_parameter_of_another_shape_is_named(tmp_path):
         r"the model needs shape \[2, 3, 3, 4\]"
     )):  # fmt: skip
         checkpoints.restore(5, state(experts=3))
+
+    def check(meta):
+        raise UserError(f"step {meta['step']} has other tasks")
+
+    with pytest.raises(UserError, match="step 5 has other tasks"):  # in place of its shape
+        checkpoints.restore(5, state(experts=3), check)
     larger = state()
     larger.params["backbone"]["a_new_one"] = jnp.zeros(2)
     with pytest.raises(UserError, match=r"backbone/a_new_one is absent, .* needs shape \[2\]"):

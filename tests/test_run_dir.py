@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from moe_jax.core.errors import UserError
-from moe_jax.runs import directory, gin_files
+from moe_jax.runs import directory, gin_files, train_loop
 from moe_jax.runs.config import Config
 from moe_jax.runs.configurables import build
 
@@ -112,3 +113,16 @@ def test_a_directory_without_a_run_is_named(tmp_path):
         directory.read_config(tmp_path)
     with pytest.raises(UserError, match="absent holds no run: there is no such directory"):
         directory.read_config(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(("tasks", "data", "what"), [
+    (["a", "b", "c"], "1", "task 'c' is new"),
+    (["a"], "1", "task 'b' is gone"),
+    (["b", "a"], "1", "its tasks have another order"),
+    (["a", "b"], "2", "its examples, rates or vocabulary changed"),
+])  # fmt: skip
+def test_what_changed_in_the_data_of_a_run_is_said(tasks, data, what):
+    meta = {"tasks": ["a", "b"], "data": "1"}
+    train_loop._check_data(meta, ["a", "b"], SimpleNamespace(name="mine", fingerprint="1"), "run")
+    with pytest.raises(UserError, match=f"^mine is not as it was .* run was trained.*: {what};"):
+        train_loop._check_data(meta, tasks, SimpleNamespace(name="mine", fingerprint=data), "run")

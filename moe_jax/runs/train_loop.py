@@ -5,6 +5,7 @@ In every step: the batch, the step, its metrics, routes, the checkpoint, dev sco
 
 import contextlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,9 @@ def _begin(
     """
     run, optimizer = config.run, make_optimizer(config.optimizer)
     like = abstract_state(model, optimizer, mesh)
-    found = checkpoints.restore_latest(like)
+    found = checkpoints.restore_latest(
+        like, lambda meta: _check_data(meta, tasks, mixture, run.model_dir)
+    )
     if found is None:
         if run.initial_checkpoint_path and jax.process_index() == 0:
             check_vocabulary(run.initial_checkpoint_path, mixture)
@@ -217,12 +220,26 @@ def _begin(
         )
         return begin(initial_params(model, run, tasks, sharding.params)), {}
     state, meta = found
-    if meta["tasks"] != tasks:
-        raise UserError(f"{run.model_dir} was trained on another task table")
-    if meta["data"] != mixture.fingerprint:
-        raise UserError(f"the data changed since {run.model_dir} was trained on it")
     _announce(config, before, meta["step"])
     return state, meta
+
+
+def _check_data(
+    meta: Mapping[str, Any], tasks: list[str], mixture: PreparedMixture, model_dir: str
+) -> None:
+    """Checks that a run goes on with the data of its checkpoint, whose meta data is given."""
+    what, names = "", meta["tasks"]
+    if changed := sorted({*tasks} ^ {*names}):
+        what = f"task {changed[0]!r} is {'new' if changed[0] in tasks else 'gone'}"
+    elif names != tasks:
+        what = "its tasks have another order"
+    elif meta["data"] != mixture.fingerprint:
+        what = "its examples, rates or vocabulary changed"
+    if what:
+        raise UserError(
+            f"{mixture.name} is not as it was when {model_dir} was trained on it: {what}; undo"
+            " that, or give another MODEL_DIR"
+        )
 
 
 def _lead_says(yes: bool) -> bool:

@@ -5,7 +5,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,14 @@ class Checkpoints:
             if step not in kept:
                 checkpoint_files.remove(self.directory / str(step))
 
-    def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore_latest(
+        self, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the latest whole checkpoint; those that are damaged are set aside, and said.
 
         Args:
             like: a state of the wanted shapes and shardings; its values, if any, are not read.
+            check: is called with the meta data, before shapes are compared.
 
         Returns:
             (state, meta data); None where there is no checkpoint.
@@ -184,7 +187,7 @@ class Checkpoints:
                 f"no checkpoint in {self.directory} is whole: they were set aside as *{DAMAGED};"
                 " give another MODEL_DIR, or remove them to begin anew"
             )
-        return self.restore(step, like) if step else None
+        return self.restore(step, like, check) if step else None
 
     def _whole(self) -> int | None:
         """The latest step whose checkpoint is whole; -1 where all are damaged."""
@@ -198,7 +201,12 @@ class Checkpoints:
             _say(f"damaged checkpoint set aside as {aside}: {problem}")
         return -1 if any(self.directory.glob(f"*{DAMAGED}*")) else None
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self,
+        step: int,
+        like: TrainState,
+        check: Callable[[dict[str, Any]], None] = lambda meta: None,
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Restores a state of the shapes and shardings of `like`, and its meta data.
 
         Raises:
@@ -206,6 +214,7 @@ class Checkpoints:
         """
         place = self.directory / str(step)
         meta = checkpoint_files.read_meta(place)
+        check(meta)
         check_shapes(meta["shapes"], parameter_shapes(like.params), self.directory)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         wanted = _Items(

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from moe_jax.core.ending import one_line
-from moe_jax.core.errors import UserError
+from moe_jax.core.errors import UserError, say
 from moe_jax.data import declared
 from moe_jax.data.modules import DEFAULT_TASK_MODULES, give
 from moe_jax.metrics import METRICS
@@ -111,6 +111,9 @@ def _list(args: argparse.Namespace, modules: Sequence[ModuleType]) -> None:
             of = f" of {listed[name]}" if name in listed else ""
             print(f"  {name:<70} {len(seqio.MixtureRegistry.get(name).tasks)}{of} tasks")
     print(f"{sum(map(len, groups.values()))} tasks")
+    unset = [name for m in modules for name in declared.variables(m) if name not in os.environ]
+    if not groups and unset:
+        say(f"variables of these modules that are not set: {', '.join(unset)}")
 
 
 def _short(splits: Sequence[str]) -> str:

@@ -159,7 +159,7 @@ def test_ten_random_moments_scores_few_shot_and_report(top, bucket, whole, tmp_p
         try:
             params, meta = load_params(f"{top}/moe")
         except UserError as e:
-            assert str(e) == f"no checkpoint in {top}/moe"
+            assert str(e).startswith(f"no checkpoint in {top}/moe")
             continue
         steps.append(meta["step"])
         expected, _ = load_params(tmp_path / "every" / "checkpoints" / str(meta["step"]))

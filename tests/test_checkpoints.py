@@ -82,8 +82,10 @@ def test_a_state_comes_back_bit_by_bit(tmp_path):
 
 def test_a_new_directory_has_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path).restore_latest(state()) is None
-    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}"):
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}$"):
         load_params(tmp_path)
+    with pytest.raises(UserError, match=r"no checkpoint in .*/nowhere: there is no such directory"):
+        load_params(tmp_path / "nowhere")
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):

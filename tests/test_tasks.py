@@ -306,3 +306,13 @@ def test_help_needs_no_tensorflow():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "--inputs_length" in done.stdout
+
+
+def test_list_says_why_there_are_no_tasks():
+    command = [sys.executable, "-m", "moe_jax.tasks", "list", "--task_modules=tasks.crossfit"]
+    without = {name: value for name, value in os.environ.items() if "CROSSFIT" not in name}
+    done = subprocess.run(
+        command, env=without, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 tasks\n"
+    assert "not set: CROSSFIT_DIR, CROSSFIT_FULL_DIR," in done.stderr

@@ -272,7 +272,8 @@ def load_params(path: str | Path) -> tuple[Params, dict[str, Any]]:
             raise UserError(f"cannot restore {place}: {problem}")
         _say(f"checkpoint {step} is damaged: {problem}")
     else:
-        raise UserError(f"no checkpoint in {path}")
+        why = "" if path.exists() else ": there is no such directory"
+        raise UserError(f"no checkpoint in {path}{why}")
     with _failing(f"cannot restore {place}"):
         meta = checkpoint_files.read_meta(place)
         checkpointer = ocp.PyTreeCheckpointer()

@@ -180,6 +180,15 @@ def test_what_is_not_set_is_named():
     assert "MODEL_DIR = None" in BASE_BINDINGS
 
 
+@pytest.mark.parametrize(("value", "shown"), [
+    ("2026", "2026"), ("('a',)", r"\('a',\)"), ("''", "''"), (r"'runs/a\r'", r"'runs/a\\r'"),
+])  # fmt: skip
+def test_the_directory_of_a_run_is_a_path(value, shown):
+    with pytest.raises(UserError, match=f"^MODEL_DIR is {shown}; it is str of ") as error:
+        gin_files.parse([], [f"MODEL_DIR = {value}"], [], from_model_dir=True)
+    assert ("""keeps its quotes in the shell: "'2026'\"""" in str(error.value)) == (value == "2026")
+
+
 def one_error_line(code: int, _: str, err: str) -> str:
     assert code == 1, err[-2000:]
     assert "Traceback" not in err, err[-2000:]

@@ -138,12 +138,13 @@ class Configuration:
     def __post_init__(self) -> None:
         """Raises a UserError naming the first field that holds what it may not, and its range."""
         for name, hint in hints(type(self)).items():
-            value = getattr(self, name)
-            if not _fits(value, hint):
-                near = _near(value, hint)
-                raise UserError(
-                    f"{self.called}.{name} is {shown(value)}; it is {describe(hint)}{near}"
-                )
+            check(f"{self.called}.{name}", getattr(self, name), hint)
+
+
+def check(name: str, value: Any, hint: Any) -> None:
+    """Raises a UserError that names a setting, if it holds what a field of this type may not."""
+    if not _fits(value, hint):
+        raise UserError(f"{name} is {shown(value)}; it is {describe(hint)}{_near(value, hint)}")
 
 
 @functools.cache
@@ -215,6 +216,8 @@ def _near(value: Any, hint: Any) -> str:
     """A hint at what a name, or the first wrong name in a list, may mean."""
     if isinstance(value, str) and _fits([value], hint):
         return did_you_mean([(value,)])
+    if type(value) is int and 0 <= value < 10**12 and _fits(str(value), hint):
+        return f"; a text of digits keeps its quotes in the shell: \"'{value}'\""
     choices = _choices(hint)
     names = value if isinstance(value, list | tuple) else [value]
     wrong = [name for name in names if isinstance(name, str) and name not in choices]

@@ -216,7 +216,8 @@ def _load_file(name: str) -> ModuleType:
     alias = _alias(path)
     if alias not in sys.modules:
         if not os.path.isfile(path):
-            raise UserError(f"no such module file: {name}")
+            several = "; several are a list, ('a.py', 'b.py')" if "," in name else ""
+            raise UserError(f"no such module file: {name}{several}")
         spec = importlib.util.spec_from_file_location(alias, path)
         module = importlib.util.module_from_spec(spec)
         # Another file may import this one by its name: it is executed once all the same.

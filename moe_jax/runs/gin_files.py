@@ -12,7 +12,7 @@ from tokenize import TokenError
 
 import gin
 
-from moe_jax.core import files, paths
+from moe_jax.core import configuration, files, paths
 from moe_jax.core.errors import UserError, did_you_mean, first_line, nearest, shown
 from moe_jax.data import modules
 from moe_jax.runs import configurables, directory
@@ -84,6 +84,7 @@ def parse(
         model_dir = gin.query_parameter("MODEL_DIR/macro.value")
         if model_dir is None:
             raise UserError("MODEL_DIR is not set: give --gin.MODEL_DIR=...")
+        configuration.check("MODEL_DIR", model_dir, configuration.PathName)
         root = directory.root(model_dir)  # MODEL_DIR may name one of its checkpoints
         lines = directory.read_run_lines(root)
         modules.named_in(root, directory.modules_in(lines))

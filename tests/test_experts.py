@@ -11,7 +11,7 @@ import pytest
 from toy_run import tiny_model
 
 from moe_jax.kernels.dropout import Dropout
-from moe_jax.model.dispatch import Gather, Mix
+from moe_jax.model.dispatch import Gather, Mix, weighted
 from moe_jax.model.experts import gather, merge, scatter_add
 from moe_jax.model.task_moe import init_params
 
@@ -230,3 +230,20 @@ def test_fresh_experts_are_copies_with_noise():
     np.testing.assert_allclose(value.std(), 1.0, rtol=0.1)
     assert abs(np.corrcoef(difference[0, 0].ravel(), difference[1, 0].ravel())[0, 1]) < 0.15
     assert abs(np.corrcoef(value[:, 0].reshape(2, -1))[0, 1]) < 0.15  # layers are independent
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_gradient_of_a_weight_is_summed_in_float32(shape):
+    """Also where activations are bfloat16, in which a long sum stops growing."""
+    rng = np.random.default_rng(0)
+    y, dy = (jnp.asarray(rng.uniform(size=(4, 64, 64)), jnp.bfloat16) for _ in range(2))
+    weight = np.asarray(rng.uniform(size=shape), np.float32)
+    out, pull_back = jax.vjp(weighted, y, weight)
+    d_y, d_weight = jax.jit(pull_back)(dy)
+    assert (out.dtype, d_y.dtype, d_weight.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    axes = tuple(range(len(shape), 3))
+    expected = (np.float64(y) * np.float64(dy)).sum(axes)
+    np.testing.assert_allclose(d_weight, expected, rtol=1e-5)
+    each = weight.reshape(-1, 1, 1)
+    np.testing.assert_allclose(np.float64(out), each * np.float64(y), rtol=1e-2)
+    np.testing.assert_allclose(np.float64(d_y), each * np.float64(dy), rtol=1e-2)

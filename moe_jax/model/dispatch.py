@@ -121,6 +121,25 @@ def expert(params_E: Params, e: jax.Array | int) -> Params:
     return jax.tree.map(lambda p: p[e], params_E)
 
 
+@jax.custom_vjp
 def weighted(y_Rx: jax.Array, weight: jax.Array) -> jax.Array:
-    """Rows times one weight, or times a weight per row [R]."""
+    """Rows times one weight, or times a weight per row [R].
+
+    The gradient of the weight, from which a router learns, is summed over tokens in float32.
+    JAX would sum it in the dtype of `y`: in bfloat16 it stops growing after a few hundred tokens.
+    """
     return weight.astype(y_Rx.dtype).reshape(-1, *[1] * (y_Rx.ndim - 1)) * y_Rx
+
+
+def _weighted_forward(y_Rx, weight):
+    return weighted(y_Rx, weight), (y_Rx, weight)
+
+
+def _weighted_backward(kept, dy_Rx):
+    y_Rx, weight = kept
+    products_Rx = dy_Rx.astype(jnp.float32) * y_Rx.astype(jnp.float32)
+    d_weight = jnp.sum(products_Rx, tuple(range(weight.ndim, y_Rx.ndim)))
+    return weighted(dy_Rx, weight), d_weight.astype(weight.dtype)
+
+
+weighted.defvjp(_weighted_forward, _weighted_backward)

@@ -1,11 +1,11 @@
-"""The layers' matrix product against einsum, forward and backward."""
+"""The layers' matrix product and bias against plain JAX, forward and backward."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels.linear import linear
+from moe_jax.kernels.linear import add_bias, linear
 
 
 @pytest.mark.parametrize("spec, x_shape, kernel_shape", [
@@ -32,3 +32,13 @@ def test_under_vmap():
     grads = jax.vmap(jax.grad(lambda k: jnp.sum(linear(x, k) ** 2)))(kernels)
     for k, grad in zip(kernels, grads, strict=True):
         np.testing.assert_allclose(grad, 2 * x.T @ (x @ k), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_bias_is_summed_in_float32():
+    """In bfloat16, a sum of 4,096 equal numbers would stop at 256 of them."""
+    dy = jnp.full((8, 512, 3), 0.3, jnp.bfloat16)
+    y, pull_back = jax.vjp(add_bias, dy, jnp.ones(3))
+    d_y, d_bias = jax.jit(pull_back)(dy)
+    assert (y.dtype, d_y.dtype, d_bias.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(d_bias, np.float64(dy[0, 0]) * 4096, rtol=1e-5)
+    np.testing.assert_array_equal(add_bias(dy, None), dy)

@@ -1,6 +1,7 @@
-"""The matrix product of every layer, with its backward pass written out."""
+"""The matrix product of every layer and its bias, with their backward passes written out."""
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.custom_vjp
@@ -49,3 +50,23 @@ def _dot(a: jax.Array, b: jax.Array, axes_of_a: tuple[int, ...], axes_of_b: tupl
 
 
 linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """y [..., O] plus a bias [O], which may have more axes, in the dtype of y; y if there is none.
+
+    The gradient of the bias is summed over tokens in float32. JAX sums it in the dtype of y; in
+    bfloat16, CPUs and GPUs then add one token to the sum of many, and lose it in rounding.
+    """
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _bias_backward(bias, dy):
+    if bias is None:
+        return dy, None
+    tokens = tuple(range(dy.ndim - bias.ndim))
+    return dy, jnp.sum(dy, tokens, dtype=jnp.float32).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _bias_backward)

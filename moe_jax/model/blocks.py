@@ -6,13 +6,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels.activations import ACTIVATIONS
 from moe_jax.kernels.diagonals import from_diagonals
 from moe_jax.kernels.dropout import Dropout
-from moe_jax.kernels.linear import linear
+from moe_jax.kernels.linear import add_bias, linear
 from moe_jax.kernels.norm import norm
 from moe_jax.model.attention import (
     Projected,
@@ -47,10 +46,9 @@ def _weights(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[s
 
 
 def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]):
-    """A bias, or 0 if the family has none."""
-    if not module.config.family.biases:
-        return jnp.zeros((), module.config.dtype)
-    return param(module, name, nn.initializers.zeros, shape, axes).astype(module.config.dtype)
+    """A bias, float32, or None if the family has none."""
+    biases = module.config.family.biases
+    return param(module, name, nn.initializers.zeros, shape, axes) if biases else None
 
 
 def _kept(x: jax.Array) -> jax.Array:
@@ -96,15 +94,15 @@ class Attention(nn.Module):
 
     def project(self, x_RxLxD: jax.Array) -> jax.Array:
         """Query, key and value of self-attention: [R, L, 3, H * K]."""
-        return _kept(linear(x_RxLxD, self.qkv_kernel) + self.qkv_bias)
+        return _kept(add_bias(linear(x_RxLxD, self.qkv_kernel), self.qkv_bias))
 
     def project_query(self, x_RxLxD: jax.Array) -> jax.Array:
         """Query of cross-attention: [R, L, 1, H * K]."""
-        return _kept(linear(x_RxLxD, self.q_kernel) + self.q_bias)
+        return _kept(add_bias(linear(x_RxLxD, self.q_kernel), self.q_bias))
 
     def project_key_value(self, encoded_RxLxD: jax.Array) -> jax.Array:
         """Key and value of cross-attention: [R, L, 2, H * K]."""
-        return _kept(linear(encoded_RxLxD, self.kv_kernel) + self.kv_bias)
+        return _kept(add_bias(linear(encoded_RxLxD, self.kv_kernel), self.kv_bias))
 
     def attend(
         self, projected: Projected, visible: Visible, bias_HxS=None, deterministic: bool = True
@@ -133,7 +131,7 @@ class Attention(nn.Module):
 
     def output(self, y_RxLxHK: jax.Array) -> jax.Array:
         """Projects the results of all heads to [R, L, D]."""
-        return linear(y_RxLxHK, self.out_kernel) + self.out_bias
+        return add_bias(linear(y_RxLxHK, self.out_kernel), self.out_bias)
 
 
 class FeedForward(nn.Module):
@@ -149,12 +147,12 @@ class FeedForward(nn.Module):
             self, "in_kernel", (c.d_model, gates, c.d_ff), ("embed", "gate", "mlp"), c.init_std
         )
         bias = _bias(self, "in_bias", (gates, c.d_ff), ("gate", "mlp"))
-        h = _kept(linear(x_RxLxD, kernel)) + bias
+        h = add_bias(_kept(linear(x_RxLxD, kernel)), bias)
         y = ACTIVATIONS[c.family.activation](h[:, :, 0])
         h = y * h[:, :, 1] if c.family.gated else y
         h = Dropout(c.activation_dropout_rate)(h, deterministic=deterministic)
         kernel = _weights(self, "out_kernel", (c.d_ff, c.d_model), ("mlp", "embed"), c.init_std)
-        return linear(h, kernel) + _bias(self, "out_bias", (c.d_model,), ("norm",))
+        return add_bias(linear(h, kernel), _bias(self, "out_bias", (c.d_model,), ("norm",)))
 
 
 class _Layer(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 from toy_run import tiny_model
 
 from moe_jax.kernels.dropout import Dropout
-from moe_jax.model.dispatch import Gather, Mix, weighted
+from moe_jax.model.dispatch import Gather, Mix, weighted, weighted_sum
 from moe_jax.model.experts import gather, merge, scatter_add
 from moe_jax.model.task_moe import init_params
 
@@ -246,4 +246,21 @@ def test_gradient_of_a_weight_is_summed_in_float32(shape):
     np.testing.assert_allclose(d_weight, expected, rtol=1e-5)
     each = weight.reshape(-1, 1, 1)
     np.testing.assert_allclose(np.float64(out), each * np.float64(y), rtol=1e-2)
+    np.testing.assert_allclose(np.float64(d_y), each * np.float64(dy), rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 4)])
+def test_gradients_of_the_weights_of_all_experts_are_float32(shape):
+    """A router learns from their differences, which bfloat16 would round away."""
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(rng.uniform(size=(5, 4, 32, 16)), jnp.bfloat16)
+    dy = jnp.asarray(rng.uniform(size=(4, 32, 16)), jnp.bfloat16)
+    weights = np.asarray(rng.uniform(size=shape), np.float32)
+    out, pull_back = jax.vjp(weighted_sum, y, weights)
+    d_y, d_weights = jax.jit(pull_back)(dy)
+    assert (out.dtype, d_y.dtype, d_weights.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    expected = (np.float64(y) * np.float64(dy)).sum(tuple(range(len(shape), 4)))
+    np.testing.assert_allclose(d_weights, expected, rtol=1e-5)
+    each = weights.reshape(*shape, *[1] * (4 - len(shape)))
+    np.testing.assert_allclose(np.float64(out), (each * np.float64(y)).sum(0), rtol=2e-2)
     np.testing.assert_allclose(np.float64(d_y), each * np.float64(dy), rtol=1e-2)

@@ -184,7 +184,7 @@ def test_a_run_that_is_not_there_is_said(tmp_path):
     with pytest.raises(UserError, match=r"absent holds no run: there is no such directory$"):
         to_hf(tmp_path / "absent", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty holds no run: it has no config\.gin$"):
+    with pytest.raises(UserError, match=r"empty holds no run: it has no config\.json$"):
         to_hf(tmp_path / "empty", tmp_path / "out")
 
 

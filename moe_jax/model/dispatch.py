@@ -66,10 +66,7 @@ class Mix(struct.PyTreeNode):
             lambda layer: layer(x, *rows, *shared),
             variable_axes={"params": 0, "intermediates": 0}, split_rngs={"dropout": True},
         )  # fmt: skip
-        y_Ex = every(layer)
-        if weights_E.ndim == 1:
-            return jnp.tensordot(weights_E.astype(y_Ex.dtype), y_Ex, axes=1)
-        return jnp.einsum("er,er...->r...", weights_E.astype(y_Ex.dtype), y_Ex)
+        return weighted_sum(every(layer), weights_E)
 
 
 class Gather(struct.PyTreeNode):
@@ -143,3 +140,32 @@ def _weighted_backward(kept, dy_Rx):
 
 
 weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+@jax.custom_vjp
+def weighted_sum(y_Ex: jax.Array, weights_E: jax.Array) -> jax.Array:
+    """The sum over experts of rows times a weight [E], or times a weight per row [E, R].
+
+    The gradients of the weights are float32, as in `weighted`.
+    """
+    weights_E = weights_E.astype(y_Ex.dtype)
+    if weights_E.ndim == 1:
+        return jnp.tensordot(weights_E, y_Ex, axes=1)
+    return jnp.einsum("er,er...->r...", weights_E, y_Ex)
+
+
+def _sum_forward(y_Ex, weights_E):
+    return weighted_sum(y_Ex, weights_E), (y_Ex, weights_E)
+
+
+def _sum_backward(kept, dy):
+    y_Ex, weights_E = kept
+    ones = (1,) * (y_Ex.ndim - weights_E.ndim)
+    d_y_Ex = weights_E.astype(dy.dtype).reshape(*weights_E.shape, *ones) * dy
+    flat_Ex, flat = y_Ex.reshape(*weights_E.shape, -1), dy.reshape(*weights_E.shape[1:], -1)
+    products = "ex,x->e" if weights_E.ndim == 1 else "erx,rx->er"
+    d_weights_E = jnp.einsum(products, flat_Ex, flat, preferred_element_type=jnp.float32)
+    return d_y_Ex, d_weights_E.astype(weights_E.dtype)
+
+
+weighted_sum.defvjp(_sum_forward, _sum_backward)

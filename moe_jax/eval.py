@@ -29,9 +29,15 @@ from moe_jax.core.configuration import INT32, Configuration, Examples, Name, Nam
 from moe_jax.core.errors import UserError, say
 from moe_jax.core.sharding import make_mesh
 from moe_jax.evaluation.disabling import disabling, experts_named, preferences, without
-from moe_jax.evaluation.evaluator import Evaluator, tasks_with_split
+from moe_jax.evaluation.evaluator import Evaluator, ScoringError, tasks_with_split
 from moe_jax.evaluation.functions import try_functions
-from moe_jax.evaluation.scores import TaskScore, mean_score, over_prompts, write_scores
+from moe_jax.evaluation.scores import (
+    TaskScore,
+    mean_score,
+    over_prompts,
+    write_predictions,
+    write_scores,
+)
 from moe_jax.model.task_moe import parameter_shardings
 from moe_jax.runs import configurables, directory, flags
 from moe_jax.runs.config import Config
@@ -132,10 +138,15 @@ def evaluate(config: Config, settings: EvalConfig) -> None:
                 for name, task in run.task_ids.items()
             }
         for mixture in mixtures.values():
-            scores = evaluator.tasks(
-                params, run.step, mixture, run.task_ids, split, settings.examples, given=given
-            )
             place = scored / f"{mixture.name}_{ending}"
+            try:
+                scores = evaluator.tasks(
+                    params, run.step, mixture, run.task_ids, split, settings.examples, given=given
+                )
+            except ScoringError as e:
+                if jax.process_index() == 0:
+                    write_predictions(place, e.predictions)
+                raise UserError(f"{e}; the answers so far are in {place}/predictions.jsonl") from e
             if jax.process_index() == 0:
                 write_scores(place, scores)
                 if settings.without:

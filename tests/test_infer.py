@@ -14,6 +14,7 @@ from moe_jax import eval as eval_program
 from moe_jax import infer
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
+from moe_jax.evaluation import evaluator
 from moe_jax.interop.streamed_checkpoint import Promise, save_params
 from moe_jax.model.task_moe import routes_of
 from moe_jax.runs import directory, gin_files
@@ -391,3 +392,26 @@ def test_a_run_keeps_its_vocabulary_when_its_data_change(own, tmp_path):
     files_of = [d / "sentencepiece.model" for d in (own / "vocabulary",
                 tmp_path / "cache" / "vocabularies" / used)]  # fmt: skip
     assert files_of[0].read_bytes() == files_of[1].read_bytes()
+
+
+def test_answers_are_kept_where_a_metric_fails_on_them(own, monkeypatch):
+    apply, failing = evaluator.apply_functions, "toy_sum"
+
+    def fails(task, *arguments):
+        if task.name == failing:
+            raise UserError(f"task {task.name!r}: metric f fails")
+        return apply(task, *arguments)
+
+    monkeypatch.setattr(evaluator, "apply_functions", fails)
+    lines = [f"MODEL_DIR = {str(own)!r}", "eval.examples = 4", f"TASK_MODULES = {MODULE!r}",
+             f"CACHE_DIR = {str(toy_cache())!r}"]  # fmt: skip
+    gin_files.parse([], lines, [], from_model_dir=True)
+    place = own / "eval" / "toy_train_test"
+    (place / "scores.jsonl").parent.mkdir(parents=True, exist_ok=True)
+    (place / "scores.jsonl").write_text("")  # of an evaluation before
+    with pytest.raises(UserError, match=r"metric f fails; the answers so far are in .*predictions"):
+        eval_program.evaluate(build(Config), build(eval_program.EvalConfig))
+    found = [*files.read_jsonl(place / "predictions.jsonl")]
+    assert len({line["task"] for line in found}) > 1 and found[-1]["task"] == failing
+    assert all(type(line["prediction"]) is str for line in found)
+    assert not (place / "scores.jsonl").exists()

@@ -106,3 +106,20 @@ def test_steps_of_a_run_that_was_stopped_are_in_the_mean_but_not_in_the_time(mon
     line = window.close()
     assert line["loss"] == 2.0
     assert line["time/step_s"] == 2.0 and line["time/target_tokens_per_s"] == 4.0
+
+
+def test_steps_are_timed_after_one_that_was_compiled(monkeypatch):
+    clock = iter([100.0, 160.0, 166.0, 166.0, 176.0, 180.0, 180.0])
+    monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    window = Window()
+    window.add(step_metrics(1.0, tokens=100.0))
+    window.compiled()
+    for _ in range(2):
+        window.add(step_metrics(4.0, tokens=6.0))
+    line = window.close()
+    assert line["loss"] == 3.0
+    assert line["time/step_s"] == 3.0 and line["time/target_tokens_per_s"] == 2.0
+    window.add(step_metrics(1.0, tokens=28.0))
+    window.compiled()  # and no step follows
+    line = window.close()
+    assert line["time/step_s"] == 14.0 and line["time/target_tokens_per_s"] == 2.0

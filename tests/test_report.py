@@ -127,6 +127,7 @@ def test_missing_pieces_are_left_out_with_a_sentence(tmp_path):
     )
     page = read_page(only_routes.page)
     assert "No eval/*/scores.jsonl, left out here: r." in page.text
+    assert f"{tmp_path / 'empty'} has no runs.jsonl, so there are no relative gains" in page.text
     assert not any("score" in sentence.lower() for sentence in only_routes.findings)
 
     rows = list(files.read_jsonl(make_finetune(tmp_path / "f", 2) / "runs.jsonl"))

@@ -36,6 +36,19 @@ from moe_jax.model.task_moe import TaskMoE, parameter_shardings, routes_of
 _WINDOW = 64  # batches whose examples are sorted by length
 
 
+class ScoringError(UserError):
+    """A function of a task fails on the model's answers.
+
+    Attributes:
+        predictions: the lines of all answers so far, as in `TaskScore`. The last task's are texts
+            that may not have been postprocessed.
+    """
+
+    def __init__(self, message: str, predictions: list[dict[str, Any]]):
+        super().__init__(message)
+        self.predictions = predictions
+
+
 class Evaluator:
     """Decodes and scores. Compiles once per bucket of lengths, for all tasks.
 
@@ -218,6 +231,9 @@ class Evaluator:
             limit: at most this many examples, evenly spaced.
             likelihoods: also give `log_likelihood` and `target_tokens` of each target, and the
                 metric `log_likelihood_per_token` after the task's own.
+
+        Raises:
+            ScoringError: one of the task's functions fails.
         """
         task = mixture.task(name)
         routes = None if routes_TxNxE is None else np.asarray(routes_TxNxE)
@@ -260,8 +276,13 @@ class Evaluator:
         if "prediction_with_aux" in task.outputs:
             for index, total in self.answer_likelihoods(score, found, tokens).items():
                 lines[index]["aux"] = {"scores": total}
-        metrics = apply_functions(task, self.vocabulary, found, lines, texts, tokens)
         rows = [lines[index] for index in sorted(lines)]
+        try:
+            metrics = apply_functions(task, self.vocabulary, found, lines, texts, tokens)
+        except UserError as e:
+            for index, text in texts.items():
+                lines[index].setdefault("prediction", text)
+            raise ScoringError(str(e), rows) from e
         metric = next(iter(metrics))
         if likelihoods:
             total, count = (
@@ -287,6 +308,9 @@ class Evaluator:
         Args:
             given: routes of some tasks in place of the task table's: float [N, E], or [n, N, E] for
                 every example of the split.
+
+        Raises:
+            ScoringError: a function of a task fails.
         """
         routes = np.asarray(self.routes(params, jnp.int32(step))) if self.model.routed else None
         tables = {name: (routes, task_id) for name, task_id in task_ids.items()}
@@ -297,11 +321,16 @@ class Evaluator:
         bar = progress(
             names, desc=f"evaluating {split}", unit="task", leave=False, disable=not show
         )
-        return [
-            self.task(params, table, mixture, name, row, split, limit, likelihoods)
-            for name in bar
-            for table, row in (tables[name],)
-        ]
+        scores: list[TaskScore] = []
+        for name in bar:
+            table, row = tables[name]
+            try:
+                score = self.task(params, table, mixture, name, row, split, limit, likelihoods)
+            except ScoringError as e:
+                before = [line for score in scores for line in score.predictions]
+                raise ScoringError(str(e), before + e.predictions) from e
+            scores.append(score)
+        return scores
 
 
 def length_bucket(length: int, longest: int) -> int:

@@ -62,17 +62,21 @@ def over_prompts(scores: Iterable[TaskScore]) -> list[dict[str, Any]]:
     ]
 
 
+def write_predictions(directory: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes predictions.jsonl. Scores that are there are of others, and are removed."""
+    directory = paths.parse(directory)
+    for earlier in ("scores.jsonl", "prompts.jsonl"):
+        (directory / earlier).unlink(missing_ok=True)
+    files.write_jsonl(directory / "predictions.jsonl", rows)
+
+
 def write_scores(directory: str | Path, scores: list[TaskScore]) -> None:
     """Writes predictions.jsonl, prompts.jsonl where tasks are prompts, and scores.jsonl.
 
     The last means that all is there.
     """
     directory = paths.parse(directory)
-    for earlier in ("scores.jsonl", "prompts.jsonl"):
-        (directory / earlier).unlink(missing_ok=True)
-    files.write_jsonl(
-        directory / "predictions.jsonl", (row for score in scores for row in score.predictions)
-    )
+    write_predictions(directory, (row for score in scores for row in score.predictions))
     if rows := over_prompts(scores):
         files.write_jsonl(directory / "prompts.jsonl", rows)
     rows = []

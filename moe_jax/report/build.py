@@ -72,7 +72,7 @@ def report(
         lines.setdefault(line["task"], []).append((evaluation, line))
     measured = features(line for of_task in lines.values() for _, line in of_task)
     links = {task: f"#task-{i}" for i, task in enumerate(lines)}
-    adaptation = transfer_sections.adaptation(rows)
+    adaptation = transfer_sections.adaptation(rows, finetune)
     parts: list[Section] = [] if experiment is None else [arm_sections.arms(experiment)]
     parts += [
         score_sections.scores(read, links),

@@ -1,6 +1,7 @@
 """Sections of the report on few-shot adaptation and on tasks that lose by sharing a model."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -17,11 +18,17 @@ from moe_jax.report.page import Link
 from moe_jax.report.sections import Section, clearly_best
 
 
-def adaptation(rows: list[dict] | None) -> Section:
-    """Gains over direct fine-tuning and over the dense model, and the underlying scores."""
+def adaptation(rows: list[dict] | None, place: str | os.PathLike | None) -> Section:
+    """Gains over direct fine-tuning and over the dense model, and the underlying scores.
+
+    Args:
+        rows: the runs of few-shot adaptation; None if there are none.
+        place: the directory in which they were looked for, if one was given.
+    """
     result = Section("adaptation", "Few-shot adaptation to unseen tasks")
     if rows is None:
-        result.lack("No fine-tuning runs were given, so there are no relative gains.")
+        why = "No fine-tuning runs were given" if place is None else f"{place} has no runs.jsonl"
+        result.lack(f"{why}, so there are no relative gains.")
         return result
     try:
         rows = [row | {"start": names.named(row["start"])} for row in rows]

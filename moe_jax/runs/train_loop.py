@@ -153,6 +153,8 @@ def _train(config: Config, profile: Steps | None, lead: bool) -> None:
                 shapes.add(shape)
             trace.after(step, metrics)
             window.add(metrics)
+            if compiles:
+                window.compiled()
             bar.update()
             evaluates = is_due(run.eval_period, step)
             save = evaluates or is_due(run.checkpoint_period, step)

@@ -167,8 +167,12 @@ class Window:
 
     def _restart(self, rows: Sequence[dict[str, float]] = ()) -> None:
         self._rows: list[dict[str, float]] = list(rows)
-        self._untimed = len(rows)  # steps that another process took
-        self._start = time.perf_counter()
+        # From where, and from when on, steps are timed. Those given were another process's.
+        self._timed = [(len(rows), time.perf_counter())]
+
+    def compiled(self) -> None:
+        """Tells that the step before was compiled: if others follow, only they are timed."""
+        self._timed.append((len(self._rows) + len(self._waiting), time.perf_counter()))
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Adds a step's metrics without waiting for the device."""
@@ -191,10 +195,10 @@ class Window:
 
     def close(self) -> dict[str, float]:
         """The line for the steps since the last call."""
-        rows = self.rows()
-        seconds = time.perf_counter() - self._start
+        rows, end = self.rows(), time.perf_counter()
+        first, start = next(timed for timed in reversed(self._timed) if timed[0] < len(rows))
+        timed, seconds = rows[first:], end - start
         line = {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
-        timed = rows[self._untimed :]
         tokens = sum(row["target_tokens"] for row in timed)
         line["time/step_s"] = seconds / len(timed)
         line["time/target_tokens_per_s"] = tokens / seconds

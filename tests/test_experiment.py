@@ -304,7 +304,7 @@ def test_what_cannot_be_is_refused(tmp_path, command_line, prepared):
     with pytest.raises(UserError, match=r"experiment\.dense is not set"):
         experiment.experiment(RunConfig(model_dir=str(tmp_path)), ExperimentConfig(model="m"))
     command_line("--gin.SEED=1")
-    with pytest.raises(UserError, match=r"SEED .* --gin\.experiment\.seeds=\(N,\)"):
+    with pytest.raises(UserError, match=r"SEED .* --gin\.experiment\.seeds='\(N,\)'"):
         planned(tmp_path)
 
 

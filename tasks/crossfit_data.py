@@ -63,8 +63,10 @@ def directory(variable: str) -> Path | None:
     """
     path = data_directory(variable)
     if path is not None and not present(path):
+        inside = next((d for d in sorted(path.iterdir()) if d.is_dir() and present(d)), None)
         raise UserError(
             f"{variable}={path}: holds no directory named as a CrossFit task (such as ag_news)"
+            + (f"; give {inside}" if inside else "")
         )
     return path
 

@@ -179,7 +179,11 @@ def test_directory(layout, monkeypatch):
     with pytest.raises(UserError, match=r"CROSSFIT_DIR=.*fw: no such directory"):
         data.directory("CROSSFIT_DIR")
     monkeypatch.setenv("CROSSFIT_DIR", str(layout))
-    with pytest.raises(UserError, match=r"holds no directory named as a CrossFit task"):
+    holds_none = "holds no directory named as a CrossFit task"
+    with pytest.raises(UserError, match=f"{holds_none}.*; give {layout / 'few'}$"):
+        data.directory("CROSSFIT_DIR")
+    monkeypatch.setenv("CROSSFIT_DIR", str(layout / "few" / "anli"))
+    with pytest.raises(UserError, match=rf"{holds_none} \(such as ag_news\)$"):
         data.directory("CROSSFIT_DIR")
 
 

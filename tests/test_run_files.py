@@ -1,16 +1,22 @@
 """Files of a run, damaged or edited: one clear line that names the file, or what was written."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
+from toy_run import tiny_model, tiny_params
 
 from moe_jax.core import files
 from moe_jax.core.errors import UserError
 from moe_jax.data.modules import resolve
+from moe_jax.interop.streamed_checkpoint import Promise, save_params
+from moe_jax.model.task_moe import parameter_shapes
 from moe_jax.report import inputs
 from moe_jax.runs import directory, gin_files
 from moe_jax.runs.config import Config, DataConfig, FewShotConfig, RunConfig
 from moe_jax.runs.configurables import build
+from moe_jax.runs.load import load_run
 from moe_jax.runs.mixtures import prepare_mixtures
 from moe_jax.training.logs import MetricsLog
 from moe_jax.unseen.adaptation import _read_rows
@@ -85,6 +91,18 @@ def test_a_run_goes_on_after_whatever_a_kill_has_left(tmp_path):
     with open(tmp_path / "runs.jsonl", "ab") as f:
         f.write(b'{"task": "\xc3')
     assert _read_rows(tmp_path / "runs.jsonl") == [RUN, RUN]
+
+
+def test_a_setting_that_the_checkpoint_does_not_have_is_named(tmp_path):
+    model = tiny_model(tasks=1, experts=2)
+    params = tiny_params(model)
+    meta = {"tasks": ["a"], "step": 1, "shapes": parameter_shapes(params)}
+    save_params(tmp_path, 1, jax.tree.map(lambda a: Promise(a.shape, lambda: a), params), meta)
+    own, router = model.config, model.router_config
+    directory.write_config(tmp_path, Config(RunConfig(), DATA, own, router))
+    other = dataclasses.replace(own, experts=3)
+    with pytest.raises(UserError, match=r"needs shape .*; the run has ModelConfig.experts = 2$"):
+        load_run(str(tmp_path), other, router, 0)
 
 
 def test_a_few_shot_directory_is_no_training_run(tmp_path):

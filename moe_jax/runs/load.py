@@ -61,7 +61,14 @@ def load_run(
     params, meta = load_params(model_dir)
     tasks = meta["tasks"]
     model = build_model(model_config, router_config, vocabulary_size, len(tasks))
-    check_shapes(parameter_shapes(params), shapes_of(model), model_dir)
+    try:
+        check_shapes(parameter_shapes(params), shapes_of(model), model_dir)
+    except UserError as e:
+        lines = directory.read_run_lines(directory.root(model_dir))
+        here = directory.config_lines(model_config) | directory.config_lines(router_config)
+        others = [f"{k} = {lines[k]!r}" for k, v in here.items() if lines.get(k, v) != v]
+        hint = f"; the run has {', '.join(others)}" if others else ""
+        raise UserError(f"{e}{hint}") from e
     return Run(model, params, {name: i for i, name in enumerate(tasks)}, meta["step"])
 
 

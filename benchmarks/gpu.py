@@ -1,6 +1,7 @@
 """One GPU in bfloat16: use of its peak, comparison with PyTorch, routing, and what fits.
 
-    python -m benchmarks.gpu [--quick] [--only NAME] [--limit_s SECONDS] [--json FILE]
+    python -m benchmarks.gpu [--quick] [--only NAME] [--attention plain] [--limit_s SECONDS]
+        [--json FILE]
 
 The cases run in the order of `CASES`, in another process. Every figure is printed and written to
 the file of --json as soon as it is there. A case that fails, or takes over two thirds of the time
@@ -85,6 +86,11 @@ DENSE = {
 }
 
 
+def fast(args: argparse.Namespace) -> dict[str, Any]:
+    """`FAST` with the attention that the flag names."""
+    return FAST | {"attention": args.attention}
+
+
 def flops(config: ModelConfig, rows: int, lengths: tuple[int, int]) -> float:
     """Multiplications and additions of forward and backward of one dense step."""
     D, F, inputs, targets = config.d_model, config.d_ff, *lengths
@@ -120,10 +126,10 @@ def dense(case: str, unrolled: bool = False) -> Callable[[Report, argparse.Names
 
     def measure(report: Report, args: argparse.Namespace) -> None:
         size, rows, lengths = DENSE[case][args.scale]
-        ours = dense_training(size, unrolled)
+        ours = dense_training(args, size, unrolled)
         batch = ours.put(random_batch(ours.model, 1, rows, lengths))
         compiling = ours.compile(batch)
-        report.fact(f"dense {name}", **compiling)
+        report.fact(f"dense {name}", attention=args.attention, **compiling)
         report.ratio(f"compile_s_{name}", compiling["compile_s"])
         seconds = report.times(
             {"jax": partial(ours.run, batch, STEPS)}, 2 * args.rounds, prefix=f"dense {name}, ",
@@ -135,7 +141,7 @@ def dense(case: str, unrolled: bool = False) -> Callable[[Report, argparse.Names
     return measure
 
 
-def dense_training(size: str, unrolled: bool = False) -> Training:
+def dense_training(args: argparse.Namespace, size: str, unrolled: bool = False) -> Training:
     """A dense model of this size.
 
     Args:
@@ -143,14 +149,14 @@ def dense_training(size: str, unrolled: bool = False) -> Training:
     """
     config = build(size, 1).config
     layers = config.encoder_layers if unrolled else config.unroll_layers
-    return Training(build(size, 1, **FAST | {"unroll_layers": layers}))
+    return Training(build(size, 1, **fast(args), unroll_layers=layers))
 
 
 def cublas(report: Report, args: argparse.Namespace) -> None:
     """The dense step without Triton's matrix products: XLA compiles and tries none of them, and
     adds biases in cuBLAS's."""
     size, rows, lengths = DENSE["bart_large"][args.scale]
-    every, only = (dense_training(size, unrolled=True) for _ in range(2))
+    every, only = (dense_training(args, size, unrolled=True) for _ in range(2))
     batch = every.put(random_batch(every.model, 1, rows, lengths))
     report.fact("cuBLAS only", **only.compile(batch, {"xla_gpu_enable_triton_gemm": False}))
     seconds = report.times(
@@ -165,7 +171,7 @@ def to_torch(report: Report, args: argparse.Namespace) -> None:
     from benchmarks import torch_models as torch
 
     size, rows, lengths = DENSE["bart_base"][args.scale]
-    ours = dense_training(size)
+    ours = dense_training(args, size)
     batch = random_batch(ours.model, 1, rows, lengths)
     on_device = ours.put(batch)
     theirs = torch.TorchTraining(torch.bart(ours.model.config), bfloat16=True, compiled=True)
@@ -183,7 +189,7 @@ def routed(experts: int, groups: int, key: str) -> Callable[[Report, argparse.Na
 
     def measure(report: Report, args: argparse.Namespace) -> None:
         size, rows = ("tiny", 2) if args.scale == "tiny" else ("bart_base", 64)
-        routing.compare(report, args.rounds, key, size, experts, groups, rows, False, **FAST)
+        routing.compare(report, args.rounds, key, size, experts, groups, rows, False, **fast(args))
 
     return measure
 
@@ -193,7 +199,7 @@ def small_steps(report: Report, args: argparse.Namespace) -> None:
     groups side by side and, without --quick, one after the other."""
     groups, steps = 8, 4 * STEPS
     small = {"encoder_layers": 1, "decoder_layers": 1} if args.scale == "tiny" else {}
-    model = build("tiny", 4, GYM_ROUTER, **GYM | small)
+    model = build("tiny", 4, GYM_ROUTER, **GYM | small | {"attention": args.attention})
     batch = random_batch(model, groups, 2, (64, 24))
     runs = {}
     for name, at_once in (("tiny", 0), ("tiny, one group at a time", 1)):
@@ -254,7 +260,7 @@ def fits(report: Report, args: argparse.Namespace) -> None:
     """Whether 64 rows fit into the memory that JAX takes and, without --quick, how many more."""
     size, first = ("tiny", 1) if args.scale == "tiny" else ("bart_large", 64)
     for rows in (first, 2 * first, 4 * first)[: 1 if args.scale == "quick" else None]:
-        training = Training(build(size, 1, **FAST))
+        training = Training(build(size, 1, **fast(args)))
         facts = {"model": size, "rows": rows, "lengths": (512, 512)}
         try:
             batch = training.put(random_batch(training.model, 1, rows, (512, 512)))
@@ -314,6 +320,10 @@ CASES: dict[str, Callable[[Report, argparse.Namespace], object]] = {
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--only", choices=CASES, action="append", help="repeatable")
+    arguments.add_argument(
+        "--attention", choices=("fused", "plain"), default="fused",
+        help="that of training steps",
+    )  # fmt: skip
     arguments.add_argument("--limit_s", type=float, help="all ends then")
     arguments.add_argument("--child", nargs="+", help="used internally: runs these cases here")
     gym.add_flags(arguments)

@@ -55,6 +55,7 @@ def test_a_run_goes_on_under_its_own_configuration(tmp_path):
     free = ["CACHE_DIR = '/other'", "EVAL_PERIOD = 3", "CHECKPOINT_PERIOD = 4",
             "RunConfig.keep_checkpoints = 3", "MeshConfig.fsdp = 2", "TRAIN_STEPS = 8",
             "BATCH_SIZE = 8", "StepConfig.groups_at_once = 2", "RunConfig.log_period = 1",
+            "INITIAL_CHECKPOINT_PATH = 'moved'", "RunConfig.representations_path = 'moved.npz'",
             "ModelConfig.kept_activations = 'inputs'", "ModelConfig.attention_rows = 1",
             "ModelConfig.dtype = 'bfloat16'"]  # fmt: skip
     before = directory.check_config(tmp_path, configs(*SETTINGS, *free))

@@ -25,9 +25,11 @@ ORIGIN = "origin.json"
 TASK_TABLE = "task_table.json"
 
 # Settings that may change when a run is resumed: they affect neither the model nor its training.
-# (Task modules may have moved; that their data are the same is checked.)
+# (Task modules may have moved; that their data are the same is checked. What a run started from is
+# not read again.)
 _FREE = re.compile(
-    r"RunConfig\.(model_dir|(eval|log)_\w+|checkpoint_period|keep_checkpoints|\w+_checkpoint_path)"
+    r"RunConfig\.(model_dir|(eval|log)_\w+|checkpoint_period|keep_checkpoints"
+    r"|(\w+_checkpoint|representations)_path)"
     r"|DataConfig\.(cache_dir|task_modules)|MeshConfig\.\w+|StepConfig\.groups_at_once"
     r"|FinetuneConfig\.runs_at_once"
     r"|ModelConfig\.(dtype|unroll_layers|kept_activations|attention|attention_rows"

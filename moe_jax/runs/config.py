@@ -223,7 +223,8 @@ class FinetuneConfig(Configuration):
             the backbone is not trained.
         batch_sizes: batch sizes to search on dev.
         seeds: few-shot samples, each with splits `fewshot_SEED_train` and
-            `fewshot_SEED_validation`.
+            `fewshot_SEED_validation`. They also decide the order of examples; dropout is the same
+            in all runs.
         steps: optimizer steps of every run.
         eval_period: steps between scores on dev. A run counts as it was when that was highest; with
             0, as it is after its last step.

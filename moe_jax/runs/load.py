@@ -64,9 +64,9 @@ def load_run(
     try:
         check_shapes(parameter_shapes(params), shapes_of(model), model_dir)
     except UserError as e:
-        lines = directory.read_run_lines(directory.root(model_dir))
+        own = directory.config_lines(directory.read_config(directory.root(model_dir)))
         here = directory.config_lines(model_config) | directory.config_lines(router_config)
-        others = [f"{k} = {lines[k]!r}" for k, v in here.items() if lines.get(k, v) != v]
+        others = [f"{name} = {own[name]!r}" for name in here if own[name] != here[name]]
         hint = f"; the run has {', '.join(others)}" if others else ""
         raise UserError(f"{e}{hint}") from e
     return Run(model, params, {name: i for i, name in enumerate(tasks)}, meta["step"])
